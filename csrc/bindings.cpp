@@ -1,0 +1,17 @@
+// The Python module: one line per op.
+#include <pybind11/pybind11.h>
+
+#include "common/dispatch.h"
+
+namespace py = pybind11;
+
+namespace jepa {
+void bind_common(py::module_&);
+void bind_ema_update(py::module_&);
+} // namespace jepa
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "jepa_kernels: CPU and CUDA kernels. Private: call the ops in jepa_kernels.";
+  jepa::bind_common(m);
+  jepa::bind_ema_update(m);
+}

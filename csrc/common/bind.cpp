@@ -1,0 +1,60 @@
+// What the build holds, the ISA level in use, and the check of patch ids.
+#include "common/dispatch.h"
+#include "common/tensor.h"
+
+#if JEPA_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace jepa {
+
+// Why CUDA kernels can't run in this process; empty where they can.
+static std::string cuda_reason() {
+#if JEPA_CUDA
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return std::string("no usable CUDA driver: ") + cudaGetErrorString(status);
+  return count > 0 ? "" : "no CUDA device";
+#else
+  return "this build has no CUDA kernels; build with JEPA_CUDA=1 where nvcc is";
+#endif
+}
+
+static py::dict build_info() {
+  py::dict info;
+#if JEPA_CUDA
+  info["cuda"] = CUDART_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["compiler"] = __VERSION__;
+  info["isa"] = isa_name(isa());
+  return info;
+}
+
+// The first place in [0, n) where ids leave [0, count) or do not increase within their row; -1: none.
+// Rows are `row` long, or end at cu[1], cu[2], ... ; ids past the last row are not read.
+static int64_t first_bad_id(const Tensor& ids, int64_t count, const std::optional<Tensor>& cu) {
+  const int64_t* p = ids.data<const int64_t>();
+  const int64_t rows = cu ? cu->size(0) - 1 : ids.numel() / std::max<int64_t>(ids.size(-1), 1);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t begin = cu ? cu->data<const int32_t>()[r] : r * ids.size(-1);
+    const int64_t end = cu ? cu->data<const int32_t>()[r + 1] : begin + ids.size(-1);
+    int64_t before = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      if (p[i] <= before || p[i] >= count) return i;
+      before = p[i];
+    }
+  }
+  return -1;
+}
+
+void bind_common(py::module_& m) {
+  m.def("build_info", &build_info);
+  m.def("cuda_reason", &cuda_reason);
+  m.def("isa", [] { return isa_name(isa()); });
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("first_bad_id", &first_bad_id, py::arg("ids"), py::arg("count"), py::arg("cu_seqlens") = py::none());
+}
+
+} // namespace jepa

@@ -1,0 +1,168 @@
+// The vector layer: W floats in a register, loads and stores of every element type, fp32 arithmetic.
+// Everything is static and inside the ISA's own namespace: the levels never share a function.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+#include "common/dtype.h"
+
+namespace jepa::JEPA_ISA {
+
+#if defined(__AVX512F__)
+
+using vf = __m512;
+constexpr int W = 16;
+using mask = __mmask16;
+
+static inline mask first(int n) { return static_cast<mask>((1u << n) - 1); } // lanes 0..n-1, n <= W
+static inline vf zero() { return _mm512_setzero_ps(); }
+static inline vf set1(float x) { return _mm512_set1_ps(x); }
+static inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vabs(vf a) { return _mm512_abs_ps(a); }
+static inline mask less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline vf select(mask m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+static inline float hmax(vf a) { return _mm512_reduce_max_ps(a); }
+static inline float hsum(vf a) { return _mm512_reduce_add_ps(a); }
+
+static inline __m512i widen(__m256i bits) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16); }
+
+static inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+static inline vf load(const bf16* p) {
+  return _mm512_castsi512_ps(widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+static inline vf load(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline vf load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+static inline vf load(const bf16* p, int n) {
+  return _mm512_castsi512_ps(widen(_mm256_maskz_loadu_epi16(first(n), p)));
+}
+static inline vf load(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+
+// Round to nearest even; NaN stays NaN.
+static inline __m256i to_bf16(vf x) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const mask nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_blend_epi32(nan, rounded, _mm512_set1_epi32(0x7FC00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+#endif
+}
+static inline __m256i to_f16(vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+static inline void store(bf16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
+static inline void store(f16* p, vf x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_f16(x)); }
+static inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+static inline void store(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
+static inline void store(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(x)); }
+
+#else // AVX2 and FMA
+
+using vf = __m256;
+constexpr int W = 8;
+using mask = __m256;
+
+static inline __m256i lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline mask first(int n) { return _mm256_castsi256_ps(lanes(n)); }
+static inline vf zero() { return _mm256_setzero_ps(); }
+static inline vf set1(float x) { return _mm256_set1_ps(x); }
+static inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+static inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+static inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+static inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
+static inline mask less(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline vf select(mask m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
+static inline float hmax(vf a) {
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float hsum(vf a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+
+static inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+static inline vf load(const bf16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+static inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline vf load(const float* p, int n) { return _mm256_maskload_ps(p, lanes(n)); }
+// AVX2 has no masked 16-bit access: partial rows go through the stack.
+template <class T> static inline vf load(const T* p, int n) {
+  alignas(16) T padded[W] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+
+static inline __m128i to_bf16(vf x) {
+  const __m256i u = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7FC00000), nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+}
+static inline __m128i to_f16(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+static inline void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+static inline void store(bf16* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
+static inline void store(f16* p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16(x)); }
+static inline void store(float* p, vf x, int n) { _mm256_maskstore_ps(p, lanes(n), x); }
+template <class T> static inline void store(T* p, vf x, int n) {
+  alignas(16) T padded[W];
+  store(padded, x);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+static inline vf scale2(vf x, __m256i exponent) {
+  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)));
+}
+
+#endif
+
+// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny, never NaN.
+static inline vf exp2v(vf x) {
+#if defined(__AVX512F__)
+  x = vmax(x, set1(-200.f)); // keeps -inf out of the subtraction below
+  const vf whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  x = vmax(x, set1(-126.f));
+  const vf whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#endif
+  const vf t = sub(x, whole); // in [-0.5, 0.5]
+  vf y = set1(1.54035303934e-4f);
+  y = fma(y, t, set1(1.33335581464e-3f));
+  y = fma(y, t, set1(9.61812910763e-3f));
+  y = fma(y, t, set1(5.55041086648e-2f));
+  y = fma(y, t, set1(2.40226506959e-1f));
+  y = fma(y, t, set1(6.93147180560e-1f));
+  y = fma(y, t, set1(1.f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(y, whole);
+#else
+  return scale2(y, _mm256_cvtps_epi32(whole));
+#endif
+}
+
+} // namespace jepa::JEPA_ISA

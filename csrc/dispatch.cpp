@@ -1,0 +1,62 @@
+// Chooses the build of each CPU kernel that this processor can run.
+#include "common/dispatch.h"
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "ema_update/ema_update.h"
+
+namespace jepa {
+
+static Isa best_isa() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::none;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+}
+
+static std::atomic<Isa>& current() {
+  static std::atomic<Isa> level{best_isa()};
+  return level;
+}
+
+Isa isa() { return current().load(std::memory_order_relaxed); }
+
+const char* isa_name(Isa level) {
+  switch (level) {
+  case Isa::avx2: return "avx2";
+  case Isa::avx512: return "avx512";
+  case Isa::avx512_bf16: return "avx512_bf16";
+  default: return "none";
+  }
+}
+
+bool set_isa(const char* name) {
+  const Isa best = best_isa();
+  Isa level = best;
+  if (std::strcmp(name, "best") != 0) {
+    level = Isa::none;
+    for (Isa candidate : {Isa::avx2, Isa::avx512, Isa::avx512_bf16})
+      if (std::strcmp(name, isa_name(candidate)) == 0) level = candidate;
+    if (level == Isa::none || level > best) return false;
+  }
+  current().store(level, std::memory_order_relaxed);
+  return true;
+}
+
+} // namespace jepa
+
+#define JEPA_DISPATCH(kernel, Params)                                                                        \
+  void jepa::kernel(const Params& params) {                                                                  \
+    switch (isa()) {                                                                                         \
+    case Isa::avx512_bf16: return avx512_bf16::kernel(params);                                               \
+    case Isa::avx512: return avx512::kernel(params);                                                         \
+    case Isa::avx2: return avx2::kernel(params);                                                             \
+    default: throw std::runtime_error(#kernel " must run on a processor with AVX2 and FMA");                \
+    }                                                                                                        \
+  }
+
+JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)

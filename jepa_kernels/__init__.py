@@ -1,0 +1,20 @@
+"""Fast, trustworthy kernels for Joint Embedding Predictive Architectures (JEPA)."""
+
+from jepa_kernels._core.info import available_backends, info
+from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
+from jepa_kernels.ops.ema_update.op import ema_update
+from jepa_kernels.packing import Packing, pack
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BackendWarning",
+    "Packing",
+    "available_backends",
+    "ema_update",
+    "explain",
+    "info",
+    "pack",
+    "use_backend",
+]

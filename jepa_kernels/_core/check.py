@@ -1,0 +1,82 @@
+"""Argument checks. One pattern for every message: `<op>: <argument> must <requirement>, got <actual>; <remedy>`."""
+
+import os
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core import extension
+from jepa_kernels._core.select import FLOATS, short
+
+CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
+
+
+def fail(
+    op: str, argument: str, requirement: str, actual: Any, remedy: str, error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise `error` with the one message pattern."""
+    raise error(f"{op}: {argument} must {requirement}, got {actual}; {remedy}")
+
+
+def check_tensor(
+    op: str,
+    argument: str,
+    x: Any,
+    shape: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """A strided tensor of as many dimensions as `shape` has letters (`"B N E"`), of one of `dtypes`, on `device`."""
+    if not isinstance(x, Tensor):
+        fail(op, argument, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
+    if type(x) is not Tensor and hasattr(x, "to_local"):
+        fail(op, argument, "be a plain tensor", type(x).__name__, "pass x.to_local()", TypeError)
+    if x.layout is not torch.strided or x.is_nested:
+        fail(op, argument, "be a strided tensor", x.layout, "pack it with jepa_kernels.pack", TypeError)
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        fail(op, argument, "be on cpu or cuda", x.device, "move it", TypeError)
+    if x.dtype not in dtypes:
+        names = ", ".join(short(d) for d in dtypes)
+        fail(op, argument, f"be of dtype {names}", short(x.dtype), "convert it with .to(dtype)", TypeError)
+    if x.dim() != len(shape.split()):
+        wanted = "[" + ", ".join(shape.split()) + "]"
+        fail(op, argument, f"have shape {wanted}", tuple(x.shape), "reshape it")
+    if device is not None and x.device != device:
+        fail(op, argument, f"be on {device}", x.device, "move it with .to(device)")
+
+
+def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None) -> None:
+    """Patch ids lie in [0, count) and increase within each row (or packed sequence).
+
+    Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
+    JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
+    """
+    if torch.compiler.is_compiling() or ids.device.type == "meta" or ids.numel() == 0:
+        return
+    if ids.device.type != "cpu":
+        if not CHECK_DEVICE_VALUES:
+            return
+        ids = ids.cpu()
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
+    place = _first_bad_id(ids, count, cu_seqlens)
+    if place >= 0:
+        value = ids.reshape(-1)[place].item()
+        fail(op, "ids", f"lie in [0, {count}) and increase within each row", f"{value} at position {place}",
+             "sort each row and drop repeated or foreign ids")  # fmt: skip
+
+
+def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
+    module = extension.load()
+    if not isinstance(module, str) and ids.is_contiguous():
+        return module.first_bad_id(ids, count, cu_seqlens)
+    rows = ids.reshape(-1, ids.shape[-1]) if cu_seqlens is None else ids.split(cu_seqlens.diff().tolist())
+    place = 0
+    for row in rows:
+        bad = (row < 0) | (row >= count)
+        bad[1:] |= row[1:] <= row[:-1]
+        if bad.any():
+            return place + int(bad.nonzero()[0])
+        place += len(row)
+    return -1

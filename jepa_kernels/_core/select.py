@@ -1,0 +1,210 @@
+"""Choosing a backend: the op's table of kernels, the user's override, and the reason for each row."""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from jepa_kernels._core import extension, triton
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("cuda", "triton", "cpu", "sdpa", "reference")
+DEVICES = {"cuda": ("cuda",), "triton": ("cuda", "cpu"), "cpu": ("cpu",), "sdpa": ("cuda", "cpu")}
+
+log = logging.getLogger("jepa_kernels")
+if os.environ.get("JEPA_KERNELS_LOG", "0") == "1":
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+
+
+class BackendError(RuntimeError):
+    """The chosen backend can't run this call."""
+
+
+class BackendWarning(UserWarning):
+    """Automatic choice found no kernel and ran the reference."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One row of an op's table: where it runs, for which dtypes, and its limits.
+
+    `limit` gets the op's call description and returns the reason it can't run it, or None.
+    `automatic` False: only taken when named.
+    """
+
+    backend: str
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    limit: Callable[[Any], str | None] | None = None
+    automatic: Callable[[Any], str | None] | None = None
+
+
+class Explained(Exception):
+    """Carries the table of reasons out of a call that `explain` makes."""
+
+    def __init__(self, rows: list[tuple[str, str | None]], chosen: str | None):
+        self.rows, self.chosen = rows, chosen
+
+
+# Plain globals: a ContextVar breaks torch.compile(fullgraph=True), functools.cache draws a Dynamo warning.
+_override: dict[str, str] = {}
+_environment = os.environ.get("JEPA_KERNELS_BACKEND")
+_availability: dict[tuple[str, str], str | None] = {}
+_told: set[tuple[str, str]] = set()
+_explaining: list[bool] = []
+
+
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why a backend can't run on a device type in this process; found once, None where it can."""
+    key = (backend, device_type)
+    if key not in _availability:
+        if device_type not in DEVICES.get(backend, (device_type,)):
+            _availability[key] = f"runs on {' and '.join(DEVICES[backend])} tensors, got {device_type}"
+        elif backend in ("cpu", "cuda"):
+            _availability[key] = extension.reason(backend)
+        else:
+            _availability[key] = triton.reason(device_type) if backend == "triton" else None
+    return _availability[key]
+
+
+def refusal(kernel: Kernel, device_type: str, dtype: torch.dtype, call: Any) -> str | None:
+    """Why this row can't run the call; None where it can."""
+    why = unavailable(kernel.backend, device_type)
+    if why is not None:
+        return why
+    if dtype not in kernel.dtypes:
+        return f"takes {', '.join(short(d) for d in kernel.dtypes)}, got {short(dtype)}"
+    return kernel.limit(call) if kernel.limit is not None else None
+
+
+def select(
+    op: str,
+    kernels: tuple[Kernel, ...],
+    backend: str | None,
+    tensor: torch.Tensor,
+    call: Any = None,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """The backend for this call. Precedence: argument, `use_backend`, JEPA_KERNELS_BACKEND, automatic."""
+    device_type, dtype = tensor.device.type, tensor.dtype if dtype is None else dtype
+    wanted = backend or _override.get(op) or _override.get("*") or _environment
+    if _explaining:
+        rows = [(k.backend, refusal(k, device_type, dtype, call)) for k in kernels]
+        raise Explained([*rows, ("reference", None)], wanted)
+    if wanted is not None:
+        return _named(op, kernels, wanted, device_type, dtype, call)
+    for kernel in kernels:
+        if refusal(kernel, device_type, dtype, call) is None and (
+            kernel.automatic is None or kernel.automatic(call) is None
+        ):
+            if not torch.compiler.is_compiling() and (op, kernel.backend) not in _told:
+                _told.add((op, kernel.backend))
+                log.info("%s: %s", op, kernel.backend)
+            return kernel.backend
+    if not torch.compiler.is_compiling():
+        _tell_reference(op, kernels, device_type, dtype, call)
+    return "reference"
+
+
+def _named(
+    op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any
+) -> str:
+    if wanted == "reference":
+        return wanted
+    for kernel in kernels:
+        if kernel.backend == wanted:
+            why = refusal(kernel, device_type, dtype, call)
+            if why is None:
+                return wanted
+            _refuse(op, wanted, why, kernels)
+    if wanted not in BACKENDS:
+        raise ValueError(
+            f"{op}: backend must be one of {', '.join(BACKENDS)}, got {wanted!r}; leave it out for automatic choice"
+        )
+    _refuse(op, wanted, f"{op} has no {wanted} kernel", kernels)
+
+
+def _refuse(op: str, wanted: str, why: str, kernels: tuple[Kernel, ...]) -> NoReturn:
+    names = ", ".join([k.backend for k in kernels] + ["reference"])
+    raise BackendError(
+        f"{op}: backend {wanted!r} must be able to run this call, got: {why}; "
+        f"leave backend out, or choose one of {names} (jepa_kernels.explain lists every reason)"
+    )
+
+
+def _tell_reference(
+    op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype, call: Any
+) -> None:
+    reasons = [f"{k.backend}: {refusal(k, device_type, dtype, call) or 'not automatic'}" for k in kernels]
+    why = "; ".join(reasons)
+    if (op, why) not in _told:
+        _told.add((op, why))
+        warnings.warn(f"{op}: runs the plain PyTorch reference ({why})", BackendWarning, stacklevel=4)
+
+
+@contextmanager
+def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
+    """Choose the backend of every op, or of single ops, inside the block.
+
+    `use_backend("reference")` turns a whole model into plain PyTorch; `use_backend(masked_attention="cpu")`
+    names one op. Strict: an op that can't run on the named backend raises. Process-wide, not per thread.
+
+    Raises ValueError for an unknown backend or op.
+    """
+    from jepa_kernels.ops import OPS
+
+    chosen = dict(per_op, **({"*": backend} if backend is not None else {}))
+    for op, name in chosen.items():
+        if op != "*" and op not in OPS:
+            raise ValueError(f"use_backend: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
+        if name not in BACKENDS:
+            raise ValueError(
+                f"use_backend: backend must be one of {', '.join(BACKENDS)}, got {name!r}; check the spelling"
+            )
+    before = dict(_override)
+    _override.update(chosen)
+    try:
+        yield
+    finally:
+        _override.clear()
+        _override.update(before)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Say which backend a call would take and why each other one would not; runs no kernel.
+
+    `explain("masked_attention", q, k, v, packing)` returns a line per row of the op's table, in order of
+    preference. Arguments are checked as in the call itself.
+    """
+    import jepa_kernels
+
+    from jepa_kernels.ops import OPS
+
+    if op not in OPS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
+    _explaining.append(True)
+    try:
+        getattr(jepa_kernels, op)(*args, **kwargs)
+    except Explained as found:
+        return _table(op, found)
+    finally:
+        _explaining.pop()
+    return f"{op}: empty input, no kernel needed"
+
+
+def _table(op: str, found: Explained) -> str:
+    able = [name for name, why in found.rows if why is None]
+    chosen = found.chosen or able[0]
+    lines = [f"{op}: {chosen}" + (" (named)" if found.chosen else " (automatic)")]
+    lines += [f"  {name:<10} {'can run this call' if why is None else why}" for name, why in found.rows]
+    return "\n".join(lines)
+
+
+def short(dtype: torch.dtype) -> str:
+    """`float32` rather than `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

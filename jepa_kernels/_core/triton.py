@@ -1,0 +1,18 @@
+"""Whether Triton kernels can run here, found out without importing Triton at start-up."""
+
+import importlib.util
+import os
+
+
+def interpreting() -> bool:
+    """True where Triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def reason(device_type: str) -> str | None:
+    """Why Triton kernels can't run on tensors of this device type; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device_type == "cpu" and not interpreting():
+        return "Triton takes CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+    return None

@@ -1,0 +1,217 @@
+"""Packing: sequences of different lengths side by side on one token axis, with no padding between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from jepa_kernels._core.check import fail
+
+TILE = 64  # rows of one tile of the schedule
+
+
+class Packing:
+    """Where each of S sequences lies on a packed token axis [T, ...]. Immutable.
+
+    Sequence s owns tokens `cu_seqlens[s]:cu_seqlens[s + 1]`. With several masks of the same B images the order is
+    mask-major: s = mask * B + image.
+
+    cu_seqlens: int32 [S + 1], on the tokens' device.
+    lengths: the same on the host; compiled code never reads it.
+    tokens: T, the length of the token axis; it may exceed cu_seqlens[-1] (see `padded`): rows past the end are
+        never read, their outputs and gradients are 0.
+    max_seqlen: an upper bound of the lengths, known without a device sync.
+    pairs: sum of lengths squared, for FLOP formulas.
+    tiles: int32 [T // 64 + S, 2]: (sequence, block of 64 rows), longest sequence first, padded with -1.
+    """
+
+    __slots__ = ("cu_seqlens", "lengths", "max_seqlen", "pairs", "tiles", "tokens")
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    tokens: int
+    max_seqlen: int
+    pairs: int
+    tiles: Tensor
+
+    def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...], tokens: int, max_seqlen: int, tiles: Tensor):
+        for name, value in (
+            ("cu_seqlens", cu_seqlens),
+            ("lengths", lengths),
+            ("tokens", tokens),
+            ("max_seqlen", max_seqlen),
+            ("tiles", tiles),
+            ("pairs", sum(n * n for n in lengths)),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"Packing: {name} must stay as it is, got an assignment; build a new Packing")
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], *, device: torch.device | str | None = None) -> Packing:
+        """Sequences of these lengths, one after another. Lengths may be 0. Copies two small tensors to `device`."""
+        host = tuple(int(n) for n in lengths)
+        if any(n < 0 for n in host):
+            fail("Packing", "lengths", "be at least 0", min(host), "count the kept tokens of each sequence")
+        if sum(host) >= 2**31:
+            fail("Packing", "lengths", "sum to less than 2^31", sum(host), "split the batch")
+        return cls._build(host, sum(host), max(host, default=0), device)
+
+    @classmethod
+    def _build(
+        cls, lengths: tuple[int, ...], tokens: int, max_seqlen: int, device: torch.device | str | None
+    ) -> Packing:
+        count = len(lengths)
+        cu = torch.zeros(count + 1, dtype=torch.int32)
+        sizes = torch.tensor(lengths, dtype=torch.int32)
+        torch.cumsum(sizes, 0, out=cu[1:])
+        tiles = torch.full((tokens // TILE + count, 2), -1, dtype=torch.int32)
+        longest_first = torch.argsort(sizes, descending=True, stable=True)
+        blocks = (sizes[longest_first] + TILE - 1) // TILE
+        used = int(blocks.sum()) if count else 0
+        tiles[:used, 0] = torch.repeat_interleave(longest_first.int(), blocks)
+        first = torch.repeat_interleave(torch.cumsum(blocks, 0) - blocks, blocks)
+        tiles[:used, 1] = (torch.arange(used) - first).int()
+        both = torch.cat([cu, tiles.view(-1)])  # one copy to the device for both
+        if device is not None and torch.device(device).type == "cuda":
+            both = both.pin_memory().to(device, non_blocking=True)
+        elif device is not None:
+            both = both.to(device)
+        return cls(both[: count + 1], lengths, tokens, max_seqlen, both[count + 1 :].view(-1, 2))
+
+    @classmethod
+    def uniform(cls, sequences: int, length: int, *, device: torch.device | str | None = None) -> Packing:
+        """`sequences` sequences of one length."""
+        return cls.from_lengths((length,) * sequences, device=device)
+
+    @classmethod
+    def from_ids(
+        cls, ids: Sequence[Tensor], *, device: torch.device | str | None = None
+    ) -> tuple[Tensor, Packing]:
+        """Lists of patch ids, one per sequence -> (ids int64 [T], Packing)."""
+        packing = cls.from_lengths([len(row) for row in ids], device=device)
+        flat = torch.cat([torch.as_tensor(row) for row in ids]) if len(ids) else torch.empty(0)
+        return flat.to(dtype=torch.int64, device=device), packing
+
+    @classmethod
+    def from_mask(cls, keep: Tensor) -> tuple[Tensor, Packing]:
+        """keep bool [B, N] -> (ids int64 [T] of the True entries, Packing). Syncs with the device once."""
+        if keep.dim() != 2 or keep.dtype != torch.bool:
+            fail("Packing", "keep", "be bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}", "compare it with 0")
+        packing = cls.from_lengths(keep.sum(1).tolist(), device=keep.device)
+        return keep.nonzero()[:, 1], packing
+
+    @property
+    def sequences(self) -> int:
+        """S, without reading `lengths`."""
+        return self.cu_seqlens.shape[0] - 1
+
+    def padded(self, tokens: int, sequences: int, max_seqlen: int) -> Packing:
+        """The same sequences in a bigger, fixed shape: more rows, empty sequences, a larger bound.
+
+        For CUDA graphs and length buckets: shapes stay, lengths change.
+        """
+        for name, wanted, least in (
+            ("tokens", tokens, self.tokens),
+            ("sequences", sequences, self.sequences),
+            ("max_seqlen", max_seqlen, self.max_seqlen),
+        ):
+            if wanted < least:
+                fail("Packing", name, f"be at least {least}", wanted, "choose a larger bucket")
+        lengths = self.lengths + (0,) * (sequences - self.sequences)
+        return self._build(lengths, tokens, max_seqlen, self.cu_seqlens.device)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [T, ...] -> one view per sequence."""
+        self._check_tokens("x", x)
+        return x[: sum(self.lengths)].split(self.lengths)
+
+    def pad(self, x: Tensor, *, value: float = 0.0) -> Tensor:
+        """x [T, ...] -> [S, max_seqlen, ...], filled with `value` behind each sequence. Differentiable."""
+        self._check_tokens("x", x)
+        place, inside = self._places()
+        if x.shape[0] == 0:
+            return x.new_full((self.sequences, self.max_seqlen, *x.shape[1:]), value)
+        inside = inside.view(*inside.shape, *(1,) * (x.dim() - 1))
+        return torch.where(inside, x[place], x.new_full((), value))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """x [S, max_seqlen, ...] -> [T, ...], the inverse of `pad`; rows past the last sequence are 0."""
+        if x.shape[:2] != (self.sequences, self.max_seqlen):
+            fail("Packing", "x", f"start with [{self.sequences}, {self.max_seqlen}]", tuple(x.shape), "pad it first")
+        place, inside = self._places()
+        out = x.new_zeros((self.tokens + 1, *x.shape[2:]))  # the last row takes what is outside
+        place = torch.where(inside, place, self.tokens).flatten()
+        return out.index_copy(0, place, x.flatten(0, 1))[: self.tokens]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """[S, max_seqlen]: each entry's place on the token axis (clamped), and whether it exists."""
+        cu = self.cu_seqlens.long()
+        column = torch.arange(self.max_seqlen, device=cu.device)
+        inside = column < cu.diff()[:, None]
+        return torch.where(inside, cu[:-1, None] + column, 0), inside
+
+    def sequence_of_token(self) -> Tensor:
+        """int64 [T]: the sequence each token belongs to; S for rows past the last sequence."""
+        rows = torch.arange(self.tokens, device=self.cu_seqlens.device, dtype=torch.int32)
+        return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
+
+    def dense_mask(self) -> Tensor:
+        """bool [T, T]: True where two tokens share a sequence (for SDPA's attn_mask)."""
+        owner = self.sequence_of_token()
+        return (owner[:, None] == owner) & (owner < self.sequences)
+
+    def to_nested(self, x: Tensor) -> Tensor:
+        """x [T, ...] as a jagged torch.nested tensor over the same memory."""
+        self._check_tokens("x", x)
+        return torch.nested.nested_tensor_from_jagged(x, offsets=self.cu_seqlens.long())
+
+    def block_mask(self) -> Any:
+        """The FlexAttention BlockMask of these sequences, for [1, H, T, D] tensors."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        owner = self.sequence_of_token()
+
+        def same_sequence(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (owner[i] == owner[j]) & (owner[i] < self.sequences)
+
+        return create_block_mask(same_sequence, None, None, self.tokens, self.tokens, device=str(owner.device))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packing:
+        """The same Packing with its tensors on another device."""
+        cu, tiles = (t.to(device, non_blocking=non_blocking) for t in (self.cu_seqlens, self.tiles))
+        return Packing(cu, self.lengths, self.tokens, self.max_seqlen, tiles)
+
+    def _check_tokens(self, argument: str, x: Tensor) -> None:
+        if x.shape[0] != self.tokens:
+            fail("Packing", argument, f"have {self.tokens} tokens", x.shape[0], "pack it with the same lengths")
+
+    def __repr__(self) -> str:
+        return f"Packing(sequences={self.sequences}, tokens={self.tokens}, max_seqlen={self.max_seqlen})"
+
+
+def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+    """Tensors [n_s, ...] that differ only in n_s -> (one [T, ...], Packing). Differentiable."""
+    if not tensors:
+        fail("pack", "tensors", "hold at least one tensor", "none", "pass a list of [n, ...] tensors")
+    shapes = {tuple(x.shape[1:]) for x in tensors}
+    if len(shapes) > 1:
+        fail("pack", "tensors", "agree in all but their first dimension", sorted(shapes), "reshape them")
+    return torch.cat(list(tensors)), Packing.from_lengths([len(x) for x in tensors], device=tensors[0].device)
+
+
+def _flatten(p: Packing) -> tuple[list[Any], Any]:
+    return [p.cu_seqlens, p.tiles, p.tokens, p.max_seqlen], p.lengths
+
+
+def _unflatten(values: Iterable[Any], lengths: Any) -> Packing:
+    cu, tiles, tokens, max_seqlen = values
+    return Packing(cu, lengths, tokens, max_seqlen, tiles)
+
+
+pytree.register_pytree_node(Packing, _flatten, _unflatten, serialized_type_name="jepa_kernels.Packing")
