@@ -90,9 +90,7 @@ class Packing:
         return cls.from_lengths((length,) * sequences, device=device)
 
     @classmethod
-    def from_ids(
-        cls, ids: Sequence[Tensor], *, device: torch.device | str | None = None
-    ) -> tuple[Tensor, Packing]:
+    def from_ids(cls, ids: Sequence[Tensor], *, device: torch.device | str | None = None) -> tuple[Tensor, Packing]:
         """Lists of patch ids, one per sequence -> (ids int64 [T], Packing)."""
         packing = cls.from_lengths([len(row) for row in ids], device=device)
         flat = torch.cat([torch.as_tensor(row) for row in ids]) if len(ids) else torch.empty(0)
@@ -143,7 +141,13 @@ class Packing:
     def unpad(self, x: Tensor) -> Tensor:
         """x [S, max_seqlen, ...] -> [T, ...], the inverse of `pad`; rows past the last sequence are 0."""
         if x.shape[:2] != (self.sequences, self.max_seqlen):
-            fail("Packing", "x", f"start with [{self.sequences}, {self.max_seqlen}]", tuple(x.shape), "pad it first")
+            fail(
+                "Packing",
+                "x",
+                f"start with [{self.sequences}, {self.max_seqlen}]",
+                tuple(x.shape),
+                "pad it first",
+            )
         place, inside = self._places()
         out = x.new_zeros((self.tokens + 1, *x.shape[2:]))  # the last row takes what is outside
         place = torch.where(inside, place, self.tokens).flatten()

@@ -72,9 +72,7 @@ def differentiable(
     library.impl(op, lambda *args: forward(*args), "CPU")
     library.impl(op, lambda *args: forward(*args), "CUDA")
     torch.library.register_fake(f"jepa_kernels::{op}", fake, lib=library)
-    torch.library.register_autograd(
-        f"jepa_kernels::{op}", first_order, setup_context=setup_context, lib=library
-    )
+    torch.library.register_autograd(f"jepa_kernels::{op}", first_order, setup_context=setup_context, lib=library)
     twin = getattr(torch.ops.jepa_kernels, op).default
 
     class Eager(torch.autograd.Function):

@@ -20,9 +20,7 @@ def available_backends(op: str) -> tuple[str, ...]:
     from jepa_kernels.ops import OPS
 
     if op not in OPS:
-        raise ValueError(
-            f"available_backends: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling"
-        )
+        raise ValueError(f"available_backends: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
     return (*(k.backend for k in kernels(op) if _runs(k.backend)), "reference")
 
 

@@ -111,9 +111,7 @@ def select(
     return "reference"
 
 
-def _named(
-    op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any
-) -> str:
+def _named(op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any) -> str:
     if wanted == "reference":
         return wanted
     for kernel in kernels:
@@ -137,9 +135,7 @@ def _refuse(op: str, wanted: str, why: str, kernels: tuple[Kernel, ...]) -> NoRe
     )
 
 
-def _tell_reference(
-    op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype, call: Any
-) -> None:
+def _tell_reference(op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype, call: Any) -> None:
     reasons = [f"{k.backend}: {refusal(k, device_type, dtype, call) or 'not automatic'}" for k in kernels]
     why = "; ".join(reasons)
     if (op, why) not in _told:
@@ -182,7 +178,6 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     preference. Arguments are checked as in the call itself.
     """
     import jepa_kernels
-
     from jepa_kernels.ops import OPS
 
     if op not in OPS:

@@ -23,8 +23,31 @@ def _make(form: str, momentum: float, shadow: torch.dtype | None) -> Callable[[t
     return make
 
 
-CASES = tuple(
-    Case(f"{form}_{momentum}_{shadow}", _make(form, momentum, shadow), mutates=("target", "shadow"), keep=("target",))
-    for form in ("lerp", "ijepa", "vjepa2")
-    for momentum, shadow in ((0.996, None), (0.99925, torch.bfloat16), (0.0, torch.float16), (1.0, None))
+def _empty(generator: torch.Generator) -> dict[str, Any]:
+    return dict(target=[], online=[], momentum=0.5)
+
+
+def dynamic(generator: torch.Generator, size: int) -> dict[str, Any]:
+    def draw() -> list[torch.Tensor]:
+        return [torch.randn(16 + 8 * size, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
+
+    momentum = torch.tensor(0.996 + 0.0005 * size, dtype=torch.float32)
+    return dict(target=draw(), online=draw(), momentum=momentum)
+
+
+DIFFERENTIABLE = ()
+AUTOCAST = None
+CASES = (
+    *(
+        Case(
+            f"{form}_{momentum}_{shadow}",
+            _make(form, momentum, shadow),
+            mutates=("target", "shadow"),
+            keep=("target",),
+            strided=False,
+        )
+        for form in ("lerp", "ijepa", "vjepa2")
+        for momentum, shadow in ((0.996, None), (0.99925, torch.bfloat16), (0.0, torch.float16), (1.0, None))
+    ),
+    Case("empty", _empty, mutates=("target",), keep=("target",), strided=False),
 )

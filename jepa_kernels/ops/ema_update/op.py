@@ -76,37 +76,46 @@ def _parameters(argument: str, source: Sequence[Tensor] | nn.Module) -> tuple[li
 
 
 def _check_lists(names: list[str], target: list[Tensor], online: list[Tensor], shadow: Sequence[Tensor]) -> None:
-    for argument, tensors in (("online", online), ("shadow", shadow)):
-        if len(tensors) != len(target) and not (argument == "shadow" and not tensors):
-            fail(OP, argument, f"hold {len(target)} tensors", len(tensors), "pass one for each target, in order")
+    """Everything is checked before the first write, so that an error leaves every tensor as it was."""
+    if len(online) != len(target):
+        fail(OP, "online", f"hold {len(target)} tensors", len(online), "pass one for each target, in order")
+    if shadow and len(shadow) != len(target):
+        fail(OP, "shadow", f"hold {len(target)} tensors", len(shadow), "pass one for each target, in order")
+    device = target[0].device if target else None
     for i, (name, t, o) in enumerate(zip(names, target, online, strict=True)):
-        s = shadow[i] if shadow else None
-        if t.dtype != torch.float32 or o.dtype not in FLOATS or (s is not None and s.dtype not in FLOATS):
-            _refuse_dtype(name, t, o, s)
-        if t.shape != o.shape or (s is not None and s.shape != t.shape):
-            other = o if t.shape != o.shape else s
-            _refuse_pair(name, "have one shape", tuple(t.shape), tuple(other.shape))  # type: ignore[union-attr]
-        if t.device != o.device or t.device != target[0].device or (s is not None and s.device != t.device):
-            _refuse_pair(name, f"be on {target[0].device}", t.device, o.device)
-        if not (t.is_contiguous() and o.is_contiguous() and (s is None or s.is_contiguous())):
-            fail(OP, f"{name} with its online and shadow tensor", "be contiguous", f"strides {t.stride()} and {o.stride()}", "store parameters contiguously")  # fmt: skip
+        if t.dtype is not torch.float32:
+            _refuse_target(name, t)
+        _check_partner(name, "online", t, o, device)
+        if shadow:
+            _check_partner(name, "shadow", t, shadow[i], device)
 
 
-def _refuse_dtype(name: str, t: Tensor, o: Tensor, s: Tensor | None) -> NoReturn:
-    if t.dtype != torch.float32:
-        fail(OP, name, "be float32, since with momentum near 1 an update is below a smaller type's resolution", short(t.dtype), "keep an fp32 target and pass low-precision copies as shadow", TypeError)  # fmt: skip
-    bad = o if o.dtype not in FLOATS or s is None else s
-    fail(OP, f"the online or shadow tensor of {name}", "be float32, bfloat16 or float16", short(bad.dtype), "convert it", TypeError)  # fmt: skip
+def _refuse_target(name: str, t: Tensor) -> NoReturn:
+    why = "be float32 (with momentum near 1 an update lies below a smaller type's resolution)"
+    fail(OP, name, why, short(t.dtype), "keep an fp32 target and pass low-precision copies as shadow", TypeError)
 
 
-def _refuse_pair(name: str, requirement: str, t: Any, other: Any) -> NoReturn:
-    fail(OP, f"{name} and its counterparts", requirement, f"{t} and {other}", "pair the tensors in order")
+def _check_partner(name: str, role: str, t: Tensor, other: Tensor, device: torch.device | None) -> None:
+    if other.dtype not in FLOATS:
+        wanted = "be float32, bfloat16 or float16"
+        fail(OP, f"the {role} tensor of {name}", wanted, short(other.dtype), "convert it with .to(dtype)", TypeError)
+    if other.shape != t.shape:
+        wanted = f"have shape {tuple(t.shape)}"
+        fail(OP, f"the {role} tensor of {name}", wanted, tuple(other.shape), "pair the tensors in order")
+    if t.device != device or other.device != device:
+        wanted = f"be on {device}"
+        fail(OP, f"{name} and its {role} tensor", wanted, f"{t.device} and {other.device}", "move them")
+    if not (t.is_contiguous() and other.is_contiguous()):
+        strides = f"strides {t.stride()} and {other.stride()}"
+        fail(OP, f"{name} and its {role} tensor", "be contiguous", strides, "store parameters contiguously")
 
 
 def _check_momentum(momentum: float | Tensor) -> None:
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
-            fail(OP, "momentum", "be a float or a 0-dim float64 or float32 tensor", f"{short(momentum.dtype)} {tuple(momentum.shape)}", "use torch.tensor(m, dtype=torch.float64)", TypeError)  # fmt: skip
+            actual = f"{short(momentum.dtype)} {tuple(momentum.shape)}"
+            wanted = "be a float or a 0-dim float64 or float32 tensor"
+            fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)
         if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
             return
         momentum = float(momentum)
