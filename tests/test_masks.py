@@ -1,0 +1,166 @@
+"""MultiBlock2d: the published shapes, hand-checked cases, coverage, reproducibility, errors."""
+
+import numpy as np
+import pytest
+import torch
+
+from jepa_kernels.masks import MultiBlock2d
+from jepa_kernels.pairs import Pairs
+
+
+def rows(ids, lengths):
+    return np.split(ids.reshape(-1), np.cumsum(lengths)[:-1])
+
+
+@pytest.mark.parametrize(
+    "grid, batch, context, least, most, target, targets",
+    [
+        (16, 128, 68.2, 42, 99, 44.2, (35, 54)),
+        (28, 16, 271, 184, 360, 137.7, (108, 154)),
+        (14, 16, 60.6, 47, 82, 33.4, (30, 40)),
+    ],
+)
+def test_truncated_lengths_are_the_published_ones(grid, batch, context, least, most, target, targets):
+    sampler = MultiBlock2d(grid, truncate=True, seed=1)
+    masks = [sampler(batch) for _ in range(200)]
+    lengths = np.array([m.context_ids.shape[1] for m in masks])
+    sizes = np.array([m.target_ids.shape[1] for m in masks])
+    assert lengths.mean() == pytest.approx(context, rel=0.05)
+    assert least * 0.75 <= lengths.min() and lengths.max() <= most * 1.15
+    assert sizes.mean() == pytest.approx(target, rel=0.04)
+    assert (sizes.min(), sizes.max()) == targets
+
+
+def test_packed_lengths_are_the_published_ones():
+    sampler = MultiBlock2d(16, seed=1)
+    masks = [sampler(128) for _ in range(100)]
+    lengths = np.concatenate([m.context_lengths for m in masks])
+    assert lengths.mean() == pytest.approx(110, rel=0.03)
+    assert lengths.min() >= 35 and lengths.max() <= 185
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("grid", [16, (6, 9)])
+def test_rows_are_sorted_disjoint_and_rectangular_blocks(grid, truncate):
+    height, width = (grid, grid) if isinstance(grid, int) else grid
+    masks = MultiBlock2d(grid, truncate=truncate, min_keep=2)(8)
+    contexts = rows(masks.context_ids, masks.context_lengths)
+    targets = rows(masks.target_ids, masks.target_lengths)
+    assert (len(contexts), len(targets)) == (8, 4 * 8)
+    for s, target in enumerate(targets):
+        y, x = np.divmod(target, width)
+        block = (np.arange(y.min(), y.max() + 1)[:, None] * width + np.arange(x.min(), x.max() + 1)).ravel()
+        assert np.array_equal(target, block) and y.max() < height
+        assert not np.isin(contexts[s % 8], target).any()
+    for context in contexts:
+        assert (np.diff(context) > 0).all() and context.min() >= 0 and context.max() < height * width
+    assert masks.packed != truncate and masks.target_ids.dtype == np.int64
+
+
+def test_hand_checked_2_by_2():
+    # Blocks are 1 x 1 (a block is smaller than the grid): the target is one patch, the context another one.
+    sampler = MultiBlock2d(
+        2, num_targets=1, min_keep=0, target_scale=(0.25, 0.25), target_aspect_ratio=(1, 1)
+    )
+    masks = sampler(64)
+    assert masks.target_lengths.tolist() == [1] * 64 and masks.context_lengths.tolist() == [1] * 64
+    assert (masks.context_ids != masks.target_ids).all()
+    assert set(masks.target_ids) == {0, 1, 2, 3}
+
+
+def test_truncation_keeps_the_first_patches_in_raster_order():
+    full, cut = (MultiBlock2d(16, truncate=t)(16) for t in (False, True))
+    shortest = full.context_lengths.min()
+    for row, short in zip(rows(full.context_ids, full.context_lengths), cut.context_ids, strict=True):
+        assert np.array_equal(row[:shortest], short)
+    assert np.array_equal(full.target_ids, cut.target_ids.ravel())
+
+
+def test_every_patch_is_chosen_equally_often_on_opposite_sides():
+    sampler = MultiBlock2d(14)
+    context, target = np.zeros(196), np.zeros(196)
+    for _ in range(150):
+        masks = sampler(32)
+        context += np.bincount(masks.context_ids, minlength=196)
+        target += np.bincount(masks.target_ids, minlength=196)
+    for counts in (context.reshape(14, 14), target.reshape(14, 14)):
+        assert counts.min() > 0
+        edges = [counts[0].sum(), counts[-1].sum(), counts[:, 0].sum(), counts[:, -1].sum()]
+        assert max(edges) < 1.15 * min(edges)
+
+
+def test_targets_are_respected_unless_too_few_patches_remain():
+    # The targets leave at most 7 of 16 patches: they are given up, the last first, until 8 remain.
+    scales = {"target_scale": (0.75, 0.8), "context_scale": (0.6, 0.6)}
+    masks = MultiBlock2d(4, target_aspect_ratio=(1, 1), min_keep=7, **scales)(16)
+    assert (masks.context_lengths > 7).all()
+    overlap = [np.isin(c, masks.target_ids).any() for c in rows(masks.context_ids, masks.context_lengths)]
+    assert all(overlap)
+
+
+def test_masks_depend_on_seed_and_step_alone():
+    first, again, other = MultiBlock2d(14, seed=3), MultiBlock2d(14, seed=3), MultiBlock2d(14, seed=4)
+    a = [first(4).context_ids for _ in range(3)]
+    again.step = 2
+    assert np.array_equal(a[2], again(4).context_ids)
+    assert np.array_equal(a[1], first(4, step=1).context_ids) and first.step == 3
+    assert not np.array_equal(a[0], other(4).context_ids)
+
+
+class Collate:
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __call__(self, samples):
+        return self.sampler(len(samples))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_number_of_workers_does_not_change_the_masks(workers):
+    loader = torch.utils.data.DataLoader(
+        range(10), batch_size=2, num_workers=workers, collate_fn=Collate(MultiBlock2d(14))
+    )
+    for step, masks in enumerate(loader):
+        assert np.array_equal(masks.context_ids, MultiBlock2d(14)(2, step=step).context_ids)
+
+
+def test_to_gives_ids_packings_and_pairs():
+    host = MultiBlock2d(14)(3)
+    masks = host.to("cpu")
+    assert masks.context_packing.lengths == tuple(host.context_lengths)
+    assert masks.target_packing.lengths == tuple(host.target_lengths)
+    assert torch.equal(masks.target_ids, torch.from_numpy(host.target_ids))
+    expected = [c + t for c, t in zip(list(host.context_lengths) * 4, host.target_lengths, strict=True)]
+    assert list(masks.pairs.packing.lengths) == expected
+    cut = MultiBlock2d(14, truncate=True)(3).to("cpu")
+    assert cut.context_ids.shape[0] == 3 and cut.target_ids.shape[0] == 12 and cut.pairs is None
+
+
+def test_pairs_by_hand():
+    pairs = Pairs.from_lengths([2, 1], [1, 2, 0, 1])  # c0 c0 t | c1 t t | c0 c0 | c1 t
+    assert pairs.packing.lengths == (3, 3, 2, 2)
+    assert pairs.context_rows.tolist() == [[0, 1, 3], [6, 7, 8]]
+    assert pairs.target_rows.tolist() == [2, 4, 5, 9]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"grid": 1}, r"MultiBlock2d: grid must have at least 2 patches per side, got \(1, 1\); "),
+        ({"target_scale": (0.3, 0.2)}, r"target_scale must satisfy 0 < least <= most <= 1, got \(0.3"),
+        ({"context_scale": (0.5, 1.5)}, r"context_scale must satisfy 0 < least <= most <= 1, got \(0.5"),
+        ({"target_aspect_ratio": (0, 1)}, r"target_aspect_ratio must satisfy 0 < least <= most <= inf, got"),
+        ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
+        ({"grid": 3}, "min_keep must be less than the smallest context block, 2 x 2 patches, got 10; "),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MultiBlock2d(**{"grid": 14, **arguments})
+
+
+def test_batch_and_pairs_errors():
+    with pytest.raises(ValueError, match="MultiBlock2d: batch must be at least 1, got 0"):
+        MultiBlock2d(14)(0)
+    with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 2 contexts in num"):
+        Pairs.from_lengths([1, 2], [1, 2, 3])
