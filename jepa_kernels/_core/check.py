@@ -25,10 +25,13 @@ def check_tensor(
     x: Any,
     shape: str,
     *,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.float64),
     device: torch.device | None = None,
 ) -> None:
-    """A strided tensor of as many dimensions as `shape` has letters (`"B N E"`), of one of `dtypes`, on `device`."""
+    """A strided tensor of as many dimensions as `shape` has letters (`"B N E"`), of one of `dtypes`, on `device`.
+
+    float64 passes: no kernel takes it, the reference does (the exact side of every parity check).
+    """
     if not isinstance(x, Tensor):
         fail(op, argument, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if type(x) is not Tensor and hasattr(x, "to_local"):
