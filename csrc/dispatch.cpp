@@ -27,10 +27,14 @@ Isa isa() { return current().load(std::memory_order_relaxed); }
 
 const char* isa_name(Isa level) {
   switch (level) {
-  case Isa::avx2: return "avx2";
-  case Isa::avx512: return "avx512";
-  case Isa::avx512_bf16: return "avx512_bf16";
-  default: return "none";
+  case Isa::avx2:
+    return "avx2";
+  case Isa::avx512:
+    return "avx512";
+  case Isa::avx512_bf16:
+    return "avx512_bf16";
+  default:
+    return "none";
   }
 }
 
@@ -52,10 +56,14 @@ bool set_isa(const char* name) {
 #define JEPA_DISPATCH(kernel, Params)                                                                        \
   void jepa::kernel(const Params& params) {                                                                  \
     switch (isa()) {                                                                                         \
-    case Isa::avx512_bf16: return avx512_bf16::kernel(params);                                               \
-    case Isa::avx512: return avx512::kernel(params);                                                         \
-    case Isa::avx2: return avx2::kernel(params);                                                             \
-    default: throw std::runtime_error(#kernel " must run on a processor with AVX2 and FMA");                \
+    case Isa::avx512_bf16:                                                                                   \
+      return avx512_bf16::kernel(params);                                                                    \
+    case Isa::avx512:                                                                                        \
+      return avx512::kernel(params);                                                                         \
+    case Isa::avx2:                                                                                          \
+      return avx2::kernel(params);                                                                           \
+    default:                                                                                                 \
+      throw std::runtime_error(#kernel " must run on a processor with AVX2 and FMA");                        \
     }                                                                                                        \
   }
 

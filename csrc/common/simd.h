@@ -106,7 +106,9 @@ static inline vf load(const bf16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
 }
-static inline vf load(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline vf load(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 static inline vf load(const float* p, int n) { return _mm256_maskload_ps(p, lanes(n)); }
 // AVX2 has no masked 16-bit access: partial rows go through the stack.
 template <class T> static inline vf load(const T* p, int n) {
@@ -136,7 +138,8 @@ template <class T> static inline void store(T* p, vf x, int n) {
 }
 
 static inline vf scale2(vf x, __m256i exponent) {
-  return mul(x, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)));
+  return mul(x,
+             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)));
 }
 
 #endif

@@ -75,7 +75,8 @@ struct Tensor {
     return t;
   }
 
-  // Allocated by torch, on this tensor's device, through the Python method (so poisoned memory reaches us too).
+  // Allocated by torch, on this tensor's device, through the Python method (so poisoned memory reaches us
+  // too).
   Tensor new_empty(std::initializer_list<int64_t> shape, std::optional<DType> type = {}) const {
     return allocate("new_empty", shape, type);
   }
@@ -105,9 +106,7 @@ template <> struct type_caster<jepa::Tensor> {
     value = jepa::Tensor::from(source);
     return true;
   }
-  static handle cast(const jepa::Tensor& t, return_value_policy, handle) {
-    return object(t.obj).release();
-  }
+  static handle cast(const jepa::Tensor& t, return_value_policy, handle) { return object(t.obj).release(); }
 };
 
 } // namespace pybind11::detail

@@ -28,11 +28,11 @@ static double value_of(const Tensor& momentum) {
   return momentum.dtype == DType::f64 ? *momentum.data<double>() : *momentum.data<float>();
 }
 
-static void forward_cpu(const Tensors& target, const Tensors& online, const Tensors& shadow, const Tensor& momentum,
-                        const std::string& form) {
+static void forward_cpu(const Tensors& target, const Tensors& online, const Tensors& shadow,
+                        const Tensor& momentum, const std::string& form) {
   const std::vector<EmaTensor> rows = table(target, online, shadow);
-  const EmaUpdateParams params{rows.data(), static_cast<int64_t>(rows.size()), value_of(momentum), form_of(form),
-                               torch_threads()};
+  const EmaUpdateParams params{rows.data(), static_cast<int64_t>(rows.size()), value_of(momentum),
+                               form_of(form), torch_threads()};
   py::gil_scoped_release nogil;
   ema_update_cpu(params);
 }

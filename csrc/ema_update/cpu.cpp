@@ -45,9 +45,12 @@ static void update_online(const EmaTensor& t, int64_t begin, int64_t n, Factors 
 
 template <EmaForm form> static void update(const EmaTensor& t, int64_t begin, int64_t n, Factors f) {
   switch (t.online_dtype) {
-  case DType::bf16: return update_online<form, bf16>(t, begin, n, f);
-  case DType::f16: return update_online<form, f16>(t, begin, n, f);
-  default: return update_online<form, float>(t, begin, n, f);
+  case DType::bf16:
+    return update_online<form, bf16>(t, begin, n, f);
+  case DType::f16:
+    return update_online<form, f16>(t, begin, n, f);
+  default:
+    return update_online<form, float>(t, begin, n, f);
   }
 }
 
@@ -67,9 +70,15 @@ void ema_update_cpu(const EmaUpdateParams& p) {
       const int64_t to = end - start < t.numel ? end - start : t.numel;
       if (from >= to) continue;
       switch (p.form) {
-      case EmaForm::lerp: update<EmaForm::lerp>(t, from, to - from, f); break;
-      case EmaForm::ijepa: update<EmaForm::ijepa>(t, from, to - from, f); break;
-      case EmaForm::vjepa2: update<EmaForm::vjepa2>(t, from, to - from, f); break;
+      case EmaForm::lerp:
+        update<EmaForm::lerp>(t, from, to - from, f);
+        break;
+      case EmaForm::ijepa:
+        update<EmaForm::ijepa>(t, from, to - from, f);
+        break;
+      case EmaForm::vjepa2:
+        update<EmaForm::vjepa2>(t, from, to - from, f);
+        break;
       }
     }
   });

@@ -66,6 +66,7 @@ def ema_update(
 
 def _parameters(argument: str, source: Sequence[Tensor] | nn.Module) -> tuple[list[str], list[Tensor]]:
     """Names and tensors; a DTensor counts as its local shard, which is exact for an elementwise update."""
+    tensors: list[Tensor]
     if isinstance(source, nn.Module):
         named = dict(source.named_parameters())
         names, tensors = list(named), list(named.values())

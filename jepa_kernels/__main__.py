@@ -1,0 +1,62 @@
+"""Command line: `python -m jepa_kernels {info,explain,train}`."""
+
+import argparse
+import importlib
+import json
+import sys
+
+import torch
+
+import jepa_kernels
+from jepa_kernels.ops import OPS
+from jepa_kernels.testing import DTYPES, cast, op_module
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (2: the call's words are off)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return importlib.import_module("jepa_kernels.train").main(argv[1:])
+    options = _parser().parse_args(argv)
+    return options.run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jepa_kernels", description=jepa_kernels.__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="{info,explain,train}")
+    verb = verbs.add_parser("info", help="what this machine and build can run: paste it into a bug report")
+    verb.add_argument("--json", action="store_true")
+    verb.set_defaults(run=_info)
+    verb = verbs.add_parser("explain", help="which backend an op takes for a typical call, and why not the others")
+    verb.add_argument("op", choices=OPS)
+    verb.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], default="float32")
+    verb.add_argument("--device", default="cpu")
+    verb.set_defaults(run=_explain)
+    verbs.add_parser("train", help="train a model: `train ijepa`, or a YAML file; see `train --help`")
+    return parser
+
+
+def _info(options: argparse.Namespace) -> int:
+    report = jepa_kernels.info()
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    ops, _ = report.pop("ops"), report.pop("dtypes")
+    for key, value in report.items():
+        print(f"{key:<14}{value}")
+    for op, backends in ops.items():  # type: ignore[attr-defined]
+        print(f"\n{op}")
+        for backend, why in {**backends, "reference": None}.items():
+            print(f"  {backend:<12}{why or 'ready'}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    case = op_module(options.op, "cases").CASES[0]
+    drawn = case.make(torch.Generator().manual_seed(0))
+    print(jepa_kernels.explain(options.op, **cast(drawn, getattr(torch, options.dtype), options.device, case.keep)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

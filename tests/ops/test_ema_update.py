@@ -1,0 +1,131 @@
+"""ema_update: published roundings bit for bit, every tensor size, and errors before the first write."""
+
+import pytest
+import torch
+from torch import nn
+
+import jepa_kernels as jk
+from jepa_kernels import _C
+
+LEVELS = [level for level in ("avx2", "avx512", "avx512_bf16") if _C.set_isa(level)]
+_C.set_isa("best")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa("best")
+
+
+def tensors(seed, sizes=(1, 3, 0, 1000, 70_001)):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=g) for n in sizes]
+
+
+def test_by_hand():
+    target = [torch.tensor([1.0, 2.0]), torch.tensor(4.0)]
+    jk.ema_update(target, [torch.tensor([3.0, 0.0]), torch.tensor(8.0)], 0.75)
+    assert target[0].tolist() == [1.5, 1.5] and target[1].item() == 5.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 0.99925, 1.0])
+def test_ijepa_form_has_the_bits_of_the_published_loop(level, momentum):
+    target, online, ours = tensors(0), tensors(1), tensors(0)
+    for k, q in zip(target, online, strict=True):
+        k.mul_(momentum).add_((1.0 - momentum) * q)
+    jk.ema_update(ours, online, momentum, form="ijepa", backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(ours, target, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 0.99925, 1.0])
+def test_vjepa2_form_has_the_bits_of_the_published_loop(level, momentum):
+    target, online, ours = tensors(0), tensors(1), tensors(0)
+    torch._foreach_mul_(target, momentum)
+    torch._foreach_add_(target, online, alpha=1 - momentum)
+    jk.ema_update(ours, online, momentum, form="vjepa2", backend="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(ours, target, strict=True))
+
+
+def test_the_published_forms_differ_from_each_other():
+    results = {}
+    for form in ("ijepa", "vjepa2"):
+        results[form] = tensors(0)
+        jk.ema_update(results[form], tensors(1), 0.99925, form=form)
+    different = (results["ijepa"][-1] != results["vjepa2"][-1]).float().mean()
+    assert 1e-5 < different < 0.05
+
+
+def test_momentum_as_fp64_tensor_has_a_floats_bits():
+    a, b = tensors(0), tensors(0)
+    jk.ema_update(a, tensors(1), 0.99925)
+    jk.ema_update(b, tensors(1), torch.tensor(0.99925, dtype=torch.float64))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_shadow_is_the_rounded_target(level, dtype):
+    target = tensors(0)
+    shadow = [torch.full_like(t, float("nan"), dtype=dtype) for t in target]
+    jk.ema_update(target, tensors(1), 0.9, shadow=shadow)
+    assert all(torch.equal(s, t.to(dtype)) for s, t in zip(shadow, target, strict=True))
+
+
+def test_memory_beyond_a_tensor_stays_as_it_is(level):
+    whole = torch.full((64,), 7.0)
+    jk.ema_update([whole[5:18]], [torch.zeros(13)], 0.5)
+    assert whole[5:18].eq(3.5).all() and whole[:5].eq(7).all() and whole[18:].eq(7).all()
+
+
+def test_modules_and_lists_agree():
+    online, a, b = (nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)) for _ in range(3))
+    b.load_state_dict(a.state_dict())
+    jk.ema_update(a, online, 0.9)
+    jk.ema_update(list(b.parameters()), list(online.parameters()), 0.9)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_lerp_after_many_steps_stays_near_fp64():
+    target, online = torch.zeros(100), torch.ones(100)
+    for _ in range(1000):
+        jk.ema_update([target], [online], 0.996)
+    assert abs(target[0].item() - (1 - 0.996**1000)) < 1e-5
+
+
+ONE = torch.zeros(3)
+BAD = [
+    (dict(online=[]), ValueError, "online must hold 2 tensors, got 0; pass one for each target"),
+    (dict(shadow=[ONE]), ValueError, "shadow must hold 2 tensors, got 1"),
+    (
+        dict(online=[ONE, torch.zeros(4)]),
+        ValueError,
+        r"the online tensor of target\[1\] must have shape \(3,\), got \(4,",
+    ),
+    (
+        dict(target=[ONE, ONE.bfloat16()]),
+        TypeError,
+        r"target\[1\] must be float32 \(with momentum near 1.+\), got bfloat16",
+    ),
+    (dict(online=[ONE, ONE.int()]), TypeError, r"the online tensor of target\[1\] must be float32, .+, got int32"),
+    (dict(shadow=[ONE, ONE.double()]), TypeError, r"the shadow tensor of target\[1\] must be float32, .+, got float64"),
+    (dict(online=[ONE, torch.zeros(6)[::2]]), ValueError, r"target\[1\] and its online tensor must be contiguous, got"),
+    (
+        dict(online=[ONE, ONE.to("meta")]),
+        ValueError,
+        r"target\[1\] and its online tensor must be on cpu, got cpu and meta",
+    ),
+    (dict(momentum=1.5), ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
+    (dict(momentum=float("nan")), ValueError, r"momentum must lie in \[0, 1\], got nan"),
+    (dict(momentum=torch.ones(2)), TypeError, "momentum must be a float or a 0-dim float64"),
+    (dict(form="fast"), ValueError, "form must be one of lerp, ijepa, vjepa2, got 'fast'"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[m[:40] for *_, m in BAD])
+def test_bad_input_is_named_and_changes_nothing(change, error, message):
+    call = dict(target=[torch.ones(3), torch.ones(3)], online=[torch.zeros(3), torch.zeros(3)], momentum=0.5)
+    call.update(change)
+    before = [t.clone() for t in call["target"]]
+    with pytest.raises(error, match="ema_update: " + message):
+        jk.ema_update(**call)
+    assert all(torch.equal(a, b) for a, b in zip(before, call["target"], strict=True))

@@ -1,0 +1,64 @@
+"""The compiled module: instruction sets kept apart, no torch symbol inside, ids checked."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from jepa_kernels import _C
+
+ROOT = Path(__file__).parents[1]
+LEVELS = ("avx2", "avx512", "avx512_bf16")
+
+
+def symbols(path: Path) -> list[tuple[str, str]]:
+    """(kind, demangled name) of every defined symbol."""
+    if shutil.which("nm") is None:
+        pytest.skip("binutils' nm is not installed")
+    out = subprocess.run(["nm", "-C", "--defined-only", path], check=True, capture_output=True, text=True).stdout
+    return [tuple(line.split(maxsplit=2)[1:]) for line in out.splitlines() if len(line.split(maxsplit=2)) == 3]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_instruction_set_shares_no_function_with_another(level):
+    objects = sorted((ROOT / "build").rglob(f"jepa_{level}.dir/**/*.o"))
+    if not objects:
+        pytest.skip("the object files of the build are not here (installed from a wheel)")
+    for path in objects:
+        # Weak (W, V) symbols are those the linker may merge with another level's copy.
+        loose = [name for kind, name in symbols(path) if kind in "WV" and f"jepa::{level}::" not in name]
+        assert not loose, f"{path.name}: {loose}"
+
+
+def test_the_module_holds_no_torch_symbol_and_needs_no_torch_library():
+    assert not [name for _, name in symbols(Path(_C.__file__)) if re.search(r"\b(c10|at|torch)::", name)]
+    needed = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"NEEDED.*(torch|c10|cuda)", needed)
+
+
+def test_isa_levels_can_be_chosen_and_restored():
+    best = _C.isa()
+    assert best in LEVELS and _C.set_isa("avx2") and _C.isa() == "avx2"
+    assert not _C.set_isa("sse2") and _C.isa() == "avx2"
+    assert _C.set_isa("best") and _C.isa() == best
+
+
+def test_first_bad_id():
+    ids = torch.tensor([[0, 3, 7], [1, 2, 9]])
+    assert _C.first_bad_id(ids, 10) == -1
+    assert _C.first_bad_id(ids, 9) == 5
+    assert _C.first_bad_id(torch.tensor([[0, 3, 3]]), 9) == 2
+    assert _C.first_bad_id(torch.tensor([[2, -1, 3]]), 9) == 1
+    packed, cu = torch.tensor([5, 6, 1, 2, 99]), torch.tensor([0, 2, 2, 4], dtype=torch.int32)
+    assert _C.first_bad_id(packed, 7, cu) == -1, "rows past the last sequence are not read"
+    assert _C.first_bad_id(packed, 6, cu) == 1
+
+
+def test_cuda_says_why_it_can_not_run():
+    if torch.cuda.is_available() and _C.build_info()["cuda"]:
+        assert _C.cuda_reason() == ""
+    else:
+        assert re.search("no usable CUDA driver|no CUDA device|JEPA_CUDA=1", _C.cuda_reason())

@@ -1,0 +1,93 @@
+"""The floors of the architecture: who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "jepa_kernels"
+FREE = {"numpy"}  # besides the standard library and torch
+FLOORS = {"_core": 1, "packing": 1, "ops": 2, "nn": 3, "masks": 3, "models": 4}  # everything else: 5
+
+
+def floor(module: str) -> int:
+    return FLOORS.get(module.split(".")[1], 5) if "." in module else 5
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(p for folder in folders for p in (PACKAGE / folder).rglob("*.py"))
+
+
+each_source = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+
+
+@each_source
+def test_a_module_imports_no_higher_floor(path):
+    name = module_name(path)
+    if name in ("jepa_kernels", "jepa_kernels.testing"):
+        return
+    for imported in imports(path, top_level_only=True):
+        if imported.startswith("jepa_kernels."):
+            assert floor(imported) <= floor(name), f"{name} (floor {floor(name)}) imports {imported}"
+
+
+@pytest.mark.parametrize("path", sources("ops"), ids=module_name)
+def test_ops_do_not_import_each_other(path):
+    op = path.relative_to(PACKAGE / "ops").parts[0]
+    for imported in imports(path):
+        if imported.startswith("jepa_kernels.ops."):
+            assert imported.split(".")[2] == op, f"{path.name} of {op} imports {imported}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*/reference.py")), ids=module_name)
+def test_references_are_plain_pytorch(path):
+    allowed = {"torch", "jepa_kernels.packing"}
+    for imported in imports(path):
+        root = imported.split(".")[0]
+        assert imported in allowed or root in ("torch", "math", "collections", "typing"), imported
+
+
+@pytest.mark.parametrize("path", sources("_core"), ids=module_name)
+def test_core_knows_no_op_by_name(path):
+    from jepa_kernels.ops import OPS
+
+    assert not [op for op in OPS if f'"{op}"' in path.read_text().replace('explain("masked_attention"', "")]
+
+
+def test_core_stays_small():
+    assert sum(len(p.read_text().splitlines()) for p in sources("_core")) < 700
+
+
+@pytest.mark.parametrize("path", sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]))
+def test_tests_and_benchmarks_call_no_kernel_function(path):
+    for imported in imports(path):
+        parts = imported.split(".")
+        private = parts[:2] == ["jepa_kernels", "ops"] and len(parts) > 3 and parts[3] in ("triton", "cpu")
+        assert not private or "kernels" in path.parts, f"{path.name} imports {imported}"
+
+
+def test_import_needs_torch_alone():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "triton.py" and "ops" in path.parts:
+            continue  # loaded on first use of that backend
+        for imported in imports(path, top_level_only=True):
+            root = imported.split(".")[0]
+            known = root in ("torch", "jepa_kernels", *FREE) or root in __import__("sys").stdlib_module_names
+            assert known or root == "", f"{module_name(path)} imports {imported} at its top"

@@ -1,0 +1,114 @@
+"""Packing against hand-written layouts."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from jepa_kernels import Packing, pack
+
+
+def test_layout_by_hand():
+    p = Packing.from_lengths([2, 0, 3])
+    assert p.cu_seqlens.tolist() == [0, 2, 2, 5] and p.cu_seqlens.dtype == torch.int32
+    assert (p.tokens, p.max_seqlen, p.pairs, p.sequences, p.lengths) == (5, 3, 13, 3, (2, 0, 3))
+    assert p.sequence_of_token().tolist() == [0, 0, 2, 2, 2]
+    assert p.dense_mask().int().tolist() == [
+        [1, 1, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+    ]
+
+
+def test_tiles_hold_every_block_once_longest_sequence_first():
+    p = Packing.from_lengths([10, 200, 0, 64])
+    assert p.tiles.tolist() == [[1, 0], [1, 1], [1, 2], [1, 3], [3, 0], [0, 0], [-1, -1], [-1, -1]]
+    assert len(p.tiles) == p.tokens // 64 + 4
+
+
+def test_pad_and_unpad_are_inverse_and_differentiable():
+    p = Packing.from_lengths([2, 0, 3])
+    x = torch.arange(10.0).view(5, 2).requires_grad_()
+    padded = p.pad(x, value=-1.0)
+    assert padded[:, :, 0].tolist() == [[0, 2, -1], [-1, -1, -1], [4, 6, 8]]
+    assert torch.equal(p.unpad(padded), x)
+    weights = torch.randn(5, 2)
+    assert torch.equal(torch.autograd.grad(p.unpad(p.pad(x)), x, weights)[0], weights)
+
+
+def test_split_pack_and_nested_agree():
+    parts = [torch.randn(n, 4) for n in (3, 1, 0, 2)]
+    x, p = pack(parts)
+    assert all(torch.equal(a, b) for a, b in zip(p.split(x), parts, strict=True))
+    nested = p.to_nested(x)
+    assert all(torch.equal(a, b) for a, b in zip(nested.unbind(), parts, strict=True))
+
+
+def test_from_ids_and_from_mask_agree():
+    keep = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]).bool()
+    ids, p = Packing.from_mask(keep)
+    assert ids.tolist() == [0, 2, 3, 1] and p.lengths == (3, 0, 1)
+    again, q = Packing.from_ids([torch.tensor([0, 2, 3]), torch.tensor([], dtype=torch.long), torch.tensor([1])])
+    assert torch.equal(ids, again) and torch.equal(p.cu_seqlens, q.cu_seqlens)
+
+
+def test_padded_keeps_the_sequences_in_a_bigger_shape():
+    p = Packing.from_lengths([2, 3]).padded(8, 4, 5)
+    assert p.cu_seqlens.tolist() == [0, 2, 5, 5, 5] and (p.tokens, p.max_seqlen) == (8, 5)
+    assert p.sequence_of_token().tolist() == [0, 0, 1, 1, 1, 4, 4, 4]
+    assert not p.dense_mask()[5:].any()
+    x = torch.ones(8, 1)
+    assert p.unpad(p.pad(x)).flatten().tolist() == [1] * 5 + [0] * 3
+    assert [len(s) for s in p.split(x)] == [2, 3, 0, 0]
+
+
+def test_block_mask_is_the_dense_mask():
+    p = Packing.from_lengths([100, 30])
+    blocks = p.block_mask()
+    assert blocks.kv_num_blocks.sum() + blocks.full_kv_num_blocks.sum() >= 1
+    from torch.nn.attention.flex_attention import create_mask
+
+    dense = create_mask(blocks.mask_mod, None, None, 130, 130, device="cpu")
+    assert torch.equal(dense[0, 0], p.dense_mask())
+
+
+def test_is_a_pytree_and_immutable():
+    p = Packing.from_lengths([2, 3])
+    leaves, spec = pytree.tree_flatten(p)
+    q = pytree.tree_unflatten(leaves, spec)
+    assert q.lengths == p.lengths and torch.equal(q.tiles, p.tiles)
+    with pytest.raises(AttributeError, match="Packing: tokens must stay as it is, got an assignment; build a new"):
+        p.tokens = 3
+
+
+def test_no_sequences_and_many():
+    assert Packing.from_lengths([]).cu_seqlens.tolist() == [0]
+    p = Packing.uniform(100_000, 1)
+    assert p.tokens == 100_000 and (p.tiles[:, 0] >= 0).sum() == 100_000
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: Packing.from_lengths([3, -1]), ValueError, "Packing: lengths must be at least 0, got -1; count"),
+        (
+            lambda: Packing.from_lengths([2**31]),
+            ValueError,
+            "Packing: lengths must sum to less than 2.31, got .+; split",
+        ),
+        (
+            lambda: Packing.from_mask(torch.ones(2, 3)),
+            ValueError,
+            r"Packing: keep must be bool \[B, N\], got .+float32",
+        ),
+        (lambda: Packing.from_lengths([2]).padded(1, 1, 2), ValueError, "Packing: tokens must be at least 2, got 1"),
+        (lambda: Packing.from_lengths([2]).split(torch.ones(3)), ValueError, "Packing: x must have 2 tokens, got 3"),
+        (lambda: Packing.from_lengths([2]).unpad(torch.ones(1, 3)), ValueError, r"Packing: x must start with \[1, 2\]"),
+        (lambda: pack([]), ValueError, "pack: tensors must hold at least one tensor, got none"),
+        (lambda: pack([torch.ones(2, 3), torch.ones(2, 4)]), ValueError, "pack: tensors must agree in all but"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
