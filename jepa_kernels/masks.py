@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.utils.data
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
@@ -156,7 +156,7 @@ class MultiBlock2d:
         )
 
     def _next_step(self) -> int:
-        worker = get_worker_info()
+        worker = torch.utils.data.get_worker_info()
         step = self.step if worker is None else self.step + worker.id
         self.step += 1 if worker is None else worker.num_workers
         return step
