@@ -56,8 +56,7 @@ class MaskBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Masks:
         """Copy to `device`: ids and, when packed, the Packings that every layer and both passes share."""
         context_ids, target_ids = (
-            torch.from_numpy(ids).to(device, non_blocking=non_blocking)
-            for ids in (self.context_ids, self.target_ids)
+            torch.from_numpy(ids).to(device, non_blocking=non_blocking) for ids in (self.context_ids, self.target_ids)
         )
         if not self.packed:
             return Masks(self.batch, context_ids, target_ids)
@@ -151,9 +150,7 @@ class MultiBlock2d:
         context_ids, target_ids = np.nonzero(context)[1], self._block_ids(corners, size)
         target_lengths = np.full(len(target_ids), size[0] * size[1])
         shapes = ((batch, -1), target_ids.shape) if self.truncate else ((-1,), (-1,))
-        return MaskBatch(
-            batch, context_ids.reshape(shapes[0]), lengths, target_ids.reshape(shapes[1]), target_lengths
-        )
+        return MaskBatch(batch, context_ids.reshape(shapes[0]), lengths, target_ids.reshape(shapes[1]), target_lengths)
 
     def _next_step(self) -> int:
         worker = torch.utils.data.get_worker_info()

@@ -59,9 +59,7 @@ def test_rows_are_sorted_disjoint_and_rectangular_blocks(grid, truncate):
 
 def test_hand_checked_2_by_2():
     # Blocks are 1 x 1 (a block is smaller than the grid): the target is one patch, the context another one.
-    sampler = MultiBlock2d(
-        2, num_targets=1, min_keep=0, target_scale=(0.25, 0.25), target_aspect_ratio=(1, 1)
-    )
+    sampler = MultiBlock2d(2, num_targets=1, min_keep=0, target_scale=(0.25, 0.25), target_aspect_ratio=(1, 1))
     masks = sampler(64)
     assert masks.target_lengths.tolist() == [1] * 64 and masks.context_lengths.tolist() == [1] * 64
     assert (masks.context_ids != masks.target_ids).all()

@@ -34,8 +34,8 @@ class BackendWarning(UserWarning):
 class Kernel:
     """One row of an op's table: where it runs, for which dtypes, and its limits.
 
-    `limit` gets the op's call description and returns the reason it can't run it, or None.
-    `automatic` False: only taken when named.
+    `limit` gets the op's description of the call and returns the reason why this row can't run it, or None.
+    `automatic` likewise returns the reason why it is taken only when named.
     """
 
     backend: str
@@ -55,6 +55,7 @@ class Explained(Exception):
 _override: dict[str, str] = {}
 _environment = os.environ.get("JEPA_KERNELS_BACKEND")
 _availability: dict[tuple[str, str], str | None] = {}
+_ready: dict[tuple[str, str, torch.dtype], tuple[Kernel, ...]] = {}
 _told: set[tuple[str, str]] = set()
 _explaining: list[bool] = []
 
@@ -72,14 +73,17 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return _availability[key]
 
 
+def _static_refusal(kernel: Kernel, device_type: str, dtype: torch.dtype) -> str | None:
+    why = unavailable(kernel.backend, device_type)
+    if why is None and dtype not in kernel.dtypes:
+        why = f"takes {', '.join(short(d) for d in kernel.dtypes)}, got {short(dtype)}"
+    return why
+
+
 def refusal(kernel: Kernel, device_type: str, dtype: torch.dtype, call: Any) -> str | None:
     """Why this row can't run the call; None where it can."""
-    why = unavailable(kernel.backend, device_type)
-    if why is not None:
-        return why
-    if dtype not in kernel.dtypes:
-        return f"takes {', '.join(short(d) for d in kernel.dtypes)}, got {short(dtype)}"
-    return kernel.limit(call) if kernel.limit is not None else None
+    why = _static_refusal(kernel, device_type, dtype)
+    return kernel.limit(call) if why is None and kernel.limit is not None else why
 
 
 def select(
@@ -98,14 +102,18 @@ def select(
         raise Explained([*rows, ("reference", None)], wanted)
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
-    for kernel in kernels:
-        if refusal(kernel, device_type, dtype, call) is None and (
-            kernel.automatic is None or kernel.automatic(call) is None
-        ):
-            if not torch.compiler.is_compiling() and (op, kernel.backend) not in _told:
-                _told.add((op, kernel.backend))
-                log.info("%s: %s", op, kernel.backend)
-            return kernel.backend
+    key = (op, device_type, dtype)
+    if key not in _ready:  # availability does not change within a process: only limits are asked on every call
+        _ready[key] = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
+    for kernel in _ready[key]:
+        if kernel.limit is not None and kernel.limit(call) is not None:
+            continue
+        if kernel.automatic is not None and kernel.automatic(call) is not None:
+            continue
+        if (op, kernel.backend) not in _told and not torch.compiler.is_compiling():
+            _told.add((op, kernel.backend))
+            log.info("%s: %s", op, kernel.backend)
+        return kernel.backend
     if not torch.compiler.is_compiling():
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"

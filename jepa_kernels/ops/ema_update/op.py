@@ -12,6 +12,7 @@ from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.ema_update import reference
 
 OP = "ema_update"
+PLAIN = (Tensor, nn.Parameter)
 FORMS = ("lerp", "ijepa", "vjepa2")
 
 KERNELS = (
@@ -47,10 +48,9 @@ def ema_update(
     No gradient. Raises ValueError and TypeError for lists that do not match, before the first write.
     Source: I-JEPA (arXiv:2301.08243) section 3, V-JEPA 2 (arXiv:2506.09985) section 2.
     """
-    names, target = _parameters("target", target)
-    _, online = _parameters("online", online)
+    source, target, online = target, _tensors(target), _tensors(online)
     shadow = () if shadow is None else list(shadow)
-    _check_lists(names, target, online, shadow)
+    _check_lists(source, target, online, shadow)
     _check_momentum(momentum)
     if form not in FORMS:
         fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
@@ -61,34 +61,41 @@ def ema_update(
         return reference.forward(target, online, momentum, shadow=shadow, form=form)
     if not isinstance(momentum, Tensor):
         momentum = torch.tensor(momentum, dtype=torch.float64)
-    _forward(target, online, shadow, momentum, form, chosen)
+    with torch.no_grad():  # parameters are leaves
+        _forward(target, online, shadow, momentum, form, chosen)
 
 
-def _parameters(argument: str, source: Sequence[Tensor] | nn.Module) -> tuple[list[str], list[Tensor]]:
-    """Names and tensors; a DTensor counts as its local shard, which is exact for an elementwise update."""
-    tensors: list[Tensor]
-    if isinstance(source, nn.Module):
-        named = dict(source.named_parameters())
-        names, tensors = list(named), list(named.values())
-    else:
-        tensors = list(source)
-        names = [f"{argument}[{i}]" for i in range(len(tensors))]
-    return names, [getattr(t, "_local_tensor", t).detach() for t in tensors]
+def _tensors(source: Sequence[Tensor] | nn.Module) -> list[Tensor]:
+    """A module's parameters, or the list; a DTensor counts as its local shard: exact for an elementwise update."""
+    tensors = source.parameters() if isinstance(source, nn.Module) else source
+    return [t if type(t) in PLAIN else getattr(t, "_local_tensor", t) for t in tensors]
 
 
-def _check_lists(names: list[str], target: list[Tensor], online: list[Tensor], shadow: Sequence[Tensor]) -> None:
+def _name(source: Sequence[Tensor] | nn.Module, i: int) -> str:
+    return [n for n, _ in source.named_parameters()][i] if isinstance(source, nn.Module) else f"target[{i}]"
+
+
+def _check_lists(
+    source: Sequence[Tensor] | nn.Module, target: list[Tensor], online: list[Tensor], shadow: Sequence[Tensor]
+) -> None:
     """Everything is checked before the first write, so that an error leaves every tensor as it was."""
     if len(online) != len(target):
         fail(OP, "online", f"hold {len(target)} tensors", len(online), "pass one for each target, in order")
     if shadow and len(shadow) != len(target):
         fail(OP, "shadow", f"hold {len(target)} tensors", len(shadow), "pass one for each target, in order")
     device = target[0].device if target else None
-    for i, (name, t, o) in enumerate(zip(names, target, online, strict=True)):
+    for i, t in enumerate(target):
         if t.dtype is not torch.float32:
-            _refuse_target(name, t)
-        _check_partner(name, "online", t, o, device)
-        if shadow:
-            _check_partner(name, "shadow", t, shadow[i], device)
+            _refuse_target(_name(source, i), t)
+        if not _fits(t, online[i], device):
+            _refuse_partner(_name(source, i), "online", t, online[i], device)
+        if shadow and not _fits(t, shadow[i], device):
+            _refuse_partner(_name(source, i), "shadow", t, shadow[i], device)
+
+
+def _fits(t: Tensor, other: Tensor, device: torch.device | None) -> bool:
+    alike = other.dtype in FLOATS and other.shape == t.shape and t.device == device == other.device
+    return alike and t.is_contiguous() and other.is_contiguous()
 
 
 def _refuse_target(name: str, t: Tensor) -> NoReturn:
@@ -96,7 +103,7 @@ def _refuse_target(name: str, t: Tensor) -> NoReturn:
     fail(OP, name, why, short(t.dtype), "keep an fp32 target and pass low-precision copies as shadow", TypeError)
 
 
-def _check_partner(name: str, role: str, t: Tensor, other: Tensor, device: torch.device | None) -> None:
+def _refuse_partner(name: str, role: str, t: Tensor, other: Tensor, device: torch.device | None) -> NoReturn:
     if other.dtype not in FLOATS:
         wanted = "be float32, bfloat16 or float16"
         fail(OP, f"the {role} tensor of {name}", wanted, short(other.dtype), "convert it with .to(dtype)", TypeError)
@@ -106,9 +113,8 @@ def _check_partner(name: str, role: str, t: Tensor, other: Tensor, device: torch
     if t.device != device or other.device != device:
         wanted = f"be on {device}"
         fail(OP, f"{name} and its {role} tensor", wanted, f"{t.device} and {other.device}", "move them")
-    if not (t.is_contiguous() and other.is_contiguous()):
-        strides = f"strides {t.stride()} and {other.stride()}"
-        fail(OP, f"{name} and its {role} tensor", "be contiguous", strides, "store parameters contiguously")
+    strides = f"strides {t.stride()} and {other.stride()}"
+    fail(OP, f"{name} and its {role} tensor", "be contiguous", strides, "store parameters contiguously")
 
 
 def _check_momentum(momentum: float | Tensor) -> None:
