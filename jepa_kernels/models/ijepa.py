@@ -1,0 +1,194 @@
+"""I-JEPA: predict the latents of image blocks from those of a context block.
+
+Source: Assran et al., Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture
+(arXiv:2301.08243). Parameter names and semantics are those of the published code.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import jepa_kernels as jk
+from jepa_kernels._core.check import fail
+from jepa_kernels.masks import MaskBatch, Masks
+from jepa_kernels.models import checkpoints
+from jepa_kernels.nn import Encoder, Predictor
+
+
+@dataclass(frozen=True)
+class IJEPAConfig:
+    """Sizes of the networks. The predictor has as many heads as the encoder."""
+
+    crop_size: int | tuple[int, int] = 224  # pixels per side
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    predictor_embed_dim: int = 384
+    predictor_depth: int = 12
+
+
+def vit_tiny(**changes: Any) -> IJEPAConfig:
+    return replace(IJEPAConfig(embed_dim=192, num_heads=3), **changes)
+
+
+def vit_small(**changes: Any) -> IJEPAConfig:
+    return replace(IJEPAConfig(), **changes)
+
+
+def vit_base(**changes: Any) -> IJEPAConfig:
+    return replace(IJEPAConfig(embed_dim=768, num_heads=12), **changes)
+
+
+def vit_large(**changes: Any) -> IJEPAConfig:
+    return replace(IJEPAConfig(embed_dim=1024, depth=24, num_heads=16), **changes)
+
+
+def vit_huge_14(**changes: Any) -> IJEPAConfig:
+    return replace(IJEPAConfig(patch_size=14, embed_dim=1280, depth=32, num_heads=16), **changes)
+
+
+def vit_huge_16_448(**changes: Any) -> IJEPAConfig:
+    return replace(vit_huge_14(patch_size=16, crop_size=448), **changes)
+
+
+def vit_giant_16(**changes: Any) -> IJEPAConfig:
+    giant = IJEPAConfig(embed_dim=1408, depth=40, num_heads=16, mlp_ratio=48 / 11, predictor_depth=16)
+    return replace(giant, **changes)
+
+
+SIZES: dict[str, Callable[..., IJEPAConfig]] = {
+    f.__name__: f for f in (vit_tiny, vit_small, vit_base, vit_large, vit_huge_14, vit_huge_16_448, vit_giant_16)
+}
+
+
+class IJEPA(nn.Module):
+    """A context encoder, its moving average as target encoder, and a predictor.
+
+    Masks are `Masks` (a MaskBatch moved with `.to(device)`), packed or rectangular, or a pair of rectangular ids
+    (context [B, Kc], target [masks * B, Kt], mask-major).
+    """
+
+    def __init__(self, config: IJEPAConfig | None = None) -> None:
+        super().__init__()
+        self.config = c = IJEPAConfig() if config is None else config
+        self.context_encoder = Encoder(
+            c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans
+        )
+        self.predictor = Predictor(
+            self.context_encoder.grid, c.embed_dim, c.predictor_embed_dim, c.predictor_depth, c.num_heads
+        )
+        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+
+    def forward(self, batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
+        """Predict the target latents: batch [B, C, H, W] -> [masks * B, Kt, E], or packed [Tt, E]."""
+        m = self._masks(batch, masks)
+        context = self.context_encoder(batch, m.context_ids, m.context_packing)
+        packings = m.context_packing, m.target_packing, m.pairs
+        return self.predictor(context, m.context_ids, m.target_ids, *packings)
+
+    @torch.no_grad()
+    def targets(self, batch: Tensor) -> Tensor:
+        """The target encoder's latents of every patch [B, N, E]."""
+        return self.target_encoder(batch)
+
+    def compare(self, predicted: Tensor, targets: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
+        """Smooth-L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks."""
+        m = self._masks(targets, masks)
+        return jk.latent_loss(predicted, targets, m.target_ids, packing=m.target_packing)
+
+    def loss(self, batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
+        """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor."""
+        return self.compare(self(batch, masks), self.targets(batch), masks)
+
+    def load(self, source: Mapping[str, Any] | str | os.PathLike[str]) -> IJEPA:
+        """Load a published checkpoint (encoder, predictor, target_encoder) or this model's own state dict.
+
+        source: the mapping, or the path of a torch file, which is read with weights_only=True. Prefixes of
+        wrappers (`module.`, ...) are dropped. Raises ValueError, and loads nothing, for anything that does not
+        fit: missing or unknown names, other shapes, values that are not finite.
+        """
+        state = checkpoints.strip(checkpoints.read("IJEPA", source))
+        own = "context_encoder.norm.weight" in state
+        parts = {"model": (self, state)} if own else self._published(state)
+        checkpoints.load("IJEPA", parts, "pass weights of this model" if own else _remedy(state))
+        return self
+
+    def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
+        modules = {
+            "encoder": self.context_encoder,
+            "predictor": self.predictor,
+            "target_encoder": self.target_encoder,
+        }
+        missing = [name for name in modules if not isinstance(state.get(name), Mapping)]
+        if missing:
+            found = ", ".join(sorted(str(name) for name in state)[:8]) or "nothing"
+            remedy = "pass a file of the published I-JEPA layout or this model's state_dict()"
+            fail("IJEPA", "checkpoint", f"hold {', '.join(missing)}", found, remedy)
+        return {name: (module, checkpoints.strip(state[name])) for name, module in modules.items()}
+
+    @staticmethod
+    def _masks(batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Masks:
+        if isinstance(masks, tuple):
+            masks = Masks(batch.shape[0], *masks)
+        if isinstance(masks, MaskBatch):
+            fail("IJEPA", "masks", "be on the device", "a MaskBatch", "pass masks.to(device)", TypeError)
+        if masks.batch != batch.shape[0]:
+            fail("IJEPA", "masks", f"belong to {batch.shape[0]} images", masks.batch, "sample that many")
+        return masks
+
+
+def _remedy(state: Mapping[str, Any]) -> str:
+    """Name the size that a checkpoint of the published layout seems to hold."""
+    encoder = checkpoints.strip(state["encoder"])
+    weight = encoder.get("patch_embed.proj.weight")
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or "pos_embed" not in encoder:
+        return "it seems to be of another model than I-JEPA"
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    tokens = encoder["pos_embed"].shape[1]
+    for name, size in SIZES.items():
+        c = size()
+        if (c.embed_dim, c.depth, c.patch_size) == (weight.shape[0], depth, weight.shape[2]):
+            return f"it seems to be of {name} with {tokens} patches"
+    return f"it has embed_dim {weight.shape[0]}, depth {depth}, patch_size {weight.shape[2]}, {tokens} patches"
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensor,
+    masks: Masks | tuple[Tensor, Tensor],
+    momentum: float | Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
+    """One step: loss, backward, optimiser, moving average. Returns the loss, without a device sync.
+
+    model: an IJEPA, or a wrapper that keeps one in `.module` (DDP).
+    momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser.
+    dtype: run the networks under autocast to it; None: in the parameters' dtype.
+    scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
+    """
+    ijepa: IJEPA = getattr(model, "module", model)  # type: ignore[assignment]
+    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+        loss = ijepa.compare(model(batch, masks), ijepa.targets(batch), masks)
+    if scaler is None:
+        loss.backward()
+        optimizer.step()
+    else:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    jk.ema_update(ijepa.target_encoder, ijepa.context_encoder, momentum)
+    return loss.detach()

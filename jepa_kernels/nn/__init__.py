@@ -1,0 +1,9 @@
+"""Building blocks of the models, with the published parameter names. They call public ops and hold no dispatch."""
+
+from jepa_kernels.nn.attention import Attention
+from jepa_kernels.nn.block import MLP, Block
+from jepa_kernels.nn.encoder import Encoder
+from jepa_kernels.nn.patch_embed import PatchEmbed
+from jepa_kernels.nn.predictor import Predictor
+
+__all__ = ["MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor"]

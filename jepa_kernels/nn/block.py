@@ -1,0 +1,51 @@
+"""One transformer block."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_kernels.nn.attention import Attention
+from jepa_kernels.packing import Packing
+
+NORM_EPS = 1e-6
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))), with the exact (erf) GELU."""
+
+    def __init__(self, embed_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm: x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
+        x = x + self.attn(self.norm1(x), packing)
+        return x + self.mlp(self.norm2(x))
+
+
+def init_weights(module: nn.Module) -> None:
+    """The published start: Linear and convolution weights normal (std 0.02, cut at +-2), biases 0, norms 1 and 0.
+
+    Source: I-JEPA; its rescaling of the residual branches by depth is overwritten again before training.
+    """
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,43 @@
+"""Patch embedding and the sine-cosine position tables."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import jepa_kernels as jk
+from jepa_kernels.packing import Packing
+
+
+class PatchEmbed(nn.Module):
+    """A convolution with stride = kernel = patch_size, evaluated at the kept patches only."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        ids: Tensor | None = None,
+        packing: Packing | None = None,
+        pos_embed: Tensor | None = None,
+    ) -> Tensor:
+        """pixels [B, C, H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
+        return jk.embed_patches(pixels, ids, self.proj.weight, self.proj.bias, pos_embed, packing=packing)
+
+
+def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
+    """positions [N] -> float64 [N, dim]: sin(p w_i) | cos(p w_i), w_i = 10000^(-i / (dim / 2))."""
+    frequency = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim / 2))
+    angle = np.outer(positions, frequency)
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
+    """float32 [Gh * Gw, dim]: the first half of the channels encodes the column, the second the row (I-JEPA).
+
+    V-JEPA orders the halves row, column: its tables are not these.
+    """
+    row, column = np.divmod(np.arange(grid[0] * grid[1], dtype=np.float64), grid[1])
+    table = np.concatenate([sincos_1d(column, dim // 2), sincos_1d(row, dim // 2)], axis=1)
+    return torch.from_numpy(table.astype(np.float32))
