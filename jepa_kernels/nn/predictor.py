@@ -102,6 +102,9 @@ class _Assemble(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         context_rows, target_rows = ctx.saved_tensors
-        d_context = grad.index_select(0, context_rows.view(-1)).view(*context_rows.shape, -1).sum(0)
+        total = torch.promote_types(grad.dtype, torch.float32)
+        d_context = grad.index_select(0, context_rows[0]).to(total)
+        for rows in context_rows[1:]:
+            d_context += grad.index_select(0, rows)
         d_target = grad.index_select(0, target_rows)
         return d_context.to(ctx.dtypes[0]), d_target.to(ctx.dtypes[1]), None, None
