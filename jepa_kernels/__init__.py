@@ -1,5 +1,8 @@
 """Fast, trustworthy kernels for Joint Embedding Predictive Architectures (JEPA)."""
 
+import importlib
+from types import ModuleType
+
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.ema_update.op import ema_update
@@ -18,3 +21,10 @@ __all__ = [
     "pack",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Load `jepa_kernels.masks`, `.models` and `.nn` on first use: the import of the ops stays quick."""
+    if name in ("masks", "models", "nn"):
+        return importlib.import_module(f"jepa_kernels.{name}")
+    raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")
