@@ -8,10 +8,12 @@ namespace py = pybind11;
 namespace jepa {
 void bind_common(py::module_&);
 void bind_ema_update(py::module_&);
+void bind_gather_tokens(py::module_&);
 } // namespace jepa
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "jepa_kernels: CPU and CUDA kernels. Private: call the ops in jepa_kernels.";
   jepa::bind_common(m);
   jepa::bind_ema_update(m);
+  jepa::bind_gather_tokens(m);
 }

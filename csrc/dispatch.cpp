@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "ema_update/ema_update.h"
+#include "gather_tokens/gather_tokens.h"
 
 namespace jepa {
 
@@ -68,3 +69,5 @@ bool set_isa(const char* name) {
   }
 
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
+JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
+JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)

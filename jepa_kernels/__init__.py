@@ -6,6 +6,7 @@ from types import ModuleType
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.ema_update.op import ema_update
+from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.packing import Packing, pack
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "available_backends",
     "ema_update",
     "explain",
+    "gather_tokens",
     "info",
     "pack",
     "use_backend",

@@ -1,0 +1,137 @@
+// Memory-bound: forward copies each kept row once; backward writes each token once, summing the rows that
+// chose it in row order, in fp32, so that the result does not depend on threads.
+#include "gather_tokens/gather_tokens.h"
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace jepa::JEPA_ISA {
+
+static int64_t begin_of(const GatherRows& at, int64_t s) {
+  return at.cu_seqlens ? at.cu_seqlens[s] : s * at.run_length;
+}
+
+// The run that holds a row; `sequences` for rows past the last run.
+static int64_t run_of(const GatherRows& at, int64_t row) {
+  if (!at.cu_seqlens) return at.run_length ? row / at.run_length : at.sequences;
+  int64_t low = 0, high = at.sequences;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (at.cu_seqlens[middle + 1] <= row)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Past the last-level cache, stores that bypass it save reading the line they overwrite.
+constexpr int64_t STREAM_BYTES = int64_t{24} << 20;
+
+static void copy_row(char* out, const char* in, int64_t bytes, bool stream) {
+#if defined(__AVX512F__)
+  if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && bytes % 64 == 0) {
+    for (int64_t i = 0; i < bytes; i += 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
+    return;
+  }
+#endif
+  (void)stream;
+  std::memcpy(out, in, bytes);
+}
+
+static void copy_strided(char* out, const char* in, int64_t channels, int64_t stride, int size) {
+  for (int64_t c = 0; c < channels; ++c) std::memcpy(out + c * size, in + c * stride * size, size);
+}
+
+void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
+  const int64_t bytes = p.channels * p.element_size;
+  const bool stream = p.at.rows * bytes > STREAM_BYTES;
+  const int threads = p.at.rows * bytes < 65536 ? 1 : p.threads;
+  parallel_for(p.at.rows, threads, [&](int64_t begin, int64_t end) {
+    int64_t run = run_of(p.at, begin);
+    for (int64_t row = begin; row < end; ++row) {
+      while (run < p.at.sequences && begin_of(p.at, run + 1) <= row) ++run;
+      char* out = static_cast<char*>(p.out) + row * bytes;
+      const int64_t id = run < p.at.sequences ? p.at.ids[row] : -1;
+      if (id < 0 || id >= p.at.count) {
+        std::memset(out, 0, bytes);
+        continue;
+      }
+      const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
+      const char* in = static_cast<const char*>(p.x) + offset * p.element_size;
+      if (p.stride_channel == 1)
+        copy_row(out, in, bytes, stream);
+      else
+        copy_strided(out, in, p.channels, p.stride_channel, p.element_size);
+    }
+    if (stream) _mm_sfence();
+  });
+}
+
+// Counting sort of the rows by the token they read; rows of one token keep their order.
+static void sort_rows(const GatherRows& at, int32_t* first, int32_t* source) {
+  const int64_t tokens = at.batch * at.count;
+  std::memset(first, 0, (tokens + 1) * sizeof(int32_t));
+  const auto each = [&](auto body) {
+    for (int64_t s = 0; s < at.sequences; ++s)
+      for (int64_t row = begin_of(at, s); row < begin_of(at, s + 1); ++row)
+        if (at.ids[row] >= 0 && at.ids[row] < at.count) body(s % at.batch * at.count + at.ids[row], row);
+  };
+  each([&](int64_t token, int64_t) { ++first[token + 1]; });
+  for (int64_t i = 0; i < tokens; ++i) first[i + 1] += first[i];
+  each([&](int64_t token, int64_t row) { source[first[token]++] = static_cast<int32_t>(row); });
+  for (int64_t i = tokens; i > 0; --i) first[i] = first[i - 1]; // each had moved on to the next token's start
+  first[0] = 0;
+}
+
+template <class T> static vf load_channels(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == W ? load(p) : load(p, n);
+  alignas(64) T values[W] = {};
+  for (int i = 0; i < n; ++i) values[i] = p[i * stride];
+  return load(values);
+}
+
+template <class T> static void backward(const GatherTokensBackwardParams& p) {
+  sort_rows(p.at, p.first, p.source);
+  const auto grad = [&](int32_t row) {
+    const T* g = static_cast<const T*>(p.grad);
+    if (p.at.cu_seqlens) return g + row * p.stride_row;
+    return g + row / p.at.run_length * p.stride_run + row % p.at.run_length * p.stride_row;
+  };
+  const int64_t tokens = p.at.batch * p.at.count;
+  const int threads = tokens * p.channels < 16384 ? 1 : p.threads;
+  parallel_for(tokens, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      T* out = static_cast<T*>(p.dx) + token * p.channels;
+      const int32_t *row = p.source + p.first[token], *last = p.source + p.first[token + 1];
+      if (last - row == 1 && p.stride_channel == 1) {
+        std::memcpy(out, grad(*row), p.channels * sizeof(T));
+        continue;
+      }
+      for (int64_t c = 0; c < p.channels; c += W) {
+        const int n = p.channels - c < W ? static_cast<int>(p.channels - c) : W;
+        vf sum = zero();
+        for (const int32_t* r = row; r < last; ++r)
+          sum = add(sum, load_channels(grad(*r) + c * p.stride_channel, p.stride_channel, n));
+        if (n == W)
+          store(out + c, sum);
+        else
+          store(out + c, sum, n);
+      }
+    }
+  });
+}
+
+void gather_tokens_backward_cpu(const GatherTokensBackwardParams& p) {
+  switch (p.dtype) {
+  case DType::bf16:
+    return backward<bf16>(p);
+  case DType::f16:
+    return backward<f16>(p);
+  default:
+    return backward<float>(p);
+  }
+}
+
+} // namespace jepa::JEPA_ISA

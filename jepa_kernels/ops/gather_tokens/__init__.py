@@ -1,0 +1,1 @@
+"""Kept tokens of each image."""
