@@ -147,7 +147,7 @@ class MultiBlock2d:
             shortest = int(lengths.min())
             context &= np.cumsum(context, axis=1) <= shortest
             lengths = np.full(batch, shortest)
-        context_ids, target_ids = np.nonzero(context)[1], self._block_ids(corners, size)
+        context_ids, target_ids = np.flatnonzero(context) % context.shape[1], self._block_ids(corners, size)
         target_lengths = np.full(len(target_ids), size[0] * size[1])
         shapes = ((batch, -1), target_ids.shape) if self.truncate else ((-1,), (-1,))
         return MaskBatch(batch, context_ids.reshape(shapes[0]), lengths, target_ids.reshape(shapes[1]), target_lengths)

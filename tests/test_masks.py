@@ -54,7 +54,9 @@ def test_rows_are_sorted_disjoint_and_rectangular_blocks(grid, truncate):
         assert not np.isin(contexts[s % 8], target).any()
     for context in contexts:
         assert (np.diff(context) > 0).all() and context.min() >= 0 and context.max() < height * width
-    assert masks.packed != truncate and masks.target_ids.dtype == np.int64
+    for ids in (masks.context_ids, masks.target_ids):
+        assert ids.dtype == np.int64 and ids.flags["C_CONTIGUOUS"]
+    assert masks.packed != truncate
 
 
 def test_hand_checked_2_by_2():
