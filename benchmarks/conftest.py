@@ -1,0 +1,115 @@
+"""Benchmarks are pytest-benchmark tests. The `bench` fixture measures one run; rows go to the front end as events.
+
+`pytest benchmarks/ops/bench_ema_update.py` works by itself too and prints the machine and its rows.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, rows
+from benchmarks.measure import Interrupted, Run, Settings
+from benchmarks.text import row_line
+from benchmarks.workload import Workload
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("jepa_kernels")
+    group.addoption("--smoke", action="store_true", help="the one-minute selection, fewer rounds")
+    group.addoption("--row", action="append", default=[], help="name[/workload[/pass[/dtype[/baseline]]]]")
+    group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
+    group.addoption("--threads", type=int, default=machine.cores())
+    group.addoption("--budget", type=float, default=None, help="seconds of timing per run")
+
+
+def emit(**event: Any) -> None:
+    """One line to the front end, if there is one."""
+    path = os.environ.get("JEPA_BENCH_EVENTS")
+    if path:
+        with open(path, "a") as stream:
+            stream.write(json.dumps(event, default=rows._plain) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = [item for item in items if _wanted(item, config)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+    emit(event="collected", count=len(chosen))
+
+
+def _wanted(item: pytest.Item, config: pytest.Config) -> bool:
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return True
+    if config.getoption("--smoke") and not getattr(callspec.params.get("workload"), "smoke", False):
+        return False
+    wanted = [row.split("/")[:4] for row in config.getoption("--row")]
+    return not wanted or any(callspec.id.split("/")[: len(parts)] == parts for parts in wanted)
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """The machine line is printed, and the peaks are measured, before the first row."""
+    option = request.config.getoption
+    device, smoke, threads = option("--bench-device"), option("--smoke"), option("--threads")
+    about = machine.machine(device, threads)
+    peaks = machine.peaks(threads, quick=smoke) if device == "cpu" else machine.gpu_peaks()
+    emit(event="header", machine=about, git=machine.git(), versions=machine.versions(), peaks=peaks)
+    if "JEPA_BENCH_EVENTS" not in os.environ:
+        print(f"\n{machine.line(about)}")
+    names = {row.split("/")[4] for row in option("--row") if row.count("/") == 4}
+    return Settings(
+        device=device,
+        threads=threads,
+        budget_s=option("--budget") or (0.4 if smoke else 2.0),
+        min_rounds=5 if smoke else 11,
+        baseline=names.pop() if len(names) == 1 else None,
+        peaks=peaks,
+    )
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[[list[rows.Row]], None]]:
+    """Takes a run's rows: to the front end, to pytest-benchmark's extra_info, or to the terminal."""
+    emit(event="start", id=request.node.callspec.id)
+
+    def take(found: list[rows.Row]) -> None:
+        emit(event="rows", rows=found)
+        benchmark.extra_info["rows"] = found
+        if "JEPA_BENCH_EVENTS" not in os.environ:
+            print("", *map(row_line, found), sep="\n  ")
+
+    yield take
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def bench(benchmark: Any, settings: Settings, record: Callable[[list[rows.Row]], None]) -> Callable[..., None]:
+    """bench(op, workload, stage, dtype): parity, then time against every rival; fails where parity is red."""
+
+    def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
+        benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
+
+    def measure(op: str, workload: Workload, stage: str, dtype: str) -> None:
+        benchmark.group = f"{op}/{workload.name}/{stage}/{dtype}"
+        try:
+            found = Run(op, workload, stage, dtype, settings).rows(drive)
+        except Interrupted as stopped:
+            record(stopped.rows)
+            raise
+        record(found)
+        red = [row for row in found if not row["parity"]["pass"]]
+        if red:
+            pytest.fail(f"{benchmark.group}: parity is red, no number: {red[0]['parity']}", pytrace=False)
+
+    return measure

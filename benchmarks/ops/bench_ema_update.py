@@ -1,0 +1,87 @@
+"""ema_update over whole encoders. The pattern for every op: workloads, rivals, bytes and flops; no timing code."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+
+MOMENTUM = 0.996
+
+
+def encoder_shapes(width: int, depth: int, patch: int = 16, tokens: int = 196) -> list[tuple[int, ...]]:
+    """The parameters of a ViT, in order."""
+    block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
+             (4 * width, width), (4 * width,), (width, 4 * width), (width,)]  # fmt: skip
+    return [(1, tokens, width), (width, 3, patch, patch), (width,), *(block * depth), (width,), (width,)]
+
+
+def encoder(width: int, depth: int, shadow: bool = False) -> Callable[[torch.Generator], Inputs]:
+    def make(generator: torch.Generator) -> Inputs:
+        shapes = encoder_shapes(width, depth)
+        target, online = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
+        inputs: Inputs = dict(target=target, online=online, momentum=MOMENTUM)
+        return {**inputs, "shadow": [torch.zeros(s, dtype=torch.bfloat16) for s in shapes]} if shadow else inputs
+
+    return make
+
+
+@torch.no_grad()
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    target, online, m = inputs["target"], inputs["online"], inputs["momentum"]
+    shadow = inputs.get("shadow")
+
+    def copied(update: Callable[[], Any]) -> Callable[[], Any]:
+        def both() -> None:
+            update()
+            torch._foreach_copy_(shadow, target)
+
+        return both if shadow else update
+
+    def loop() -> None:  # I-JEPA's train.py
+        for k, q in zip(target, online, strict=True):
+            k.mul_(m).add_((1.0 - m) * q)
+
+    def foreach() -> None:  # V-JEPA 2's train.py
+        torch._foreach_mul_(target, m)
+        torch._foreach_add_(target, online, alpha=1 - m)
+
+    def lerp() -> None:  # torch.optim.swa_utils, timm
+        torch._foreach_lerp_(target, online, 1 - m)
+
+    return {name: copied(update) for name, update in (("loop", loop), ("foreach", foreach), ("lerp", lerp))}
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    return 2 * nbytes(inputs["target"]) + nbytes(inputs["online"]) + nbytes(inputs.get("shadow", ()))
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return 3 * sum(t.numel() for t in inputs["target"])
+
+
+def workload(name: str, width: int, depth: int, shadow: bool = False, smoke: bool = False) -> Workload:
+    return Workload(
+        name,
+        encoder(width, depth, shadow),
+        bytes=moved,
+        flops=flops,
+        rivals=rivals,
+        mutates=("target", "shadow") if shadow else ("target",),
+        keep=("target", "online"),
+        traffic="rmw",
+        smoke=smoke,
+    )
+
+
+WORKLOADS = (
+    workload("vit_s16", 384, 12, smoke=True),
+    workload("vit_b16", 768, 12),
+    workload("vit_s16_bf16_shadow", 384, 12, shadow=True),
+)
+
+
+@each("ema_update", WORKLOADS)
+def test_ema_update(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

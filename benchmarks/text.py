@@ -1,0 +1,181 @@
+"""Rows as text: units, the one-line form, the live progress and the tables in the terminal."""
+
+from types import TracebackType
+from typing import Any
+
+from benchmarks import targets
+from benchmarks.rows import Row, key
+
+try:
+    import rich.box
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    rich = None
+
+
+def duration(us: float | None) -> str:
+    """Three digits and the unit that suits them."""
+    if us is None:
+        return "-"
+    for factor, unit in ((1, "us"), (1e3, "ms"), (1e6, "s")):
+        if us < 999.5 * factor or unit == "s":
+            break
+    return f"{us / factor:.3g} {unit}"
+
+
+def size(n: float | None) -> str:
+    """Bytes in the unit that suits them."""
+    if n is None:
+        return "-"
+    for factor, unit in ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB")):
+        if n < 999.5 * factor or unit == "GB":
+            break
+    return f"{n / factor:.3g} {unit}"
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f} x"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def row_line(row: Row) -> str:
+    """One row in one line."""
+    parity = "parity ok" if row["parity"].get("pass") else "PARITY RED"
+    if row["ratio"] is None:
+        return f"{key(row)}: {row['status']}, {row.get('error', parity)}"
+    low, high = row["ci95"]
+    return (
+        f"{key(row)}: {duration(row['ours_us']['p50'])} against {duration(row['baseline_us']['p50'])}, "
+        f"{row['ratio']:.2f} x [{low:.2f}, {high:.2f}], {parity}"
+    )
+
+
+class Progress:
+    """What is being measured, how far it is, and every row as it comes; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False) if rich else None
+        self.live = None
+        if self.console is not None and self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (SpinnerColumn(), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            self.live = Bar(*columns, TextColumn("{task.description}"), console=self.console, transient=True)
+            self.task = self.live.add_task("starting", total=None)
+
+    def __enter__(self) -> "Progress":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def note(self, text: str) -> None:
+        if self.console is not None:
+            self.console.print(text, soft_wrap=True, markup=False)
+        else:
+            print(text, flush=True)
+
+    def header(self, document: dict[str, Any]) -> None:
+        self.note(machine_lines(document))
+
+    def total(self, count: int) -> None:
+        if self.live:
+            self.live.update(self.task, total=count)
+
+    def start(self, name: str) -> None:
+        if self.live:
+            self.live.update(self.task, description=name)
+
+    def rows(self, found: list[Row]) -> None:
+        for row in found:
+            self.note("  " + row_line(row))
+        if self.live:
+            self.live.advance(self.task)
+
+
+class Silent:
+    """A progress that shows nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args: None
+
+
+def machine_lines(document: dict[str, Any]) -> str:
+    """The machine, its peaks and the versions."""
+    about, peaks, versions = document["machine"], document["peaks"], document["versions"]
+    if not about:
+        return "no machine line: the run ended before it"
+    gpu = f" · {about['gpu']['name']}" if about.get("gpu") else ""
+    fma, gemm = peaks["fma_gflops"], peaks["gemm_gflops"]
+    return (
+        f"{about['cpu']} · {about['threads']} of {about['cores']} cores · {about['isa']}{gpu}\n"
+        f"copy {peaks['copy_gbs']:.0f} GB/s · read {peaks['read_gbs']:.0f} · read-modify-write {peaks['rmw_gbs']:.0f}"
+        f" · multiply-add fp32 {fma['float32']:.0f} GFLOP/s, bf16 {fma['bfloat16']:.0f}"
+        f" · matrix product fp32 {gemm['float32']:.0f}, bf16 {gemm['bfloat16']:.0f}\n"
+        f"torch {versions['torch']} · python {versions['python']} · commit {(document['git'].get('sha') or '?')[:10]}"
+        f"{' with changes' if document['git'].get('dirty') else ''}"
+    )
+
+
+ROW_COLUMNS = ("op", "workload", "pass", "dtype", "ours", "baseline", "its time", "ratio", "95 %", "peak", "memory")
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    """The cells of ROW_COLUMNS."""
+    interval = "-" if not row["ci95"] else f"{row['ci95'][0]:.2f}-{row['ci95'][1]:.2f}"
+    mine, other = (row[f] and row[f]["p50"] for f in ("ours_us", "baseline_us"))
+    mark = {"ok": "", "partial": " (partial)", "failed": " (failed)"}[row["status"]]
+    return (
+        row["name"], row["workload"], row["pass"], row["dtype"], duration(mine), row["baseline"] + mark,
+        duration(other), times(row["ratio"]), interval, percent(row["share_of_peak"]), size(row["peak_bytes"]),
+    )  # fmt: skip
+
+
+def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
+    """What must be reached: row, asked, measured, verdict."""
+    cells = []
+    for target, row, holds in targets.check(found):
+        where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
+        verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
+        cells.append(
+            (f"{where}: {target.what}", f"{target.least:.1f} x", times(row["ratio"] if row else None), verdict)
+        )
+    return cells
+
+
+def terminal(document: dict[str, Any]) -> None:
+    """All tables of a document."""
+    found = document["rows"]
+    show("Rows (backward = forward + backward)", ROW_COLUMNS, [row_cells(r) for r in found], right=(4, 6, 7, 8, 9, 10))
+    for row in found:
+        if row.get("parts"):
+            cells = [(name, *(duration(row["parts"][who].get(name)) for who in ("ours", "reference"))) for name in
+                     row["parts"]["ours"]]  # fmt: skip
+            show(f"{row['name']} {row['workload']}: the step by part", ("part", "ours", "reference"), cells, (1, 2))
+    show("Must reach", ("row", "asked", "measured", ""), target_cells(found), right=(1, 2))
+
+
+def show(title: str, columns: tuple[str, ...], cells: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
+    if rich is None:
+        print(f"\n{title}", *("  ".join(c) for c in (columns, *cells)), sep="\n")
+        return
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", header_style="bold", box=rich.box.SIMPLE
+    )
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i in right else "left", no_wrap=True)
+    colours = {"reached": "green", "missed": "red"}
+    for row in cells:
+        table.add_row(*row, style=colours.get(row[-1]))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)

@@ -1,0 +1,78 @@
+"""What an op's benchmark file states: workloads and rivals. Everything else (parity, timing, rows) is shared."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.case import Case
+
+Inputs = dict[str, Any]
+
+
+def no_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One call of an op at a size that JEPA training meets.
+
+    name        as in the row, e.g. "vit_h14_context"
+    make        make(generator) -> keyword arguments of the public function, floats in float64 on the CPU, as in
+                the op's cases.py; float64 tensors are cast to the dtype under test (in `keep`: float32) and moved
+    bytes       bytes(inputs, stage) -> the least that has to be moved: every needed input read once, every output
+                written once ("backward" = forward + backward)
+    flops       flops(inputs, stage) -> the useful operations, a multiply-add being two
+    rivals      rivals(inputs) -> {name: function of no arguments} doing the same work on the same inputs; what is
+                built outside the functions (masks, index tensors) is not timed. An output must have the shape of
+                ours. "reference" is added by itself; a "compile" of your own replaces the compiled reference
+    grads       arguments that get a gradient: adds the stage "backward"
+    mutates     arguments changed in place: they are compared instead of the output
+    dtypes      each is a run of its own
+    traffic     which measured bandwidth bounds it: "copy", "read" or "rmw" (read, modify, write in place)
+    compile     stages in which torch.compile of the reference is timed too; compiling takes seconds, so few
+    smoke       part of the one-minute run
+    """
+
+    name: str
+    make: Callable[[torch.Generator], Inputs]
+    bytes: Callable[[Inputs, str], float]
+    flops: Callable[[Inputs, str], float]
+    rivals: Callable[[Inputs], dict[str, Callable[[], Any]]] = no_rivals
+    grads: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)
+    traffic: str = "copy"
+    compile: tuple[str, ...] = ()
+    smoke: bool = False
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("forward", "backward") if self.grads else ("forward",)
+
+    @property
+    def case(self) -> Case:
+        """The same call as the conformance suite sees it."""
+        return Case(self.name, self.make, grads=self.grads, mutates=self.mutates, keep=self.keep)
+
+
+def each(op: str, workloads: Iterable[Workload]) -> pytest.MarkDecorator:
+    """Parametrize a test over (op, workload, stage, dtype). The id is the row's key: `op/workload/stage/dtype`."""
+    runs = [
+        pytest.param(op, w, stage, dtype, id=f"{op}/{w.name}/{stage}/{dtype}")
+        for w in workloads
+        for dtype in w.dtypes
+        for stage in w.stages
+    ]
+    return pytest.mark.parametrize("op, workload, stage, dtype", runs)
+
+
+def nbytes(*tensors: Tensor | Iterable[Tensor]) -> int:
+    """Bytes of tensors and of lists of tensors, each counted once."""
+    flat = [t for x in tensors for t in ([x] if isinstance(x, Tensor) else x)]
+    return sum(t.numel() * t.element_size() for t in flat)
