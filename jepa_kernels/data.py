@@ -1,0 +1,166 @@
+"""Random resized crops of the photos that ship inside scikit-image and scikit-learn. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jepa_kernels._core.check import fail
+
+# The second view of the stereo pair is left out: it shows the held-out half of the first.
+PHOTOS = {
+    "astronaut": "skimage/data/astronaut.png",
+    "brick": "skimage/data/brick.png",
+    "camera": "skimage/data/camera.png",
+    "cell": "skimage/data/cell.png",
+    "chelsea": "skimage/data/chelsea.png",
+    "china": "sklearn/datasets/images/china.jpg",
+    "clock": "skimage/data/clock_motion.png",
+    "coffee": "skimage/data/coffee.png",
+    "coins": "skimage/data/coins.png",
+    "flower": "sklearn/datasets/images/flower.jpg",
+    "grass": "skimage/data/grass.png",
+    "gravel": "skimage/data/gravel.png",
+    "hubble": "skimage/data/hubble_deep_field.jpg",
+    "immunohistochemistry": "skimage/data/ihc.png",
+    "moon": "skimage/data/moon.png",
+    "motorcycle": "skimage/data/motorcycle_left.png",
+    "page": "skimage/data/page.png",
+    "retina": "skimage/data/retina.jpg",
+    "rocket": "skimage/data/rocket.jpg",
+    "text": "skimage/data/text.png",
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGEST_HALF = 512  # pixels on the longer side; larger halves are shrunk once, so that crops resize quickly
+HALVES = ("train", "held_out")
+
+
+def extra(module: str) -> ModuleType:
+    """Import a module of the extra `train`, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if (error.name or "").split(".")[0] != package:
+            raise
+        text = f"train: {package} must be installed, got no such module; pip install 'jepa_kernels[train]'"
+        raise ModuleNotFoundError(text, name=error.name) from None
+
+
+def halves(photo: Any) -> tuple[Any, Any]:
+    """Cut a PIL image across its longer side into two parts that share no pixel."""
+    width, height = photo.size
+    if width >= height:
+        return photo.crop((0, 0, width // 2, height)), photo.crop((width // 2, 0, width, height))
+    return photo.crop((0, 0, width, height // 2)), photo.crop((0, height // 2, width, height))
+
+
+@lru_cache
+def load_photo(name: str) -> Any:
+    """The whole photo as a PIL image, RGB."""
+    if name not in PHOTOS:
+        fail("data", "photo", f"be one of {', '.join(PHOTOS)}", repr(name), "check the spelling")
+    package, _, rest = PHOTOS[name].partition("/")
+    spec = importlib.util.find_spec(package)  # finds the folder without importing the package
+    if spec is None or spec.origin is None:
+        extra(package)
+    return extra("PIL.Image").open(Path(spec.origin).parent / rest).convert("RGB")  # type: ignore[union-attr, arg-type]
+
+
+@lru_cache
+def load_half(name: str, half: str) -> Any:
+    """One half of a photo, a PIL image. It is cut before it is shrunk: no pixel mixes the two."""
+    part = halves(load_photo(name))[HALVES.index(half)]
+    part.thumbnail((LARGEST_HALF, LARGEST_HALF))
+    return part
+
+
+class PhotoCrops(Dataset[tuple[Tensor, int]]):
+    """Random resized crops of one half of every photo: `crops[i]` -> (pixels uint8 [3, size, size], photo).
+
+    Item i is crop i % len of epoch i // len, so that a loader runs on over epochs by counting on. It depends on
+    (seed, epoch, i % len) alone: not on workers, order or any global random state. Photos take turns.
+
+    size: pixels per side. half: "train" or "held_out"; they share no pixel of any photo.
+    scale: (least, most) share of the half's area, in 0..1. ratio: (least, most) width / height, log-uniform.
+    flip: mirror every second crop, at random. grey: share of crops shown in grey, in 0..1.
+    length: crops per epoch.
+
+    Source: the random resized crop of Szegedy et al. (arXiv:1409.4842), as I-JEPA (arXiv:2301.08243) uses it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        half: str = "train",
+        scale: tuple[float, float] = (0.3, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = True,
+        grey: float = 0.0,
+        length: int = 10_000,
+        seed: int = 0,
+        names: Sequence[str] = tuple(PHOTOS),
+    ) -> None:
+        if half not in HALVES:
+            fail("PhotoCrops", "half", f"be one of {', '.join(HALVES)}", repr(half), "check the spelling")
+        if size < 1 or length < 1:
+            fail("PhotoCrops", "size and length", "be at least 1", (size, length), "pass pixels and crops per epoch")
+        if not 0 < scale[0] <= scale[1] <= 1:
+            fail("PhotoCrops", "scale", "satisfy 0 < least <= most <= 1", scale, "pass shares of the area")
+        if not 0 < ratio[0] <= ratio[1]:
+            fail("PhotoCrops", "ratio", "satisfy 0 < least <= most", ratio, "pass width / height")
+        if not 0 <= grey <= 1:
+            fail("PhotoCrops", "grey", "lie in [0, 1]", grey, "pass the share of grey crops")
+        self.size, self.half, self.scale, self.ratio = size, half, tuple(scale), tuple(ratio)
+        self.flip, self.grey, self.length, self.seed, self.names = flip, grey, length, seed, tuple(names)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        epoch, i = divmod(index, self.length)
+        rng = np.random.default_rng([self.seed, HALVES.index(self.half), epoch, i])
+        label = i % len(self.names)
+        photo = load_half(self.names[label], self.half)
+        image = extra("PIL.Image")
+        side = (self.size, self.size)
+        crop = photo.resize(side, image.Resampling.BILINEAR, box=self.box(rng, photo.size), reducing_gap=2.0)
+        if rng.random() < self.grey:
+            crop = crop.convert("L").convert("RGB")
+        pixels = np.asarray(crop)
+        if self.flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), label
+
+    def box(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of a random crop inside an image of `size` (width, height)."""
+        area = size[0] * size[1] * rng.uniform(*self.scale)
+        ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+        width = min(size[0], max(1, round(math.sqrt(area * ratio))))
+        height = min(size[1], max(1, round(math.sqrt(area / ratio))))
+        left, top = int(rng.integers(size[0] - width + 1)), int(rng.integers(size[1] - height + 1))
+        return left, top, left + width, top + height
+
+
+def normalize(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32, with ImageNet's mean and standard deviation taken out."""
+    mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (pixels / 255 - mean) / std
+
+
+def photo_batch(batch: int, size: int, seed: int = 0, **options: Any) -> Tensor:
+    """`batch` normalised crops, float32 [B, 3, size, size]. `options` are those of PhotoCrops."""
+    crops = PhotoCrops(size, seed=seed, **options)
+    return normalize(torch.stack([crops[i][0] for i in range(batch)]))
