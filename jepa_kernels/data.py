@@ -123,7 +123,7 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
             fail("PhotoCrops", "ratio", "satisfy 0 < least <= most", ratio, "pass width / height")
         if not 0 <= grey <= 1:
             fail("PhotoCrops", "grey", "lie in [0, 1]", grey, "pass the share of grey crops")
-        self.size, self.half, self.scale, self.ratio = size, half, tuple(scale), tuple(ratio)
+        self.size, self.half, self.scale, self.ratio = size, half, (scale[0], scale[1]), (ratio[0], ratio[1])
         self.flip, self.grey, self.length, self.seed, self.names = flip, grey, length, seed, tuple(names)
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
 
     def box(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of a random crop inside an image of `size` (width, height)."""
-        area = size[0] * size[1] * rng.uniform(*self.scale)
+        area = size[0] * size[1] * rng.uniform(self.scale[0], self.scale[1])
         ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
         width = min(size[0], max(1, round(math.sqrt(area * ratio))))
         height = min(size[1], max(1, round(math.sqrt(area / ratio))))

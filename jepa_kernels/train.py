@@ -1,0 +1,322 @@
+"""A plain training loop: `python -m jepa_kernels train ijepa`, or `train my.yaml`.
+
+In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), curves.png, probe.json.
+Crops, masks and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from jepa_kernels import probe, report, schedules
+from jepa_kernels._core.check import fail
+from jepa_kernels.configs import Config, read, same_run
+from jepa_kernels.data import PhotoCrops, extra, normalize
+from jepa_kernels.masks import MaskBatch, MultiBlock2d
+from jepa_kernels.models import checkpoints
+from jepa_kernels.models.ijepa import IJEPA, train_step
+
+FORMAT = "jepa_kernels.train/1"
+STAT_ROWS = 1024
+INTERRUPTED = 130  # the shell's exit code for SIGINT
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint can't be written; the one before it is whole."""
+
+
+class Trainer:
+    """A model, its optimiser and the number of finished steps: all that a checkpoint holds."""
+
+    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.device, self.step = config, torch.device(device), 0
+        self.model = IJEPA(config.model).to(self.device)
+        self.optimizer = torch.optim.AdamW(_groups(self.model))
+        self.latents = torch.empty(0)
+        self.model.target_encoder.register_forward_hook(self._keep_latents)
+
+    def _keep_latents(self, module: nn.Module, inputs: Any, latents: Tensor) -> None:
+        self.latents = latents.detach()
+
+    def schedule(self) -> dict[str, float]:
+        """Learning rate, weight decay and momentum of the step to come; the first two are set."""
+        c = self.config.optimization
+        total = int(c.ipe_scale * c.steps)
+        warmup = round(c.warmup * c.steps)
+        lr = schedules.learning_rate(
+            self.step, start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total
+        )
+        decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay if group["decayed"] else 0.0
+        momentum = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
+        return {"lr": lr, "weight_decay": decay, "momentum": momentum}
+
+    def advance(self, pixels: Tensor, masks: MaskBatch) -> dict[str, Any]:
+        """One step on uint8 pixels [B, 3, H, W]; returns what the log shows of it."""
+        row = self.schedule()
+        batch = normalize(pixels.to(self.device, non_blocking=True))
+        loss = train_step(self.model, self.optimizer, batch, masks.to(self.device), row["momentum"])
+        self.step += 1
+        std, rank = collapse_stats(self.latents)
+        measured = torch.stack([loss.float(), std, rank]).tolist()
+        return {"step": self.step, **dict(zip(("loss", "std", "rank"), measured, strict=True)), **row}
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "config": self.config.plain(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of the same config; raises ValueError, and changes nothing, for any other."""
+        state = checkpoints.read("train", path)
+        if state.get("format") != FORMAT:
+            found = state.get("format") or ", ".join(sorted(map(str, state))[:5]) or "nothing"
+            fail("train", f"checkpoint {path}", f"be of format {FORMAT}", found, "pass the --out of a training run")
+        same_run(state["config"], self.config.plain(), path)
+        self.model.load(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for everything but biases and vectors, as published (so the mask token is decayed)."""
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if parameter.dim() == 1 or name.endswith("bias") else decayed).append(parameter)
+    return [{"params": decayed, "decayed": True}, {"params": exempt, "decayed": False, "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def collapse_stats(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """How much target latents [B, N, E] differ between images: fp32 scalars (std, effective rank).
+
+    Latents are layer-normalised, as the loss sees them, and the mean over images is taken out at each place, so
+    that latents which tell only the place count as collapsed. std: mean over features of the standard deviation,
+    0 when collapsed. Effective rank: participation ratio (sum l)^2 / sum l^2 of the covariance's eigenvalues l,
+    between 1 and E; 0 when collapsed. Images are taken up to STAT_ROWS rows.
+    """
+    images = max(2, STAT_ROWS // latents.shape[1])
+    z = F.layer_norm(latents[:images].float(), latents.shape[-1:])
+    z = (z - z.mean(0)).flatten(0, 1)
+    covariance = z.T @ z / len(z)
+    variance = covariance.diagonal()
+    return variance.sqrt().mean(), variance.sum().square() / covariance.square().sum().clamp_min(1e-12)
+
+
+class _Collate:
+    """Stack crops and draw their masks, in the worker."""
+
+    def __init__(self, masks: MultiBlock2d) -> None:
+        self.masks = masks
+
+    def __call__(self, items: list[tuple[Tensor, int]]) -> tuple[Tensor, MaskBatch]:
+        return torch.stack([pixels for pixels, _ in items]), self.masks(len(items))
+
+
+def batches(config: Config, start: int = 0) -> Iterator[tuple[Tensor, MaskBatch]]:
+    """(pixels uint8 [B, 3, H, W], masks) of the steps from `start` to the end: functions of (seed, step) alone."""
+    d, size = config.data, config.model.crop_size
+    if not isinstance(size, int):
+        fail("train", "model.crop_size", "be one number", size, "the photo crops are square")
+    crops = PhotoCrops(
+        size, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed
+    )
+    masks = MultiBlock2d(size // config.model.patch_size, seed=config.seed, **vars(config.mask))
+    masks.step = start
+    indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
+    generator = torch.Generator()  # the loader would draw its workers' seed from the global one
+    return iter(
+        DataLoader(
+            crops,
+            d.batch_size,
+            sampler=indices,
+            collate_fn=_Collate(masks),
+            num_workers=d.num_workers,
+            generator=generator,
+        )
+    )
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint beside `path` and rename it: a full disk or a crash leaves the old one whole."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        kept = "; the checkpoint before it is whole, continue with --resume" if path.exists() else ""
+        raise CheckpointError(
+            f"train: checkpoint {path} must be writable ({buffer.tell() / 1e6:.1f} MB), got {error.strerror or error}; "
+            f"free space or pass another --out{kept}"
+        ) from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[bool]]:
+    """SIGINT lets the running step end; a second one stops at once."""
+    asked: list[bool] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not in the main thread: nothing to catch there
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
+    """Train to the last step (or to `stop`), logging and saving in `out`; False if interrupted, after saving."""
+    config = trainer.config
+    last = config.optimization.steps if stop is None else stop
+    metrics = out / "metrics.jsonl"
+    _drop_rows_after(metrics, trainer.step)
+    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "a") as log:
+        for pixels, masks in batches(config, trainer.step):
+            if trainer.step >= last or asked:
+                break
+            started = time.perf_counter()
+            row = trainer.advance(pixels, masks)
+            if not math.isfinite(row["loss"]):
+                fail("train", "loss", "be finite", f"{row['loss']} at step {trainer.step}", "lower optimization.lr")
+            row["images_per_s"] = len(pixels) / (time.perf_counter() - started)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            show(row)
+            if trainer.step % config.logging.checkpoint_every == 0:
+                save(out / "latest.pt", trainer.state())
+    save(out / "latest.pt", trainer.state())
+    return not asked or trainer.step >= last
+
+
+def _drop_rows_after(metrics: Path, step: int) -> None:
+    """Steps after the checkpoint are about to be done again."""
+    if metrics.exists():
+        rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        metrics.write_text("".join(line + "\n" for line in rows))
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    rich = extra("rich.progress")
+    text = rich.TextColumn("loss {task.fields[loss]:.4f}  std {task.fields[std]:.3f}  rank {task.fields[rank]:.1f}")
+    columns = ("step", rich.BarColumn(), rich.MofNCompleteColumn(), text, rich.TimeRemainingColumn())
+    with rich.Progress(*columns) as bar:
+        task = bar.add_task("train", total=total, completed=done, loss=math.nan, std=math.nan, rank=math.nan)
+        yield lambda row: bar.update(task, completed=row["step"], **{k: row[k] for k in ("loss", "std", "rank")})
+
+
+def evaluate(trainer: Trainer) -> dict[str, Any]:
+    """The probe's scores with what is needed to repeat them."""
+    config = trainer.config
+    size: Any = config.model.crop_size
+    trainer.model.eval()
+    fresh = lambda: IJEPA(config.model).target_encoder.to(trainer.device)  # noqa: E731
+    scores = probe.run(trainer.model.target_encoder, fresh, size, **vars(config.probe))
+    return {
+        "probe": scores,
+        "step": trainer.step,
+        "config": config.plain(),
+        "machine": report.machine(),
+        "commit": report.commit(),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="a shipped name, such as ijepa, or a YAML file")
+    parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-probe", action="store_true")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="say, optimization.lr=3e-4")
+    return parser
+
+
+def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
+    """Read the config, build or resume the run, make its folder."""
+    for module in ("rich", "matplotlib", "sklearn", "skimage"):  # before the first step, not after the last
+        extra(module)
+    changes = list(options.set)
+    changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
+    changes += [f"seed={options.seed}"] if options.seed is not None else []
+    config = read(options.config, changes)
+    out = options.out or Path("runs") / Path(options.config).stem
+    latest = out / "latest.pt"
+    if latest.exists() and not options.resume:
+        fail("train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out")
+    trainer = Trainer(config, options.device)
+    if options.resume:
+        if not latest.exists():
+            fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
+        trainer.load(latest)
+    out.mkdir(parents=True, exist_ok=True)
+    return trainer, out
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb `train`; returns the exit code (1: the run failed, 2: bad input, 130: interrupted)."""
+    options = _parser().parse_args(argv)
+    try:
+        trainer, out = prepare(options)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    try:
+        finished = fit(trainer, out)
+        report.plot(out / "metrics.jsonl", out / "curves.png")
+        if not finished:
+            print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
+            return INTERRUPTED
+        if not options.no_probe:
+            result = evaluate(trainer)
+            result["seconds"] = time.perf_counter() - started
+            (out / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+            report.show(result["probe"])
+    except (CheckpointError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{trainer.step} steps, {time.perf_counter() - started:.0f} s; results in {out}")
+    return 0
