@@ -50,12 +50,12 @@ def commit() -> str | None:
 def show(scores: dict[str, Any]) -> None:
     """Print the probe's scores as a table."""
     rich = extra("rich.table")
-    table = rich.Table(title="Which photo is this held-out grey crop from?")
-    for column in ("features", "accuracy", "95 % interval"):
+    table = rich.Table(title="Which photo is this held-out grey crop from?", caption=f"chance: {scores['chance']:.3f}")
+    for column in ("probe", "features", "accuracy", "95 % interval"):
         table.add_column(column)
-    for name, score in scores.items():
-        if isinstance(score, dict):
-            low, high = score["ci95"]
-            table.add_row(name.replace("_", " "), f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}")
-    table.add_row("chance", f"{scores['chance']:.3f}", "")
+    for probe, rows in scores.items():
+        if isinstance(rows, dict):
+            for name, score in rows.items():
+                low, high = score["ci95"]
+                table.add_row(probe, name.replace("_", " "), f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}")
     extra("rich").print(table)

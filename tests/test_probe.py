@@ -15,10 +15,11 @@ def labelled(rng, signal, n=200, classes=10):
     return signal * np.eye(16)[y] + rng.normal(size=(n, 16)), y
 
 
+@pytest.mark.parametrize("kind", probe.PROBES)
 @pytest.mark.parametrize("signal, least, most", [(8.0, 0.99, 1.0), (0.0, 0.0, 0.25)])
-def test_separable_features_are_told_apart_and_noise_is_at_chance(signal, least, most):
+def test_separable_features_are_told_apart_and_noise_is_at_chance(kind, signal, least, most):
     rng = np.random.default_rng(0)
-    accuracy = probe.correct(*labelled(rng, signal), *labelled(rng, signal)).mean()
+    accuracy = probe.correct(kind, *labelled(rng, signal), *labelled(rng, signal)).mean()
     assert least <= accuracy <= most
 
 
@@ -59,11 +60,12 @@ def test_run_compares_trained_random_and_pixels():
     before = torch.get_rng_state()
     scores = probe.run(Patches(), Patches, 32, seeds=2, per_photo=3)
     state = torch.get_rng_state()
-    for name in ("trained", "random_init", "raw_pixels"):
-        low, high = scores[name]["ci95"]
-        assert 0 <= low <= scores[name]["mean"] <= high <= 1
-    gap = scores["trained"]["mean"] - scores["random_init"]["mean"]
-    assert scores["trained_minus_random_init"]["mean"] == pytest.approx(gap)
+    for kind in probe.PROBES:
+        for name in probe.FEATURES:
+            low, high = scores[kind][name]["ci95"]
+            assert 0 <= low <= scores[kind][name]["mean"] <= high <= 1
+        gap = scores[kind]["trained"]["mean"] - scores[kind]["random_init"]["mean"]
+        assert scores[kind]["trained_minus_random_init"]["mean"] == pytest.approx(gap)
     assert scores["chance"] == 1 / len(data.PHOTOS) and scores["crops_per_seed"] == 3 * len(data.PHOTOS)
     torch.set_rng_state(before)
     again = probe.run(Patches(), Patches, 32, seeds=2, per_photo=3)
