@@ -9,6 +9,7 @@ namespace jepa {
 void bind_common(py::module_&);
 void bind_ema_update(py::module_&);
 void bind_gather_tokens(py::module_&);
+void bind_latent_loss(py::module_&);
 void bind_peaks(py::module_&);
 } // namespace jepa
 
@@ -17,5 +18,6 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_common(m);
   jepa::bind_ema_update(m);
   jepa::bind_gather_tokens(m);
+  jepa::bind_latent_loss(m);
   jepa::bind_peaks(m);
 }

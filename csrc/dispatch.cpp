@@ -7,6 +7,7 @@
 
 #include "ema_update/ema_update.h"
 #include "gather_tokens/gather_tokens.h"
+#include "latent_loss/latent_loss.h"
 #include "peaks/peaks.h"
 
 namespace jepa {
@@ -72,4 +73,6 @@ bool set_isa(const char* name) {
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
 JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
 JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)
+JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)
+JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
 JEPA_DISPATCH(peaks_cpu, PeaksParams)

@@ -7,6 +7,7 @@ from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
+from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.packing import Packing, pack
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "gather_tokens",
     "info",
+    "latent_loss",
     "pack",
     "use_backend",
 ]

@@ -68,6 +68,10 @@ static inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first
 static inline void store(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
 static inline void store(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(x)); }
 
+// Past the cache, to aligned addresses; finish with _mm_sfence.
+static inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
+static inline void stream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
+
 #else // AVX2 and FMA
 
 using vf = __m256;
@@ -136,6 +140,9 @@ template <class T> static inline void store(T* p, vf x, int n) {
   store(padded, x);
   std::memcpy(p, padded, n * sizeof(T));
 }
+
+static inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
+static inline void stream(bf16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
 
 static inline vf scale2(vf x, __m256i exponent) {
   return mul(x,

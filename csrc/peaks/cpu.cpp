@@ -8,14 +8,6 @@ namespace jepa::JEPA_ISA {
 
 static constexpr int UNITS = 12; // independent chains: more than latency x issue width, fewer than registers
 
-static void stream(float* p, vf x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, x);
-#else
-  _mm256_stream_ps(p, x);
-#endif
-}
-
 static void copy(const float* a, float* b, int64_t n, bool streamed) {
   if (streamed) {
     for (int64_t i = 0; i < n; i += W) stream(b + i, load(a + i));

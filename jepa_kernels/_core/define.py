@@ -58,6 +58,7 @@ def differentiable(
     """
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # outputs kept for backward alone have no gradient
         setup(ctx, inputs, output)
 
     def first_order(ctx: Any, *grads: Tensor | None) -> Any:
@@ -79,7 +80,7 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             output = forward(*inputs)
-            setup(ctx, inputs, output)
+            setup_context(ctx, inputs, output)
             return output
 
         @staticmethod

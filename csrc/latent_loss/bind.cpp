@@ -1,0 +1,83 @@
+#include "latent_loss/latent_loss.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/tensor.h"
+
+namespace jepa {
+
+static LossKind kind_of(const std::string& name) {
+  if (name == "l1") return LossKind::l1;
+  return name == "l2" ? LossKind::l2 : LossKind::smooth_l1;
+}
+
+static DType unit_dtype(DType pred) { return pred == DType::f16 ? DType::f32 : pred; }
+
+// pred [M, K, E], or [T, E] with cu_seqlens; target [B, N, E]; returns (loss, unit gradient or an empty
+// tensor).
+static std::pair<Tensor, Tensor> forward_cpu(const Tensor& pred, const Tensor& target,
+                                             const std::optional<Tensor>& ids,
+                                             const std::optional<Tensor>& cu, const std::string& kind,
+                                             double beta, bool normalize, double eps,
+                                             const std::string& reduction, bool with_grad) {
+  const int64_t channels = pred.size(-1), rows = cu ? pred.size(0) : pred.size(0) * pred.size(1);
+  const DType type = unit_dtype(pred.dtype);
+  Tensor loss = pred.new_empty({}, DType::f32);
+  Tensor unit = !with_grad ? pred.new_empty({0}, type)
+                : cu       ? pred.new_empty({rows, channels}, type)
+                           : pred.new_empty({pred.size(0), pred.size(1), channels}, type);
+  std::vector<double> row_loss(rows);
+  LatentLossForwardParams p{};
+  p.pred = pred.data();
+  p.target = target.data();
+  p.ids = ids ? ids->data<int64_t>() : nullptr;
+  p.cu_seqlens = cu ? cu->data<int32_t>() : nullptr;
+  p.sequences = cu ? cu->size(0) - 1 : pred.size(0);
+  p.run_length = cu ? 0 : pred.size(1);
+  p.rows = rows;
+  p.batch = target.size(0);
+  p.count = target.size(1);
+  p.channels = channels;
+  p.pred_run = pred.stride(0);
+  p.pred_row = pred.stride(-2);
+  p.pred_channel = pred.stride(-1);
+  p.target_image = target.stride(0);
+  p.target_token = target.stride(1);
+  p.target_channel = target.stride(2);
+  p.pred_dtype = pred.dtype;
+  p.target_dtype = target.dtype;
+  p.kind = kind_of(kind);
+  p.beta = static_cast<float>(beta);
+  p.eps = static_cast<float>(eps);
+  p.normalize = normalize;
+  p.per_mask = reduction == "mask";
+  p.row_loss = row_loss.data();
+  p.loss = loss.data<float>();
+  p.unit = with_grad ? unit.data() : nullptr;
+  p.threads = torch_threads();
+  {
+    py::gil_scoped_release nogil;
+    latent_loss_forward_cpu(p);
+  }
+  return {loss, unit};
+}
+
+static Tensor backward_cpu(const Tensor& grad, const Tensor& unit, bool half) {
+  const DType type = half ? DType::f16 : unit.dtype;
+  Tensor dpred = unit.dim() == 3 ? unit.new_empty({unit.size(0), unit.size(1), unit.size(2)}, type)
+                                 : unit.new_empty({unit.size(0), unit.size(1)}, type);
+  const LatentLossBackwardParams params{unit.data(), grad.data<float>(), dpred.data(), unit.numel(),
+                                        type,        torch_threads()};
+  py::gil_scoped_release nogil;
+  latent_loss_backward_cpu(params);
+  return dpred;
+}
+
+void bind_latent_loss(py::module_& m) {
+  m.def("latent_loss_forward_cpu", &forward_cpu);
+  m.def("latent_loss_backward_cpu", &backward_cpu);
+}
+
+} // namespace jepa
