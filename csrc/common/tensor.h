@@ -26,6 +26,13 @@ inline PyObject* torch_dtype(DType dtype) {
   return table[static_cast<size_t>(dtype)];
 }
 
+// The element type of a torch.dtype.
+inline DType dtype_of(py::handle type) {
+  for (int i = 0; i < static_cast<int>(DType::other); ++i)
+    if (type.ptr() == torch_dtype(static_cast<DType>(i))) return static_cast<DType>(i);
+  return DType::other;
+}
+
 // torch.get_num_threads(): a fresh Python thread's OpenMP default differs from it.
 inline int torch_threads() {
   static const py::handle get = torch_attribute("get_num_threads");
@@ -57,6 +64,13 @@ struct Tensor {
     return index.is_none() ? -1 : index.cast<int>();
   }
 
+  // The stream that torch works on at present, on this CUDA tensor's device.
+  void* stream() const {
+    static const py::handle current =
+        py::object(py::module_::import("torch.cuda").attr("current_stream")).release();
+    return reinterpret_cast<void*>(current(obj.attr("device")).attr("cuda_stream").cast<uintptr_t>());
+  }
+
   static Tensor from(py::handle h) {
     static const py::str data_ptr("data_ptr"), shape("shape"), stride("stride"), dtype("dtype");
     Tensor t;
@@ -69,9 +83,7 @@ struct Tensor {
       t.sizes[i] = shapes[i].cast<int64_t>();
       t.strides[i] = steps[i].cast<int64_t>();
     }
-    const py::object type = h.attr(dtype);
-    for (int i = 0; i < 7; ++i)
-      if (type.ptr() == torch_dtype(static_cast<DType>(i))) t.dtype = static_cast<DType>(i);
+    t.dtype = dtype_of(h.attr(dtype));
     return t;
   }
 
