@@ -36,9 +36,25 @@ __device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 struct None {}; // no shadow
 
-template <class T> struct alignas(4 * sizeof(T)) Quad {
+template <class T> struct Quad {
   T v[4];
 };
+
+// Streaming accesses: each byte is used once, and the weights are larger than the cache. Named as intrinsics
+// also because the compiler would send addresses that come out of memory through the slower generic path.
+template <class T> using Word = std::conditional_t<sizeof(T) == 4, float4, float2>;
+
+template <class T> __device__ Quad<T> load_quad(const T* p) {
+  const Word<T> word = __ldcs(reinterpret_cast<const Word<T>*>(p));
+  Quad<T> quad;
+  memcpy(&quad, &word, sizeof(quad));
+  return quad;
+}
+template <class T> __device__ void store_quad(T* p, const Quad<T>& quad) {
+  Word<T> word;
+  memcpy(&word, &quad, sizeof(quad));
+  __stcs(reinterpret_cast<Word<T>*>(p), word);
+}
 
 template <EmaForm form, class Online, class Shadow> struct Chunk {
   float* target;
@@ -53,28 +69,32 @@ template <EmaForm form, class Online, class Shadow> struct Chunk {
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
       if (const int64_t at = i + u * 4 * THREADS; at < end) {
-        t[u] = *reinterpret_cast<const Quad<float>*>(target + at);
-        o[u] = *reinterpret_cast<const Quad<Online>*>(online + at);
+        t[u] = load_quad(target + at);
+        o[u] = load_quad(online + at);
       }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
       if (const int64_t at = i + u * 4 * THREADS; at < end) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) t[u].v[k] = mix<form>(t[u].v[k], widen(o[u].v[k]), f);
-        *reinterpret_cast<Quad<float>*>(target + at) = t[u];
+        store_quad(target + at, t[u]);
         if constexpr (!std::is_same_v<Shadow, None>) {
           Quad<Shadow> s;
 #pragma unroll
           for (int k = 0; k < 4; ++k) narrow(t[u].v[k], s.v[k]);
-          *reinterpret_cast<Quad<Shadow>*>(shadow + at) = s;
+          store_quad(shadow + at, s);
         }
       }
   }
 
   __device__ void update_one(int64_t i) const {
-    const float x = mix<form>(target[i], widen(online[i]), f);
-    target[i] = x;
-    if constexpr (!std::is_same_v<Shadow, None>) narrow(x, shadow[i]);
+    const float x = mix<form>(__ldcs(target + i), widen(__ldcs(online + i)), f);
+    __stcs(target + i, x);
+    if constexpr (!std::is_same_v<Shadow, None>) {
+      Shadow s;
+      narrow(x, s);
+      __stcs(shadow + i, s);
+    }
   }
 };
 
