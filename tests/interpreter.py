@@ -2,10 +2,12 @@
 
 bf16: casts truncate and `tl.dot` multiplies bit patterns; here casts round to nearest even and dot is exact. Arithmetic
 on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Run-time loop bounds fail with
-NumPy >= 2.4. Loads and stores are counted in TRAFFIC, masked lanes left out.
+NumPy >= 2.4. Each call of a helper patches the language once more, over the last patch; here each launch does, once.
+Loads and stores are counted in TRAFFIC, masked lanes left out.
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import triton.language as tl
@@ -46,6 +48,7 @@ def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 def install() -> None:
     """Patch the interpreter of this process; before any kernel runs."""
     dot, cast, to_float, binary = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, Builder.binary_op
+    patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     load, store, patch = Builder.create_masked_load, Builder.create_masked_store, interpreter._patch_lang_tensor
 
     def cast_impl(self, source, to):
@@ -91,3 +94,5 @@ def install() -> None:
         setattr(Builder, function.__name__, function)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
     interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang = lambda kernel: patch_language(everywhere)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

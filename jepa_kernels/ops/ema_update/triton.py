@@ -67,14 +67,15 @@ def forward(
     target: Sequence[Tensor], online: Sequence[Tensor], shadow: Sequence[Tensor], momentum: Tensor, form: str
 ) -> None:
     """One launch for each pair of online and shadow dtypes, usually one in all."""
-    host = 0.0 if momentum.is_cuda else float(momentum)
+    on_device = momentum.device == target[0].device
+    host = 0.0 if on_device else float(momentum)
     with device_of(target[0]):
         for group in groups(target, online, shadow):
             _ema_update_forward_kernel[(len(group.table),)](
                 group.table,
                 host,
                 1.0 - host,
-                momentum if momentum.is_cuda else None,
+                momentum if on_device else None,
                 FORM=form,
                 ONLINE=DTYPES[group.online],
                 SHADOW=DTYPES[group.shadow],
