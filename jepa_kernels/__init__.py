@@ -8,6 +8,7 @@ from jepa_kernels._core.select import BackendError, BackendWarning, explain, use
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.latent_loss.op import latent_loss
+from jepa_kernels.ops.masked_attention.op import masked_attention
 from jepa_kernels.packing import Packing, pack
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "gather_tokens",
     "info",
     "latent_loss",
+    "masked_attention",
     "pack",
     "use_backend",
 ]
