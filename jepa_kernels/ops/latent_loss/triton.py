@@ -35,7 +35,7 @@ def _tokens(run, cu_seqlens, runs, batch, PER_MASK: tl.constexpr):
     if not PER_MASK:
         return tl.load(cu_seqlens + runs).to(tl.float32)
     masks = runs // batch
-    filled = 0
+    filled = tl.full([], 0, tl.int32)
     for start in range(0, masks, 32):
         j = start + tl.arange(0, 32)
         end = tl.load(cu_seqlens + (j + 1) * batch, mask=j < masks, other=0)
