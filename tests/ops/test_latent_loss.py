@@ -81,6 +81,13 @@ def test_no_tokens_give_zero(backend):
     assert torch.autograd.grad(loss, pred)[0].shape == (0, 4)
 
 
+def test_rows_of_no_sequence_give_zero(kernel):
+    packing = Packing.from_lengths([]).padded(3, 0, 0)
+    ids = torch.zeros(3, dtype=torch.long)
+    loss, grad = value_and_grad(torch.randn(3, 4), torch.randn(2, 5, 4), ids, packing=packing, backend=kernel)
+    assert loss.item() == 0.0 and torch.equal(grad, torch.zeros(3, 4))
+
+
 def test_equals_the_published_chain():
     pred, target, ids = draw(masks=4)
     h = F.layer_norm(target, (24,))

@@ -178,7 +178,7 @@ def forward(
     )
     block = min(triton.next_power_of_2(max(channels, 1)), MAX_BLOCK)
     with device_of(pred):
-        if rows:
+        if pred.numel() and runs:
             _latent_loss_forward_kernel[(rows,)](
                 pred, target, ids, cu_seqlens, unit if with_grad else None, row_loss,
                 pred.shape[1] if cu_seqlens is None else 0, runs, runs.bit_length(), *target.shape[:2], channels,
@@ -187,6 +187,9 @@ def forward(
                 KIND=kind, NORMALIZE=normalize, PER_MASK=reduction == "mask", ONE_BLOCK=channels <= block, BLOCK=block,
                 num_warps=min(max(block // 512, 1), 8),
             )  # fmt: skip
+        else:
+            row_loss.zero_()
+            unit.zero_()
         _latent_loss_sum_kernel[(1,)](row_loss, loss, rows, BLOCK=SUM_BLOCK, num_warps=16)
     return loss, unit
 
