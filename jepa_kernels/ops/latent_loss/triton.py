@@ -31,9 +31,9 @@ def _run_of(row, cu_seqlens, runs, steps):
 
 @triton.jit
 def _tokens(run, cu_seqlens, runs, batch, PER_MASK: tl.constexpr):
-    """What a row's loss is divided by: rows of its mask * masks that have rows, or all rows."""
+    """What a row's loss is divided by: rows of its mask * masks that have rows, or all rows; at least 1."""
     if not PER_MASK:
-        return tl.load(cu_seqlens + runs).to(tl.float32)
+        return tl.maximum(tl.load(cu_seqlens + runs), 1).to(tl.float32)
     masks = runs // batch
     filled = tl.full([], 0, tl.int32)
     for start in range(0, masks, 32):
@@ -42,7 +42,7 @@ def _tokens(run, cu_seqlens, runs, batch, PER_MASK: tl.constexpr):
         filled += tl.sum((end > tl.load(cu_seqlens + j * batch, mask=j < masks, other=0)).to(tl.int32))
     own = tl.minimum(run // batch, masks - 1)
     rows = tl.load(cu_seqlens + (own + 1) * batch) - tl.load(cu_seqlens + own * batch)
-    return rows.to(tl.float32) * filled.to(tl.float32)
+    return tl.maximum(rows, 1).to(tl.float32) * tl.maximum(filled, 1).to(tl.float32)
 
 
 @triton.jit
