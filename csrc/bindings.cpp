@@ -10,6 +10,7 @@ void bind_common(py::module_&);
 void bind_ema_update(py::module_&);
 void bind_gather_tokens(py::module_&);
 void bind_latent_loss(py::module_&);
+void bind_masked_attention(py::module_&);
 void bind_peaks(py::module_&);
 } // namespace jepa
 
@@ -19,5 +20,6 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_ema_update(m);
   jepa::bind_gather_tokens(m);
   jepa::bind_latent_loss(m);
+  jepa::bind_masked_attention(m);
   jepa::bind_peaks(m);
 }
