@@ -8,6 +8,7 @@
 #include <pybind11/stl.h>
 
 #include "common/dtype.h"
+#include "common/rows.h"
 
 namespace jepa {
 
@@ -94,6 +95,19 @@ private:
     return from(obj.attr(method)(dimensions, py::arg("dtype") = dt));
   }
 };
+
+// ids [M, K], [T] with cu_seqlens, or none: all `count` tokens of each of `batch` images.
+inline KeptRows kept_rows(const std::optional<Tensor>& ids, const std::optional<Tensor>& cu, int64_t batch,
+                          int64_t count) {
+  if (!ids) return {nullptr, nullptr, batch, count, batch * count, batch, count};
+  return {ids->data<int64_t>(),
+          cu ? cu->data<int32_t>() : nullptr,
+          cu ? cu->size(0) - 1 : ids->size(0),
+          cu ? 0 : ids->size(1),
+          ids->numel(),
+          batch,
+          count};
+}
 
 } // namespace jepa
 
