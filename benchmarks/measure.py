@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, op: str, workload: Workload, stage: str, dtype: str, settings: Settings):
         self.op, self.workload, self.stage, self.dtype, self.settings = op, workload, stage, dtype, settings
+        self.group = f"{op}/{workload.name}/{stage}/{dtype}"
         self.made: Inputs | None = None
         case = workload.case
         self.case = case if stage == "backward" else type(case)(**{**case.__dict__, "grads": ()})
