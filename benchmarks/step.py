@@ -175,9 +175,7 @@ class StepRun:
         extra = {
             "tokens_per_s": common["tokens"] / seconds["ours"],
             "baseline_tokens_per_s": common["tokens"] / seconds["baseline"],
-            "share_of_peak": common["flops"] / seconds["ours"] / 1e9 / peaks["fma_gflops"]["float32"]
-            if peaks
-            else None,
+            "share_of_peak": self.share(common["flops"] / seconds["ours"]),
             "peak_bytes": memory.get(OURS),
             "baseline_peak_bytes": memory.get(name),
         }
