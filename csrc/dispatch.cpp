@@ -6,8 +6,10 @@
 #include <stdexcept>
 
 #include "ema_update/ema_update.h"
+#include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
 #include "latent_loss/latent_loss.h"
+#include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
 
 namespace jepa {
@@ -71,8 +73,12 @@ bool set_isa(const char* name) {
   }
 
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
+JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
+JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)
 JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
 JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)
 JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)
 JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
+JEPA_DISPATCH(masked_attention_forward_cpu, MaskedAttentionForwardParams)
+JEPA_DISPATCH(masked_attention_backward_cpu, MaskedAttentionBackwardParams)
 JEPA_DISPATCH(peaks_cpu, PeaksParams)

@@ -151,13 +151,30 @@ static inline vf scale2(vf x, __m256i exponent) {
 
 #endif
 
-// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny, never NaN.
+// n <= W elements, `stride` apart.
+template <class T> static inline vf load(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == W ? load(p) : load(p, n);
+  alignas(64) T values[W] = {};
+  for (int i = 0; i < n; ++i) values[i] = p[i * stride];
+  return load(values);
+}
+
+// Full registers need no mask.
+template <class T> static inline void store_first(T* p, vf x, int n) {
+  if (n == W)
+    store(p, x);
+  else
+    store(p, x, n);
+}
+
+// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny. NaN stays NaN:
+// vmax hands on its second operand.
 static inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
-  x = vmax(x, set1(-200.f)); // keeps -inf out of the subtraction below
+  x = vmax(set1(-200.f), x); // keeps -inf out of the subtraction below
   const vf whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = vmax(x, set1(-126.f));
+  x = vmax(set1(-126.f), x);
   const vf whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   const vf t = sub(x, whole); // in [-0.5, 0.5]

@@ -91,6 +91,18 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
              "sort each row and drop repeated or foreign ids")  # fmt: skip
 
 
+def usable_device(op: str, argument: str, name: str) -> torch.device:
+    """The cpu or cuda device of this name; ValueError where this machine has none."""
+    try:
+        found = torch.empty(0, device=name).device
+        why = "" if found.type in ("cpu", "cuda") else "neither cpu nor cuda"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).split("\n")[0]
+    if why:
+        fail(op, argument, "name a device of this machine", f"{name!r} ({why})", "leave it out for the cpu")
+    return found
+
+
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
     if not isinstance(module, str) and ids.is_contiguous():

@@ -7,7 +7,7 @@ import jepa_kernels as jk
 from jepa_kernels import Packing
 
 
-@pytest.fixture(params=("reference",))
+@pytest.fixture(params=("reference", "cpu"))
 def backend(request):
     return request.param
 

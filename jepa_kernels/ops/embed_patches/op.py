@@ -13,7 +13,7 @@ from jepa_kernels.packing import Packing
 
 OP = "embed_patches"
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS = (Kernel("cpu"),)
 
 
 def embed_patches(

@@ -18,7 +18,10 @@ def _only_without_grad(needs_grad: bool) -> str | None:
     return "its backward may add in any order: taken only when named" if needs_grad else None
 
 
-KERNELS = (Kernel("sdpa", automatic=_only_without_grad),)
+KERNELS = (
+    Kernel("cpu"),
+    Kernel("sdpa", automatic=_only_without_grad),
+)
 
 
 def masked_attention(
@@ -60,7 +63,7 @@ def masked_attention(
         return sdpa.forward(q, k, v, packing, k_packing, scale)
     cu_seqlens = None if packing is None else packing.cu_seqlens
     k_cu_seqlens = cu_seqlens if k_packing is None else k_packing.cu_seqlens
-    return _attention(q, k, v, cu_seqlens, k_cu_seqlens, scale, backend)[0]
+    return _attention(q, k, v, cu_seqlens, k_cu_seqlens, scale, backend)
 
 
 def _autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -116,13 +119,10 @@ def _check_packings(q: Tensor, k: Tensor, packing: Packing | None, k_packing: Pa
              "give every sequence its keys, or none by a length of 0")  # fmt: skip
 
 
-FORWARD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale, str backend)"
-    " -> (Tensor out, Tensor lse)"
-)
+FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale, str backend) -> Tensor"
 BACKWARD = (
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale,"
-    " str backend) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale, str backend)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
 
@@ -134,23 +134,20 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return _empty_like(q), q.new_empty(rows, dtype=torch.float32)
+def _fake(q: Tensor, *rest: Any) -> Tensor:
+    return _empty_like(q)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(q), _empty_like(k), _empty_like(v)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, k_cu_seqlens, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(q, k, v, output[1], cu_seqlens, k_cu_seqlens)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 7
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None, None)
 
 

@@ -18,8 +18,8 @@ def forward(
     column = torch.arange(k_packing.max_seqlen, device=q.device)
     # A sequence without keys looks at the padding, whose values are 0: no row is masked as a whole.
     keep = ((column < lengths) | (lengths == 0))[:, None, None]
-    padded = (packing.pad(q), k_packing.pad(k), k_packing.pad(v))
-    out = _attend(*(x.transpose(1, 2) for x in padded), keep, scale)
+    q, k, v = (x.transpose(1, 2) for x in (packing.pad(q), k_packing.pad(k), k_packing.pad(v)))
+    out = _attend(q, k, v, keep, scale)
     return packing.unpad(out.transpose(1, 2))
 
 

@@ -1,0 +1,81 @@
+// Moving rows between the caller's tensors and fp32 scratch.
+#pragma once
+#include "common/simd.h"
+
+namespace jepa::JEPA_ISA {
+
+// Elements of type T of one head of one sequence.
+template <class T> struct View {
+  T* data;
+  int64_t row, channel;
+};
+
+// An odd number of cache lines apart, so that equal columns of many rows spread over all cache sets.
+static int64_t scratch_row(int64_t width) {
+  const int64_t lines = (width + 15) / 16;
+  return (lines + (lines % 2 == 0)) * 16;
+}
+
+template <class T> static void read_row(const T* in, int64_t channel, int64_t width, float* out) {
+  if (channel == 1) {
+    int64_t c = 0;
+    for (; c + W <= width; c += W) store(out + c, load(in + c));
+    if (c < width) store(out + c, load(in + c, static_cast<int>(width - c)));
+    return;
+  }
+  T values[128 + W] = {};
+  for (int64_t c = 0; c < width; ++c) values[c] = in[c * channel];
+  for (int64_t c = 0; c < width; c += W) store(out + c, load(values + c));
+}
+
+template <class T> static void read_rows(View<const T> in, int64_t rows, int64_t width, float* out) {
+  const int64_t out_row = scratch_row(width);
+  for (int64_t i = 0; i < rows; ++i) read_row(in.data + i * in.row, in.channel, width, out + i * out_row);
+}
+
+static void clear_rows(float* x, int64_t rows, int64_t width) {
+  std::memset(x, 0, rows * scratch_row(width) * sizeof(float));
+}
+
+template <class T>
+static void write_rows(const float* in, int64_t rows, int64_t width, float factor, View<T> out) {
+  const int64_t in_row = scratch_row(width);
+  const vf f = set1(factor);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* x = in + i * in_row;
+    T* y = out.data + i * out.row;
+    int64_t c = 0;
+    for (; c + W <= width; c += W) store(y + c, mul(f, load(x + c)));
+    if (c < width) store(y + c, mul(f, load(x + c)), static_cast<int>(width - c));
+  }
+}
+
+// out[c][r] = in[r][c] for 8 rows and 8 columns.
+static inline void transpose_8x8(const float* in, int64_t in_row, float* out, int64_t out_row) {
+  __m256 x[8], y[8];
+  for (int r = 0; r < 8; ++r) x[r] = _mm256_loadu_ps(in + r * in_row);
+  for (int r = 0; r < 8; r += 2) {
+    y[r] = _mm256_unpacklo_ps(x[r], x[r + 1]);
+    y[r + 1] = _mm256_unpackhi_ps(x[r], x[r + 1]);
+  }
+  for (int r = 0; r < 8; r += 4) {
+    x[r] = _mm256_shuffle_ps(y[r], y[r + 2], 0x44);
+    x[r + 1] = _mm256_shuffle_ps(y[r], y[r + 2], 0xEE);
+    x[r + 2] = _mm256_shuffle_ps(y[r + 1], y[r + 3], 0x44);
+    x[r + 3] = _mm256_shuffle_ps(y[r + 1], y[r + 3], 0xEE);
+  }
+  for (int r = 0; r < 4; ++r) {
+    _mm256_storeu_ps(out + r * out_row, _mm256_permute2f128_ps(x[r], x[r + 4], 0x20));
+    _mm256_storeu_ps(out + (r + 4) * out_row, _mm256_permute2f128_ps(x[r], x[r + 4], 0x31));
+  }
+}
+
+// Scratch rows [rows][width] -> [width][out_row]; rows and width are multiples of 8.
+static void transpose(const float* in, int64_t rows, int64_t width, float* out, int64_t out_row) {
+  const int64_t in_row = scratch_row(width);
+  for (int64_t r = 0; r < rows; r += 8)
+    for (int64_t c = 0; c < width; c += 8)
+      transpose_8x8(in + r * in_row + c, in_row, out + c * out_row + r, out_row);
+}
+
+} // namespace jepa::JEPA_ISA

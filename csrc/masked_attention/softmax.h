@@ -1,0 +1,61 @@
+// Softmax down the columns of scores [keys][BLOCK], a query in each lane.
+#pragma once
+#include <limits>
+
+#include "common/simd.h"
+
+namespace jepa::JEPA_ISA {
+
+constexpr int64_t BLOCK = 48; // queries at a time: a multiple of every register and of the tile's rows
+constexpr float LOG2_E = 1.44269504089f;
+
+static vf top_of(const float* scores, int64_t keys) {
+  const vf least = set1(-std::numeric_limits<float>::infinity());
+  vf top[4] = {least, least, least, least};
+  int64_t j = 0;
+  for (; j + 4 <= keys; j += 4)
+    for (int u = 0; u < 4; ++u) top[u] = vmax(top[u], load(scores + (j + u) * BLOCK));
+  for (; j < keys; ++j) top[0] = vmax(top[0], load(scores + j * BLOCK));
+  return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
+}
+
+// scores <- 2^(factor * (scores - top)), factor > 0; inverse[i] <- 1 / their sum.
+static void softmax(float* scores, int64_t keys, int64_t queries, float factor, float* inverse) {
+  const vf f = set1(factor);
+  for (int64_t i = 0; i < queries; i += W) {
+    float* s = scores + i;
+    const vf shift = mul(sub(zero(), f), top_of(s, keys));
+    vf sum = zero();
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf e = exp2v(fma(f, load(s + j * BLOCK), shift));
+      store(s + j * BLOCK, e);
+      sum = add(sum, e);
+    }
+    store(inverse + i, div(set1(1.f), sum));
+  }
+}
+
+// From scores and d weights: scores <- weights, d weights <- d scores = weights * (d weights - their mean by
+// weight). The mean comes from the same d weights: where one weight is all, the difference is exactly 0.
+static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t queries, float factor) {
+  const vf f = set1(factor);
+  for (int64_t i = 0; i < queries; i += W) {
+    float *s = scores + i, *g = grad + i;
+    const vf shift = mul(sub(zero(), f), top_of(s, keys));
+    vf sum = zero(), dot = zero();
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf e = exp2v(fma(f, load(s + j * BLOCK), shift));
+      store(s + j * BLOCK, e);
+      sum = add(sum, e);
+      dot = fma(e, load(g + j * BLOCK), dot);
+    }
+    const vf inverse = div(set1(1.f), sum), mean = mul(dot, inverse);
+    for (int64_t j = 0; j < keys; ++j) {
+      const vf p = mul(load(s + j * BLOCK), inverse);
+      store(s + j * BLOCK, p);
+      store(g + j * BLOCK, mul(p, sub(load(g + j * BLOCK), mean)));
+    }
+  }
+}
+
+} // namespace jepa::JEPA_ISA
