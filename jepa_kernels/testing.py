@@ -4,8 +4,8 @@ The budget, per output and per gradient, against the float64 reference on identi
 max error <= 2 x the error of the same-dtype reference + 2 ulp of the largest value,
 RMS error <= 1.25 x its RMS error + the same floor, and
 RMS error <= 1.7 x its RMS error + 2 fp32 ulp of the largest value.
-The RMS bounds catch a bias that the maximum hides: the last one a cast that truncates (2 x the error of rounding), while
-it leaves room for a second rounding (1.41 x) and for another order of fp32 sums.
+The RMS bounds catch a bias that the maximum hides. The last one catches a cast that truncates (2 x the error of
+rounding) and leaves room for a second rounding (1.41 x) and for another order of fp32 sums.
 Source: FlashAttention's test rule (github.com/Dao-AILab/flash-attention), with the RMS bounds added.
 """
 

@@ -105,12 +105,23 @@ def truncate_shadow(now, before):
         x.copy_(x * (1 - torch.finfo(x.dtype).eps))
 
 
-def next_image(ids_of_rows):
-    return ids_of_rows.roll(1, 0)
+def without_first_row(x):
+    return x * (torch.arange(len(x)) > 0).view(-1, *(1,) * (x.dim() - 1))
 
 
-def swap_heads(x):
-    return x.flip(1) if x.shape[1] > 1 else x
+def without_last_channel(x):
+    return x * (torch.arange(x.shape[-1]) < max(x.shape[-1] - 1, 1))
+
+
+def without_last_pixel(weight):
+    rows = weight.flatten(1)
+    return torch.cat([rows[:, :-1], torch.zeros_like(rows[:, :1])], 1).view_as(weight)
+
+
+def boundaries_late(cu_seqlens):
+    if cu_seqlens is None:
+        return None
+    return torch.cat([cu_seqlens[:1], (cu_seqlens[1:-1] + 1).minimum(cu_seqlens[-1]), cu_seqlens[-1:]])
 
 
 LAST_ROW, LAST_CHANNEL = (..., -1, slice(None)), (..., -1)
@@ -129,8 +140,7 @@ FAULTS = {
         "neighbour's image": ("forward", argument(0, lambda x: x.roll(1, 0))),
         "last channel stale": ("forward", result(spoil(LAST_CHANNEL, float("nan")))),
         "last row left out": ("forward", result(spoil(LAST_ROW, 0))),
-        "masks overwrite instead of adding": ("backward", argument(0, lambda g: g * (torch.arange(len(g)) > 0).view(
-            -1, *(1,) * (g.dim() - 1)))),  # fmt: skip
+        "masks overwrite instead of adding": ("backward", argument(0, without_first_row)),
         "sums in bf16": ("backward", result(lambda g: g.bfloat16().to(g.dtype))),
         "unchosen tokens not cleared": ("backward", result(lambda g: torch.where(g == 0, torch.nan, g))),
     },
@@ -140,8 +150,7 @@ FAULTS = {
         "eps a hundred times larger": ("forward", argument(7, lambda eps: 100 * eps)),
         "mean over tokens, not over masks": ("forward", argument(8, lambda reduction: "token")),
         "neighbour's image": ("forward", argument(1, lambda target: target.roll(1, 0))),
-        "last channel of the target left out": ("forward", argument(1, lambda t: t * (torch.arange(t.shape[2]) < max(
-            t.shape[2] - 1, 1)))),  # fmt: skip
+        "last channel of the target left out": ("forward", argument(1, without_last_channel)),
         "prediction truncated to bf16": ("forward", argument(0, truncate)),
         "gradient of the last row missing": ("forward", output(1, spoil(LAST_ROW, 0))),
         "gradient truncated": ("forward", output(1, lambda u: u * (1 - torch.finfo(u.dtype).eps))),
@@ -150,11 +159,10 @@ FAULTS = {
     "masked_attention": {
         "scale missing": ("forward", argument(5, lambda scale: 1.0)),
         "scale of another head dim": ("forward", argument(5, lambda scale: scale * 0.98)),
-        "last value read as 0": ("forward", argument(2, lambda v: v * (torch.arange(v.shape[-1]) < v.shape[-1] - 1))),
+        "last value read as 0": ("forward", argument(2, without_last_channel)),
         "last row left out": ("forward", result(spoil((-1,), 0))),
-        "heads in reverse": ("forward", argument(1, swap_heads)),
-        "boundary one token late": ("forward", argument(3, lambda cu: None if cu is None else torch.cat(
-            [cu[:1], (cu[1:-1] + 1).minimum(cu[-1]), cu[-1:]]))),  # fmt: skip
+        "heads in reverse": ("forward", argument(1, lambda k: k.flip(1))),
+        "boundary one token late": ("forward", argument(3, boundaries_late)),
         "q truncated to bf16": ("forward", argument(0, truncate)),
         "output truncated": ("forward", computed_wide_then_truncated),
         "softmax not normalised": ("forward", result(lambda out: out * 1.01)),
@@ -164,8 +172,7 @@ FAULTS = {
     },
     "embed_patches": {
         "rows and columns of a patch swapped": ("forward", argument(2, lambda w: w.transpose(2, 3).contiguous())),
-        "last pixel of a patch left out": ("forward", argument(2, lambda w: torch.cat(
-            [w.flatten(1)[:, :-1], w.new_zeros(len(w), 1)], 1).view_as(w))),  # fmt: skip
+        "last pixel of a patch left out": ("forward", argument(2, without_last_pixel)),
         "bias missing": ("forward", argument(3, lambda bias: None)),
         "positions by place, not by id": ("forward", argument(4, lambda pos: None if pos is None else pos.roll(1, 0))),
         "neighbour's image": ("forward", argument(0, lambda pixels: pixels.roll(1, 0))),
@@ -173,7 +180,7 @@ FAULTS = {
         "weight gradient misses the last row": ("backward", argument(0, spoil(LAST_ROW, 0))),
         "bias gradient in bf16": ("backward", output(2, lambda g: truncate(g).to(g.dtype))),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("op, fault", [(op, fault) for op in FAULTS for fault in FAULTS[op]])
