@@ -21,7 +21,7 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = os.environ.get("JEPA_CUDA", "0") == "1"
-        for tool in ("c++", "cmake", "ninja"):
+        for tool in ((os.environ.get("CXX") or "c++").split()[0], "cmake", "ninja"):
             if shutil.which(tool) is None:
                 raise SystemExit(NO_COMPILER.format(missing=tool))
         if cuda and shutil.which("nvcc") is None:

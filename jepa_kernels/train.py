@@ -7,16 +7,18 @@ Crops, masks and schedules are functions of (seed, step), so that a resumed run 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +136,7 @@ class _Collate:
         return torch.stack([pixels for pixels, _ in items]), self.masks(len(items))
 
 
-def batches(config: Config, start: int = 0) -> DataLoader[tuple[Tensor, MaskBatch]]:
+def batches(config: Config, start: int = 0) -> DataLoader[Any]:
     """Load (pixels uint8 [B, 3, H, W], masks) of the steps from `start` on: functions of (seed, step) alone."""
     d, size = config.data, config.model.crop_size
     if not isinstance(size, int):
@@ -190,7 +192,7 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
     last = config.optimization.steps if stop is None else stop
     metrics = out / "metrics.jsonl"
     _drop_rows_after(metrics, trainer.step)
-    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "a") as log:
+    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "ab", buffering=0) as log:
         for pixels, masks in batches(config, trainer.step):
             if trainer.step >= last or asked:
                 break
@@ -207,11 +209,11 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
     return not asked or trainer.step >= last
 
 
-def _append(log: TextIO, row: dict[str, Any]) -> None:
-    line = json.dumps(row) + "\n"
+def _append(log: io.FileIO, row: dict[str, Any]) -> None:
+    line = (json.dumps(row) + "\n").encode()
     try:
-        log.write(line)
-        log.flush()
+        if log.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise report.unwritable(Path(log.name), error, len(line)) from error
 

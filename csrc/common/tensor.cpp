@@ -15,6 +15,12 @@ static PyObject* torch_dtype(DType dtype) {
   return table[static_cast<size_t>(dtype)];
 }
 
+DType dtype_of(py::handle type) {
+  for (int i = 0; i < static_cast<int>(DType::other); ++i)
+    if (type.ptr() == torch_dtype(static_cast<DType>(i))) return static_cast<DType>(i);
+  return DType::other;
+}
+
 int torch_threads() {
   static const py::handle get = torch_attribute("get_num_threads");
   return get().cast<int>();
@@ -23,6 +29,12 @@ int torch_threads() {
 int Tensor::device_index() const {
   const py::object index = obj.attr("device").attr("index");
   return index.is_none() ? -1 : index.cast<int>();
+}
+
+void* Tensor::stream() const {
+  static const py::handle current =
+      py::object(py::module_::import("torch.cuda").attr("current_stream")).release();
+  return reinterpret_cast<void*>(current(obj.attr("device")).attr("cuda_stream").cast<uintptr_t>());
 }
 
 Tensor Tensor::from(py::handle h) {
@@ -37,9 +49,7 @@ Tensor Tensor::from(py::handle h) {
     t.sizes[i] = shapes[i].cast<int64_t>();
     t.strides[i] = steps[i].cast<int64_t>();
   }
-  const py::object type = h.attr(dtype);
-  for (int i = 0; i < 7; ++i)
-    if (type.ptr() == torch_dtype(static_cast<DType>(i))) t.dtype = static_cast<DType>(i);
+  t.dtype = dtype_of(h.attr(dtype));
   return t;
 }
 

@@ -13,6 +13,9 @@ namespace jepa {
 
 namespace py = pybind11;
 
+// The element type of a torch.dtype; `other` for None.
+DType dtype_of(py::handle type);
+
 // torch.get_num_threads(): a fresh Python thread's OpenMP default differs from it.
 int torch_threads();
 
@@ -37,6 +40,9 @@ struct Tensor {
 
   // The index of a CUDA tensor's device; -1 on the CPU.
   int device_index() const;
+
+  // The stream that torch works on at present, on this CUDA tensor's device.
+  void* stream() const;
 
   static Tensor from(py::handle h);
 
