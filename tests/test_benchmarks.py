@@ -54,9 +54,8 @@ def model_row(**changes):
 def red_row():
     common = {k: v for k, v in row().items() if k in ("kind", "name", "workload", "pass", "dtype", "device", "backend")}
     parity = {"pass": False, "max_err": None, "budget": 1e-9, "tensor": "output0"}
-    found = rows.failed(
-        {**common, "bytes": 1, "flops": 1, "parity": parity}, "loop", "parity: outside the error budget"
-    )
+    common.update(workload="red", bytes=1, flops=1, parity=parity)
+    found = rows.failed(common, "loop", "parity: outside the error budget")
     return {**found, "repro": rows.repro(rows.key(found), "cpu", 2)}
 
 
