@@ -15,6 +15,7 @@ else
   export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
+PIP = $(PYTHON) -m pip install -q --no-compile
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
 SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
@@ -37,10 +38,12 @@ $(ENV_STAMP):
 ifneq ($(HAS_TORCH),1)
 	@$(PY) -c "import venv, ensurepip" 2>/dev/null || { echo "no venv module: apt-get install -y python3-venv"; exit 1; }
 	$(PY) -m venv $(VENV)
-	$(PYTHON) -m pip install -q $(TORCH) $(TOOLS)
-	$(PYTHON) -m pip install -q --no-deps $(TRITON)
-	$(PYTHON) -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[train,bench,test,lint]"
-	@touch $(CPU_STAMP) 2>/dev/null || { mkdir -p .stamps; touch $(CPU_STAMP); }
+	$(PIP) $(TOOLS)
+	@echo "building jepa_kernels._C while torch is fetched"
+	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
+	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) && wait $$built
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,bench,test,lint]"
+	@mkdir -p .stamps; touch $(CPU_STAMP)
 endif
 	@mkdir -p .stamps; touch $@
 

@@ -17,11 +17,11 @@ NO_COMPILER = (
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake in build/<python tag>-<cuda|cpu> and places the module where setuptools wants it."""
+    """Runs CMake in build/<python tag> and places the module where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
         cuda = os.environ.get("JEPA_CUDA", "0") == "1"
-        for tool in ("c++", "cmake", "ninja"):
+        for tool in ((os.environ.get("CXX") or "c++").split()[0], "cmake", "ninja"):
             if shutil.which(tool) is None:
                 raise SystemExit(NO_COMPILER.format(missing=tool))
         if cuda and shutil.which("nvcc") is None:
@@ -29,7 +29,7 @@ class CMakeBuild(build_ext):
                 "jepa_kernels: JEPA_CUDA=1 must find nvcc, got none on PATH; unset JEPA_CUDA for a CPU build"
             )
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
+        folder = ROOT / "build" / str(sys.implementation.cache_tag)  # with and without CUDA: most objects serve both
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}", f"-DJEPA_CUDA={'ON' if cuda else 'OFF'}",

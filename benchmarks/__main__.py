@@ -142,4 +142,5 @@ def take(event: dict[str, Any], document: dict[str, Any], latest: Path, progress
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the measuring process must not outlive us
     sys.exit(main())

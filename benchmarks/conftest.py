@@ -13,10 +13,8 @@ import torch
 
 from benchmarks import machine, rows
 from benchmarks.measure import Interrupted, Run, Settings
+from benchmarks.step import StepRun
 from benchmarks.text import row_line
-from benchmarks.workload import Workload
-
-SETTINGS = pytest.StashKey[Settings]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,6 +36,8 @@ def emit(**event: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+    # An op without a kernel for this device is measured on its reference: a warning, not an error as in the tests.
+    config.addinivalue_line("filterwarnings", "default::jepa_kernels.BackendWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -94,22 +94,34 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[
 
 
 @pytest.fixture
-def bench(benchmark: Any, settings: Settings, record: Callable[[list[rows.Row]], None]) -> Callable[..., None]:
-    """bench(op, workload, stage, dtype): parity, then time against every rival; fails where parity is red."""
+def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callable[[Any], None]:
+    """Measures a Run or a StepRun: parity, then time against every rival; fails where parity is red."""
 
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measure(op: str, workload: Workload, stage: str, dtype: str) -> None:
-        benchmark.group = f"{op}/{workload.name}/{stage}/{dtype}"
+    def measured(run: Run | StepRun) -> None:
+        benchmark.group = run.group
         try:
-            found = Run(op, workload, stage, dtype, settings).rows(drive)
+            found = run.rows(drive)
         except Interrupted as stopped:
             record(stopped.rows)
             raise
         record(found)
         red = [row for row in found if not row["parity"]["pass"]]
         if red:
-            pytest.fail(f"{benchmark.group}: parity is red, no number: {red[0]['parity']}", pytrace=False)
+            pytest.fail(f"{run.group}: parity is red, no number: {red[0]['parity']}", pytrace=False)
 
-    return measure
+    return measured
+
+
+@pytest.fixture
+def bench(settings: Settings, measure: Callable[[Run], None]) -> Callable[..., None]:
+    """bench(op, workload, stage, dtype)"""
+    return lambda *what: measure(Run(*what, settings))
+
+
+@pytest.fixture
+def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callable[..., None]:
+    """bench_step(model, workload, stage, dtype)"""
+    return lambda *what: measure(StepRun(*what, settings))

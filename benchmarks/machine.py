@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import subprocess
-import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Clock
+from benchmarks import timing
 from jepa_kernels import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMM = 2048  # rows, columns and depth of the matrix product
+LONG_ENOUGH_S = 0.02
 ENVIRONMENT = ("OMP_NUM_THREADS", "TORCH_", "TRITON_", "JEPA_", "KMP_", "GOMP_")
 
 
@@ -108,14 +108,17 @@ def peaks(threads: int, quick: bool = False) -> dict[str, Any]:
 
 
 def gemm_gflops(dtype: str, passes: int) -> float:
-    a, b = (torch.randn(GEMM, GEMM, dtype=torch.float32).to(getattr(torch, dtype)) for _ in range(2))
-    torch.mm(a, b)
-    times = []
-    for _ in range(passes):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return 2 * GEMM**3 / min(times) / 1e9
+    """The rate of the largest product up to GEMM: where a dtype has no fast path, that one alone takes a minute."""
+    size, seconds = GEMM // 16, 0.0
+    while seconds < LONG_ENOUGH_S and size < GEMM:
+        size *= 2
+        seconds = _product_seconds(size, dtype, 1)
+    return 2 * size**3 / min(seconds, _product_seconds(size, dtype, passes)) / 1e9
+
+
+def _product_seconds(size: int, dtype: str, passes: int) -> float:
+    a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
+    return min(timing.Clock()(lambda: torch.mm(a, b), 1) for _ in range(passes))
 
 
 def gpu_peaks() -> dict[str, Any]:
@@ -138,7 +141,7 @@ def _gpu_rate(dtype: str) -> float:
 
 
 def _gpu_seconds(function: Callable[[], object], passes: int = 10) -> float:
-    clock = Clock("cuda")
+    clock = timing.Clock("cuda")
     function()
     return min(clock(function, 1) for _ in range(passes))
 

@@ -36,6 +36,7 @@ class Run:
 
     def __init__(self, op: str, workload: Workload, stage: str, dtype: str, settings: Settings):
         self.op, self.workload, self.stage, self.dtype, self.settings = op, workload, stage, dtype, settings
+        self.group = f"{op}/{workload.name}/{stage}/{dtype}"
         self.made: Inputs | None = None
         case = workload.case
         self.case = case if stage == "backward" else type(case)(**{**case.__dict__, "grads": ()})
@@ -174,14 +175,15 @@ def verdict(checks: list[testing.Parity]) -> dict[str, Any]:
 
 
 def with_backward(function: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], Any]:
-    """Forward, then the gradients of `leaves` for a fixed gradient of the outputs."""
+    """Forward, then the gradients of `leaves` for a fixed gradient of the outputs; 1 for a loss, as in training."""
     generator = torch.Generator().manual_seed(2)
 
     def outputs() -> list[Tensor]:
         out = function()
         return [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
 
-    grads = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in outputs()]
+    found = outputs()
+    grads = [(torch.randn(x.shape, generator=generator) if x.dim() else torch.ones(())).to(x) for x in found]
     return lambda: torch.autograd.grad(outputs(), leaves, grads)
 
 

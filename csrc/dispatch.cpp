@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "ema_update/ema_update.h"
+#include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
 #include "latent_loss/latent_loss.h"
 #include "masked_attention/masked_attention.h"
@@ -72,6 +73,8 @@ bool set_isa(const char* name) {
   }
 
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
+JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
+JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)
 JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
 JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)
 JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)

@@ -6,6 +6,7 @@ from types import ModuleType
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.ema_update.op import ema_update
+from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.op import masked_attention
@@ -19,6 +20,7 @@ __all__ = [
     "Packing",
     "available_backends",
     "ema_update",
+    "embed_patches",
     "explain",
     "gather_tokens",
     "info",

@@ -8,6 +8,7 @@ import sys
 import torch
 
 import jepa_kernels
+from jepa_kernels._core import check
 from jepa_kernels.ops import OPS
 from jepa_kernels.testing import DTYPES, cast, op_module
 
@@ -52,9 +53,14 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
+    try:
+        device = check.usable_device("explain", "--device", options.device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     case = op_module(options.op, "cases").CASES[0]
     drawn = case.make(torch.Generator().manual_seed(0))
-    print(jepa_kernels.explain(options.op, **cast(drawn, getattr(torch, options.dtype), options.device, case.keep)))
+    print(jepa_kernels.explain(options.op, **cast(drawn, getattr(torch, options.dtype), device, case.keep)))
     return 0
 
 

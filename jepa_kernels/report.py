@@ -1,8 +1,10 @@
-"""What a finished training run leaves: curves, a table of scores, and where they were measured."""
+"""What a training run leaves: files written whole, curves, a table of scores, and where they were measured."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,6 +13,35 @@ from typing import Any
 import torch
 
 from jepa_kernels.data import extra
+
+CHECKPOINT = "latest.pt"
+
+
+class SaveError(RuntimeError):
+    """A file of the run can't be written; the one before it is whole."""
+
+
+def write(path: Path, content: bytes | memoryview) -> None:
+    """Write a file beside `path` and rename it: a full disk or a crash leaves the old one whole."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise unwritable(path, error, len(content)) from error
+
+
+def unwritable(path: Path, error: OSError, size: int) -> SaveError:
+    """The error that says which file of how many bytes could not be written, why, and what is left."""
+    kept = "; the checkpoint before it is whole, continue with --resume" if (path.parent / CHECKPOINT).exists() else ""
+    return SaveError(
+        f"train: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
+        f"free space or pass another --out{kept}"
+    )
 
 
 def plot(metrics: Path, picture: Path) -> None:
@@ -24,8 +55,10 @@ def plot(metrics: Path, picture: Path) -> None:
         axis.plot([r["step"] for r in rows], [r[key] for r in rows])
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
-    figure.savefig(picture, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
     pyplot.close(figure)
+    write(picture, buffer.getbuffer())
 
 
 def machine() -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Numeric parity: the error budget, and running an op's cases on a backend and on the reference.
 
 The budget, per output and per gradient, against the float64 reference on identical inputs:
-max error <= 2 x the error of the same-dtype reference + 2 ulp of the largest value, and
-RMS error <= 1.25 x its RMS error + the same floor (the RMS half catches a bias that the maximum hides).
-Source: FlashAttention's test rule (github.com/Dao-AILab/flash-attention), with the RMS half added.
+max error <= 2 x the error of the same-dtype reference + 2 ulp of the largest value,
+RMS error <= 1.25 x its RMS error + the same floor, and
+RMS error <= 1.7 x its RMS error + 2 fp32 ulp of the largest value.
+The RMS bounds catch a bias that the maximum hides. The last one catches a cast that truncates (2 x the error of
+rounding) and leaves room for a second rounding (1.41 x) and for another order of fp32 sums.
+Source: FlashAttention's test rule (github.com/Dao-AILab/flash-attention), with the RMS bounds added.
 """
 
 import importlib
@@ -56,14 +59,15 @@ def compare(name: str, actual: Tensor, exact: Tensor, eager: Tensor, cap: float 
         return Parity(name, 0.0, 0.0, 0.0, 0.0, 0.0, cap)
     exact = exact.double()
     error, allowed = _error(actual, exact), _error(eager, exact)
-    floor = 2 * torch.finfo(actual.dtype).eps * exact.nan_to_num(0, 0, 0).abs().max().item()
+    allowed_rms, twice_largest = _rms(allowed), 2 * exact.nan_to_num(0, 0, 0).abs().max().item()
+    floor, fp32_floor = (twice_largest * torch.finfo(d).eps for d in (actual.dtype, torch.float32))
     norm = exact.nan_to_num(0, 0, 0).norm().item()
     return Parity(
         name,
         error.max().item(),
         2 * allowed.max().item() + floor,
         _rms(error),
-        1.25 * _rms(allowed) + floor,
+        min(1.25 * allowed_rms + floor, 1.7 * allowed_rms + fp32_floor),
         error.norm().item() / norm if norm > 0 else 0.0,
         cap,
     )

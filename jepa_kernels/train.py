@@ -7,6 +7,7 @@ Crops, masks and schedules are functions of (seed, step), so that a resumed run 
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from jepa_kernels import probe, report, schedules
-from jepa_kernels._core.check import fail
+from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels.configs import Config, read, same_run
 from jepa_kernels.data import PhotoCrops, extra, normalize
 from jepa_kernels.masks import MaskBatch, MultiBlock2d
@@ -35,10 +36,6 @@ from jepa_kernels.models.ijepa import IJEPA, train_step
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
 INTERRUPTED = 130  # the shell's exit code for SIGINT
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint can't be written; the one before it is whole."""
 
 
 class Trainer:
@@ -139,8 +136,8 @@ class _Collate:
         return torch.stack([pixels for pixels, _ in items]), self.masks(len(items))
 
 
-def batches(config: Config, start: int = 0) -> Iterator[tuple[Tensor, MaskBatch]]:
-    """(pixels uint8 [B, 3, H, W], masks) of the steps from `start` to the end: functions of (seed, step) alone."""
+def batches(config: Config, start: int = 0) -> DataLoader[Any]:
+    """Load (pixels uint8 [B, 3, H, W], masks) of the steps from `start` on: functions of (seed, step) alone."""
     d, size = config.data, config.model.crop_size
     if not isinstance(size, int):
         fail("train", "model.crop_size", "be one number", size, "the photo crops are square")
@@ -151,36 +148,21 @@ def batches(config: Config, start: int = 0) -> Iterator[tuple[Tensor, MaskBatch]
     masks.step = start
     indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
     generator = torch.Generator()  # the loader would draw its workers' seed from the global one
-    return iter(
-        DataLoader(
-            crops,
-            d.batch_size,
-            sampler=indices,
-            collate_fn=_Collate(masks),
-            num_workers=d.num_workers,
-            generator=generator,
-        )
+    return DataLoader(
+        crops,
+        d.batch_size,
+        sampler=indices,
+        collate_fn=_Collate(masks),
+        num_workers=d.num_workers,
+        generator=generator,
     )
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint beside `path` and rename it: a full disk or a crash leaves the old one whole."""
+    """Write a checkpoint, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    beside = path.with_name(path.name + ".part")
-    try:
-        with open(beside, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        kept = "; the checkpoint before it is whole, continue with --resume" if path.exists() else ""
-        raise CheckpointError(
-            f"train: checkpoint {path} must be writable ({buffer.tell() / 1e6:.1f} MB), got {error.strerror or error}; "
-            f"free space or pass another --out{kept}"
-        ) from error
+    report.write(path, buffer.getbuffer())
 
 
 @contextmanager
@@ -210,7 +192,7 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
     last = config.optimization.steps if stop is None else stop
     metrics = out / "metrics.jsonl"
     _drop_rows_after(metrics, trainer.step)
-    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "a") as log:
+    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "ab", buffering=0) as log:
         for pixels, masks in batches(config, trainer.step):
             if trainer.step >= last or asked:
                 break
@@ -219,20 +201,28 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
             if not math.isfinite(row["loss"]):
                 fail("train", "loss", "be finite", f"{row['loss']} at step {trainer.step}", "lower optimization.lr")
             row["images_per_s"] = len(pixels) / (time.perf_counter() - started)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            _append(log, row)
             show(row)
             if trainer.step % config.logging.checkpoint_every == 0:
-                save(out / "latest.pt", trainer.state())
-    save(out / "latest.pt", trainer.state())
+                save(out / report.CHECKPOINT, trainer.state())
+    save(out / report.CHECKPOINT, trainer.state())
     return not asked or trainer.step >= last
 
 
+def _append(log: io.FileIO, row: dict[str, Any]) -> None:
+    line = (json.dumps(row) + "\n").encode()
+    try:
+        if log.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise report.unwritable(Path(log.name), error, len(line)) from error
+
+
 def _drop_rows_after(metrics: Path, step: int) -> None:
-    """Steps after the checkpoint are about to be done again."""
+    """Steps after the checkpoint are about to be done again; a crash may have torn the last row."""
     if metrics.exists():
-        rows = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        metrics.write_text("".join(line + "\n" for line in rows))
+        rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        report.write(metrics, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())
 
 
 @contextmanager
@@ -283,10 +273,11 @@ def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
     out = options.out or Path("runs") / Path(options.config).stem
-    latest = out / "latest.pt"
+    latest = out / report.CHECKPOINT
     if latest.exists() and not options.resume:
         fail("train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out")
-    trainer = Trainer(config, options.device)
+    batches(config)  # refuses impossible crops and masks before anything is written
+    trainer = Trainer(config, usable_device("train", "--device", options.device))
     if options.resume:
         if not latest.exists():
             fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
@@ -313,9 +304,9 @@ def main(argv: list[str]) -> int:
         if not options.no_probe:
             result = evaluate(trainer)
             result["seconds"] = time.perf_counter() - started
-            (out / "probe.json").write_text(json.dumps(result, indent=1) + "\n")
+            report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
             report.show(result["probe"])
-    except (CheckpointError, ValueError, OSError) as error:
+    except (report.SaveError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{trainer.step} steps, {time.perf_counter() - started:.0f} s; results in {out}")

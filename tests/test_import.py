@@ -1,13 +1,17 @@
-"""What importing the package does, and does not."""
+"""What importing the package does, and does not; the command line; README's example."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import jepa_kernels as jk
+from jepa_kernels.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +87,82 @@ def test_the_command_line_answers(verb):
         assert json.loads(done.stdout)["jepa_kernels"] == jk.__version__
 
 
-def test_the_command_line_refuses_unknown_words():
-    done = subprocess.run([sys.executable, "-m", "jepa_kernels", "explain", "rop"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 2 and b"ema_update" in done.stderr
+def test_info_names_every_op_and_backend(capsys):
+    assert main(["info"]) == 0
+    said = capsys.readouterr().out
+    for op in jk.ops.OPS:
+        rows = said.split(f"\n{op}\n")[1].split("\n\n")[0].splitlines()
+        assert [row.split()[0] for row in rows] == [*jk.info()["ops"][op], "reference"]
+        assert rows[-1].split() == ["reference", "ready"]
+
+
+@pytest.mark.parametrize("op", jk.ops.OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_explain_names_the_choice_and_every_row(op, dtype, capsys):
+    assert main(["explain", op, "--dtype", dtype]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{op}: ") and first.endswith(" (automatic)")
+    assert [row.split()[0] for row in rows] == [*jk.info()["ops"][op], "reference"]
+    chosen = next(row for row in rows if row.split()[0] == first.split()[1])
+    assert chosen.endswith("can run this call")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["explain", "rop"], "invalid choice: 'rop' (choose from"),
+        (["explain", "ema_update", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from"),
+        (["explode"], "invalid choice: 'explode' (choose from"),
+        ([], "the following arguments are required: {info,explain,train}"),
+    ],
+)
+def test_the_command_line_refuses_unknown_words(words, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
+def test_explain_refuses_a_device_that_is_not_there(device, capsys):
+    assert main(["explain", "ema_update", "--device", device]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"explain: --device must name a device of this machine, got '{device}' (")
+    assert said.endswith("); leave it out for the cpu\n") and said.count("\n") == 1
+
+
+def test_the_readme_example_runs_as_written(capsys):
+    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(block, names)
+    assert names["out"].shape == (300, 16, 64)
+    assert capsys.readouterr().out.startswith("masked_attention: ")
+    second = [names[letter][70:181] for letter in "qkv"]
+    alone = jk.masked_attention(*second, jk.Packing.from_lengths([111]))
+    assert torch.equal(names["out"][70:181], alone)
+
+
+@pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])
+def test_a_build_without_its_tools_says_what_is_missing(tool, tmp_path):
+    for present in {"c++", "cmake", "ninja"} - {tool}:
+        (tmp_path / present).symlink_to(shutil.which("true"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    environment.pop("CXX", None)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "lib").exists()
+    assert done.stderr.splitlines()[-1] == (
+        f"jepa_kernels: the build must find a C++17 compiler, CMake >= 3.24 and Ninja, got no {tool}; "
+        "install them (Debian: apt-get install -y g++ cmake ninja-build)"
+    )
+
+
+def test_a_cuda_build_without_nvcc_says_so(tmp_path):
+    for present in ("c++", "cmake", "ninja"):
+        (tmp_path / present).symlink_to(shutil.which("true"))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path]
+    environment = {**os.environ, "PATH": str(tmp_path), "JEPA_CUDA": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "jepa_kernels: JEPA_CUDA=1 must find nvcc, got none on PATH; unset JEPA_CUDA for a CPU build"
+    )

@@ -151,6 +151,22 @@ static inline vf scale2(vf x, __m256i exponent) {
 
 #endif
 
+// n <= W elements, `stride` apart.
+template <class T> static inline vf load(const T* p, int64_t stride, int n) {
+  if (stride == 1) return n == W ? load(p) : load(p, n);
+  alignas(64) T values[W] = {};
+  for (int i = 0; i < n; ++i) values[i] = p[i * stride];
+  return load(values);
+}
+
+// Full registers need no mask.
+template <class T> static inline void store_first(T* p, vf x, int n) {
+  if (n == W)
+    store(p, x);
+  else
+    store(p, x, n);
+}
+
 // 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny. NaN stays NaN:
 // vmax hands on its second operand.
 static inline vf exp2v(vf x) {

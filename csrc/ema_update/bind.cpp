@@ -37,6 +37,22 @@ static void forward_cpu(const Tensors& target, const Tensors& online, const Tens
   ema_update_cpu(params);
 }
 
-void bind_ema_update(py::module_& m) { m.def("ema_update_forward_cpu", &forward_cpu); }
+#if JEPA_CUDA
+// chunks: int64 [chunks, 4] on the device, rows of EmaChunk; online, shadow: the torch.dtype of all, or None.
+static void forward_cuda(const Tensor& chunks, py::handle online, py::handle shadow, const Tensor& momentum,
+                         const std::string& form) {
+  const bool on_device = momentum.device_index() >= 0;
+  ema_update_cuda({chunks.data<const EmaChunk>(), chunks.size(0), dtype_of(online), dtype_of(shadow),
+                   on_device ? 0.0 : value_of(momentum), on_device ? momentum.data() : nullptr,
+                   momentum.dtype, form_of(form), chunks.device_index(), chunks.stream()});
+}
+#endif
+
+void bind_ema_update(py::module_& m) {
+  m.def("ema_update_forward_cpu", &forward_cpu);
+#if JEPA_CUDA
+  m.def("ema_update_forward_cuda", &forward_cuda);
+#endif
+}
 
 } // namespace jepa

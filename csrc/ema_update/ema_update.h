@@ -30,4 +30,26 @@ struct EmaUpdateParams {
 
 JEPA_DECLARE_CPU(ema_update_cpu, EmaUpdateParams)
 
+// A run of elements of one tensor. 32 bytes: the rows of an int64 [chunks, 4] table.
+struct EmaChunk {
+  float* target;
+  const void* online;
+  void* shadow; // or null
+  int64_t numel;
+};
+
+struct EmaUpdateCudaParams {
+  const EmaChunk* chunks; // on the device; one launch updates them all
+  int64_t count;
+  DType online_dtype, shadow_dtype; // of every chunk; shadow_dtype is `other` where there is no shadow
+  double momentum;
+  const void* device_momentum; // read by the kernel instead of `momentum`, or null
+  DType momentum_dtype;        // f64 or f32, of device_momentum
+  EmaForm form;
+  int device;
+  void* stream;
+};
+
+void ema_update_cuda(const EmaUpdateCudaParams&); // throws std::runtime_error where the launch fails
+
 } // namespace jepa

@@ -6,22 +6,12 @@
 
 namespace jepa {
 
-static GatherRows rows_of(const Tensor& ids, const std::optional<Tensor>& cu, int64_t batch, int64_t count) {
-  return {ids.data<int64_t>(),
-          cu ? cu->data<int32_t>() : nullptr,
-          cu ? cu->size(0) - 1 : ids.size(0),
-          cu ? 0 : ids.size(1),
-          ids.numel(),
-          batch,
-          count};
-}
-
 static int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optional<Tensor>& cu) {
   const int64_t channels = x.size(2);
   Tensor out = cu ? x.new_empty({ids.size(0), channels}) : x.new_empty({ids.size(0), ids.size(1), channels});
-  const GatherTokensForwardParams params{rows_of(ids, cu, x.size(0), x.size(1)),
+  const GatherTokensForwardParams params{kept_rows(ids, cu, x.size(0), x.size(1)),
                                          x.data(),
                                          x.stride(0),
                                          x.stride(1),
@@ -40,7 +30,7 @@ static Tensor backward_cpu(const Tensor& grad, const Tensor& ids, const std::opt
   const int64_t channels = grad.size(-1), rows = ids.numel();
   Tensor dx = grad.new_empty({batch, count, channels});
   std::vector<int32_t> first(batch * count + 1), source(rows);
-  const GatherTokensBackwardParams params{rows_of(ids, cu, batch, count),
+  const GatherTokensBackwardParams params{kept_rows(ids, cu, batch, count),
                                           grad.data(),
                                           grad.stride(0),
                                           grad.stride(-2),

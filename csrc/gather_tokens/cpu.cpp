@@ -4,15 +4,12 @@
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sort_rows.h"
 
 namespace jepa::JEPA_ISA {
 
-static int64_t begin_of(const GatherRows& at, int64_t s) {
-  return at.cu_seqlens ? at.cu_seqlens[s] : s * at.run_length;
-}
-
 // The run that holds a row; `sequences` for rows past the last run.
-static int64_t run_of(const GatherRows& at, int64_t row) {
+static int64_t run_of(const KeptRows& at, int64_t row) {
   if (!at.cu_seqlens) return at.run_length ? row / at.run_length : at.sequences;
   int64_t low = 0, high = at.sequences;
   while (low < high) {
@@ -69,29 +66,6 @@ void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
   });
 }
 
-// Counting sort of the rows by the token they read; rows of one token keep their order.
-static void sort_rows(const GatherRows& at, int32_t* first, int32_t* source) {
-  const int64_t tokens = at.batch * at.count;
-  std::memset(first, 0, (tokens + 1) * sizeof(int32_t));
-  const auto each = [&](auto body) {
-    for (int64_t s = 0; s < at.sequences; ++s)
-      for (int64_t row = begin_of(at, s); row < begin_of(at, s + 1); ++row)
-        if (at.ids[row] >= 0 && at.ids[row] < at.count) body(s % at.batch * at.count + at.ids[row], row);
-  };
-  each([&](int64_t token, int64_t) { ++first[token + 1]; });
-  for (int64_t i = 0; i < tokens; ++i) first[i + 1] += first[i];
-  each([&](int64_t token, int64_t row) { source[first[token]++] = static_cast<int32_t>(row); });
-  for (int64_t i = tokens; i > 0; --i) first[i] = first[i - 1]; // each had moved on to the next token's start
-  first[0] = 0;
-}
-
-template <class T> static vf load_channels(const T* p, int64_t stride, int n) {
-  if (stride == 1) return n == W ? load(p) : load(p, n);
-  alignas(64) T values[W] = {};
-  for (int i = 0; i < n; ++i) values[i] = p[i * stride];
-  return load(values);
-}
-
 template <class T> static void backward(const GatherTokensBackwardParams& p) {
   sort_rows(p.at, p.first, p.source);
   const auto grad = [&](int32_t row) {
@@ -113,11 +87,8 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
         const int n = p.channels - c < W ? static_cast<int>(p.channels - c) : W;
         vf sum = zero();
         for (const int32_t* r = row; r < last; ++r)
-          sum = add(sum, load_channels(grad(*r) + c * p.stride_channel, p.stride_channel, n));
-        if (n == W)
-          store(out + c, sum);
-        else
-          store(out + c, sum, n);
+          sum = add(sum, load(grad(*r) + c * p.stride_channel, p.stride_channel, n));
+        store_first(out + c, sum, n);
       }
     }
   });

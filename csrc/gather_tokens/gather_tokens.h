@@ -4,19 +4,12 @@
 
 #include "common/dispatch.h"
 #include "common/dtype.h"
+#include "common/rows.h"
 
 namespace jepa {
 
-// Rows lie in `sequences` runs; run s reads image s % batch. Runs end at cu_seqlens[1], cu_seqlens[2], ...,
-// or are `run_length` long where cu_seqlens is null. Rows past the last run are written as 0.
-struct GatherRows {
-  const int64_t* ids;
-  const int32_t* cu_seqlens;
-  int64_t sequences, run_length, rows, batch, count; // count: tokens of an image; ids outside it give 0
-};
-
 struct GatherTokensForwardParams {
-  GatherRows at;
+  KeptRows at;
   const void* x;
   int64_t stride_image, stride_token, stride_channel; // of x, in elements
   void* out;                                          // [rows, channels]
@@ -26,7 +19,7 @@ struct GatherTokensForwardParams {
 };
 
 struct GatherTokensBackwardParams {
-  GatherRows at;
+  KeptRows at;
   const void* grad;
   int64_t stride_run, stride_row,
       stride_channel; // of grad, in elements; stride_run only where runs have one length

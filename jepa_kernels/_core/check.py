@@ -1,13 +1,18 @@
 """Argument checks. One pattern for every message: `<op>: <argument> must <requirement>, got <actual>; <remedy>`."""
 
+from __future__ import annotations
+
 import os
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from jepa_kernels._core import extension
 from jepa_kernels._core.select import FLOATS, short
+
+if TYPE_CHECKING:
+    from jepa_kernels.packing import Packing
 
 CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
 
@@ -50,6 +55,22 @@ def check_tensor(
         fail(op, argument, f"be on {device}", x.device, "move it with .to(device)")
 
 
+def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count: int, device: torch.device) -> None:
+    """ids int64 [M, K], or [T] with a packing: mask-major rows of `images` images, each id one of `count` patches."""
+    check_tensor(op, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=device)
+    if not ids.is_contiguous():
+        fail(op, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
+    if packing is not None and packing.tokens != ids.shape[0]:
+        fail(op, "ids", f"hold packing.tokens = {packing.tokens} ids", ids.shape[0], "pack ids with the same lengths")
+    if packing is not None and packing.cu_seqlens.device != device:
+        fail(op, "packing", f"be on {device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
+    rows = ids.shape[0] if packing is None else packing.sequences
+    if rows % images if images else rows:
+        name = "ids" if packing is None else "packing"
+        fail(op, name, f"hold a multiple of the {images} images", rows, "order rows mask-major: s = mask * B + b")
+    check_ids(op, ids, count, None if packing is None else packing.cu_seqlens)
+
+
 def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None) -> None:
     """Patch ids lie in [0, count) and increase within each row (or packed sequence).
 
@@ -68,6 +89,18 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
         value = ids.reshape(-1)[place].item()
         fail(op, "ids", f"lie in [0, {count}) and increase within each row", f"{value} at position {place}",
              "sort each row and drop repeated or foreign ids")  # fmt: skip
+
+
+def usable_device(op: str, argument: str, name: str) -> torch.device:
+    """The cpu or cuda device of this name; ValueError where this machine has none."""
+    try:
+        found = torch.empty(0, device=name).device
+        why = "" if found.type in ("cpu", "cuda") else "neither cpu nor cuda"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).split("\n")[0]
+    if why:
+        fail(op, argument, "name a device of this machine", f"{name!r} ({why})", "leave it out for the cpu")
+    return found
 
 
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:

@@ -73,6 +73,10 @@ def unavailable(backend: str, device_type: str) -> str | None:
     return _availability[key]
 
 
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: a trace asks once.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _static_refusal(kernel: Kernel, device_type: str, dtype: torch.dtype) -> str | None:
     why = unavailable(kernel.backend, device_type)
     if why is None and dtype not in kernel.dtypes:
@@ -102,10 +106,7 @@ def select(
         raise Explained([*rows, ("reference", None)], wanted)
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
-    key = (op, device_type, dtype)
-    if key not in _ready:  # availability does not change within a process: only limits are asked on every call
-        _ready[key] = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
-    for kernel in _ready[key]:
+    for kernel in _able(op, kernels, device_type, dtype):
         if kernel.limit is not None and kernel.limit(call) is not None:
             continue
         if kernel.automatic is not None and kernel.automatic(call) is not None:
@@ -117,6 +118,16 @@ def select(
     if not torch.compiler.is_compiling():
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
+
+
+def _able(op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype) -> tuple[Kernel, ...]:
+    """The rows whose limits are asked on every call: availability does not change within a process."""
+    key = (op, device_type, dtype)
+    if torch.compiler.is_compiling():  # a memo that a trace fills would fail its own guard on the next call
+        return tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
+    if key not in _ready:
+        _ready[key] = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
+    return _ready[key]
 
 
 def _named(op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any) -> str:

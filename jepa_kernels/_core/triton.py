@@ -2,6 +2,10 @@
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
 
 
 def interpreting() -> bool:
@@ -16,3 +20,8 @@ def reason(device_type: str) -> str | None:
     if device_type == "cpu" and not interpreting():
         return "Triton takes CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
     return None
+
+
+def device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device: inside this context that is x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -95,17 +95,23 @@ def read(source: str, changes: Sequence[str] = ()) -> Config:
     yaml = _yaml()
     tree = _parse(yaml, _path(source).read_text(), source)
     for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            fail("train", "--set", "have the form section.key=value", repr(change), "say, optimization.lr=3e-4")
-        *sections, last = key.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                fail("train", "--set", "name a section before the dot", repr(change), "say, optimization.lr=3e-4")
-        place[last] = yaml.safe_load(value)
+        _set(tree, change, yaml)
     return _config(tree)
+
+
+def _set(tree: dict[str, Any], change: str, yaml: Any) -> None:
+    key, equals, value = change.partition("=")
+    *sections, last = key.split(".")
+    place: Any = tree
+    for section in sections:
+        place = place.setdefault(section, {}) if isinstance(place, dict) else None
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        equals = ""
+    if not equals or not isinstance(place, dict):
+        fail("train", "--set", "have the form section.key=value", repr(change), "say, optimization.lr=3e-4")
+    place[last] = parsed
 
 
 def _yaml() -> Any:
@@ -138,25 +144,26 @@ def _parse(yaml: Any, text: str, source: str) -> dict[str, Any]:
 
 def _config(tree: dict[str, Any]) -> Config:
     tree = dict(tree)
-    model = dict(tree.pop("model", None) or {})
-    size = model.pop("size", "vit_small")
-    if size not in SIZES:
+    model = tree.pop("model", None) or {}
+    size = model.get("size", "vit_small") if isinstance(model, Mapping) else "vit_small"
+    if not isinstance(size, str) or size not in SIZES:
         fail("train", "model.size", f"be one of {', '.join(SIZES)}", repr(size), "check the spelling")
-    built: dict[str, Any] = {"model": _fill("model", SIZES[size](), model)}
+    built: dict[str, Any] = {"model": _fill("model", SIZES[size](), model, besides="size")}
     sections = {"data": Data, "mask": Mask, "optimization": Optimization, "logging": Logging, "probe": Probe}
     for name, section in sections.items():
         built[name] = _fill(name, section(), tree.pop(name, None) or {})
     config = Config(**built, seed=_value("seed", 0, tree.pop("seed", 0)))
     if tree:
-        _unknown("", next(iter(tree)), ["model", *sections, "seed"])
+        _unknown("", str(next(iter(tree))), ["model", *sections, "seed"])
     _check(config)
     return config
 
 
-def _fill(section: str, defaults: T, given: Mapping[str, Any]) -> T:
+def _fill(section: str, defaults: T, given: Mapping[str, Any], besides: str = "") -> T:
     if not isinstance(given, Mapping):
         fail("train", section, "be a mapping", type(given).__name__, "see configs/ijepa.yaml")
     known = {f.name: getattr(defaults, f.name) for f in fields(defaults)}  # type: ignore[arg-type]
+    given = {key: value for key, value in given.items() if key != besides}
     for key in given:
         if key not in known:
             _unknown(section + ".", str(key), list(known))
@@ -188,7 +195,12 @@ def _value(name: str, default: Any, value: Any) -> Any:
 
 def _check(config: Config) -> None:
     o = config.optimization
+    sizes = {f"model.{key}": size for key, size in vars(config.model).items() if isinstance(size, int)}
+    rates = {f"optimization.{key}": getattr(o, key) for key in ("start_lr", "lr", "final_lr", "weight_decay")}
     for name, value, least in (
+        *((name, size, 1) for name, size in sizes.items()),
+        *((name, rate, 0) for name, rate in rates.items()),
+        ("seed", config.seed, 0),
         ("data.batch_size", config.data.batch_size, 2),
         ("data.num_workers", config.data.num_workers, 0),
         ("optimization.steps", o.steps, 1),
@@ -196,7 +208,7 @@ def _check(config: Config) -> None:
         ("probe.seeds", config.probe.seeds, 1),
         ("probe.per_photo", config.probe.per_photo, 1),
     ):
-        if value < least:
+        if not value >= least:
             fail("train", name, f"be at least {least}", value, "correct the config")
     for name, share in (
         ("optimization.warmup", o.warmup),

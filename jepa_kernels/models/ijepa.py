@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,12 +139,20 @@ class IJEPA(nn.Module):
     @staticmethod
     def _masks(batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Masks:
         if isinstance(masks, tuple):
-            masks = Masks(batch.shape[0], *masks)
+            return _rectangular(batch.shape[0], *masks)
         if isinstance(masks, MaskBatch):
             fail("IJEPA", "masks", "be on the device", "a MaskBatch", "pass masks.to(device)", TypeError)
         if masks.batch != batch.shape[0]:
             fail("IJEPA", "masks", f"belong to {batch.shape[0]} images", masks.batch, "sample that many")
         return masks
+
+
+def _rectangular(batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
+    rows = context_ids.shape[0], target_ids.shape[0]
+    if rows[0] != batch or rows[1] % max(batch, 1):
+        requirement = f"hold {batch} contexts and a multiple of {batch} targets"
+        fail("IJEPA", "masks", requirement, rows, "pass ids [B, Kc] and [masks * B, Kt], mask-major")
+    return Masks(batch, context_ids, target_ids)
 
 
 def _remedy(state: Mapping[str, Any]) -> str:
@@ -179,7 +187,7 @@ def train_step(
     dtype: run the networks under autocast to it; None: in the parameters' dtype.
     scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
     """
-    ijepa: IJEPA = getattr(model, "module", model)  # type: ignore[assignment]
+    ijepa = cast(IJEPA, getattr(model, "module", model))
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
         loss = ijepa.compare(model(batch, masks), ijepa.targets(batch), masks)
     if scaler is None:

@@ -1,3 +1,3 @@
 """The ops, one folder each. Import them from `jepa_kernels` itself."""
 
-OPS = ("ema_update", "gather_tokens", "latent_loss", "masked_attention")
+OPS = ("ema_update", "embed_patches", "gather_tokens", "latent_loss", "masked_attention")

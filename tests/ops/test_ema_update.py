@@ -11,10 +11,14 @@ LEVELS = [level for level in ("avx2", "avx512", "avx512_bf16") if _C.set_isa(lev
 _C.set_isa("best")
 
 
-@pytest.fixture(params=LEVELS)
-def level(request):
+@pytest.fixture(params=[*LEVELS, pytest.param("triton", marks=pytest.mark.interp)])
+def backend(request):
+    """Each instruction set of the cpu kernel, and Triton in its interpreter."""
+    if request.param == "triton":
+        yield "triton"
+        return
     _C.set_isa(request.param)
-    yield request.param
+    yield "cpu"
     _C.set_isa("best")
 
 
@@ -30,20 +34,20 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 0.99925, 1.0])
-def test_ijepa_form_has_the_bits_of_the_published_loop(level, momentum):
+def test_ijepa_form_has_the_bits_of_the_published_loop(backend, momentum):
     target, online, ours = tensors(0), tensors(1), tensors(0)
     for k, q in zip(target, online, strict=True):
         k.mul_(momentum).add_((1.0 - momentum) * q)
-    jk.ema_update(ours, online, momentum, form="ijepa", backend="cpu")
+    jk.ema_update(ours, online, momentum, form="ijepa", backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(ours, target, strict=True))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.996, 0.99925, 1.0])
-def test_vjepa2_form_has_the_bits_of_the_published_loop(level, momentum):
+def test_vjepa2_form_has_the_bits_of_the_published_loop(backend, momentum):
     target, online, ours = tensors(0), tensors(1), tensors(0)
     torch._foreach_mul_(target, momentum)
     torch._foreach_add_(target, online, alpha=1 - momentum)
-    jk.ema_update(ours, online, momentum, form="vjepa2", backend="cpu")
+    jk.ema_update(ours, online, momentum, form="vjepa2", backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(ours, target, strict=True))
 
 
@@ -64,17 +68,61 @@ def test_momentum_as_fp64_tensor_has_a_floats_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_shadow_is_the_rounded_target(level, dtype):
+def test_shadow_is_the_rounded_target(backend, dtype):
     target = tensors(0)
     shadow = [torch.full_like(t, float("nan"), dtype=dtype) for t in target]
-    jk.ema_update(target, tensors(1), 0.9, shadow=shadow)
+    jk.ema_update(target, tensors(1), 0.9, shadow=shadow, backend=backend)
     assert all(torch.equal(s, t.to(dtype)) for s, t in zip(shadow, target, strict=True))
 
 
-def test_memory_beyond_a_tensor_stays_as_it_is(level):
+def test_memory_beyond_a_tensor_stays_as_it_is(backend):
     whole = torch.full((64,), 7.0)
-    jk.ema_update([whole[5:18]], [torch.zeros(13)], 0.5)
+    jk.ema_update([whole[5:18]], [torch.zeros(13)], 0.5, backend=backend)
     assert whole[5:18].eq(3.5).all() and whole[:5].eq(7).all() and whole[18:].eq(7).all()
+
+
+@pytest.mark.parametrize("start", [1, 2, 4])
+def test_tensors_may_start_at_any_address(backend, start):
+    def views(seed, dtype=torch.float32):
+        return [torch.randn(9000, generator=torch.Generator().manual_seed(seed)).to(dtype)[start:-start]]
+
+    expected = views(0)[0].mul_(0.9) + torch.tensor(1 - 0.9) * views(1, torch.bfloat16)[0].float()
+    target, shadow = views(0), views(2, torch.float16)
+    jk.ema_update(target, views(1, torch.bfloat16), 0.9, form="ijepa", shadow=shadow, backend=backend)
+    assert torch.equal(target[0], expected) and torch.equal(shadow[0], expected.half())
+
+
+def test_empty_tensors_alone_are_no_work(backend):
+    target = [torch.zeros(0), torch.zeros(3, 0)]
+    jk.ema_update(target, [t.clone() for t in target], 0.5, backend=backend)
+    assert [t.shape for t in target] == [(0,), (3, 0)]
+
+
+def test_lists_may_mix_dtypes(backend):
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)
+    online = [t.to(d) for t, d in zip(tensors(1), dtypes, strict=True)]
+    target, ours = tensors(0), tensors(0)
+    for k, q in zip(target, online, strict=True):
+        k.mul_(0.996).add_((1.0 - 0.996) * q.float())
+    jk.ema_update(ours, online, 0.996, form="ijepa", backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(ours, target, strict=True))
+
+
+def test_the_same_list_may_hold_other_tensors_next_time(backend):
+    for seed in range(3):
+        target, online = tensors(seed), tensors(seed + 10)
+        expected = [k * 0.5 + q * 0.5 for k, q in zip(target, online, strict=True)]
+        jk.ema_update(target, online, 0.5, form="ijepa", backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(target, expected, strict=True))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_momentum_as_tensor_has_the_cpu_kernels_bits(dtype):
+    a, b, momentum = tensors(0), tensors(0), torch.tensor(0.99925, dtype=dtype)
+    jk.ema_update(a, tensors(1), momentum, backend="triton")
+    jk.ema_update(b, tensors(1), momentum, backend="cpu")
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_modules_and_lists_agree():
@@ -129,3 +177,14 @@ def test_bad_input_is_named_and_changes_nothing(change, error, message):
     with pytest.raises(error, match="ema_update: " + message):
         jk.ema_update(**call)
     assert all(torch.equal(a, b) for a, b in zip(before, call["target"], strict=True))
+
+
+def test_gpu_backends_say_why_they_can_not_take_cpu_tensors():
+    call = ([torch.ones(3)], [torch.zeros(3)], 0.5)
+    table = jk.explain("ema_update", *call)
+    assert "cuda       runs on cuda tensors, got cpu" in table
+    with pytest.raises(jk.BackendError, match="backend 'cuda' must be able to run this call, got: runs on cuda"):
+        jk.ema_update(*call, backend="cuda")
+    why = r"got: Triton takes CPU tensors only in its interpreter \(TRITON_INTERPRET=1\); leave backend out"
+    with pytest.raises(jk.BackendError, match=why):
+        jk.ema_update(*call, backend="triton")

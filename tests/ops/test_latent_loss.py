@@ -9,11 +9,16 @@ from torch.nn import functional as F
 import jepa_kernels as jk
 from jepa_kernels import Packing
 
-BACKENDS = ("reference", "cpu")
+TRITON = pytest.param("triton", marks=pytest.mark.interp)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", "cpu", TRITON])
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["cpu", TRITON])
+def kernel(request):
     return request.param
 
 
@@ -76,6 +81,25 @@ def test_no_tokens_give_zero(backend):
     assert torch.autograd.grad(loss, pred)[0].shape == (0, 4)
 
 
+def test_rows_of_no_sequence_give_zero(kernel):
+    packing = Packing.from_lengths([]).padded(3, 0, 0)
+    ids = torch.zeros(3, dtype=torch.long)
+    loss, grad = value_and_grad(torch.randn(3, 4), torch.randn(2, 5, 4), ids, packing=packing, backend=kernel)
+    assert loss.item() == 0.0 and torch.equal(grad, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("lengths", [(3, 0), (0, 0)])
+@pytest.mark.parametrize("reduction", ["mask", "token"])
+def test_unused_rows_behind_an_empty_mask_have_no_gradient(kernel, lengths, reduction):
+    packing = Packing.from_lengths(lengths).padded(5, 2, 3)
+    pred, ids = torch.randn(5, 4), torch.arange(5)
+    loss, grad = value_and_grad(pred, torch.randn(1, 5, 4), ids, packing=packing, reduction=reduction, backend=kernel)
+    used = sum(lengths)
+    assert (
+        loss.isfinite() and torch.equal(grad[used:], torch.zeros(5 - used, 4)) and bool(grad[:used].any()) == (used > 0)
+    )
+
+
 def test_equals_the_published_chain():
     pred, target, ids = draw(masks=4)
     h = F.layer_norm(target, (24,))
@@ -84,18 +108,37 @@ def test_equals_the_published_chain():
     assert jk.latent_loss(pred, target, ids).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_packed_equals_rectangular_exactly():
+def test_packed_equals_rectangular_exactly(kernel):
     pred, target, ids = draw()
-    rectangular = value_and_grad(pred, target, ids, backend="cpu")
+    rectangular = value_and_grad(pred, target, ids, backend=kernel)
     packing = Packing.uniform(6, 4)
-    packed = value_and_grad(pred.flatten(0, 1), target, ids.flatten(), packing=packing, backend="cpu")
+    packed = value_and_grad(pred.flatten(0, 1), target, ids.flatten(), packing=packing, backend=kernel)
     assert torch.equal(rectangular[0], packed[0]) and torch.equal(rectangular[1].flatten(0, 1), packed[1])
 
 
-def test_no_ids_equal_all_ids_exactly():
+def test_each_packed_sequence_counts_as_if_it_were_alone(kernel):
+    lengths, target = (3, 0, 5, 2), torch.randn(1, 10, 24)
+    ids, packing = Packing.from_ids([torch.randperm(10)[:n].sort().values for n in lengths])
+    pred = torch.randn(10, 24)
+    _, grad = value_and_grad(pred, target, ids, packing=packing, reduction="token", backend=kernel)
+    for rows, own in zip(packing.split(torch.arange(10)), lengths, strict=True):
+        if own:
+            alone = value_and_grad(pred[None, rows], target, ids[None, rows], reduction="token", backend=kernel)[1]
+            assert torch.allclose(alone[0] * own / 10, grad[rows], rtol=1e-6, atol=0)
+
+
+def test_rows_in_another_order_have_the_same_gradient(kernel):
+    pred, target, ids = draw(masks=1)
+    order = torch.tensor([2, 0, 1])
+    plain = value_and_grad(pred, target, ids, backend=kernel)[1]
+    moved = value_and_grad(pred[order], target[order], ids[order], backend=kernel)[1]
+    assert torch.equal(plain[order], moved)
+
+
+def test_no_ids_equal_all_ids_exactly(kernel):
     pred, target = torch.randn(6, 10, 24), torch.randn(3, 10, 24)
     every = torch.arange(10).expand(6, 10).contiguous()
-    a, b = value_and_grad(pred, target, backend="cpu"), value_and_grad(pred, target, every, backend="cpu")
+    a, b = value_and_grad(pred, target, backend=kernel), value_and_grad(pred, target, every, backend=kernel)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
@@ -106,13 +149,13 @@ def test_smooth_l1_with_small_beta_is_l1():
     assert smooth[0].item() == pytest.approx(plain[0].item(), abs=1e-6) and torch.allclose(smooth[1], plain[1])
 
 
-def test_targets_that_are_not_chosen_are_not_read():
+def test_targets_that_are_not_chosen_are_not_read(kernel):
     pred, target, ids = draw(masks=1)
-    clean = jk.latent_loss(pred, target, ids, backend="cpu")
+    clean = jk.latent_loss(pred, target, ids, backend=kernel)
     unread = torch.ones(3, 10, dtype=torch.bool)
     unread[torch.arange(3)[:, None], ids] = False
     target[unread] = float("nan")
-    assert torch.equal(jk.latent_loss(pred, target, ids, backend="cpu"), clean)
+    assert torch.equal(jk.latent_loss(pred, target, ids, backend=kernel), clean)
 
 
 def test_nan_and_infinity_in_pred_propagate(backend):

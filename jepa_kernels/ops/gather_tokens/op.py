@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_ids, check_tensor, fail
+from jepa_kernels._core.check import check_kept, check_tensor
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.gather_tokens import reference
@@ -39,24 +38,7 @@ def gather_tokens(x: Tensor, ids: Tensor, packing: Packing | None = None, *, bac
 
 def _check(x: Tensor, ids: Tensor, packing: Packing | None) -> None:
     check_tensor(OP, "x", x, "B N E")
-    check_tensor(OP, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=x.device)
-    if not ids.is_contiguous():
-        fail(OP, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    sequences = ids.shape[0] if packing is None else packing.sequences
-    if packing is not None and packing.tokens != ids.shape[0]:
-        fail(OP, "ids", f"hold packing.tokens = {packing.tokens} ids", ids.shape[0], "pack ids with the same lengths")
-    if packing is not None and packing.cu_seqlens.device != x.device:
-        fail(OP, "packing", f"be on {x.device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
-    if sequences % x.shape[0] if x.shape[0] else sequences:
-        name = "ids" if packing is None else "packing"
-        fail(
-            OP,
-            name,
-            f"hold a multiple of the {x.shape[0]} images",
-            sequences,
-            "order rows mask-major: s = mask * B + b",
-        )
-    check_ids(OP, ids, x.shape[1], None if packing is None else packing.cu_seqlens)
+    check_kept(OP, ids, packing, images=x.shape[0], count=x.shape[1], device=x.device)
 
 
 FORWARD = "(Tensor x, Tensor ids, Tensor? cu_seqlens, str backend) -> Tensor"

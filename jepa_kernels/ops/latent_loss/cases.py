@@ -72,6 +72,7 @@ CASES = (
     Case("small_beta", rectangular(2, 8, 160, 1, 3, beta=0.25, eps=1e-6), ("pred",)),
     Case("constant_rows", _constant_rows, ("pred",)),
     Case("one_channel", rectangular(2, 5, 1, 2, 3), ("pred",)),
+    Case("wide_rows", rectangular(1, 3, 4100, 1, 2), ("pred",)),
     Case("empty_sequences", packed(2, 8, 16, [0, 0, 3, 0]), ("pred",)),
     Case("empty_batch", rectangular(0, 8, 16, 2, 3), ("pred",)),
     Case("unused_rows", packed(2, 8, 40, [2, 3], rows=9), ("pred",)),

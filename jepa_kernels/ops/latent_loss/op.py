@@ -15,7 +15,7 @@ OP = "latent_loss"
 KINDS = ("smooth_l1", "l1", "l2")
 REDUCTIONS = ("mask", "token")
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def latent_loss(

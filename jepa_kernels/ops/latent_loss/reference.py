@@ -22,7 +22,7 @@ def forward(
     """The loss, a scalar in fp32 (float64 for float64 inputs)."""
     wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
     images, channels = target.shape[0], target.shape[2]
-    if packing is None:
+    if packing is None or ids is None:  # packed calls always have ids
         rows = pred.shape[0]
         masks = rows // images if images else 0
         image = torch.arange(rows, device=pred.device) % max(images, 1)

@@ -1,0 +1,69 @@
+"""gather_tokens: latents of the target blocks, and the predictor's positions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels.ops.gather_tokens import cases
+
+
+def images_and_rows(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Image of each id, and its row of x.flatten(0, 1)."""
+    batch, count = inputs["x"].shape[:2]
+    ids, packing = inputs["ids"], inputs.get("packing")
+    if packing is not None:
+        image = packing.sequence_of_token() % batch
+    else:
+        image = (torch.arange(len(ids), device=ids.device) % batch)[:, None]
+    return image, image * count + ids
+
+
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    x, ids = inputs["x"], inputs["ids"]
+    image, rows = images_and_rows(inputs)
+    flat, shape = rows.flatten(), (*ids.shape, x.shape[2])
+    found = {
+        "index": lambda: x[image, ids],
+        "index_select": lambda: x.flatten(0, 1).index_select(0, flat).view(shape),
+    }
+    if "packing" not in inputs:
+        found["expand"] = lambda: expand(x, ids.split(x.shape[0]))
+    return found
+
+
+def expand(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """The published form without its copy of the index: one gather per mask."""
+    return torch.cat([x.gather(1, ids[..., None].expand(-1, -1, x.shape[2])) for ids in masks])
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    """Each named row once, ids, and the output; backward reads as much and writes a gradient of x."""
+    x, ids = inputs["x"], inputs["ids"]
+    row_bytes = x.shape[2] * x.element_size()
+    forward = (images_and_rows(inputs)[1].unique().numel() + ids.numel()) * row_bytes + nbytes(ids)
+    return forward + (ids.numel() * row_bytes + nbytes(ids, x) if stage == "backward" else 0)
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return inputs["ids"].numel() * inputs["x"].shape[2] if stage == "backward" else 0
+
+
+def workload(name: str, make: Any, grads: tuple[str, ...] = ("x",), **options: Any) -> Workload:
+    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=grads, **options)
+
+
+LENGTHS = [33, 54, 40, 35, 48, 36, 42, 45] * 16
+
+WORKLOADS = (
+    workload("ijepa_vit_h14_b32", cases.rectangular(32, 256, 1280, 4, 40), dtypes=("float32", "bfloat16")),
+    workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS)),
+    workload("positions_vit_s16_b8", cases.rectangular(1, 196, 384, 32, 33), grads=(), smoke=True),
+)
+
+
+@each("gather_tokens", WORKLOADS)
+def test_gather_tokens(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

@@ -1,0 +1,97 @@
+"""latent_loss at the shapes of I-JEPA's ViT-H/14 (32 images, 4 masks) and of a ragged batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels.ops.latent_loss import cases
+
+FORWARD_OPS, BACKWARD_OPS = 11, 2  # per element: layer norm 7, difference, distance and sum 4; clamp and scale 2
+
+
+def published(pred: Tensor, target: Tensor, masks: list[Tensor]) -> Tensor:
+    """I-JEPA's chain: norm of every target, a gather with an index per channel, then the loss; fp32 as in autocast."""
+    normed = F.layer_norm(target.float(), target.shape[-1:])
+    chosen = [normed.gather(1, ids[..., None].repeat(1, 1, normed.shape[-1])) for ids in masks]
+    return F.smooth_l1_loss(pred.float(), torch.cat(chosen))
+
+
+def gather_first(pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    chosen = target.flatten(0, 1)[rows].float()
+    return F.smooth_l1_loss(pred.float(), F.layer_norm(chosen, chosen.shape[-1:]))
+
+
+def gather_first_packed(pred: Tensor, target: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    chosen = target.flatten(0, 1)[rows].float()
+    distance = F.smooth_l1_loss(pred.float(), F.layer_norm(chosen, chosen.shape[-1:]), reduction="none")
+    return distance.mean(-1) @ weights
+
+
+# One wrapper for all runs: a compiled function is found again by its identity.
+compiled = torch.compile(gather_first, dynamic=False)
+compiled_packed = torch.compile(gather_first_packed, dynamic=False)
+
+
+def target_rows(inputs: Inputs) -> Tensor:
+    """Row of target.flatten(0, 1) that each prediction is held against."""
+    images, count = inputs["target"].shape[:2]
+    ids, packing = inputs["ids"], inputs.get("packing")
+    if packing is not None:
+        return packing.sequence_of_token() % images * count + ids
+    return (torch.arange(len(ids), device=ids.device) % images)[:, None] * count + ids
+
+
+def rectangular_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    pred, target, rows = inputs["pred"], inputs["target"], target_rows(inputs)
+    masks = list(inputs["ids"].split(target.shape[0]))
+    return {
+        "published": lambda: published(pred, target, masks),
+        "gather_first": lambda: gather_first(pred, target, rows),
+        "compile": lambda: compiled(pred, target, rows),
+    }
+
+
+def packed_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    pred, target, rows, packing = inputs["pred"], inputs["target"], target_rows(inputs), inputs["packing"]
+    mask = packing.sequence_of_token() // target.shape[0]
+    tokens = mask.bincount()
+    weights = 1.0 / (tokens[mask] * len(tokens))
+    return {
+        "gather_first": lambda: gather_first_packed(pred, target, rows, weights),
+        "compile": lambda: compiled_packed(pred, target, rows, weights),
+    }
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    """Predictions, and each target row that any mask names; backward also writes the gradient."""
+    pred, target = inputs["pred"], inputs["target"]
+    row_bytes = target.shape[2] * target.element_size()
+    passes = 2 if stage == "backward" else 1
+    return passes * nbytes(pred) + nbytes(inputs["ids"]) + target_rows(inputs).unique().numel() * row_bytes
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return inputs["pred"].numel() * (FORWARD_OPS + (BACKWARD_OPS if stage == "backward" else 0))
+
+
+def workload(name: str, make: Any, rivals: Any, **options: Any) -> Workload:
+    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=("pred",), **options)
+
+
+LENGTHS = [33, 54, 40, 35, 48, 36, 42, 45] * 16  # tokens of 4 masks of 32 images: the sizes that I-JEPA's blocks take
+
+WORKLOADS = (
+    workload("ijepa_vit_h14_b32", cases.rectangular(32, 256, 1280, 4, 40), rectangular_rivals,
+             dtypes=("float32", "bfloat16")),
+    workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS), packed_rivals),
+    workload("ijepa_vit_s16_b8", cases.rectangular(8, 196, 384, 4, 33), rectangular_rivals, smoke=True),
+)  # fmt: skip
+
+
+@each("latent_loss", WORKLOADS)
+def test_latent_loss(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

@@ -1,0 +1,148 @@
+"""Writes the committed results into README.md, and takes a run's results into benchmarks/results/.
+
+`python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json or a training run's
+probe.json first.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import rows, targets, text
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PROBE = "ijepa-probe.json"
+KEPT = ("schema", "status", "started", "seconds", "machine", "git", "versions", "peaks", "rows")
+PRIVATE = {"machine": ("host", "env", "load_before"), "git": ("branch",)}
+FEATURES = {"trained": "I-JEPA, trained", "random_init": "random initialisation", "raw_pixels": "raw pixels"}
+
+
+def adopt(source: Path, results: Path = RESULTS) -> Path:
+    """Copy a result into `results`, without what only its machine's owner needs; raises ValueError for a bad one."""
+    document = json.loads(source.read_text())
+    if "probe" in document:
+        path = results / PROBE
+        rows.write(path, document)
+        return path
+    wrong = rows.problems(document)
+    if document.get("status") != "ok":
+        wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
+    if wrong:
+        raise ValueError(f"{source} can't be adopted: {wrong[0]}")
+    kept = {name: document[name] for name in KEPT if name in document}
+    for name, private in PRIVATE.items():
+        kept[name] = {k: v for k, v in kept[name].items() if k not in private}
+    path = results / f"{slug(document['machine'])}.json"
+    rows.write(path, kept)
+    return path
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A file name for a machine: its GPU, or its processor, instruction set and threads."""
+    gpu = machine.get("gpu")
+    name = gpu["name"] if gpu else f"{machine['cpu']} {machine['isa']} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def tables(results: Path = RESULTS) -> str:
+    """Everything between the markers, from the files in `results`."""
+    paths = sorted(p for p in results.glob("*.json") if p.name != PROBE)
+    parts = [measured(p.name, json.loads(p.read_text())) for p in paths]
+    if (results / PROBE).exists():
+        parts.append(probe(json.loads((results / PROBE).read_text())))
+    return "\n\n".join(parts)
+
+
+def measured(name: str, document: dict[str, Any]) -> str:
+    """The machine and the rows that the project holds itself to."""
+    about, git, versions = document["machine"], document["git"], document["versions"]
+    gpu = f"{about['gpu']['name']}, " if about.get("gpu") else ""
+    head = (
+        f"{gpu}{about['cpu']}, {about['threads']} threads, {about['isa']}; torch {versions['torch']}; {commit(git)}"
+        f" ([`{name}`](benchmarks/results/{name})):"
+    )
+    cells = [
+        cell for target, row, _ in targets.check(document["rows"]) if row for cell in [row_cells(row, target.what)]
+    ]
+    lines = [head, "", *table(("op", "workload", "ours", "against", "its time", "ratio", "95 % interval"), cells)]
+    return "\n".join(lines + steps(document["rows"]))
+
+
+def commit(git: dict[str, Any]) -> str:
+    return f"commit {(git.get('sha') or 'unknown')[:10]}{' with changes' if git.get('dirty') else ''}"
+
+
+def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:
+    stage = {"backward": "forward + backward"}.get(row["pass"], row["pass"])
+    low, high = row["ci95"]
+    return (
+        f"`{row['name']}`", f"{row['workload']}, {stage}", text.duration(row["ours_us"]["p50"]), what,
+        text.duration(row["baseline_us"]["p50"]), f"**{text.times(row['ratio'])}**", f"{low:.2f} to {high:.2f}",
+    )  # fmt: skip
+
+
+def steps(found: list[rows.Row]) -> list[str]:
+    """One sentence for every training step."""
+    lines = [
+        f"- {row['name']} {row['workload']}: {text.duration(row['ours_us']['p50'])} a step of {row['images']} images, "
+        f"{text.times(row['ratio'])} against {row['baseline']}; {row['tokens_per_s']:.0f} tokens/s"
+        for row in found
+        if row["kind"] == "model" and row["ratio"] is not None
+    ]
+    return ["", "Training steps (context and target tokens):", "", *lines] if lines else []
+
+
+def probe(document: dict[str, Any]) -> str:
+    """Accuracy of trained features, of random initialisation and of raw pixels, with intervals."""
+    scores, about = document["probe"], document["machine"]
+    head = (
+        f"`python -m jepa_kernels train ijepa`: {document['step']} steps and the probe in {document['seconds']:.0f} s "
+        f"({about['cpu']}, {about['threads']} threads, torch {about['torch']}, {commit({'sha': document['commit']})}). "
+        f"Which of the {scores['photos']} photos is a held-out grey crop from? Chance: {scores['chance']:.3f}; "
+        f"95 % intervals over {scores['seeds']} seeds of {scores['crops_per_seed']} crops:"
+    )
+    cells = [
+        (title, *(score(scores[p][feature]) for p in ("knn", "linear"))) for feature, title in FEATURES.items()
+    ]  # fmt: skip
+    gain = [score(scores[p]["trained_minus_random_init"]) for p in ("knn", "linear")]
+    cells.append(("trained minus random, paired", *gain))
+    return "\n".join([head, "", *table(("features", "k-NN", "linear"), cells)])
+
+
+def score(one: dict[str, Any]) -> str:
+    low, high = one["ci95"]
+    return f"{one['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (columns, ("---",) * len(columns), *cells)]
+
+
+def insert(page: str, tables: str) -> str:
+    """The page with `tables` between its markers."""
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    return before + BEGIN + "\n" + (tables + "\n" if tables else "") + END + after
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--adopt", type=Path, action="append", default=[], metavar="FILE")
+    args = parser.parse_args(argv)
+    try:
+        for source in args.adopt:
+            print(adopt(source))
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    README.write_text(insert(README.read_text(), tables()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

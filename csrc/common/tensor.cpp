@@ -1,0 +1,66 @@
+#include "common/tensor.h"
+
+namespace jepa {
+
+// A module attribute of torch, looked up once; the reference is kept for the process's life.
+static py::handle torch_attribute(const char* name) {
+  return py::object(py::module_::import("torch").attr(name)).release();
+}
+
+static PyObject* torch_dtype(DType dtype) {
+  static const std::array<PyObject*, 7> table = {
+      torch_attribute("float32").ptr(), torch_attribute("bfloat16").ptr(), torch_attribute("float16").ptr(),
+      torch_attribute("float64").ptr(), torch_attribute("int64").ptr(),    torch_attribute("int32").ptr(),
+      torch_attribute("uint8").ptr()};
+  return table[static_cast<size_t>(dtype)];
+}
+
+DType dtype_of(py::handle type) {
+  for (int i = 0; i < static_cast<int>(DType::other); ++i)
+    if (type.ptr() == torch_dtype(static_cast<DType>(i))) return static_cast<DType>(i);
+  return DType::other;
+}
+
+int torch_threads() {
+  static const py::handle get = torch_attribute("get_num_threads");
+  return get().cast<int>();
+}
+
+int Tensor::device_index() const {
+  const py::object index = obj.attr("device").attr("index");
+  return index.is_none() ? -1 : index.cast<int>();
+}
+
+void* Tensor::stream() const {
+  static const py::handle current =
+      py::object(py::module_::import("torch.cuda").attr("current_stream")).release();
+  return reinterpret_cast<void*>(current(obj.attr("device")).attr("cuda_stream").cast<uintptr_t>());
+}
+
+Tensor Tensor::from(py::handle h) {
+  static const py::str data_ptr("data_ptr"), shape("shape"), stride("stride"), dtype("dtype");
+  Tensor t;
+  t.obj = py::reinterpret_borrow<py::object>(h);
+  t.address = reinterpret_cast<void*>(py::object(h.attr(data_ptr)()).cast<uintptr_t>());
+  const py::tuple shapes = h.attr(shape), steps = h.attr(stride)();
+  t.dims = static_cast<int>(shapes.size());
+  if (t.dims > MAX_DIM) throw py::value_error("jepa_kernels: tensors must have at most 6 dimensions");
+  for (int i = 0; i < t.dims; ++i) {
+    t.sizes[i] = shapes[i].cast<int64_t>();
+    t.strides[i] = steps[i].cast<int64_t>();
+  }
+  t.dtype = dtype_of(h.attr(dtype));
+  return t;
+}
+
+Tensor Tensor::allocate(const char* method, std::initializer_list<int64_t> shape,
+                        std::optional<DType> type) const {
+  py::tuple dimensions(shape.size());
+  size_t i = 0;
+  for (int64_t n : shape) dimensions[i++] = n;
+  const py::object dt =
+      type ? py::reinterpret_borrow<py::object>(torch_dtype(*type)) : py::object(obj.attr("dtype"));
+  return from(obj.attr(method)(dimensions, py::arg("dtype") = dt));
+}
+
+} // namespace jepa

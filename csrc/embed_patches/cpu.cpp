@@ -1,0 +1,263 @@
+// Compute-bound matrix products over kept patches only. Operands are gathered into fp32 panels, the layer's
+// once a call, the patches' a tile at a time, so that no matrix of patches is ever in memory; bias and
+// position are added as the tile is stored.
+#include "embed_patches/embed_patches.h"
+
+#include "common/parallel.h"
+#include "common/sort_rows.h"
+#include "embed_patches/multiply.h"
+#include "embed_patches/patch.h"
+
+namespace jepa::JEPA_ISA {
+
+using Layer = EmbedPatchesLayer;
+using Forward = EmbedPatchesForwardParams;
+using Backward = EmbedPatchesBackwardParams;
+using embed_patches::TOKENS;
+
+static int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
+
+template <class T> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
+  const int64_t image = token / at.at.count, id = token % at.at.count;
+  const int64_t y = id / at.grid_w * at.patch, x = id % at.grid_w * at.patch;
+  const int64_t* stride = at.pixel_strides;
+  read_patch(static_cast<const T*>(at.pixels) + image * stride[0] + y * stride[2] + x * stride[3], shape,
+             row);
+}
+
+template <class T> static void read_weights(const Layer& at, const Patch& shape, int64_t e, float* row) {
+  read_patch(static_cast<const T*>(at.weight) + e * at.weight_strides[0], shape, row);
+}
+
+// W^T [depth, embed_dim] as right panels.
+template <class T> static void pack_weights(const Forward& p) {
+  const Layer& at = p.layer;
+  const int64_t depth = at.depth();
+  const Patch shape(at.channels, at.patch, at.weight_strides + 1);
+  parallel_for(panels_of(at.embed_dim, COLUMNS), at.threads, [&](int64_t begin, int64_t end) {
+    float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
+    for (int64_t e = begin * COLUMNS; e < end * COLUMNS; ++e) {
+      if (e < at.embed_dim)
+        read_weights<T>(at, shape, e, row);
+      else
+        std::memset(row, 0, depth * sizeof(float));
+      interleave<COLUMNS>(row, depth, e, p.weights);
+    }
+  });
+}
+
+// Adds bias and position to a row of sums, and rounds. A row without a patch is 0.
+template <class T> static void finish(const Forward& p, int64_t row, int64_t column, const float* sums) {
+  const int64_t token = p.token[row], embed_dim = p.layer.embed_dim;
+  const T *bias = static_cast<const T*>(p.bias), *pos = static_cast<const T*>(p.pos);
+  if (pos) pos += (token < 0 ? 0 : token % p.layer.at.count) * p.pos_strides[0];
+  T* out = static_cast<T*>(p.out) + row * embed_dim;
+  for (int64_t e = column; e < column + COLUMNS && e < embed_dim; e += W, sums += W) {
+    const int n = part(embed_dim - e);
+    vf x = load(sums);
+    if (bias) x = add(x, load(bias + e * p.bias_stride, p.bias_stride, n));
+    if (pos) x = add(x, load(pos + e * p.pos_strides[1], p.pos_strides[1], n));
+    store_first(out + e, token < 0 ? zero() : x, n);
+  }
+}
+
+// Rows [begin, end), at most TILE_ROWS.
+template <class T>
+static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* scratch) {
+  const int64_t depth = p.layer.depth(), panels = panels_of(end - begin, ROWS);
+  float *left = scratch, *row = scratch + TILE_ROWS * depth;
+  for (int64_t i = begin; i < begin + panels * ROWS; ++i) {
+    if (i < end && p.token[i] >= 0)
+      read_token<T>(p.layer, shape, p.token[i], row);
+    else
+      std::memset(row, 0, depth * sizeof(float));
+    interleave<ROWS>(row, depth, i - begin, left);
+  }
+  alignas(64) float sums[TILE_ROWS * COLUMNS];
+  for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
+    multiply_tile(left, panels, p.weights + e * depth, depth, sums);
+    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, e, sums + (i - begin) * COLUMNS);
+  }
+}
+
+template <class T> static void forward(const Forward& p) {
+  const KeptRows& at = p.layer.at;
+  for (int64_t row = 0; row < at.rows; ++row) p.token[row] = -1;
+  each_kept(at, [&](int64_t token, int64_t row) { p.token[row] = token; });
+  pack_weights<T>(p);
+  const Patch shape(p.layer.channels, p.layer.patch, p.layer.pixel_strides + 1);
+  parallel_for(panels_of(at.rows, ROWS), p.layer.threads, [&](int64_t begin, int64_t end) {
+    float* scratch = p.scratch + omp_get_thread_num() * p.scratch_size;
+    const int64_t last = end * ROWS < at.rows ? end * ROWS : at.rows;
+    for (int64_t row = begin * ROWS; row < last; row += TILE_ROWS)
+      embed_tile<T>(p, shape, row, row + TILE_ROWS < last ? row + TILE_ROWS : last, scratch);
+  });
+}
+
+template <class T> static const T* grad_row(const Backward& p, int64_t row) {
+  const T* grad = static_cast<const T*>(p.grad);
+  if (p.layer.at.cu_seqlens) return grad + row * p.grad_strides[1];
+  const int64_t run = row / p.layer.at.run_length;
+  return grad + run * p.grad_strides[0] + (row - run * p.layer.at.run_length) * p.grad_strides[1];
+}
+
+// The gradient of a token: the sum over the rows that embed it, in their order.
+template <class T> static void read_grad(const Backward& p, int64_t token, float* sum) {
+  const int64_t step = p.grad_strides[2], embed_dim = p.layer.embed_dim;
+  const int32_t *row = p.source + p.first[token], *last = p.source + p.first[token + 1];
+  read_line(grad_row<T>(p, *row), step, embed_dim, sum);
+  while (++row < last) add_line(grad_row<T>(p, *row), step, embed_dim, sum);
+}
+
+template <class T> static void bias_and_position_gradients(const Backward& p) {
+  constexpr int64_t BLOCK = 128; // channels that a thread sums at a time
+  const Layer& at = p.layer;
+  const int64_t count = at.at.count, step = p.grad_strides[2];
+  parallel_for(panels_of(at.embed_dim, BLOCK), at.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin * BLOCK; e < end * BLOCK; e += BLOCK) {
+      const int64_t n = at.embed_dim - e < BLOCK ? at.embed_dim - e : BLOCK;
+      float sum[BLOCK], total[BLOCK] = {};
+      for (int64_t id = 0; id < count; ++id) {
+        std::memset(sum, 0, sizeof(sum));
+        for (int64_t token = id; token < at.at.batch * count; token += count)
+          for (int32_t i = p.first[token]; i < p.first[token + 1]; ++i)
+            add_line(grad_row<T>(p, p.source[i]) + e * step, step, n, sum);
+        if (p.dpos) write_line(sum, n, static_cast<T*>(p.dpos) + id * at.embed_dim + e);
+        add_line(sum, 1, n, total);
+      }
+      if (p.dbias) write_line(total, n, static_cast<T*>(p.dbias) + e);
+    }
+  });
+}
+
+// Patches of tokens [begin, end) as right panels, their gradients as left panels.
+template <class T> static void pack_tokens(const Backward& p, int64_t begin, int64_t end) {
+  const Layer& at = p.layer;
+  const Patch shape(at.channels, at.patch, at.pixel_strides + 1);
+  parallel_for(end - begin, at.threads, [&](int64_t from, int64_t to) {
+    float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
+    for (int64_t k = from; k < to; ++k) {
+      read_token<T>(at, shape, p.token[begin + k], row);
+      cut<COLUMNS>(row, at.depth(), k, end - begin, p.right);
+      read_grad<T>(p, p.token[begin + k], row);
+      cut<ROWS>(row, at.embed_dim, k, end - begin, p.left);
+    }
+  });
+}
+
+// dweight_sum = left right, or += it.
+static void multiply_tokens(const Backward& p, int64_t tokens, bool add_to) {
+  const int64_t depth = p.layer.depth(), embed_dim = p.layer.embed_dim;
+  parallel_for(panels_of(embed_dim, ROWS), p.layer.threads, [&](int64_t begin, int64_t end) {
+    alignas(64) float sums[TILE_ROWS * COLUMNS];
+    for (int64_t panel = begin; panel < end; panel += TILE_ROWS / ROWS) {
+      const int64_t panels = end - panel < TILE_ROWS / ROWS ? end - panel : TILE_ROWS / ROWS;
+      for (int64_t k = 0; k < depth; k += COLUMNS) {
+        multiply_tile(p.left + panel * tokens * ROWS, panels, p.right + k * tokens, tokens, sums);
+        for (int64_t i = 0; i < panels * ROWS && panel * ROWS + i < embed_dim; ++i) {
+          float* out = p.dweight_sum + (panel * ROWS + i) * depth + k;
+          const int64_t n = depth - k < COLUMNS ? depth - k : COLUMNS;
+          if (add_to) add_line(out, 1, n, sums + i * COLUMNS);
+          write_line(sums + i * COLUMNS, n, out);
+        }
+      }
+    }
+  });
+}
+
+// dW = sum over tokens of gradient x patch, some tokens at a time: how many depends on their number alone.
+template <class T> static void weight_gradient(const Backward& p, int64_t tokens) {
+  const int64_t chunks = tokens > TOKENS ? panels_of(tokens, TOKENS) : 1;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const int64_t begin = tokens * i / chunks, end = tokens * (i + 1) / chunks;
+    pack_tokens<T>(p, begin, end);
+    multiply_tokens(p, end - begin, i > 0);
+  }
+  if (p.dweight == p.dweight_sum) return;
+  const int64_t depth = p.layer.depth();
+  parallel_for(p.layer.embed_dim, p.layer.threads, [&](int64_t begin, int64_t end) {
+    write_line(p.dweight_sum + begin * depth, (end - begin) * depth,
+               static_cast<T*>(p.dweight) + begin * depth);
+  });
+}
+
+// Gradients of tokens [begin, end), at most TILE_ROWS, times W: their patches of dpixels.
+template <class T> static void pixel_tile(const Backward& p, int64_t begin, int64_t end, float* scratch) {
+  const Layer& at = p.layer;
+  const int64_t depth = at.depth(), width = embed_patches::row_size(depth),
+                panels = panels_of(end - begin, ROWS);
+  float *left = scratch, *patches = left + TILE_ROWS * at.embed_dim, *row = patches + TILE_ROWS * width;
+  for (int64_t i = 0; i < panels * ROWS; ++i) {
+    if (begin + i < end)
+      read_grad<T>(p, p.token[begin + i], row);
+    else
+      std::memset(row, 0, at.embed_dim * sizeof(float));
+    interleave<ROWS>(row, at.embed_dim, i, left);
+  }
+  alignas(64) float sums[TILE_ROWS * COLUMNS];
+  for (int64_t k = 0; k < depth; k += COLUMNS) {
+    multiply_tile(left, panels, p.right + k * at.embed_dim, at.embed_dim, sums);
+    for (int64_t i = 0; i < end - begin; ++i)
+      std::memcpy(patches + i * width + k, sums + i * COLUMNS, COLUMNS * sizeof(float));
+  }
+  const int64_t line = at.grid_w * at.patch, channel = at.at.count * at.patch * at.patch;
+  const int64_t strides[3] = {channel, line, 1};
+  const Patch shape(at.channels, at.patch, strides);
+  for (int64_t i = 0; i < end - begin; ++i) {
+    const int64_t image = p.token[begin + i] / at.at.count, id = p.token[begin + i] % at.at.count;
+    T* out = static_cast<T*>(p.dpixels) + image * at.channels * channel;
+    write_patch(patches + i * width, shape, out + (id / at.grid_w * line + id % at.grid_w) * at.patch);
+  }
+}
+
+template <class T> static void pixel_gradient(const Backward& p, int64_t tokens) {
+  const Layer& at = p.layer;
+  const Patch shape(at.channels, at.patch, at.weight_strides + 1);
+  const auto scratch = [&] { return p.scratch + omp_get_thread_num() * p.scratch_size; };
+  parallel_for(at.embed_dim, at.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      read_weights<T>(at, shape, e, scratch());
+      cut<COLUMNS>(scratch(), at.depth(), e, at.embed_dim, p.right);
+    }
+  });
+  parallel_for(panels_of(tokens, ROWS), at.threads, [&](int64_t begin, int64_t end) {
+    const int64_t last = end * ROWS < tokens ? end * ROWS : tokens;
+    for (int64_t token = begin * ROWS; token < last; token += TILE_ROWS)
+      pixel_tile<T>(p, token, token + TILE_ROWS < last ? token + TILE_ROWS : last, scratch());
+  });
+}
+
+template <class T> static void backward(const Backward& p) {
+  const KeptRows& at = p.layer.at;
+  sort_rows(at, p.first, p.source);
+  int64_t tokens = 0;
+  for (int64_t token = 0; token < at.batch * at.count; ++token)
+    if (p.first[token + 1] > p.first[token]) p.token[tokens++] = token;
+  if (p.dbias || p.dpos) bias_and_position_gradients<T>(p);
+  if (p.dweight) weight_gradient<T>(p, tokens);
+  if (p.dpixels) pixel_gradient<T>(p, tokens);
+}
+
+void embed_patches_forward_cpu(const Forward& p) {
+  switch (p.layer.dtype) {
+  case DType::bf16:
+    return forward<bf16>(p);
+  case DType::f16:
+    return forward<f16>(p);
+  default:
+    return forward<float>(p);
+  }
+}
+
+void embed_patches_backward_cpu(const Backward& p) {
+  switch (p.layer.dtype) {
+  case DType::bf16:
+    return backward<bf16>(p);
+  case DType::f16:
+    return backward<f16>(p);
+  default:
+    return backward<float>(p);
+  }
+}
+
+} // namespace jepa::JEPA_ISA

@@ -1,0 +1,69 @@
+// The matrix product: panels of both operands, and the tile of registers that multiplies them.
+//
+// Each element of the result is one chain of multiply-adds in the order of k, cut every DEPTH terms, wherever
+// it lies in its tile: it does not depend on the rows beside it, nor on the number of threads.
+#pragma once
+#include <cstring>
+
+#include "common/simd.h"
+#include "embed_patches/embed_patches.h"
+
+namespace jepa::JEPA_ISA {
+
+using embed_patches::padded;
+using embed_patches::TILE_ROWS;
+
+// A register tile of ROWS x COLUMNS sums leaves room for a row of the right panel and one broadcast.
+#if defined(__AVX512F__)
+constexpr int ROWS = 12;
+#else
+constexpr int ROWS = 6;
+#endif
+constexpr int COLUMNS = 2 * W;
+constexpr int64_t DEPTH = 256; // a slice of a right panel stays in L1 while the tile's left panels pass
+static_assert(TILE_ROWS % ROWS == 0 && embed_patches::MAX_COLUMNS % COLUMNS == 0);
+
+// c [ROWS, COLUMNS] += a [depth, ROWS]^T b [depth, COLUMNS]
+static void multiply(const float* a, const float* b, int64_t depth, float* c) {
+  vf sum[ROWS][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = zero();
+  for (int64_t k = 0; k < depth; ++k, a += ROWS, b += COLUMNS) {
+    const vf b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 12
+    for (int r = 0; r < ROWS; ++r) {
+      const vf x = set1(a[r]);
+      sum[r][0] = fma(x, b0, sum[r][0]);
+      sum[r][1] = fma(x, b1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < ROWS; ++r, c += COLUMNS) {
+    store(c, add(load(c), sum[r][0]));
+    store(c + W, add(load(c + W), sum[r][1]));
+  }
+}
+
+// c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
+static void multiply_tile(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
+  std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
+  for (int64_t k = 0; k < depth; k += DEPTH)
+    for (int64_t i = 0; i < panels; ++i)
+      multiply(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < DEPTH ? depth - k : DEPTH,
+               c + i * ROWS * COLUMNS);
+}
+
+// A row of the operand becomes lane i % LANES of panel i / LANES, [depth, LANES].
+template <int LANES> static void interleave(const float* row, int64_t depth, int64_t i, float* panels) {
+  float* lane = panels + i / LANES * depth * LANES + i % LANES;
+  for (int64_t k = 0; k < depth; ++k) lane[k * LANES] = row[k];
+}
+
+// Row k of the operand is cut: LANES of its columns to each panel, zeros behind the last one.
+template <int LANES> static void cut(float* row, int64_t columns, int64_t k, int64_t depth, float* panels) {
+  std::memset(row + columns, 0, LANES * sizeof(float));
+  for (int64_t j = 0; j < columns; j += LANES)
+    std::memcpy(panels + j * depth + k * LANES, row + j, LANES * sizeof(float));
+}
+
+} // namespace jepa::JEPA_ISA

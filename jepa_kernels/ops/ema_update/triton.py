@@ -1,0 +1,85 @@
+"""Triton `ema_update`: one pass over memory, one launch for all tensors."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jepa_kernels._core.triton import device_of
+from jepa_kernels.ops.ema_update.chunks import groups
+
+THREADS = 256
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
+
+
+@triton.jit
+def _mix(target, online, keep, step, FORM: tl.constexpr):
+    if FORM == "lerp":
+        return tl.fma(step, online - target, target)
+    product = keep * target
+    if FORM == "ijepa":
+        return product + step * online
+    return tl.fma(step, online, product)
+
+
+@triton.jit
+def _update(target, online, shadow, i, mask, keep, step, FORM: tl.constexpr, SHADOW: tl.constexpr):
+    x = tl.load(target + i, mask=mask)
+    x = _mix(x, tl.load(online + i, mask=mask).to(tl.float32), keep, step, FORM)
+    tl.store(target + i, x, mask=mask)
+    if SHADOW is not None:
+        tl.store(shadow + i, x.to(SHADOW), mask=mask)
+
+
+@triton.jit
+def _ema_update_forward_kernel(
+    table, keep, step, momentum, FORM: tl.constexpr, ONLINE: tl.constexpr, SHADOW: tl.constexpr, THREADS: tl.constexpr
+):
+    if momentum is not None:  # on the device; the factors in fp64, rounded once, like a float's
+        m = tl.load(momentum).to(tl.float64)
+        keep = m.to(tl.float32)
+        step = (1.0 - m).to(tl.float32)
+    row = table + tl.program_id(0).to(tl.int64) * 4
+    target = tl.load(row)
+    online = tl.load(row + 1)
+    shadow = tl.load(row + 2)
+    count = tl.load(row + 3)
+    whole = tl.where((target | online | shadow) % 16 == 0, count // 16 * 16, 0)
+    # Rounding these addresses down changes nothing where the loop runs. Four elements a thread: 16 bytes of fp32.
+    a = tl.multiple_of((target // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
+    b = tl.multiple_of((online // 16 * 16).to(tl.pointer_type(ONLINE)), 16)
+    c = tl.multiple_of((shadow // 16 * 16).to(tl.pointer_type(tl.float32 if SHADOW is None else SHADOW)), 16)
+    lanes = tl.arange(0, 4 * THREADS)
+    for start in range(0, whole, 4 * THREADS):
+        _update(a, b, c, start + lanes, start + lanes < tl.multiple_of(whole, 16), keep, step, FORM, SHADOW)
+    # What is left over: the last elements, or all of a tensor that starts anywhere.
+    a = target.to(tl.pointer_type(tl.float32))
+    b = online.to(tl.pointer_type(ONLINE))
+    c = shadow.to(tl.pointer_type(tl.float32 if SHADOW is None else SHADOW))
+    lanes = tl.arange(0, THREADS)
+    for start in range(whole, count, THREADS):
+        _update(a, b, c, start + lanes, start + lanes < count, keep, step, FORM, SHADOW)
+
+
+def forward(
+    target: Sequence[Tensor], online: Sequence[Tensor], shadow: Sequence[Tensor], momentum: Tensor, form: str
+) -> None:
+    """One launch for each pair of online and shadow dtypes, usually one in all."""
+    on_device = momentum.device == target[0].device
+    host = 0.0 if on_device else float(momentum)
+    with device_of(target[0]):
+        for group in groups(target, online, shadow):
+            _ema_update_forward_kernel[(len(group.table),)](
+                group.table,
+                host,
+                1.0 - host,
+                momentum if on_device else None,
+                FORM=form,
+                ONLINE=DTYPES[group.online],
+                SHADOW=DTYPES[group.shadow],
+                THREADS=THREADS,
+                num_warps=THREADS // 32,
+                enable_fp_fusion=False,  # the forms are defined by their roundings
+            )

@@ -1,0 +1,1 @@
+"""Kept patches of images to tokens."""

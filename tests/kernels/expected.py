@@ -1,0 +1,94 @@
+"""What each op's Triton kernels must look like in machine code, and the calls that show it: one entry an op.
+
+Shapes decide what is compiled, not lengths, so the calls are small; channel counts are the published models'.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import jepa_kernels as jk
+from jepa_kernels import Packing
+
+EVERY = (80, 90, 100)  # capabilities: A100, H100 and H200, B200
+HOPPER = (90,)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a public function, and what it must launch and hold.
+
+    launches      kernels in order, forward and backward
+    wide          kernels that must load 16 bytes an instruction (not where a row's width is odd)
+    counts        {kernel: {instruction pattern: how many}}
+    capabilities  GPUs it is compiled for
+    """
+
+    name: str
+    make: Callable[[], object]
+    launches: tuple[str, ...]
+    wide: tuple[str, ...] = ()
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    capabilities: tuple[int, ...] = EVERY
+
+
+def ema(online: torch.dtype, shadow: torch.dtype | None, form: str) -> Callable[[], object]:
+    def make() -> None:
+        target = [torch.zeros(100), torch.zeros(7, 3)]
+        copies = None if shadow is None else [torch.zeros_like(t, dtype=shadow) for t in target]
+        jk.ema_update(target, [t.to(online) for t in target], 0.996, shadow=copies, form=form, backend="triton")
+
+    return make
+
+
+def ema_calls() -> Iterator[Call]:
+    kernel = "_ema_update_forward_kernel"
+    # Every multiplication rounded as the form says: ptxas may fuse none of them.
+    unfused = {kernel: {"FFMA.*": 0}}
+    pairs = ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16))
+    for online, shadow in (*pairs, (torch.float16, torch.float16), (torch.bfloat16, torch.float32)):
+        capabilities = EVERY if (online, shadow) in pairs else HOPPER
+        yield Call(f"lerp-{online}-{shadow}", ema(online, shadow, "lerp"), (kernel,), (kernel,), {}, capabilities)
+    for form, counts in (("ijepa", unfused), ("vjepa2", {})):
+        yield Call(form, ema(torch.float32, None, form), (kernel,), (kernel,), counts, HOPPER)
+
+
+def loss(dtype: torch.dtype, channels: int, packed: bool = True, **options: object) -> Callable[[], object]:
+    def make() -> Tensor:
+        ids, pred = torch.arange(3).repeat(4, 1), torch.zeros(4, 3, channels, dtype=dtype)
+        target = torch.zeros(2, 9, channels, dtype=dtype)
+        if packed:
+            packing = Packing.uniform(4, 3)
+            leaf = pred.flatten(0, 1).requires_grad_()
+            out = jk.latent_loss(leaf, target, ids.flatten(), packing=packing, **options, backend="triton")
+        else:
+            leaf = pred.requires_grad_()
+            out = jk.latent_loss(leaf, target, ids, **options, backend="triton")
+        return torch.autograd.grad(out, leaf, torch.tensor(2.0))[0]
+
+    return make
+
+
+def loss_calls() -> Iterator[Call]:
+    forward, total, backward = (f"_latent_loss_{stage}_kernel" for stage in ("forward", "sum", "backward"))
+    launches, wide = (forward, total, backward), (forward, backward)
+    # 2048 lanes on 128 threads: 16 elements each of pred and target, read once: 32 bytes (bf16) or 64 (fp32) of both.
+    once = {dtype: {forward: {r"LDG\.E\.128": 4 * dtype.itemsize // 2}} for dtype in (torch.float32, torch.bfloat16)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        name = f"packed-{dtype}"
+        yield Call(name, loss(dtype, 1280), launches, wide, once.get(dtype, {}))
+    for name, make in (
+        ("rectangular", loss(torch.bfloat16, 1408, packed=False)),
+        ("token", loss(torch.bfloat16, 1024, reduction="token")),
+        ("l1", loss(torch.float32, 384, kind="l1")),
+        ("l2-raw", loss(torch.float32, 384, kind="l2", normalize=False)),
+        ("several-blocks", loss(torch.bfloat16, 6144)),
+    ):
+        yield Call(name, make, launches, wide, {}, HOPPER)
+    for channels in (1, 37):
+        yield Call(f"channels-{channels}", loss(torch.float32, channels), launches, (), {}, HOPPER)
+
+
+CALLS = {"ema_update": tuple(ema_calls()), "latent_loss": tuple(loss_calls())}

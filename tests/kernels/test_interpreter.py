@@ -1,0 +1,94 @@
+"""The interpreter that Triton kernels are tested in is itself exact."""
+
+import os
+from fractions import Fraction
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.interp
+
+if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels are interpreted or compiled from their decoration on
+    import triton
+    import triton.language as tl
+
+    from tests.interpreter import TRAFFIC
+
+    @triton.jit
+    def _cast_kernel(x, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(out + i, tl.load(x + i).to(out.dtype.element_ty))
+
+    @triton.jit
+    def _dot_kernel(a, b, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        at = i[:, None] * N + i[None, :]
+        tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee"))
+
+    @triton.jit
+    def _fma_kernel(x, y, z, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(out + i, tl.fma(tl.load(x + i), tl.load(y + i), tl.load(z + i)))
+
+    @triton.jit
+    def _add_kernel(x, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(out + i, tl.load(x + i) + tl.load(x + i))
+
+    @triton.jit
+    def _count_kernel(out, n, step):
+        total = 0
+        for i in range(0, n, step):
+            total += i
+        tl.store(out, total)
+
+
+def test_casts_to_bf16_round_to_nearest_even():
+    special = [0.0, -0.0, float("inf"), float("nan"), 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.4e38, 1e-40]
+    x = torch.cat([torch.randn(4096 - len(special)) * 100, torch.tensor(special)])
+    out = torch.empty(4096, dtype=torch.bfloat16)
+    _cast_kernel[(1,)](x, out, N=4096)
+    expected = x.bfloat16()
+    assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7)) and torch.equal(out.isnan(), expected.isnan())
+    back = torch.empty(4096)
+    _cast_kernel[(1,)](out, back, N=4096)
+    assert torch.equal(back.nan_to_num(7), expected.float().nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dot_multiplies_values_and_adds_in_fp32(dtype):
+    a, b = torch.randn(2, 16, 16).to(dtype)
+    out = torch.empty(16, 16)
+    _dot_kernel[(1,)](a, b, out, N=16)
+    assert torch.allclose(out.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_fma_rounds_once():
+    x, y = torch.randn(2, 1024)
+    z = -(x * y)  # what a second rounding would lose
+    z[::2] = torch.randn(512)
+    z[1::4] *= 1 + 2**-12
+    out = torch.empty(1024)
+    _fma_kernel[(1,)](x, y, z, out, N=1024)
+    for a, b, c, got in zip(x.tolist(), y.tolist(), z.tolist(), out.tolist(), strict=True):
+        exact = Fraction(a) * Fraction(b) + Fraction(c)
+        neighbours = torch.nextafter(torch.tensor(got), torch.tensor([float("-inf"), float("inf")])).tolist()
+        assert all(abs(Fraction(got) - exact) <= abs(Fraction(other) - exact) for other in neighbours)
+
+
+def test_arithmetic_on_bf16_raises():
+    x = torch.ones(16, dtype=torch.bfloat16)
+    with pytest.raises(Exception, match="add of bf16: cast to fp32 first"):
+        _add_kernel[(1,)](x, x, N=16)
+
+
+def test_loops_take_run_time_bounds():
+    out = torch.zeros(1, dtype=torch.int32)
+    _count_kernel[(1,)](out, 10, 3)
+    assert out.item() == 0 + 3 + 6 + 9
+
+
+def test_traffic_is_counted():
+    TRAFFIC.clear()
+    _cast_kernel[(2,)](torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16), N=64)
+    assert TRAFFIC == {"read": 2 * 64 * 4, "written": 2 * 64 * 2}

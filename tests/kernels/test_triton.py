@@ -1,0 +1,62 @@
+"""Every Triton kernel, compiled through its ordinary launch path for GPUs that are not here; machine code inspected."""
+
+import pytest
+import torch
+from triton.runtime import driver
+
+import jepa_kernels as jk
+from jepa_kernels._core import select
+from jepa_kernels._core.info import kernels
+from jepa_kernels.ops import OPS
+from tests.kernels.expected import CALLS
+from tests.kernels.target import REGISTERS, SHARED_BYTES, Target
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(scope="module")
+def target():
+    """Launches on CPU tensors compile; the driver of this machine, if it has one, comes back afterwards."""
+    before, reason = driver._active, select._availability.get(("triton", "cpu"))
+    driver.set_active(Target())
+    select._availability["triton", "cpu"] = None
+    yield driver.active
+    driver._active = before
+    select._availability["triton", "cpu"] = reason
+    select._ready.clear()
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if any(k.backend == "triton" for k in kernels(op))])
+def test_every_op_with_a_triton_kernel_says_what_to_expect(op):
+    assert CALLS.get(op), f"{op}: add its calls to tests/kernels/expected.py"
+
+
+CASES = [(c, call) for calls in CALLS.values() for call in calls for c in call.capabilities]
+
+
+@pytest.mark.parametrize("capability, call", CASES, ids=[f"sm_{c}-{call.launches[0]}-{call.name}" for c, call in CASES])
+def test_machine_code(target, capability, call):
+    target.reset(capability)
+    call.make()
+    assert tuple(target.launches) == call.launches
+    for binary in target.binaries:  # a kernel that an earlier call loaded was inspected there
+        assert binary.stack == 0 and not binary.count(r"(LDL|STL).*"), f"spills: {binary}"
+        assert binary.shared <= SHARED_BYTES[capability]
+        assert binary.registers * target.threads[binary.name] <= REGISTERS // 2, f"two blocks must fit: {binary}"
+        if binary.name in call.wide:
+            assert binary.count(r"LDG\.E.*\.128") and binary.count(r"STG\.E.*\.(64|128)"), binary.instructions
+        for pattern, count in call.counts.get(binary.name, {}).items():
+            assert binary.count(pattern) == count, f"{pattern}: {binary.instructions}"
+    call.make()
+    assert tuple(target.launches) == 2 * call.launches, "the second call must launch what the first compiled"
+
+
+def test_lengths_that_change_compile_nothing_new(target):
+    target.reset(90)
+    for kept in (5, 7, 16, 48, 3):
+        ids = torch.arange(kept).expand(4, kept).contiguous()
+        pred = torch.zeros(4, kept, 64, requires_grad=True)
+        out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, backend="triton")
+        torch.autograd.grad(out, pred, torch.tensor(2.0))
+    names = [binary.name for binary in target.binaries]
+    assert "_latent_loss_forward_kernel" in names and len(names) == len(set(names)), f"compiled again: {names}"

@@ -1,0 +1,255 @@
+"""The published layout of I-JEPA's weights: names, shapes, parameter counts, loading, and files that do not fit."""
+
+import copy
+
+import pytest
+import torch
+
+from jepa_kernels.models import ijepa
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+
+SMALL = IJEPAConfig(
+    crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2
+)
+BLOCK = {  # name: shape for width D and hidden width M
+    "norm1.weight": "D",
+    "norm1.bias": "D",
+    "attn.qkv.weight": "3D D",
+    "attn.qkv.bias": "3D",
+    "attn.proj.weight": "D D",
+    "attn.proj.bias": "D",
+    "norm2.weight": "D",
+    "norm2.bias": "D",
+    "mlp.fc1.weight": "M D",
+    "mlp.fc1.bias": "M",
+    "mlp.fc2.weight": "D M",
+    "mlp.fc2.bias": "D",
+}
+
+
+def block(prefix, width, hidden):
+    sizes = {"D": width, "3D": 3 * width, "M": hidden}
+    return {f"{prefix}.{name}": tuple(sizes[s] for s in shape.split()) for name, shape in BLOCK.items()}
+
+
+def published_encoder(width, depth, hidden, patch, tokens):
+    shapes = {
+        "pos_embed": (1, tokens, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for i in range(depth):
+        shapes |= block(f"blocks.{i}", width, hidden)
+    return shapes
+
+
+def published_predictor(width, depth, tokens, own=384):
+    shapes = {
+        "predictor_embed.weight": (own, width),
+        "predictor_embed.bias": (own,),
+        "mask_token": (1, 1, own),
+        "predictor_pos_embed": (1, tokens, own),
+        "predictor_norm.weight": (own,),
+        "predictor_norm.bias": (own,),
+        "predictor_proj.weight": (width, own),
+        "predictor_proj.bias": (width,),
+    }
+    for i in range(depth):
+        shapes |= block(f"predictor_blocks.{i}", own, 4 * own)
+    return shapes
+
+
+def shapes(module):
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def millions(module):
+    return sum(p.numel() for name, p in module.named_parameters() if "pos_embed" not in name) / 1e6
+
+
+SIZES = {  # name: width, depth, hidden, patch, tokens, predictor depth
+    "vit_tiny": (192, 12, 768, 16, 196, 12),
+    "vit_small": (384, 12, 1536, 16, 196, 12),
+    "vit_base": (768, 12, 3072, 16, 196, 12),
+    "vit_large": (1024, 24, 4096, 16, 196, 12),
+    "vit_huge_14": (1280, 32, 5120, 14, 256, 12),
+    "vit_huge_16_448": (1280, 32, 5120, 16, 784, 12),
+    "vit_giant_16": (1408, 40, 6144, 16, 196, 16),
+}
+HEADS = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12}  # 16 from vit_large on
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_and_shapes_are_the_published_ones(name):
+    width, depth, hidden, patch, tokens, predictor_depth = SIZES[name]
+    with torch.device("meta"):
+        model = IJEPA(ijepa.SIZES[name]())
+    assert shapes(model.context_encoder) == published_encoder(width, depth, hidden, patch, tokens)
+    assert shapes(model.target_encoder) == shapes(model.context_encoder)
+    assert shapes(model.predictor) == published_predictor(width, predictor_depth, tokens)
+    blocks = *model.context_encoder.blocks, *model.predictor.predictor_blocks
+    assert {b.attn.num_heads for b in blocks} == {HEADS.get(name, 16)}
+
+
+@pytest.mark.parametrize(
+    "name, encoder, predictor, entries",
+    [("vit_huge_14", 630.4, 22.3, (389, 152)), ("vit_giant_16", 1011.1, 29.5, (485, 200))],
+)
+def test_parameter_counts_are_the_published_ones(name, encoder, predictor, entries):
+    with torch.device("meta"):
+        model = IJEPA(ijepa.SIZES[name]())
+    assert (round(millions(model.context_encoder), 1), round(millions(model.predictor), 1)) == (encoder, predictor)
+    assert (len(shapes(model.context_encoder)), len(shapes(model.predictor))) == entries
+
+
+def test_all_sizes_are_tested():
+    assert set(SIZES) == set(ijepa.SIZES)
+
+
+def test_the_start_is_the_published_one():
+    model = IJEPA(IJEPAConfig(crop_size=64, embed_dim=192, depth=2, num_heads=3))
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif "norm" in name:
+            assert (p == 1).all(), name
+        elif "pos_embed" not in name:
+            assert 0.017 < p.std() < 0.023 and p.mean().abs() < 0.004, name
+    online, target = model.context_encoder.state_dict(), model.target_encoder.state_dict()
+    assert all(torch.equal(online[name], target[name]) for name in online)
+
+
+def test_position_tables_hold_the_column_first():
+    table = IJEPA(SMALL).context_encoder.pos_embed[0].view(4, 4, 48)
+    assert torch.equal(table[1, :, :24], table[3, :, :24]) and torch.equal(table[:, 1, 24:], table[:, 3, 24:])
+    waves = torch.arange(4.0, dtype=torch.float64)[:, None] / 10000.0 ** (torch.arange(12) / 12)
+    expected = torch.cat([waves.sin(), waves.cos()], 1)
+    torch.testing.assert_close(table[2, :, :24].double(), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(table[:, 2, 24:].double(), expected, rtol=0, atol=1e-7)
+
+
+def published(model, prefix="module."):
+    parts = {"encoder": model.context_encoder, "predictor": model.predictor, "target_encoder": model.target_encoder}
+    state = {name: {prefix + k: v for k, v in part.state_dict().items()} for name, part in parts.items()}
+    return {
+        **state,
+        "opt": {},
+        "scaler": None,
+        "epoch": 300,
+        "loss": 0.1,
+        "batch_size": 128,
+        "world_size": 16,
+        "lr": 1e-3,
+    }
+
+
+@pytest.fixture
+def donor():
+    """Three networks of different weights."""
+    model = IJEPA(SMALL)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])
+def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
+    torch.save(published(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
+    from_file, from_memory = IJEPA(SMALL), IJEPA(SMALL)
+    assert from_file.load(tmp_path / "jepa-ep300.pth.tar") is from_file
+    from_memory.load(published(donor, prefix))
+    for model in (from_file, from_memory):
+        assert all(torch.equal(v, donor.state_dict()[k]) for k, v in model.state_dict().items())
+        assert not any(p.requires_grad for p in model.target_encoder.parameters())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_its_own_state_dict_loads(donor, prefix):
+    model = IJEPA(SMALL).load({prefix + name: value for name, value in donor.state_dict().items()})
+    assert all(torch.equal(value, donor.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def without(state, part, name):
+    return {**state, part: {k: v for k, v in state[part].items() if k != name}}
+
+
+def replaced(state, part, name, value):
+    return {**state, part: {**state[part], name: value}}
+
+
+def spoiled(kind, state):
+    predictor = state["predictor"]
+    if kind == "a V-JEPA predictor":
+        tokens = {"module.mask_tokens.0": predictor["module.mask_token"]}
+        return without({**state, "predictor": {**predictor, **tokens}}, "predictor", "module.mask_token")
+    if kind == "one missing":
+        return without(state, "encoder", "module.blocks.1.attn.qkv.bias")
+    if kind == "another shape":
+        return replaced(state, "target_encoder", "module.norm.weight", torch.ones(64))
+    if kind == "not finite":
+        return replaced(state, "encoder", "module.norm.bias", torch.full((48,), torch.nan))
+    if kind == "not a tensor":
+        return replaced(state, "encoder", "module.norm.bias", [0.0] * 48)
+    if kind == "no predictor":
+        return {k: v for k, v in state.items() if k != "predictor"}
+    assert kind == "vit_tiny"
+    with torch.device("meta"):
+        return published(IJEPA(ijepa.vit_tiny()))
+
+
+FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("a V-JEPA predictor", FITS + "predictor.mask_token is missing; predictor.mask_tokens.0 is unknown; "),
+        ("one missing", FITS + "encoder.blocks.1.attn.qkv.bias is missing; "),
+        ("another shape", FITS + "target_encoder.norm.weight has shape (64,), the model (48,); "),
+        ("not finite", FITS + "encoder.norm.bias holds values that are not finite; "),
+        ("not a tensor", FITS + "encoder.norm.bias is a list; "),
+        ("vit_tiny", FITS + "encoder.blocks.2.norm1.weight is unknown; "),
+        ("no predictor", "IJEPA: checkpoint must hold predictor, got batch_size, encoder, epoch, "),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message):
+    model = IJEPA(SMALL)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        model.load(spoiled(kind, published(donor)))
+    assert str(error.value).startswith(message)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if kind == "vit_tiny":
+        assert str(error.value).endswith("it seems to be of vit_tiny with 196 patches")
+    if kind == "no predictor":
+        assert str(error.value).endswith("pass a file of the published I-JEPA layout or this model's state_dict()")
+
+
+class Foreign:
+    """Something that a file of plain tensors does not hold."""
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    text, pickled, tensor = tmp_path / "a.txt", tmp_path / "b.pt", tmp_path / "c.pt"
+    text.write_text("weights?")
+    torch.save({"encoder": Foreign()}, pickled)
+    torch.save(torch.zeros(3), tensor)
+    for path in (text, pickled):
+        with pytest.raises(ValueError) as error:
+            IJEPA(SMALL).load(path)
+        assert str(error.value).startswith(f"IJEPA: {path} must be a torch file of plain tensors, got: ")
+    with pytest.raises(TypeError, match="IJEPA: checkpoint must be a mapping of names, got Tensor; pass a state dict"):
+        IJEPA(SMALL).load(tensor)
+    with pytest.raises(FileNotFoundError):
+        IJEPA(SMALL).load(tmp_path / "absent.pt")
+
+
+def test_a_torn_file_is_refused(donor, tmp_path):
+    path = tmp_path / "torn.pt"
+    torch.save(published(donor), path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ValueError, match=r"torn\.pt must be a torch file of plain tensors, got: "):
+        IJEPA(SMALL).load(path)

@@ -1,0 +1,356 @@
+"""The benchmark suite itself: statistics, order of timing, red parity, documents, pages, and one run end to end."""
+
+import itertools
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import jepa_kernels as jk
+from benchmarks import __main__ as front
+from benchmarks import readme, report, rows, stats, step, targets, text, timing
+from benchmarks.measure import Interrupted, Run, Settings, with_backward
+from benchmarks.models import bench_ijepa
+from benchmarks.workload import Workload
+from jepa_kernels._core import select
+from jepa_kernels.models.ijepa import vit_tiny
+from jepa_kernels.ops import OPS
+from jepa_kernels.ops.gather_tokens import cases
+
+ROOT = Path(__file__).resolve().parent.parent
+PEAKS = {
+    "copy_gbs": 40.0, "read_gbs": 30.0, "rmw_gbs": 35.0,
+    "fma_gflops": {"float32": 200.0, "bfloat16": 400.0}, "gemm_gflops": {"float32": 160.0, "bfloat16": 300.0},
+}  # fmt: skip
+QUICK = Settings(budget_s=0.0, min_rounds=3, peaks=PEAKS)
+PARTS = {"ours": {"encoder": 1e5, "backward": 2e5}, "reference": {"encoder": 2e5, "backward": 3e5}}
+
+
+def row(ours_s=1e-3, its_s=2e-3, **changes):
+    """A good row: 1 ms against 2 ms."""
+    common = {
+        "kind": "op", "name": "ema_update", "workload": "vit_s16", "pass": "forward", "dtype": "float32",
+        "device": "cpu", "backend": "cpu", "bytes": 1e6, "flops": 1e5, "share_of_peak": 0.5, "peak_bytes": 64,
+        "parity": {"pass": True, "max_err": 1e-7, "budget": 1e-6, "tensor": "output0"}, "threads": 2,
+    }  # fmt: skip
+    made = rows.timed_row(common, "lerp", np.full(5, ours_s), np.full(5, its_s))
+    made.update(changes)
+    return {**made, "repro": rows.repro(rows.key(made), "cpu", 2)}
+
+
+def model_row(**changes):
+    kind = {"kind": "model", "name": "ijepa", "workload": "vit_small_16_truncated", "pass": "step", "bytes": None}
+    rest = {"baseline": "reference", "tokens_per_s": 500.0, "baseline_tokens_per_s": 400.0, "images": 4, "parts": PARTS}
+    return row(**kind, **rest, **changes)
+
+
+def red_row():
+    common = {k: v for k, v in row().items() if k in ("kind", "name", "workload", "pass", "dtype", "device", "backend")}
+    parity = {"pass": False, "max_err": None, "budget": 1e-9, "tensor": "output0"}
+    common.update(workload="red", bytes=1, flops=1, parity=parity)
+    found = rows.failed(common, "loop", "parity: outside the error budget")
+    return {**found, "repro": rows.repro(rows.key(found), "cpu", 2)}
+
+
+def document(*found, **changes):
+    about = {"cpu": "A Processor", "isa": "avx2", "threads": 2, "cores": 2, "gpu": None, "host": "h", "env": {"A": "1"}}
+    made = {
+        "schema": rows.SCHEMA, "status": "ok", "started": "2025-01-02T03:04:05Z", "seconds": 12.0, "machine": about,
+        "git": {"sha": "0123456789abcdef", "branch": "b", "dirty": False}, "peaks": PEAKS,
+        "versions": {"torch": "2.13.0", "python": "3.11"}, "rows": list(found),
+    }  # fmt: skip
+    return {**made, **changes}
+
+
+EMPTY = document(status="partial", machine={}, git={}, versions={}, peaks={})
+
+
+def small(**options):
+    """A workload that takes microseconds."""
+    ones = {"bytes": lambda inputs, stage: 1.0, "flops": lambda inputs, stage: 1.0}
+    return Workload("small", cases.rectangular(2, 9, 16, 2, 4), **ones, **options)
+
+
+def test_statistics_by_hand():
+    ours, baseline = np.array([1.0, 2.0, 3.0]) * 1e-6, np.array([4.0, 4.0, 4.0]) * 1e-6
+    assert stats.quantiles(ours) == pytest.approx({"p10": 1.2, "p50": 2.0, "p90": 2.8})
+    assert stats.ratio(ours, baseline) == pytest.approx(2.0)
+    low, high = stats.ratio_ci95(ours, baseline)
+    assert low == pytest.approx(4 / 3) and high == pytest.approx(4.0)
+    assert stats.ratio_ci95(baseline, baseline) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("us", "shown"), [(None, "-"), (0.5, "0.5 us"), (999.4, "999 us"), (999.6, "1 ms"), (2.5e6, "2.5 s")]
+)
+def test_durations_have_three_digits_and_a_unit(us, shown):
+    assert text.duration(us) == shown
+
+
+class FakeClock:
+    """Every call takes as long as its function returns; notes the order."""
+
+    def __init__(self, stop_after=None):
+        self.order, self.stop_after = [], stop_after
+
+    def __call__(self, function, calls):
+        name, seconds = function()
+        self.order.append(name)
+        if len(self.order) == self.stop_after:
+            raise KeyboardInterrupt
+        return seconds
+
+
+def fake(**seconds):
+    return {name: lambda name=name, s=s: (name, s) for name, s in seconds.items()}
+
+
+def test_rivals_take_turns_in_an_order_that_rotates():
+    clock = FakeClock()
+    times = timing.interleave(fake(ours=0.5, a=0.25, b=0.25), budget_s=3.0, rounds=(2, 9), clock=clock)
+    warm = 3 * 3
+    assert clock.order[warm:] == ["a", "b", "ours", "b", "a", "ours", "a", "b", "ours"]
+    assert times.rounds == 3 and times.calls == {"ours": 1, "a": 1, "b": 1} and not times.interrupted
+    assert times.of("a").tolist() == [0.25] * 3
+
+
+def test_short_functions_are_repeated_within_a_sample():
+    assert timing.interleave(fake(ours=1e-5), rounds=(2, 2), clock=FakeClock()).calls == {"ours": 20}
+
+
+def test_an_interrupt_keeps_complete_rounds():
+    times = timing.interleave(fake(ours=0.5, a=0.5), rounds=(9, 9), clock=FakeClock(stop_after=6 + 7))
+    assert times.interrupted and times.rounds == 3
+
+
+def test_a_loss_is_differentiated_with_gradient_one():
+    x = torch.tensor([3.0], requires_grad=True)
+    assert with_backward(lambda: x.square().sum(), [x])()[0].item() == 6.0
+
+
+def test_an_interrupted_run_hands_over_partial_rows(monkeypatch):
+    clock = timing.Clock()
+    count = itertools.count()
+
+    def stopping(device):
+        def timed(function, calls):
+            if next(count) == 20:
+                raise KeyboardInterrupt
+            return clock(function, calls)
+
+        return timed
+
+    monkeypatch.setattr(timing, "Clock", stopping)
+    run = Run("gather_tokens", small(), "forward", "float32", Settings(budget_s=9.0, min_rounds=50, peaks=PEAKS))
+    with pytest.raises(Interrupted) as stopped:
+        run.rows()
+    (found,) = stopped.value.rows
+    assert found["status"] == "partial" and found["ratio"] > 0 and found["rounds"] >= 3
+    assert not rows.problems(document(found))
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward"])
+def test_a_good_run_fills_the_schema(stage):
+    run = Run("gather_tokens", small(grads=("x",)), stage, "float32", QUICK)
+    found = run.rows()
+    assert [r["baseline"] for r in found] == ["reference"] and found[0]["status"] == "ok"
+    assert rows.problems(document(*found)) == []
+
+
+def test_red_parity_prints_no_number(monkeypatch):
+    real = jk.gather_tokens
+    monkeypatch.setattr(jk, "gather_tokens", lambda *a, **k: real(*a, **k) + 1e-3)
+    (found,) = Run("gather_tokens", small(), "forward", "float32", QUICK).rows()
+    assert found["status"] == "failed" and not found["parity"]["pass"]
+    assert all(found[f] is None for f in ("ours_us", "baseline_us", "ratio", "ci95", "share_of_peak"))
+    assert "parity" in text.row_line(found) and rows.problems(document(found)) == []
+
+
+@pytest.mark.parametrize(
+    ("rival", "error"),
+    [
+        (lambda x, ids: x[:, :4].repeat(2, 1, 1), "output0 differs from the exact result by"),
+        (lambda x, ids: x[:, :4], "output0 has shape (2, 4, 16), ours (4, 4, 16)"),
+        (lambda x, ids: x[7], "IndexError: index 7 is out of bounds"),
+    ],
+)
+def test_a_rival_that_computes_something_else_has_no_number(rival, error):
+    rivals = {"rivals": lambda inputs: {"wrong": lambda: rival(inputs["x"], inputs["ids"])}}
+    reference, wrong = Run("gather_tokens", small(**rivals), "forward", "float32", QUICK).rows()
+    assert reference["status"] == "ok" and wrong["status"] == "failed" and error in wrong["error"]
+
+
+TINY = vit_tiny(crop_size=128, embed_dim=32, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2)
+
+
+def tiny_step(truncate):
+    workload = bench_ijepa.workload("tiny", TINY, 2, truncate=truncate)
+    return step.StepRun("ijepa", workload, "step", "float32", QUICK)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_a_step_is_split_into_parts_that_sum_to_it(truncate):
+    (found,) = tiny_step(truncate).rows()
+    assert found["status"] == "ok" and rows.problems(document(found)) == []
+    for who, total in (("ours", "ours_us"), ("reference", "baseline_us")):
+        assert list(found["parts"][who]) == [
+            "patch embedding", "encoder", "predictor", "target encoder", "loss", "backward", "optimiser",
+            "moving average",
+        ]  # fmt: skip
+        assert sum(found["parts"][who].values()) == pytest.approx(found[total]["p50"], rel=0.3)
+    assert found["tokens_per_s"] == pytest.approx(found["tokens"] / found["ours_us"]["p50"] * 1e6)
+
+
+def test_a_wrong_step_prints_no_number(monkeypatch):
+    real = jk.latent_loss
+    fault = lambda *a, **k: real(*a, **k) * (1.0 if select._override else 1.0001)  # noqa: E731
+    monkeypatch.setattr(jk, "latent_loss", fault)
+    (found,) = tiny_step(True).rows()
+    assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
+
+
+def test_step_flops_are_those_that_torch_counts():
+    run = tiny_step(True)
+    with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        step.gradients(run.model(), run.pixels, run.masks)
+    assert run.common({})["flops"] == counter.get_total_flops()
+
+
+def test_schema_is_the_published_one():
+    assert set(rows.FIELDS) == {
+        "kind", "name", "workload", "pass", "dtype", "device", "backend", "baseline", "ours_us", "baseline_us", "ratio",
+        "parity", "bytes", "flops", "share_of_peak", "peak_bytes", "ci95", "status", "repro",
+    }  # fmt: skip
+    assert rows.problems(document(row(), model_row(), red_row())) == rows.problems(EMPTY) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (document(schema="jepa-bench/2"), "schema is 'jepa-bench/2', not 'jepa-bench/1'"),
+        ({"schema": rows.SCHEMA, "machine": {}, "versions": {}, "peaks": {}, "rows": []}, "git is missing"),
+        (document(rows={}), "rows is not a list"),
+        (document({k: v for k, v in row().items() if k != "bytes"}), "row 0: bytes is missing"),
+        (document(row(), row(ratio="fast")), "row 1: ratio is a str"),
+        (document(row(**{"pass": "sideways"})), "row 0: pass is 'sideways'"),
+        (document(row(status="good")), "row 0: status is 'good'"),
+        (document(row(parity={"pass": False})), "row 0: ok without parity"),
+        (document(row(ours_us=None, ratio=None)), "row 0: ok without ours_us"),
+        (document(row(status="failed")), "row 0: failed with a number"),
+        (document(row(ratio=2.1)), "row 0: ratio is not baseline p50 / ours p50"),
+    ],
+)
+def test_schema_problems_are_named(bad, problem):
+    assert problem in rows.problems(bad)
+
+
+def test_targets_speak_of_the_worst_fp32_row():
+    found = [row(), row(ours_s=4e-3), row(dtype="bfloat16", ours_s=9.0), model_row()]
+    verdicts = {(t.name, t.baseline): (worst, holds) for t, worst, holds in targets.check(found)}
+    worst, holds = verdicts["ema_update", "lerp"]
+    assert worst["ratio"] == pytest.approx(0.5) and holds is False
+    assert verdicts["ijepa", "reference"][1] is True
+    assert verdicts["masked_attention", "loop"] == (None, None)
+
+
+def test_every_op_has_a_benchmark():
+    assert {p.stem.removeprefix("bench_") for p in (ROOT / "benchmarks/ops").glob("bench_*.py")} == set(OPS)
+
+
+def test_page_needs_nothing_else(tmp_path):
+    done = document(row(), row(baseline="loop"), model_row(), red_row(), row(status="partial", workload="cut"))
+    page = report.write_all(done, tmp_path).read_text()
+    assert "<link" not in page and "http" not in page and 'src="data:image/png;base64,' in page
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+    assert "✗ parity is red: no number" in page and "2 of 5 rows without a full result" in page
+    assert row()["repro"] in page and "✓ reached" in page and "500 tokens/s against 400" in page
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+@pytest.mark.parametrize(
+    "unfinished", [EMPTY, document(status="failed"), document(red_row()), document(row(), peaks={})]
+)
+def test_page_of_an_unfinished_run(unfinished, tmp_path):
+    page = report.write_all(unfinished, tmp_path).read_text()
+    assert "not measured" in page and not (tmp_path / "roofline.png").exists()
+    assert ("No row was measured." in page) == (not unfinished["rows"])
+    text.terminal(unfinished)
+
+
+def test_repro_command_measures_that_row():
+    program, *argv = shlex.split(row()["repro"])
+    assert program == "python" and argv[:2] == ["-m", "benchmarks"]
+    args = front.parse(argv[2:])
+    assert args.row == ["ema_update/vit_s16/forward/float32/lerp"] and args.threads == 2
+    assert f"--row={args.row[0]}" in front.command(args)
+
+
+def test_ctrl_c_keeps_the_rows_so_far(tmp_path, monkeypatch):
+    events, latest = tmp_path / "events.jsonl", tmp_path / "latest.json"
+    write = "import json, sys, time; print(json.dumps({'event': 'rows', 'rows': json.loads(sys.argv[1])}), flush=True)"
+    with events.open("w") as stream:
+        child = subprocess.Popen([sys.executable, "-c", f"{write}; time.sleep(60)", json.dumps([row()])], stdout=stream)
+    seen = lambda self, found: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
+    monkeypatch.setattr(text.Progress, "rows", seen)
+    kept = document()
+    assert front.watch(child, events, kept, latest) == front.INTERRUPTED
+    assert [r["name"] for r in kept["rows"]] == ["ema_update"] and child.returncode == -signal.SIGINT
+
+
+def test_one_row_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--smoke", "--budget", "0.05", "--out", str(tmp_path), "--row"]
+    done = subprocess.run(
+        [*command, "ema_update/vit_s16/forward/float32/lerp"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "latest.json").read_text())
+    assert rows.problems(found) == [] and found["status"] == "ok"
+    assert [rows.key(r) for r in found["rows"]] == ["ema_update/vit_s16/forward/float32/lerp"]
+    assert {*found["peaks"]} >= {*PEAKS} and all(rate > 0 for rate in found["peaks"]["gemm_gflops"].values())
+    assert "<h1>jepa_kernels benchmarks</h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_readme_shows_the_committed_results():
+    page = readme.README.read_text()
+    assert page == readme.insert(page, readme.tables())
+
+
+PROBE_SCORES = {
+    name: {"mean": mean, "ci95": [mean - 0.02, mean + 0.02]}
+    for name, mean in (("trained", 0.6), ("random_init", 0.4), ("raw_pixels", 0.3), ("trained_minus_random_init", 0.2))
+}
+PROBE = {
+    "probe": {"knn": PROBE_SCORES, "linear": PROBE_SCORES, "chance": 0.05, "photos": 20, "seeds": 5,
+              "crops_per_seed": 400},
+    "step": 1000, "seconds": 200.0, "commit": "0123456789abcdef", "config": {},
+    "machine": {"cpu": "A Processor", "threads": 2, "torch": "2.13.0"},
+}  # fmt: skip
+
+
+def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
+    run, training, results = tmp_path / "latest.json", tmp_path / "probe.json", tmp_path / "results"
+    run.write_text(json.dumps(document(row(), model_row(), command="python -m benchmarks --out /somewhere")))
+    training.write_text(json.dumps(PROBE))
+    path = readme.adopt(run, results)
+    assert path.name == "a-processor-avx2-2-threads.json" and readme.adopt(training, results).name == readme.PROBE
+    kept = json.loads(path.read_text())
+    assert "command" not in kept and not {"host", "env"} & {*kept["machine"]} and "branch" not in kept["git"]
+    tables = readme.tables(results)
+    assert "| `ema_update` | vit_s16, forward | 1 ms | _foreach_lerp_ | 2 ms | **2.00 x** | 2.00 to 2.00 |" in tables
+    assert "ijepa vit_small_16_truncated: 1 ms a step of 4 images, 2.00 x against reference; 500 tokens/s" in tables
+    assert "| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |" in tables
+    assert tables.count("commit 0123456789") == 2
+
+
+def test_only_complete_runs_are_adopted(tmp_path, capsys):
+    run = tmp_path / "latest.json"
+    run.write_text(json.dumps(document(row(), status="partial")))
+    assert readme.main(["--adopt", str(run)]) == 1
+    assert "status is 'partial', not 'ok'" in capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""The suite itself is tested: faults that kernels are known to have are put into ours, and must be caught.
+
+A fault wraps one stage of an op's cpu kernel. It counts as caught where the error budget, over the cases that the
+conformance suite runs, is broken for some dtype, output or gradient.
+"""
+
+import pytest
+import torch
+
+from jepa_kernels._core import define
+from jepa_kernels.ops import OPS
+from jepa_kernels.testing import check_case, op_module
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def argument(position, change):
+    """The kernel reads one argument wrongly."""
+
+    def wrap(real):
+        return lambda *args: real(*args[:position], change(args[position]), *args[position + 1 :])
+
+    return wrap
+
+
+def result(change):
+    """The kernel writes its (first) result wrongly."""
+
+    def wrap(real):
+        def run(*args):
+            out = real(*args)
+            return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+        return run
+
+    return wrap
+
+
+def output(position, change):
+    """The kernel writes one of several results wrongly."""
+
+    def wrap(real):
+        def run(*args):
+            out = list(real(*args))
+            out[position] = change(out[position])
+            return tuple(out)
+
+        return run
+
+    return wrap
+
+
+def in_place(position, change):
+    """change(tensors now, tensors before) spoils what the kernel wrote to a list of tensors."""
+
+    def wrap(real):
+        def run(*args):
+            before = [t.clone() for t in args[position]]
+            real(*args)
+            change(args[position], before)
+
+        return run
+
+    return wrap
+
+
+def truncate(x):
+    """fp32 to bf16 and back, dropping bits: what a cast without rounding does."""
+    return (x.float().contiguous().view(torch.int32) & -65536).view(torch.float32)
+
+
+def computed_wide_then_truncated(real):
+    def run(*args):
+        low = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+        wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        out = real(*wide)
+        first = truncate(out[0] if isinstance(out, tuple) else out).to(low)
+        return (first, *out[1:]) if isinstance(out, tuple) else first
+
+    return run
+
+
+def spoil(index, value):
+    """Set part of a tensor."""
+
+    def change(x):
+        if x.numel():
+            x[index] = value
+        return x
+
+    return change
+
+
+def restore_tail(now, before):
+    for x, old in zip(now, before, strict=True):
+        x.view(-1)[-1:] = old.view(-1)[-1:]
+
+
+def restore_last(now, before):
+    now[-1].copy_(before[-1]) if now else None
+
+
+def truncate_shadow(now, before):
+    for x in now:
+        x.copy_(x * (1 - torch.finfo(x.dtype).eps))
+
+
+def without_first_row(x):
+    return x * (torch.arange(len(x)) > 0).view(-1, *(1,) * (x.dim() - 1))
+
+
+def without_last_channel(x):
+    return x * (torch.arange(x.shape[-1]) < max(x.shape[-1] - 1, 1))
+
+
+def without_last_pixel(weight):
+    rows = weight.flatten(1)
+    return torch.cat([rows[:, :-1], torch.zeros_like(rows[:, :1])], 1).view_as(weight)
+
+
+def boundaries_late(cu_seqlens):
+    if cu_seqlens is None:
+        return None
+    return torch.cat([cu_seqlens[:1], (cu_seqlens[1:-1] + 1).minimum(cu_seqlens[-1]), cu_seqlens[-1:]])
+
+
+LAST_ROW, LAST_CHANNEL = (..., -1, slice(None)), (..., -1)
+FAULTS = {
+    "ema_update": {
+        "momentum and its complement swapped": ("forward", argument(3, lambda m: 1 - m)),
+        "momentum rounded to bf16": ("forward", argument(3, lambda m: m.bfloat16().to(m.dtype))),
+        "online truncated to bf16": ("forward", argument(1, lambda ts: [truncate(t) for t in ts])),
+        "tail element of every tensor left alone": ("forward", in_place(0, restore_tail)),
+        "last tensor left alone": ("forward", in_place(0, restore_last)),
+        "shadow truncated": ("forward", in_place(2, truncate_shadow)),
+        "shadow is the old target": ("forward", in_place(2, lambda now, old: [n.zero_() for n in now])),
+    },
+    "gather_tokens": {
+        "id off by one": ("forward", argument(1, lambda ids: (ids - 1).clamp(min=0))),
+        "neighbour's image": ("forward", argument(0, lambda x: x.roll(1, 0))),
+        "last channel stale": ("forward", result(spoil(LAST_CHANNEL, float("nan")))),
+        "last row left out": ("forward", result(spoil(LAST_ROW, 0))),
+        "masks overwrite instead of adding": ("backward", argument(0, without_first_row)),
+        "sums in bf16": ("backward", result(lambda g: g.bfloat16().to(g.dtype))),
+        "unchosen tokens not cleared": ("backward", result(lambda g: torch.where(g == 0, torch.nan, g))),
+    },
+    "latent_loss": {
+        "beta ignored": ("forward", argument(5, lambda beta: 1.0)),
+        "targets not normalised": ("forward", argument(6, lambda normalize: False)),
+        "eps a hundred times larger": ("forward", argument(7, lambda eps: 100 * eps)),
+        "mean over tokens, not over masks": ("forward", argument(8, lambda reduction: "token")),
+        "neighbour's image": ("forward", argument(1, lambda target: target.roll(1, 0))),
+        "last channel of the target left out": ("forward", argument(1, without_last_channel)),
+        "prediction truncated to bf16": ("forward", argument(0, truncate)),
+        "gradient of the last row missing": ("forward", output(1, spoil(LAST_ROW, 0))),
+        "gradient truncated": ("forward", output(1, lambda u: u * (1 - torch.finfo(u.dtype).eps))),
+        "gradient not scaled": ("backward", argument(0, lambda grad: torch.ones_like(grad))),
+    },
+    "masked_attention": {
+        "scale missing": ("forward", argument(5, lambda scale: 1.0)),
+        "scale of another head dim": ("forward", argument(5, lambda scale: scale * 0.98)),
+        "last value read as 0": ("forward", argument(2, without_last_channel)),
+        "last row left out": ("forward", result(spoil((-1,), 0))),
+        "heads in reverse": ("forward", argument(1, lambda k: k.flip(1))),
+        "boundary one token late": ("forward", argument(3, boundaries_late)),
+        "q truncated to bf16": ("forward", argument(0, truncate)),
+        "output truncated": ("forward", computed_wide_then_truncated),
+        "softmax not normalised": ("forward", result(lambda out: out * 1.01)),
+        "dq not scaled": ("backward", output(0, lambda g: g * 1.5)),
+        "dk of the last key missing": ("backward", output(1, spoil((-1,), 0))),
+        "dv stale where there are few keys": ("backward", output(2, spoil((0, ..., 0), 0))),
+    },
+    "embed_patches": {
+        "rows and columns of a patch swapped": ("forward", argument(2, lambda w: w.transpose(2, 3).contiguous())),
+        "last pixel of a patch left out": ("forward", argument(2, without_last_pixel)),
+        "bias missing": ("forward", argument(3, lambda bias: None)),
+        "positions by place, not by id": ("forward", argument(4, lambda pos: None if pos is None else pos.roll(1, 0))),
+        "neighbour's image": ("forward", argument(0, lambda pixels: pixels.roll(1, 0))),
+        "output truncated": ("forward", computed_wide_then_truncated),
+        "weight gradient misses the last row": ("backward", argument(0, spoil(LAST_ROW, 0))),
+        "bias gradient in bf16": ("backward", output(2, lambda g: truncate(g).to(g.dtype))),
+    },
+}
+
+
+@pytest.mark.parametrize("op, fault", [(op, fault) for op in FAULTS for fault in FAULTS[op]])
+def test_a_seeded_fault_is_caught(op, fault, monkeypatch):
+    stage, wrap = FAULTS[op][fault]
+    real = define.implementation(op, stage, "cpu")
+    monkeypatch.setitem(define._implementations, (op, stage, "cpu"), wrap(real))
+    cases = op_module(op, "cases").CASES
+    assert any(not p.ok for c in cases for dtype in DTYPES for p in check_case(op, "cpu", c, dtype))
+
+
+def test_every_op_has_faults_and_there_are_forty():
+    assert set(FAULTS) == set(OPS) and sum(map(len, FAULTS.values())) >= 40
