@@ -39,9 +39,9 @@ class Outcome:
 def parts(out: Path) -> tuple[Part, ...]:
     python = (sys.executable, "-m")
     return (
-        Part("tests", (*python, "pytest", "tests", "-q", "-m", "gpu"), 200),
-        Part("benchmarks", (*python, "benchmarks", "--device", "cuda", "--out", str(out / "bench")), 150),
-        Part("rivals", (*python, "benchmarks.rivals", "--budget", "130", "--out", str(out / "rivals.json")), 150),
+        Part("tests", (*python, "pytest", "tests", "-q", "-m", "gpu"), 180),
+        Part("benchmarks", (*python, "benchmarks", "--device", "cuda", "--out", str(out / "bench")), 130),
+        Part("rivals", (*python, "benchmarks.rivals", "--budget", "185", "--out", str(out / "rivals.json")), 200),
     )
 
 

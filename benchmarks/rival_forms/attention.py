@@ -56,7 +56,7 @@ def attention_cost(pairs: float, tokens: float, heads: int, dim: int, stage: str
 def dense_attention(small: bool) -> Iterator[Form]:
     item = 4 if small else 2
     for workload, (batch, heads, tokens, dim) in DENSE.items():
-        batch, heads, tokens = (2, 2, min(tokens, 256)) if small else (batch, heads, tokens)
+        batch, heads, tokens = (2, 2, min(tokens, 128)) if small else (batch, heads, tokens)
         for stage in ("forward", "backward"):
             cost = attention_cost(batch * tokens**2, batch * tokens, heads, dim, stage, item)
             for name, backend in BACKENDS.items():

@@ -13,7 +13,7 @@ MOMENTUM = 0.996
 
 def weights(small: bool, width: int, depth: int, device: str) -> list[Tensor]:
     """The parameters of a ViT, fp32."""
-    width, depth = (192, 4) if small else (width, depth)
+    width, depth = (128, 4) if small else (width, depth)
     block = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
              (4 * width, width), (4 * width,), (width, 4 * width), (width,)]  # fmt: skip
     return [torch.randn(shape, device=device) * 0.02 for shape in block * depth]

@@ -83,11 +83,11 @@ template <class T> static void forward(const MaskedAttentionForwardParams& p) {
     for (int64_t i = 0; i < task.count; i += BLOCK) {
       const int64_t queries = task.count - i < BLOCK ? task.count - i : BLOCK;
       q.read(view_of<const T>(p.q, s, begin + i, head), queries, width);
-      multiply(keys.count, queries, width, Left{k, row, 1}, q.lanes, BLOCK, Overwrite{scores, BLOCK});
+      multiply(keys.count, queries, width, Rows{k, row}, q.lanes, BLOCK, Overwrite{scores, BLOCK});
       softmax(scores, keys.count, queries, shape.scale * LOG2_E, inverse);
       if (keys.count == 0) std::memset(inverse, 0, BLOCK * sizeof(float));
       const View<T> out = view_of<T>(p.out, s, begin + i, head);
-      multiply(queries, width, keys.count, Left{scores, 1, BLOCK}, v, row,
+      multiply(queries, width, keys.count, Columns{scores, BLOCK}, v, row,
                Scaled<T>{out.data, out.row, width, inverse});
     }
   });
@@ -135,13 +135,13 @@ template <class T> struct Backward {
   void add_block(int64_t first, int64_t count, int64_t head) {
     q.read(view_of<const T>(p.q, sequence, first, head), count, width);
     grad.read(view_of<const T>(p.grad, sequence, first, head), count, width);
-    multiply(keys.count, count, width, Left{k, row, 1}, q.lanes, BLOCK, Overwrite{weights, BLOCK});
-    multiply(keys.count, count, width, Left{v, row, 1}, grad.lanes, BLOCK, Overwrite{dscores, BLOCK});
+    multiply(keys.count, count, width, Rows{k, row}, q.lanes, BLOCK, Overwrite{weights, BLOCK});
+    multiply(keys.count, count, width, Rows{v, row}, grad.lanes, BLOCK, Overwrite{dscores, BLOCK});
     softmax_backward(weights, dscores, keys.count, count, shape.scale * LOG2_E);
-    multiply(keys.count, width, count, Left{weights, BLOCK, 1}, grad.rows, row, Accumulate{dv, row});
-    multiply(keys.count, width, count, Left{dscores, BLOCK, 1}, q.rows, row, Accumulate{dk, row});
+    multiply(keys.count, width, count, Rows{weights, BLOCK}, grad.rows, row, Accumulate{dv, row});
+    multiply(keys.count, width, count, Rows{dscores, BLOCK}, q.rows, row, Accumulate{dk, row});
     const View<T> dq = view_of<T>(p.dq, sequence, first, head);
-    multiply(count, width, keys.count, Left{dscores, 1, BLOCK}, k, row,
+    multiply(count, width, keys.count, Columns{dscores, BLOCK}, k, row,
              Scaled<T>{dq.data, dq.row, width, scale});
   }
 };

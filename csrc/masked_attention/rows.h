@@ -28,9 +28,17 @@ template <class T> static void read_row(const T* in, int64_t channel, int64_t wi
   for (int64_t c = 0; c < width; c += W) store(out + c, load(values + c));
 }
 
+// Rows of one head lie pages apart, where the hardware does not look ahead.
+constexpr int64_t AHEAD = 8;
+
 template <class T> static void read_rows(View<const T> in, int64_t rows, int64_t width, float* out) {
   const int64_t out_row = scratch_row(width);
-  for (int64_t i = 0; i < rows; ++i) read_row(in.data + i * in.row, in.channel, width, out + i * out_row);
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* ahead = in.data + (i + AHEAD < rows ? i + AHEAD : i) * in.row;
+    for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T)))
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
+    read_row(in.data + i * in.row, in.channel, width, out + i * out_row);
+  }
 }
 
 static void clear_rows(float* x, int64_t rows, int64_t width) {

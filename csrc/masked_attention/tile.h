@@ -8,10 +8,19 @@ namespace jepa::JEPA_ISA {
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECTORS = W == 16 ? 3 : 2; // 18 of 32, or 12 of 16 registers hold sums
 
-// a[i][k] at data[i * row + k * step]: rows of a matrix, or its columns.
-struct Left {
+// The left operand: a matrix with its rows at `step`, or its transpose.
+struct Rows {
   const float* data;
-  int64_t row, step;
+  int64_t step;
+  Rows from(int64_t i) const { return {data + i * step, step}; }
+  vf operator()(int64_t i, int64_t k) const { return set1(data[i * step + k]); }
+};
+
+struct Columns {
+  const float* data;
+  int64_t step;
+  Columns from(int64_t i) const { return {data + i, step}; }
+  vf operator()(int64_t i, int64_t k) const { return set1(data[k * step + i]); }
 };
 
 // What becomes of the sums: `start` is where an element's chain begins, `finish` takes its end.
@@ -44,32 +53,32 @@ template <class T> struct Scaled {
   }
 };
 
-template <int rows, int vectors, class Out>
-static inline void tile(int64_t i, int64_t j, int64_t depth, const Left& a, const float* b, int64_t b_row,
-                        const Out& out) {
-  const float* left[rows];
+template <int rows, int vectors, class Left, class Out>
+static void tile(int64_t i, int64_t j, int64_t depth, Left a, const float* b, int64_t b_row, Out out) {
   vf sum[rows][vectors];
-  for (int r = 0; r < rows; ++r) {
-    left[r] = a.data + (i + r) * a.row;
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = out.start(i + r, j + v * W);
-  }
-  const float* right = b + j;
-  int64_t at = 0;
-  for (int64_t k = 0; k < depth; ++k, at += a.step, right += b_row) {
+  a = a.from(i);
+  b += j;
+  for (int64_t k = 0; k < depth; ++k, b += b_row) {
     vf x[vectors];
-    for (int v = 0; v < vectors; ++v) x[v] = load(right + v * W);
+    for (int v = 0; v < vectors; ++v) x[v] = load(b + v * W);
     for (int r = 0; r < rows; ++r) {
-      const vf y = set1(left[r][at]);
+      const vf y = a(r, k);
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(y, x[v], sum[r][v]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) out.finish(i + r, j + v * W, sum[r][v]);
 }
 
-template <int vectors, class Out>
-static inline void tile_of(int64_t rows, int64_t i, int64_t j, int64_t depth, const Left& a, const float* b,
-                           int64_t b_row, const Out& out) {
+template <int vectors, class Left, class Out>
+static void tile_of(int64_t rows, int64_t i, int64_t j, int64_t depth, Left a, const float* b, int64_t b_row,
+                    Out out) {
   switch (rows) {
   case 1:
     return tile<1, vectors>(i, j, depth, a, b, b_row, out);
@@ -87,19 +96,21 @@ static inline void tile_of(int64_t rows, int64_t i, int64_t j, int64_t depth, co
 }
 
 // rows x columns of c; columns are rounded up to whole registers, b and c have room for that.
-template <class Out>
-static void multiply(int64_t rows, int64_t columns, int64_t depth, const Left& a, const float* b,
-                     int64_t b_row, const Out& out) {
+template <class Left, class Out>
+static void multiply(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row,
+                     Out out) {
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
     const int64_t high = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
     for (int64_t j = 0; j < columns;) {
-      const int64_t vectors = (columns - j + W - 1) / W;
-      if (vectors >= TILE_VECTORS)
-        tile_of<TILE_VECTORS>(high, i, j, depth, a, b, b_row, out), j += TILE_VECTORS * W;
+      const int64_t left = (columns - j + W - 1) / W;
+      const int64_t vectors = left < TILE_VECTORS ? left : TILE_VECTORS;
+      if (vectors == TILE_VECTORS)
+        tile_of<TILE_VECTORS>(high, i, j, depth, a, b, b_row, out);
       else if (vectors == 2)
-        tile_of<2>(high, i, j, depth, a, b, b_row, out), j += 2 * W;
+        tile_of<2>(high, i, j, depth, a, b, b_row, out);
       else
-        tile_of<1>(high, i, j, depth, a, b, b_row, out), j += W;
+        tile_of<1>(high, i, j, depth, a, b, b_row, out);
+      j += vectors * W;
     }
   }
 }

@@ -75,8 +75,10 @@ class Target(DriverBase):
         self.utils = _Utils(self)
         self.binaries: list[Binary] = []  # loaded since the last reset
         self.launches: list[str] = []
+        self.threads: dict[str, int] = {}  # of a block, by kernel
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        self.threads[metadata.name] = metadata.num_warps * 32
         return lambda *args, **kwargs: self.launches.append(metadata.name)
 
     def reset(self, capability: int) -> None:

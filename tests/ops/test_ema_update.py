@@ -92,6 +92,12 @@ def test_tensors_may_start_at_any_address(backend, start):
     assert torch.equal(target[0], expected) and torch.equal(shadow[0], expected.half())
 
 
+def test_empty_tensors_alone_are_no_work(backend):
+    target = [torch.zeros(0), torch.zeros(3, 0)]
+    jk.ema_update(target, [t.clone() for t in target], 0.5, backend=backend)
+    assert [t.shape for t in target] == [(0,), (3, 0)]
+
+
 def test_lists_may_mix_dtypes(backend):
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)
     online = [t.to(d) for t, d in zip(tensors(1), dtypes, strict=True)]
@@ -159,6 +165,11 @@ BAD = [
     (dict(momentum=1.5), ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
     (dict(momentum=float("nan")), ValueError, r"momentum must lie in \[0, 1\], got nan"),
     (dict(momentum=torch.ones(2)), TypeError, "momentum must be a float or a 0-dim float64"),
+    (
+        dict(momentum=torch.ones((), device="meta")),
+        ValueError,
+        "momentum must be on the CPU or on the targets' device cpu, got meta",
+    ),
     (dict(form="fast"), ValueError, "form must be one of lerp, ijepa, vjepa2, got 'fast'"),
 ]
 

@@ -81,6 +81,25 @@ def test_no_tokens_give_zero(backend):
     assert torch.autograd.grad(loss, pred)[0].shape == (0, 4)
 
 
+def test_rows_of_no_sequence_give_zero(kernel):
+    packing = Packing.from_lengths([]).padded(3, 0, 0)
+    ids = torch.zeros(3, dtype=torch.long)
+    loss, grad = value_and_grad(torch.randn(3, 4), torch.randn(2, 5, 4), ids, packing=packing, backend=kernel)
+    assert loss.item() == 0.0 and torch.equal(grad, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("lengths", [(3, 0), (0, 0)])
+@pytest.mark.parametrize("reduction", ["mask", "token"])
+def test_unused_rows_behind_an_empty_mask_have_no_gradient(kernel, lengths, reduction):
+    packing = Packing.from_lengths(lengths).padded(5, 2, 3)
+    pred, ids = torch.randn(5, 4), torch.arange(5)
+    loss, grad = value_and_grad(pred, torch.randn(1, 5, 4), ids, packing=packing, reduction=reduction, backend=kernel)
+    used = sum(lengths)
+    assert (
+        loss.isfinite() and torch.equal(grad[used:], torch.zeros(5 - used, 4)) and bool(grad[:used].any()) == (used > 0)
+    )
+
+
 def test_equals_the_published_chain():
     pred, target, ids = draw(masks=4)
     h = F.layer_norm(target, (24,))

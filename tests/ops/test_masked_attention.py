@@ -1,15 +1,19 @@
 """masked_attention: values by hand, exact equalities, and messages."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels._core import select
+from jepa_kernels._core.info import kernels
+from jepa_kernels.testing import poisoned_memory
 
 
-@pytest.fixture(params=("reference", "sdpa"))
+@pytest.fixture(params=("reference", "cpu", "sdpa"))
 def backend(request):
     return request.param
 
@@ -69,13 +73,134 @@ def test_dense_and_packed_agree(backend):
     torch.testing.assert_close(out, dense.transpose(1, 2).flatten(0, 1))
 
 
-def test_automatic_choice_takes_sdpa_only_without_gradients():
+def test_automatic_choice_takes_sdpa_only_without_gradients(monkeypatch):
     q = torch.randn(1, 1, 3, 8)
-    lines = jk.explain("masked_attention", q, q, q).splitlines()
-    assert lines[0] == "masked_attention: sdpa (automatic)"
-    with pytest.warns(jk.BackendWarning, match="sdpa: not automatic"):
-        out = jk.masked_attention(*(q.clone().requires_grad_() for _ in range(3)))
-    assert out.requires_grad
+    assert jk.explain("masked_attention", q, q, q).splitlines()[0] == "masked_attention: cpu (automatic)"
+    monkeypatch.setitem(
+        select._ready, ("masked_attention", "cpu", torch.float32), kernels("masked_attention")[-1:]
+    )  # no _C
+    attention = "torch.nn.functional.scaled_dot_product_attention"
+    with mock.patch(attention, wraps=torch.nn.functional.scaled_dot_product_attention) as called:
+        jk.masked_attention(q, q, q)
+        assert called.call_count == 1
+        with pytest.warns(jk.BackendWarning, match="sdpa: not automatic"):
+            jk.masked_attention(*(q.clone().requires_grad_() for _ in range(3)))
+        assert called.call_count == 1
+
+
+def with_gradients(q, k, v, packing=None, k_packing=None, threads=2):
+    """Output and gradients of the cpu kernel for a gradient that depends on the output."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = jk.masked_attention(*leaves, packing, k_packing=k_packing, backend="cpu")
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
+    finally:
+        torch.set_num_threads(before)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+LENGTHS = (0, 1, 63, 64, 65, 130, 301)
+KEY_LENGTHS = (3, 130, 0, 64, 1, 65, 70)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ragged(lengths, heads, width, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), heads, width, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 24, 80, 128])
+def test_packed_equals_each_sequence_alone_exactly(width, dtype):
+    q, k, v = ragged(LENGTHS, 4, width, dtype), *(ragged(KEY_LENGTHS, 2, width, dtype, s) for s in (1, 2))
+    packing, keys = Packing.from_lengths(LENGTHS), Packing.from_lengths(KEY_LENGTHS)
+    results = with_gradients(q, k, v, packing, keys)
+    split = [p.split(x) for p, x in zip((packing, packing, keys, keys), results, strict=True)]
+    inputs = zip(packing.split(q), keys.split(k), keys.split(v), strict=True)
+    for s, (one_q, one_k, one_v) in enumerate(inputs):
+        alone = with_gradients(one_q, one_k, one_v, *(Packing.from_lengths([len(x)]) for x in (one_q, one_k)))
+        assert equal(alone, [parts[s] for parts in split]), f"sequence {s}"
+        dense = with_gradients(*(x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)))
+        assert equal(alone, [x[0].transpose(0, 1) for x in dense]), f"sequence {s}, dense"
+
+
+def test_permuted_sequences_give_permuted_results_exactly():
+    order = [4, 0, 6, 2, 1, 5, 3]
+    packing, permuted = Packing.from_lengths(LENGTHS), Packing.from_lengths([LENGTHS[s] for s in order])
+    qkv = [ragged(LENGTHS, 2, 64, seed=s) for s in range(3)]
+
+    def permute(x):
+        parts = packing.split(x)
+        return torch.cat([parts[s] for s in order])
+
+    plain = with_gradients(*qkv, packing)
+    assert equal(with_gradients(*map(permute, qkv), permuted), map(permute, plain))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(threads):
+    packing, qkv = Packing.from_lengths(LENGTHS), [ragged(LENGTHS, 3, 24, seed=s) for s in range(3)]
+    assert equal(with_gradients(*qkv, packing), with_gradients(*qkv, packing, threads=threads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unused_rows_are_never_read_and_get_0(dtype):
+    packing = Packing.from_lengths(LENGTHS)
+    longer = packing.padded(packing.tokens + 5, len(LENGTHS) + 2, 400)
+    qkv = [ragged(LENGTHS, 2, 32, dtype, s) for s in range(3)]
+    poisoned = [torch.cat([x, x.new_full((5, *x.shape[1:]), float("nan"))]) for x in qkv]
+    with poisoned_memory():
+        results = with_gradients(*poisoned, longer)
+    assert equal(with_gradients(*qkv, packing), [x[:-5] for x in results])
+    assert all(x[-5:].eq(0).all() for x in results)
+
+
+def test_views_of_a_qkv_product_are_read_in_place():
+    packing = Packing.from_lengths(LENGTHS)
+    qkv = torch.randn(packing.tokens, 3, 2, 80)
+    views = qkv.unbind(1)
+    assert not views[0].is_contiguous()
+    assert equal(with_gradients(*views, packing), with_gradients(*(x.contiguous() for x in views), packing))
+
+
+def test_dense_results_are_views_of_token_major_memory():
+    results = with_gradients(*(torch.randn(2, 3, n, 16) for n in (5, 7, 7)))
+    assert all(x.transpose(1, 2).is_contiguous() for x in results)
+
+
+def test_a_nan_reaches_its_own_sequence_and_head_only():
+    packing, qkv = Packing.from_lengths([4, 4]), [torch.randn(8, 2, 8) for _ in range(3)]
+    qkv[1][1, 0, 3] = float("nan")
+    out = jk.masked_attention(*qkv, packing, backend="cpu")
+    assert out[:4, 0].isnan().all() and not out[:4, 1].isnan().any() and not out[4:].isnan().any()
+
+
+def test_logits_far_beyond_the_range_of_exp_stay_finite():
+    q = torch.full((1, 1, 3, 8), 300.0)
+    k = torch.stack([q[0, 0, 0], -q[0, 0, 0], q[0, 0, 0] * 0.5])[None, None]
+    v = torch.arange(1.0, 4.0).view(1, 1, 3, 1).expand(1, 1, 3, 8)
+    out, *grads = with_gradients(q, k, v)
+    assert out.eq(1).all() and all(x.isfinite().all() for x in grads)
+
+
+def test_no_sequences_and_no_tokens():
+    for packing in (Packing.from_lengths([]), Packing.from_lengths([0, 0])):
+        results = with_gradients(*(torch.randn(0, 2, 8) for _ in range(3)), packing)
+        assert all(x.shape == (0, 2, 8) for x in results)
+    assert jk.masked_attention(*(torch.randn(2, 3, 0, 8),) * 3, backend="cpu").shape == (2, 3, 0, 8)
+
+
+def test_autocast_casts_the_inputs_and_returns_the_low_type(backend):
+    q, k, v = (torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = jk.masked_attention(q, k, v, backend=backend)
+    assert torch.equal(out, jk.masked_attention(*(x.bfloat16() for x in (q, k, v)), backend=backend))
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), (q, k, v)))
 
 
 Q, K = torch.randn(5, 4, 16), torch.randn(5, 2, 16)

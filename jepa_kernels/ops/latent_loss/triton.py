@@ -31,9 +31,9 @@ def _run_of(row, cu_seqlens, runs, steps):
 
 @triton.jit
 def _tokens(run, cu_seqlens, runs, batch, PER_MASK: tl.constexpr):
-    """What a row's loss is divided by: rows of its mask * masks that have rows, or all rows."""
+    """What a row's loss is divided by: rows of its mask * masks that have rows, or all rows; at least 1."""
     if not PER_MASK:
-        return tl.load(cu_seqlens + runs).to(tl.float32)
+        return tl.maximum(tl.load(cu_seqlens + runs), 1).to(tl.float32)
     masks = runs // batch
     filled = tl.full([], 0, tl.int32)
     for start in range(0, masks, 32):
@@ -42,7 +42,7 @@ def _tokens(run, cu_seqlens, runs, batch, PER_MASK: tl.constexpr):
         filled += tl.sum((end > tl.load(cu_seqlens + j * batch, mask=j < masks, other=0)).to(tl.int32))
     own = tl.minimum(run // batch, masks - 1)
     rows = tl.load(cu_seqlens + (own + 1) * batch) - tl.load(cu_seqlens + own * batch)
-    return rows.to(tl.float32) * filled.to(tl.float32)
+    return tl.maximum(rows, 1).to(tl.float32) * tl.maximum(filled, 1).to(tl.float32)
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def forward(
     )
     block = min(triton.next_power_of_2(max(channels, 1)), MAX_BLOCK)
     with device_of(pred):
-        if rows:
+        if pred.numel() and runs:
             _latent_loss_forward_kernel[(rows,)](
                 pred, target, ids, cu_seqlens, unit if with_grad else None, row_loss,
                 pred.shape[1] if cu_seqlens is None else 0, runs, runs.bit_length(), *target.shape[:2], channels,
@@ -187,6 +187,9 @@ def forward(
                 KIND=kind, NORMALIZE=normalize, PER_MASK=reduction == "mask", ONE_BLOCK=channels <= block, BLOCK=block,
                 num_warps=min(max(block // 512, 1), 8),
             )  # fmt: skip
+        else:
+            row_loss.zero_()
+            unit.zero_()
         _latent_loss_sum_kernel[(1,)](row_loss, loss, rows, BLOCK=SUM_BLOCK, num_warps=16)
     return loss, unit
 

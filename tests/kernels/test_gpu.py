@@ -1,0 +1,108 @@
+"""What only a GPU can show: no sync, other streams, graph capture, and the bits of the CPU kernels."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import jepa_kernels as jk
+from jepa_kernels import Packing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = (1, 3, 0, 1000, 70_001)
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
+def tensors(seed, dtype=torch.float32, device="cuda", start=0):
+    """Drawn on the CPU: the same values on every device."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n + start, generator=g).to(device, dtype)[start:] for n in SIZES]
+
+
+@contextmanager
+def no_sync():
+    """Any wait for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+@pytest.mark.parametrize("form", ["lerp", "ijepa", "vjepa2"])
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("online, shadow", [(torch.float32, None), (torch.bfloat16, torch.float16)])
+def test_ema_update_has_the_bits_of_the_cpu_kernel(backend, form, start, online, shadow):
+    results = []
+    for device, name in (("cpu", "cpu"), ("cuda", backend)):
+        target = tensors(0, device=device, start=start)
+        copies = None if shadow is None else tensors(2, shadow, device, start)
+        jk.ema_update(target, tensors(1, online, device, start), 0.99925, form=form, shadow=copies, backend=name)
+        results.append([t.cpu() for t in (*target, *(copies or ()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_momentum_on_the_device_needs_no_sync(backend, dtype):
+    target, expected, online = tensors(0), tensors(0), tensors(1)
+    momentum = torch.tensor(0.99925, dtype=dtype)
+    jk.ema_update(expected, online, momentum, backend=backend)
+    on_device = momentum.cuda()
+    jk.ema_update(target, online, on_device, backend=backend)  # builds the table
+    for t, first in zip(target, tensors(0), strict=True):
+        t.copy_(first)
+    with no_sync():
+        jk.ema_update(target, online, on_device, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(target, expected, strict=True))
+
+
+@each_backend
+def test_ema_update_runs_on_the_current_stream(backend):
+    target, online, stream = tensors(0), tensors(1), torch.cuda.Stream()
+    jk.ema_update(target, online, 1.0, backend=backend)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        jk.ema_update(target, online, 0.0, form="ijepa", backend=backend)
+        assert not stream.query(), "queued behind the sleep, not run on the default stream"
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(target, online, strict=True))
+
+
+@each_backend
+def test_ema_update_can_be_captured_once_it_ran(backend):
+    target, online, momentum = tensors(0), tensors(1), torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="must run before graph capture"), torch.cuda.graph(graph):
+        jk.ema_update(target, online, momentum, backend=backend)
+    jk.ema_update(target, online, momentum, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        jk.ema_update(target, online, momentum, backend=backend)
+    expected = [t.clone() for t in target]
+    for value in (0.9, 0.99):  # read at replay, not baked in
+        momentum.fill_(value)
+        graph.replay()
+        jk.ema_update(expected, online, value, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(target, expected, strict=True))
+
+
+def test_latent_loss_needs_no_sync():
+    ids, packing = Packing.from_ids([torch.arange(n) for n in (3, 5, 9, 1)], device="cuda")
+    pred = torch.randn(18, 64, device="cuda", requires_grad=True)
+    target = torch.randn(2, 16, 64, device="cuda")
+    expected = None
+    for sync in (True, False):  # the first run compiles
+        with no_sync() if not sync else torch.enable_grad():
+            loss = jk.latent_loss(pred, target, ids, packing=packing, backend="triton")
+            (grad,) = torch.autograd.grad(loss, pred)
+        expected = grad if expected is None else expected
+    assert torch.equal(grad, expected)
+    on_cpu = Packing.from_lengths(packing.lengths)
+    here = jk.latent_loss(pred.cpu(), target.cpu(), ids.cpu(), packing=on_cpu, backend="cpu")
+    assert loss.item() == pytest.approx(here.item(), rel=1e-6)
