@@ -167,8 +167,8 @@ template <class T> static inline void store_first(T* p, vf x, int n) {
     store(p, x, n);
 }
 
-// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny. NaN stays NaN:
-// vmax hands on its second operand.
+// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny. NaN stays
+// NaN: vmax hands on its second operand.
 static inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
   x = vmax(set1(-200.f), x); // keeps -inf out of the subtraction below

@@ -165,6 +165,11 @@ BAD = [
     (dict(momentum=1.5), ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
     (dict(momentum=float("nan")), ValueError, r"momentum must lie in \[0, 1\], got nan"),
     (dict(momentum=torch.ones(2)), TypeError, "momentum must be a float or a 0-dim float64"),
+    (
+        dict(momentum=torch.ones((), device="meta")),
+        ValueError,
+        "momentum must be on the CPU or on the targets' device cpu, got meta",
+    ),
     (dict(form="fast"), ValueError, "form must be one of lerp, ijepa, vjepa2, got 'fast'"),
 ]
 

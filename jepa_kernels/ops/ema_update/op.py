@@ -51,7 +51,7 @@ def ema_update(
     source, target, online = target, _tensors(target), _tensors(online)
     shadow = () if shadow is None else list(shadow)
     _check_lists(source, target, online, shadow)
-    _check_momentum(momentum)
+    _check_momentum(momentum, target[0].device if target else None)
     if form not in FORMS:
         fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
     if not target:
@@ -117,12 +117,20 @@ def _refuse_partner(name: str, role: str, t: Tensor, other: Tensor, device: torc
     fail(OP, f"{name} and its {role} tensor", "be contiguous", strides, "store parameters contiguously")
 
 
-def _check_momentum(momentum: float | Tensor) -> None:
+def _check_momentum(momentum: float | Tensor, device: torch.device | None) -> None:
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
             actual = f"{short(momentum.dtype)} {tuple(momentum.shape)}"
             wanted = "be a float or a 0-dim float64 or float32 tensor"
             fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)
+        if momentum.device.type != "cpu" and device not in (None, momentum.device):
+            fail(
+                OP,
+                "momentum",
+                f"be on the CPU or on the targets' device {device}",
+                momentum.device,
+                "move it with .to(device)",
+            )
         if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
             return
         momentum = float(momentum)

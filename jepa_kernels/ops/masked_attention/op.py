@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jepa_kernels._core.autocast import autocast
 from jepa_kernels._core.check import check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select, short
@@ -52,7 +53,7 @@ def masked_attention(
     Source: Vaswani et al. (arXiv:1706.03762); memory-saving form by Rabe and Staats (arXiv:2112.05682) and
     FlashAttention (arXiv:2205.14135).
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     _check(q, k, v, packing, k_packing, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -64,15 +65,6 @@ def masked_attention(
     cu_seqlens = None if packing is None else packing.cu_seqlens
     k_cu_seqlens = cu_seqlens if k_packing is None else k_packing.cu_seqlens
     return _attention(q, k, v, cu_seqlens, k_cu_seqlens, scale, backend)
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    low = torch.get_autocast_dtype(device)
-    wide = (torch.float32, torch.bfloat16, torch.float16)
-    return tuple(x.to(low) if isinstance(x, Tensor) and x.dtype in wide else x for x in tensors)
 
 
 def _check(
