@@ -51,7 +51,9 @@ def _wanted(item: pytest.Item, config: pytest.Config) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return True
-    if config.getoption("--smoke") and not getattr(callspec.params.get("workload"), "smoke", False):
+    if config.getoption("--smoke") and not (
+        callspec.params["workload"].smoke and callspec.params["dtype"] == "float32"
+    ):
         return False
     wanted = [row.split("/")[:4] for row in config.getoption("--row")]
     return not wanted or any(callspec.id.split("/")[: len(parts)] == parts for parts in wanted)
@@ -71,7 +73,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         device=device,
         threads=threads,
-        budget_s=option("--budget") or (0.4 if smoke else 2.0),
+        budget_s=option("--budget") or (0.3 if smoke else 1.2),
         min_rounds=5 if smoke else 11,
         baseline=names.pop() if len(names) == 1 else None,
         peaks=peaks,

@@ -39,9 +39,13 @@ class Outcome:
 def parts(out: Path) -> tuple[Part, ...]:
     python = (sys.executable, "-m")
     return (
-        Part("tests", (*python, "pytest", "tests", "-q", "-m", "gpu"), 180),
-        Part("benchmarks", (*python, "benchmarks", "--device", "cuda", "--out", str(out / "bench")), 130),
-        Part("rivals", (*python, "benchmarks.rivals", "--budget", "185", "--out", str(out / "rivals.json")), 200),
+        Part("tests", (*python, "pytest", "tests", "-q", "-m", "gpu"), 220),
+        Part(
+            "benchmarks",
+            (*python, "benchmarks", "--device", "cuda", "--budget", "0.7", "--out", str(out / "bench")),
+            130,
+        ),
+        Part("rivals", (*python, "benchmarks.rivals", "--budget", "145", "--out", str(out / "rivals.json")), 160),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 Function = Callable[[], object]
 SHORTEST_SAMPLE_S = 2e-4  # faster calls are repeated within one sample
+FEWEST_ROUNDS, OVERRUN = 3, 3.0
 L2_FLUSH_BYTES = 256 << 20
 
 
@@ -75,8 +76,8 @@ def interleave(
 ) -> Times:
     """Time all functions in turn. The first one is ours; the others go before it, in an order that rotates.
 
-    As many rounds as fit into the budget, within `rounds`. Ctrl-C ends it early: the rounds so far are returned,
-    marked interrupted.
+    As many rounds as fit into the budget, within `rounds`; but where the least of them would take OVERRUN times the
+    budget, on a slow or busy machine, fewer. Ctrl-C ends it early: the rounds so far are returned, marked interrupted.
     """
     clock = clock or Clock()
     ours, *others = functions
@@ -85,7 +86,8 @@ def interleave(
         once = {name: _warm(function, clock) for name, function in functions.items()}
         times.calls = {name: max(1, round(SHORTEST_SAMPLE_S / max(s, 1e-9))) for name, s in once.items()}
         per_round = sum(once[name] * times.calls[name] for name in functions)
-        count = int(min(max(budget_s / per_round, rounds[0]), rounds[1]))
+        least = min(rounds[0], max(FEWEST_ROUNDS, OVERRUN * budget_s / per_round))
+        count = int(min(max(budget_s / per_round, least), rounds[1]))
         turn = iter(range(count + 1))
 
         def sample(name: str) -> None:

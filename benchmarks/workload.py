@@ -35,7 +35,7 @@ class Workload:
     dtypes      each is a run of its own
     traffic     which measured bandwidth bounds it: "copy", "read" or "rmw" (read, modify, write in place)
     compile     stages in which torch.compile of the reference is timed too; compiling takes seconds, so few
-    smoke       part of the one-minute run
+    smoke       part of the one-minute run, in fp32
     """
 
     name: str

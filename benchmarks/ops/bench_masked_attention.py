@@ -34,7 +34,8 @@ def dense(batch: int, heads: int, tokens: int, width: int) -> Callable[[torch.Ge
 
 def packed_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     packing, qkv = inputs["packing"], [inputs[n] for n in ("q", "k", "v")]
-    mask = packing.dense_mask()
+    # The backward with a mask takes seconds in bf16.
+    mask = packing.dense_mask() if qkv[0].dtype == torch.float32 else None
 
     def heads_first(x: torch.Tensor) -> torch.Tensor:
         return x.transpose(0, 1)[None]  # [T, H, D] -> [1, H, T, D]
@@ -46,6 +47,8 @@ def packed_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     def masked() -> torch.Tensor:
         return sdpa(*map(heads_first, qkv), mask)[0].transpose(0, 1)
 
+    if mask is None:
+        return {"loop": loop}
     return {"loop": loop, "sdpa_mask": masked}
 
 
@@ -78,8 +81,7 @@ RAGGED = (257, 300, 415, 600)
 CONTEXTS = (70, 111, 84, 119, 95, 77, 102, 88)  # what multi-block masks leave of 256 patches
 
 WORKLOADS = (
-    workload("ragged_1572_h16_d80", packed(RAGGED, 16, 80), rivals=packed_rivals, smoke=True),
-    workload("ragged_1572_h6_d64", packed(RAGGED, 6, 64), rivals=packed_rivals, dtypes=BOTH),
+    workload("ragged_1572_h6_d64", packed(RAGGED, 6, 64), rivals=packed_rivals, smoke=True),
     workload("ijepa_vit_h14_context", packed(CONTEXTS, 16, 80), rivals=packed_rivals, dtypes=BOTH),
     workload("ijepa_vit_h14_predictor", dense(16, 16, 112, 24), rivals=dense_rivals, dtypes=BOTH),
     workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=dense_rivals, dtypes=BOTH),
