@@ -56,7 +56,12 @@ def flops(inputs: Inputs, stage: str) -> float:
     return 2 * rows * depth * embed_dim * (1 if stage == "forward" else 2)
 
 
-def workload(name: str, make: Callable[[torch.Generator], Inputs], smoke: bool = False) -> Workload:
+def workload(
+    name: str,
+    make: Callable[[torch.Generator], Inputs],
+    dtypes: tuple[str, ...] = ("float32",),
+    smoke: bool = False,
+) -> Workload:
     return Workload(
         name,
         make,
@@ -64,13 +69,13 @@ def workload(name: str, make: Callable[[torch.Generator], Inputs], smoke: bool =
         flops=flops,
         rivals=rivals,
         grads=("weight", "bias", "pos_embed"),
-        dtypes=("float32", "bfloat16"),
+        dtypes=dtypes,
         smoke=smoke,
     )
 
 
 WORKLOADS = (
-    workload("ijepa_vit_h14_27_b4", rectangular(Images(4, *VIT_H14), 1, 69), smoke=True),
+    workload("ijepa_vit_h14_27_b4", rectangular(Images(4, *VIT_H14), 1, 69), ("float32", "bfloat16"), smoke=True),
     workload("ijepa_vit_h14_27_b8", rectangular(Images(8, *VIT_H14), 1, 69)),
     workload("ijepa_vit_h14_all_b4", whole(Images(4, *VIT_H14))),
     workload("ijepa_vit_s16_27_b32", rectangular(Images(32, *VIT_S16), 1, 53)),

@@ -168,11 +168,14 @@ static void multiply_tokens(const Backward& p, int64_t tokens, bool add_to) {
     alignas(64) float sums[TILE_ROWS * COLUMNS];
     for (int64_t panel = begin; panel < end; panel += TILE_ROWS / ROWS) {
       const int64_t panels = end - panel < TILE_ROWS / ROWS ? end - panel : TILE_ROWS / ROWS;
+      const int64_t rows =
+          panels * ROWS < embed_dim - panel * ROWS ? panels * ROWS : embed_dim - panel * ROWS;
       for (int64_t k = 0; k < depth; k += COLUMNS) {
+        float* out = p.dweight_sum + panel * ROWS * depth + k;
+        for (int64_t i = 0; i < rows; ++i) prefetch(out + i * depth);
         multiply_tile(p.left + panel * tokens * ROWS, panels, p.right + k * tokens, tokens, sums);
-        for (int64_t i = 0; i < panels * ROWS && panel * ROWS + i < embed_dim; ++i) {
-          float* out = p.dweight_sum + (panel * ROWS + i) * depth + k;
-          const int64_t n = depth - k < COLUMNS ? depth - k : COLUMNS;
+        const int64_t n = depth - k < COLUMNS ? depth - k : COLUMNS;
+        for (int64_t i = 0; i < rows; ++i, out += depth) {
           if (add_to) add_line(out, 1, n, sums + i * COLUMNS);
           write_line(sums + i * COLUMNS, n, out);
         }
