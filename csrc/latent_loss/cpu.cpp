@@ -211,8 +211,10 @@ template <class P> static void forward_of_target(const LatentLossForwardParams& 
     return forward_of_kind<P, bf16>(p);
   case DType::f16:
     return forward_of_kind<P, f16>(p);
-  default:
+  case DType::f32:
     return forward_of_kind<P, float>(p);
+  default:
+    refuse(p.target_dtype);
   }
 }
 
@@ -222,8 +224,10 @@ void latent_loss_forward_cpu(const LatentLossForwardParams& p) {
     return forward_of_target<bf16>(p);
   case DType::f16:
     return forward_of_target<f16>(p);
-  default:
+  case DType::f32:
     return forward_of_target<float>(p);
+  default:
+    refuse(p.pred_dtype);
   }
 }
 
@@ -244,8 +248,10 @@ void latent_loss_backward_cpu(const LatentLossBackwardParams& p) {
     return scale<bf16, bf16>(p);
   case DType::f16:
     return scale<float, f16>(p);
-  default:
+  case DType::f32:
     return scale<float, float>(p);
+  default:
+    refuse(p.dtype);
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,6 +15,7 @@ from jepa_kernels._core.select import FLOATS, short
 if TYPE_CHECKING:
     from jepa_kernels.packing import Packing
 
+DENSE = "convert it with .to_dense()"
 CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
 
 
@@ -42,7 +44,8 @@ def check_tensor(
     if type(x) is not Tensor and hasattr(x, "to_local"):
         fail(op, argument, "be a plain tensor", type(x).__name__, "pass x.to_local()", TypeError)
     if x.layout is not torch.strided or x.is_nested:
-        fail(op, argument, "be a strided tensor", x.layout, "pack it with jepa_kernels.pack", TypeError)
+        actual, remedy = ("a nested tensor", "pack it with jepa_kernels.pack") if x.is_nested else (x.layout, DENSE)
+        fail(op, argument, "be a strided tensor", actual, remedy, TypeError)
     if x.device.type not in ("cpu", "cuda", "meta"):
         fail(op, argument, "be on cpu or cuda", x.device, "move it", TypeError)
     if x.dtype not in dtypes:
@@ -55,8 +58,27 @@ def check_tensor(
         fail(op, argument, f"be on {device}", x.device, "move it with .to(device)")
 
 
+def is_number(value: Any) -> bool:
+    """A Python or NumPy number."""
+    return isinstance(value, (int, float, Real))
+
+
+def check_number(op: str, argument: str, value: Any) -> None:
+    """A number, whatever its value."""
+    if not is_number(value):
+        fail(op, argument, "be a number", type(value).__name__, "pass a float", TypeError)
+
+
+def check_packing(op: str, packing: Any, argument: str = "packing") -> None:
+    """A Packing or None. Asked before anything that depends on it."""
+    if packing is not None and not hasattr(packing, "cu_seqlens"):
+        remedy = "build one with Packing.from_lengths(lengths)"
+        fail(op, argument, "be a Packing", type(packing).__name__, remedy, TypeError)
+
+
 def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count: int, device: torch.device) -> None:
     """ids int64 [M, K], or [T] with a packing: mask-major rows of `images` images, each id one of `count` patches."""
+    check_packing(op, packing)
     check_tensor(op, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=device)
     if not ids.is_contiguous():
         fail(op, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
