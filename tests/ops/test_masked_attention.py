@@ -168,6 +168,21 @@ def test_views_of_a_qkv_product_are_read_in_place():
     assert equal(with_gradients(*views, packing), with_gradients(*(x.contiguous() for x in views), packing))
 
 
+def test_dense_queries_without_keys_give_0_even_where_they_are_nan(backend):
+    q = torch.full((2, 3, 5, 8), float("nan"), requires_grad=True)
+    k, v = torch.zeros(2, 2, 3, 0, 8, requires_grad=True).unbind(0)
+    out = jk.masked_attention(q, k, v, backend=backend)
+    assert out.eq(0).all() and out.transpose(1, 2).is_contiguous()
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert dq.shape == q.shape and dq.eq(0).all() and dk.shape == k.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dense_outputs_of_any_backend_are_views_of_token_major_memory(backend, grad):
+    q, k, v = (torch.randn(2, heads, n, 16, requires_grad=grad) for heads, n in ((4, 5), (2, 7), (2, 7)))
+    assert jk.masked_attention(q, k, v, backend=backend).transpose(1, 2).is_contiguous()
+
+
 def test_dense_results_are_views_of_token_major_memory():
     results = with_gradients(*(torch.randn(2, 3, n, 16) for n in (5, 7, 7)))
     assert all(x.transpose(1, 2).is_contiguous() for x in results)
@@ -222,6 +237,9 @@ BAD = [
     (dict(q=DENSE, k=DENSE[:1], v=DENSE[:1], packing=None), ValueError, "k must hold 2 sequences like q, got 1"),
     (dict(scale=0.0), ValueError, "scale must be finite and greater than 0, got 0.0; leave it out"),
     (dict(scale=float("nan")), ValueError, "scale must be finite and greater than 0, got nan"),
+    (dict(scale="x"), TypeError, "scale must be a number, got str; pass a float"),
+    (dict(packing=Q), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
+    (dict(k_packing=Q), TypeError, "k_packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
     (dict(q=Q[:4]), ValueError, "q must hold 5 rows like its packing, got 4; pack it with the same lengths"),
     (dict(k=K[:4], v=K[:4]), ValueError, "k must hold 5 rows like its packing, got 4; pass k_packing"),
     (dict(k_packing=Packing.from_lengths([5])), ValueError, "k_packing must hold 2 sequences like packing, got 1"),
