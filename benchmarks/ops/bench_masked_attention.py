@@ -81,7 +81,7 @@ RAGGED = (257, 300, 415, 600)
 CONTEXTS = (70, 111, 84, 119, 95, 77, 102, 88)  # what multi-block masks leave of 256 patches
 
 WORKLOADS = (
-    workload("ragged_1572_h6_d64", packed(RAGGED, 6, 64), rivals=packed_rivals, dtypes=BOTH, smoke=True),
+    workload("ragged_1572_h6_d64", packed(RAGGED, 6, 64), rivals=packed_rivals, smoke=True),
     workload("ijepa_vit_h14_context", packed(CONTEXTS, 16, 80), rivals=packed_rivals, dtypes=BOTH),
     workload("ijepa_vit_h14_predictor", dense(16, 16, 112, 24), rivals=dense_rivals, dtypes=BOTH),
     workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=dense_rivals, dtypes=BOTH),

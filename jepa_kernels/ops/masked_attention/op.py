@@ -70,22 +70,23 @@ def masked_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None, scale: float | None
 ) -> None:
-    check_tensor(OP, "q", q, "B H N D" if packing is None else "T H D")
-    keys = "B Hk M D" if packing is None else "Tk Hk D"
+    dense = packing is None
+    check_tensor(OP, "q", q, "B H N D" if dense else "T H D")
+    device, dtype, keys = q.device, q.dtype, "B Hk M D" if dense else "Tk Hk D"
     for name, x in (("k", k), ("v", v)):
-        check_tensor(OP, name, x, keys, device=q.device)
-        if x.dtype != q.dtype:
-            fail(OP, name, f"be of dtype {short(q.dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
-    heads, width = q.shape[-3 if packing is None else -2], q.shape[-1]
+        check_tensor(OP, name, x, keys, device=device)
+        if x.dtype != dtype:
+            fail(OP, name, f"be of dtype {short(dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
+    q_shape, k_shape = q.shape, k.shape
+    heads, key_heads, width = q_shape[1], k_shape[1], q_shape[-1]
     if width % 8 or not 8 <= width <= 128:
         fail(OP, "q", "have a head dim D that is a multiple of 8 in 8..128", width, "pad the heads with zeros")
-    if k.shape[-1] != width:
-        fail(OP, "k", f"have a head dim of {width} like q", k.shape[-1], "project q and k to one width")
-    if v.shape != k.shape:
-        fail(OP, "v", f"have shape {tuple(k.shape)} like k", tuple(v.shape), "pass a value for every key")
-    if packing is None and k.shape[0] != q.shape[0]:
-        fail(OP, "k", f"hold {q.shape[0]} sequences like q", k.shape[0], "expand it over the batch")
-    key_heads = k.shape[-3 if packing is None else -2]
+    if k_shape[-1] != width:
+        fail(OP, "k", f"have a head dim of {width} like q", k_shape[-1], "project q and k to one width")
+    if v.shape != k_shape:
+        fail(OP, "v", f"have shape {tuple(k_shape)} like k", tuple(v.shape), "pass a value for every key")
+    if dense and k_shape[0] != q_shape[0]:
+        fail(OP, "k", f"hold {q_shape[0]} sequences like q", k_shape[0], "expand it over the batch")
     if heads % key_heads if key_heads else heads:
         fail(OP, "k", f"have a number of heads that divides q's {heads}", key_heads, "repeat or drop heads")
     if scale is not None and not 0 < scale < float("inf"):
