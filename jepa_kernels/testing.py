@@ -129,11 +129,13 @@ def map_tensors(inputs: dict[str, Any], change: Callable[[str, Tensor], Tensor])
 def cast(
     inputs: dict[str, Any], dtype: torch.dtype, device: torch.device | str, keep: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """A case's float64 inputs in the dtype under test (`keep`: in float32), on a device, as fresh tensors."""
+    """A case's float64 inputs in the dtype under test (`keep`: in float32), on a device, fresh, strides kept."""
 
     def change(name: str, x: Tensor) -> Tensor:
         to = (torch.float32 if name in keep else dtype) if x.dtype == torch.float64 else x.dtype
-        return x.to(device=device, dtype=to, copy=True)
+        if 0 in x.stride():  # expanded: one place in memory for many elements can't be copied into
+            return x.to(device=device, dtype=to, copy=True)
+        return torch.empty_strided(x.shape, x.stride(), dtype=to, device=device).copy_(x)
 
     moved = map_tensors(inputs, change)
     return {k: v.to(device) if isinstance(v, Packing) else v for k, v in moved.items()}

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from jepa_kernels import probe, report, schedules
 from jepa_kernels._core.check import fail, usable_device
+from jepa_kernels._core.select import BackendError
 from jepa_kernels.configs import Config, read, same_run
 from jepa_kernels.data import PhotoCrops, extra, normalize
 from jepa_kernels.masks import MaskBatch, MultiBlock2d
@@ -92,6 +93,9 @@ class Trainer:
         if state.get("format") != FORMAT:
             found = state.get("format") or ", ".join(sorted(map(str, state))[:5]) or "nothing"
             fail("train", f"checkpoint {path}", f"be of format {FORMAT}", found, "pass the --out of a training run")
+        missing = [name for name in self.state() if name not in state]
+        if missing:
+            fail("train", f"checkpoint {path}", f"hold {', '.join(missing)}", "a part", "pass the --out of a whole run")
         same_run(state["config"], self.config.plain(), path)
         self.model.load(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -306,7 +310,7 @@ def main(argv: list[str]) -> int:
             result["seconds"] = time.perf_counter() - started
             report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
             report.show(result["probe"])
-    except (report.SaveError, ValueError, OSError) as error:
+    except (report.SaveError, BackendError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{trainer.step} steps, {time.perf_counter() - started:.0f} s; results in {out}")

@@ -45,10 +45,10 @@ class Kernel:
 
 
 class Explained(Exception):
-    """Carries the table of reasons out of a call that `explain` makes."""
+    """Carries a table out of a call that `explain` makes: (backend, why it can't run, why only when named)."""
 
-    def __init__(self, rows: list[tuple[str, str | None]], chosen: str | None):
-        self.rows, self.chosen = rows, chosen
+    def __init__(self, rows: list[tuple[str, str | None, str | None]], named: str | None):
+        self.rows, self.named = rows, named
 
 
 # Plain globals: a ContextVar breaks torch.compile(fullgraph=True), functools.cache draws a Dynamo warning.
@@ -90,6 +90,13 @@ def refusal(kernel: Kernel, device_type: str, dtype: torch.dtype, call: Any) -> 
     return kernel.limit(call) if why is None and kernel.limit is not None else why
 
 
+def _reasons(kernel: Kernel, device_type: str, dtype: torch.dtype, call: Any) -> tuple[str | None, str | None]:
+    why = refusal(kernel, device_type, dtype, call)
+    if why is not None or kernel.automatic is None:
+        return why, None
+    return None, kernel.automatic(call)
+
+
 def select(
     op: str,
     kernels: tuple[Kernel, ...],
@@ -102,8 +109,8 @@ def select(
     device_type, dtype = tensor.device.type, tensor.dtype if dtype is None else dtype
     wanted = backend or _override.get(op) or _override.get("*") or _environment
     if _explaining:
-        rows = [(k.backend, refusal(k, device_type, dtype, call)) for k in kernels]
-        raise Explained([*rows, ("reference", None)], wanted)
+        rows = [(k.backend, *_reasons(k, device_type, dtype, call)) for k in kernels]
+        raise Explained([*rows, ("reference", None, None)], wanted)
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
     for kernel in _able(op, kernels, device_type, dtype):
@@ -212,10 +219,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _table(op: str, found: Explained) -> str:
-    able = [name for name, why in found.rows if why is None]
-    chosen = found.chosen or able[0]
-    lines = [f"{op}: {chosen}" + (" (named)" if found.chosen else " (automatic)")]
-    lines += [f"  {name:<10} {'can run this call' if why is None else why}" for name, why in found.rows]
+    chosen = found.named or next(name for name, *reasons in found.rows if reasons == [None, None])
+    lines = [f"{op}: {chosen}" + (" (named)" if found.named else " (automatic)")]
+    lines += [f"  {name:<10} {why or only or 'can run this call'}" for name, why, only in found.rows]
     return "\n".join(lines)
 
 
