@@ -43,7 +43,7 @@ test ci: NEEDS := numpy pytest pytest_benchmark yaml rich matplotlib jinja2 skim
 lint ci: NEEDS += ruff mypy clang-format
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
-  sys.exit(gone and 'make: $(PY) must have the modules that this target needs, got no ' + ', '.join(gone) + \
+  gone and sys.exit('make: $(PY) must have the modules that this target needs, got no ' + ', '.join(gone) + \
   '; install them, or choose a Python without torch with PY=')
 HEADERS := import os, sysconfig; os.stat(os.path.join(sysconfig.get_path('include'), 'Python.h'))
 define check_machine
