@@ -13,16 +13,17 @@ namespace jepa::JEPA_ISA {
 using Layer = EmbedPatchesLayer;
 using Forward = EmbedPatchesForwardParams;
 using Backward = EmbedPatchesBackwardParams;
+using embed_patches::row_size;
 using embed_patches::TOKENS;
 
 static int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
 
-template <class T> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
+// The first pixel of a token's patch.
+template <class T> static const T* pixels_of(const Layer& at, int64_t token) {
   const int64_t image = token / at.at.count, id = token % at.at.count;
   const int64_t y = id / at.grid_w * at.patch, x = id % at.grid_w * at.patch;
   const int64_t* stride = at.pixel_strides;
-  read_patch(static_cast<const T*>(at.pixels) + image * stride[0] + y * stride[2] + x * stride[3], shape,
-             row);
+  return static_cast<const T*>(at.pixels) + image * stride[0] + y * stride[2] + x * stride[3];
 }
 
 template <class T> static void read_weights(const Layer& at, const Patch& shape, int64_t e, float* row) {
@@ -32,50 +33,65 @@ template <class T> static void read_weights(const Layer& at, const Patch& shape,
 // W^T [depth, embed_dim] as right panels.
 template <class T> static void pack_weights(const Forward& p) {
   const Layer& at = p.layer;
-  const int64_t depth = at.depth();
+  const int64_t depth = at.depth(), width = row_size(depth);
   const Patch shape(at.channels, at.patch, at.weight_strides + 1);
   parallel_for(panels_of(at.embed_dim, COLUMNS), at.threads, [&](int64_t begin, int64_t end) {
-    float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
-    for (int64_t e = begin * COLUMNS; e < end * COLUMNS; ++e) {
-      if (e < at.embed_dim)
-        read_weights<T>(at, shape, e, row);
-      else
-        std::memset(row, 0, depth * sizeof(float));
-      interleave<COLUMNS>(row, depth, e, p.weights);
+    float* rows = p.scratch + omp_get_thread_num() * p.scratch_size;
+    for (int64_t e = begin * COLUMNS; e < end * COLUMNS; e += COLUMNS) {
+      for (int64_t i = 0; i < COLUMNS; ++i)
+        if (e + i < at.embed_dim)
+          read_weights<T>(at, shape, e + i, rows + i * width);
+        else
+          std::memset(rows + i * width, 0, depth * sizeof(float));
+      interleave<COLUMNS>(rows, width, depth, p.weights + e * depth);
     }
   });
 }
 
+template <class T> static const T* position(const Forward& p, int64_t row) {
+  const int64_t id = p.token[row] < 0 ? 0 : p.token[row] % p.layer.at.count;
+  return static_cast<const T*>(p.pos) + id * p.pos_strides[0];
+}
+
 // Adds bias and position to a row of sums, and rounds. A row without a patch is 0.
 template <class T> static void finish(const Forward& p, int64_t row, int64_t column, const float* sums) {
-  const int64_t token = p.token[row], embed_dim = p.layer.embed_dim;
-  const T *bias = static_cast<const T*>(p.bias), *pos = static_cast<const T*>(p.pos);
-  if (pos) pos += (token < 0 ? 0 : token % p.layer.at.count) * p.pos_strides[0];
+  const int64_t embed_dim = p.layer.embed_dim;
+  const bool empty = p.token[row] < 0;
+  const T *bias = static_cast<const T*>(p.bias), *pos = p.pos ? position<T>(p, row) : nullptr;
   T* out = static_cast<T*>(p.out) + row * embed_dim;
   for (int64_t e = column; e < column + COLUMNS && e < embed_dim; e += W, sums += W) {
     const int n = part(embed_dim - e);
     vf x = load(sums);
     if (bias) x = add(x, load(bias + e * p.bias_stride, p.bias_stride, n));
     if (pos) x = add(x, load(pos + e * p.pos_strides[1], p.pos_strides[1], n));
-    store_first(out + e, token < 0 ? zero() : x, n);
+    store_first(out + e, empty ? zero() : x, n);
   }
 }
 
-// Rows [begin, end), at most TILE_ROWS.
+// The patches of rows [begin, end), at most TILE_ROWS, as left panels.
+template <class T>
+static void pack_patches(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* left,
+                         float* rows) {
+  const int64_t depth = p.layer.depth(), width = row_size(depth);
+  for (; begin < end; begin += ROWS, left += depth * ROWS) {
+    for (int64_t i = 0; i < ROWS; ++i)
+      if (begin + i < end && p.token[begin + i] >= 0)
+        read_patch(pixels_of<T>(p.layer, p.token[begin + i]), shape, rows + i * width);
+      else
+        std::memset(rows + i * width, 0, depth * sizeof(float));
+    interleave<ROWS>(rows, width, depth, left);
+  }
+}
+
 template <class T>
 static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* scratch) {
   const int64_t depth = p.layer.depth(), panels = panels_of(end - begin, ROWS);
-  float *left = scratch, *row = scratch + TILE_ROWS * depth;
-  for (int64_t i = begin; i < begin + panels * ROWS; ++i) {
-    if (i < end && p.token[i] >= 0)
-      read_token<T>(p.layer, shape, p.token[i], row);
-    else
-      std::memset(row, 0, depth * sizeof(float));
-    interleave<ROWS>(row, depth, i - begin, left);
-  }
+  pack_patches<T>(p, shape, begin, end, scratch, scratch + TILE_ROWS * depth);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
-    multiply_tile(left, panels, p.weights + e * depth, depth, sums);
+    if (p.pos)
+      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, i) + e);
+    multiply_tile(scratch, panels, p.weights + e * depth, depth, sums);
     for (int64_t i = begin; i < end; ++i) finish<T>(p, i, e, sums + (i - begin) * COLUMNS);
   }
 }
@@ -137,7 +153,7 @@ template <class T> static void pack_tokens(const Backward& p, int64_t begin, int
   parallel_for(end - begin, at.threads, [&](int64_t from, int64_t to) {
     float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
     for (int64_t k = from; k < to; ++k) {
-      read_token<T>(at, shape, p.token[begin + k], row);
+      read_patch(pixels_of<T>(at, p.token[begin + k]), shape, row);
       cut<COLUMNS>(row, at.depth(), k, end - begin, p.right);
       read_grad<T>(p, p.token[begin + k], row);
       cut<ROWS>(row, at.embed_dim, k, end - begin, p.left);
@@ -186,13 +202,14 @@ template <class T> static void pixel_tile(const Backward& p, int64_t begin, int6
   const Layer& at = p.layer;
   const int64_t depth = at.depth(), width = embed_patches::row_size(depth),
                 panels = panels_of(end - begin, ROWS);
-  float *left = scratch, *patches = left + TILE_ROWS * at.embed_dim, *row = patches + TILE_ROWS * width;
-  for (int64_t i = 0; i < panels * ROWS; ++i) {
-    if (begin + i < end)
-      read_grad<T>(p, p.token[begin + i], row);
-    else
-      std::memset(row, 0, at.embed_dim * sizeof(float));
-    interleave<ROWS>(row, at.embed_dim, i, left);
+  float *left = scratch, *patches = left + TILE_ROWS * at.embed_dim, *rows = patches + TILE_ROWS * width;
+  for (int64_t i = 0; i < panels * ROWS; i += ROWS) {
+    for (int64_t lane = 0; lane < ROWS; ++lane)
+      if (begin + i + lane < end)
+        read_grad<T>(p, p.token[begin + i + lane], rows + lane * row_size(at.embed_dim));
+      else
+        std::memset(rows + lane * row_size(at.embed_dim), 0, at.embed_dim * sizeof(float));
+    interleave<ROWS>(rows, row_size(at.embed_dim), at.embed_dim, left + i * at.embed_dim);
   }
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t k = 0; k < depth; k += COLUMNS) {

@@ -11,16 +11,18 @@ namespace jepa {
 // Sizes that every instruction set shares; workspaces are rounded up by them.
 namespace embed_patches {
 constexpr int64_t TILE_ROWS = 48; // rows of the left operand that are multiplied with one panel of the right
-constexpr int64_t MAX_COLUMNS = 32; // the widest panel
+constexpr int64_t MAX_COLUMNS = 32; // the widest right panel
+constexpr int64_t MAX_ROWS = 12;    // the widest left panel
 constexpr int64_t TOKENS = 256; // the most tokens that are multiplied into the weights' gradient at a time
 
 constexpr int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // A row that is read in whole registers and cut into whole panels.
 constexpr int64_t row_size(int64_t n) { return padded(n, MAX_COLUMNS) + MAX_COLUMNS; }
-constexpr int64_t forward_scratch(int64_t depth) { return TILE_ROWS * depth + row_size(depth); }
+constexpr int64_t forward_scratch(int64_t depth) { return TILE_ROWS * depth + MAX_COLUMNS * row_size(depth); }
 constexpr int64_t backward_scratch(int64_t depth, int64_t embed_dim) {
-  return TILE_ROWS * (embed_dim + row_size(depth)) + row_size(depth > embed_dim ? depth : embed_dim);
+  return TILE_ROWS * (embed_dim + row_size(depth)) +
+         MAX_ROWS * row_size(depth > embed_dim ? depth : embed_dim);
 }
 } // namespace embed_patches
 

@@ -29,6 +29,7 @@ static void multiply(const float* a, const float* b, int64_t depth, float* c) {
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = zero();
   for (int64_t k = 0; k < depth; ++k, a += ROWS, b += COLUMNS) {
+    _mm_prefetch(reinterpret_cast<const char*>(b + DEPTH * COLUMNS), _MM_HINT_T1);
     const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
@@ -53,10 +54,10 @@ static void multiply_tile(const float* a, int64_t panels, const float* b, int64_
                c + i * ROWS * COLUMNS);
 }
 
-// A row of the operand becomes lane i % LANES of panel i / LANES, [depth, LANES].
-template <int LANES> static void interleave(const float* row, int64_t depth, int64_t i, float* panels) {
-  float* lane = panels + i / LANES * depth * LANES + i % LANES;
-  for (int64_t k = 0; k < depth; ++k) lane[k * LANES] = row[k];
+// LANES rows of the operand, `width` apart, become one panel [depth, LANES].
+template <int LANES> static void interleave(const float* rows, int64_t width, int64_t depth, float* panel) {
+  for (int64_t k = 0; k < depth; ++k, panel += LANES)
+    for (int lane = 0; lane < LANES; ++lane) panel[lane] = rows[lane * width + k];
 }
 
 // Row k of the operand is cut: LANES of its columns to each panel, zeros behind the last one.

@@ -7,6 +7,10 @@ namespace jepa::JEPA_ISA {
 
 static inline int part(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 
+template <class T> static inline void prefetch(const T* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+}
+
 struct Patch {
   int64_t channels, lines, length; // `length` elements a line
   int64_t channel, line, step;     // strides

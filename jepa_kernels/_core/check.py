@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jepa_kernels.packing import Packing
 
 DENSE = "convert it with .to_dense()"
+PLAIN = (Tensor, torch.nn.Parameter)
 CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
 
 
@@ -39,6 +40,19 @@ def check_tensor(
 
     float64 passes: no kernel takes it, the reference does (the exact side of every parity check).
     """
+    if not _usual(x, shape, dtypes, device):
+        _check_each(op, argument, x, shape, dtypes, device)
+
+
+def _usual(x: Any, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> bool:
+    """Fit in every respect, a plain CPU tensor: few attributes tell, and most calls end here."""
+    fits = type(x) in PLAIN and x.dtype in dtypes and x.dim() == shape.count(" ") + 1 and x.layout is torch.strided
+    return fits and x.is_cpu and not x.is_nested and (device is None or x.device == device)
+
+
+def _check_each(
+    op: str, argument: str, x: Any, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None
+) -> None:
     if not isinstance(x, Tensor):
         fail(op, argument, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if type(x) is not Tensor and hasattr(x, "to_local"):
@@ -99,9 +113,9 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
     JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
     """
-    if torch.compiler.is_compiling() or ids.device.type == "meta" or ids.numel() == 0:
+    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
         return
-    if ids.device.type != "cpu":
+    if not ids.is_cpu:
         if not CHECK_DEVICE_VALUES:
             return
         ids = ids.cpu()
