@@ -46,7 +46,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, torch.device(device), 0
         self.model = IJEPA(config.model).to(self.device)
-        self.optimizer = torch.optim.AdamW(_groups(self.model))
+        self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
         self.latents = torch.empty(0)
         self.model.target_encoder.register_forward_hook(self._keep_latents)
 

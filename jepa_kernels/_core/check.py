@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -143,12 +144,15 @@ def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
     if not isinstance(module, str) and ids.is_contiguous():
         return module.first_bad_id(ids, count, cu_seqlens)
-    rows = ids.reshape(-1, ids.shape[-1]) if cu_seqlens is None else ids.split(cu_seqlens.diff().tolist())
-    place = 0
-    for row in rows:
+    total = ids.numel()
+    if cu_seqlens is None:
+        starts = list(range(0, total + 1, ids.shape[-1]))
+    else:  # as the kernels take them: never falling, never past the ids
+        starts = [0, *cu_seqlens[1:].clamp(0, total).cummax(0).values.tolist()]
+    for begin, end in pairwise(starts):
+        row = ids.reshape(-1)[begin:end]
         bad = (row < 0) | (row >= count)
         bad[1:] |= row[1:] <= row[:-1]
         if bad.any():
-            return place + int(bad.nonzero()[0])
-        place += len(row)
+            return begin + int(bad.nonzero()[0])
     return -1

@@ -196,6 +196,13 @@ def test_fp16_gradients_survive_many_elements():
     assert (pred.grad != 0).float().mean() > 0.99
 
 
+def test_rows_without_images_count_nothing(kernel):
+    packing = Packing.from_lengths([]).padded(4, 0, 0)
+    empty = torch.zeros(0, 5, 24), torch.zeros(4, dtype=torch.int64)
+    loss, grad = value_and_grad(torch.randn(4, 24), *empty, packing=packing, backend=kernel)
+    assert loss == 0 and grad.eq(0).all()
+
+
 def test_backward_twice_gives_the_same_gradient():
     pred, target, ids = draw()
     pred.requires_grad_()

@@ -203,6 +203,32 @@ def test_logits_far_beyond_the_range_of_exp_stay_finite():
     assert out.eq(1).all() and all(x.isfinite().all() for x in grads)
 
 
+@pytest.mark.parametrize("size", [1e5, 1e15])
+def test_huge_logits_choose_one_key_as_the_reference_does(size):
+    q, k, v = torch.randn(1, 2, 60, 8) * size, torch.randn(1, 2, 50, 8) * size, torch.randn(1, 2, 50, 8)
+    out = jk.masked_attention(q, k, v, backend="cpu")
+    best = (q.double() @ k.double().mT).argmax(-1)
+    assert torch.equal(out, v.gather(2, best[..., None].expand(-1, -1, -1, 8)))
+    torch.testing.assert_close(out, jk.masked_attention(q, k, v, backend="reference"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_one_key_takes_all_weight_and_leaves_no_gradient(width):
+    q, k, v = torch.randn(1, 3, 49, width), *torch.randn(2, 1, 3, 1, width).unbind(0)
+    out, dq, dk, _ = with_gradients(q, k, v)
+    assert torch.equal(out, v.expand_as(out)) and dq.eq(0).all() and dk.eq(0).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("argument", range(3))
+def test_infinities_and_nan_come_out_as_in_the_reference(argument, value):
+    qkv = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    qkv[argument][0, 1, 7, 3] = value
+    out, expected = (jk.masked_attention(*qkv, backend=b) for b in ("cpu", "reference"))
+    assert not out[0, 0].isnan().any() and not out[0, 1].isfinite().all()
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
 def test_no_sequences_and_no_tokens():
     for packing in (Packing.from_lengths([]), Packing.from_lengths([0, 0])):
         results = with_gradients(*(torch.randn(0, 2, 8) for _ in range(3)), packing)
