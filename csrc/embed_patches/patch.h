@@ -30,10 +30,14 @@ struct Patch {
 };
 
 // `row` is written up to W elements past the end.
-template <class T> static void read_line(const T* p, int64_t step, int64_t length, float* row) {
+template <class T> static inline void read_line(const T* p, int64_t step, int64_t length, float* row) {
   int64_t x = 0;
   if (step == 1)
     for (; x + W <= length; x += W) store(row + x, load(p + x));
+  if (x > 0 && x < length) { // a register that overlaps the one before needs no mask
+    store(row + length - W, load(p + length - W));
+    return;
+  }
   for (; x < length; x += W) store(row + x, load(p + x * step, step, part(length - x)));
 }
 
