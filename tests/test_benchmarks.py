@@ -202,7 +202,8 @@ STEP_PARTS = ["patch embedding", "encoder", "predictor", "target encoder", "loss
 
 @pytest.mark.parametrize("truncate", [True, False])
 def test_a_step_fills_the_schema(truncate):
-    (found,) = tiny_step(truncate).rows()
+    found, sdpa = tiny_step(truncate).rows()
+    assert [found["baseline"], sdpa["baseline"]] == ["reference", "sdpa"] and rows.problems(document(sdpa)) == []
     assert found["status"] == "ok" and rows.problems(document(found)) == []
     assert list(found["parts"]["ours"]) == list(found["parts"]["reference"]) == STEP_PARTS
     assert found["tokens_per_s"] == pytest.approx(found["tokens"] / found["ours_us"]["p50"] * 1e6)
@@ -221,8 +222,8 @@ def test_a_wrong_step_prints_no_number(monkeypatch):
     real = jk.latent_loss
     fault = lambda *a, **k: real(*a, **k) * (1.0 if select._override else 1.0001)  # noqa: E731
     monkeypatch.setattr(jk, "latent_loss", fault)
-    (found,) = tiny_step(True).rows()
-    assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
+    for found in tiny_step(True).rows():
+        assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
 
 
 def test_step_flops_are_those_that_torch_counts():
@@ -329,6 +330,7 @@ def test_one_row_end_to_end(tmp_path):
 def test_readme_shows_the_committed_results():
     page = readme.README.read_text()
     assert page == readme.insert(page, readme.tables())
+    assert "x** |" in page and "| trained minus random, paired |" in page, "both kinds of results are committed"
 
 
 PROBE_SCORES = {
@@ -343,9 +345,16 @@ PROBE = {
 }  # fmt: skip
 
 
+def every_target():
+    """A row for each of targets.TARGETS."""
+    for t in targets.TARGETS:
+        made = model_row() if t.name == "ijepa" else row()
+        yield {**made, "name": t.name, "workload": t.workload, "pass": t.stage, "baseline": t.baseline}
+
+
 def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     run, training, results = tmp_path / "latest.json", tmp_path / "probe.json", tmp_path / "results"
-    run.write_text(json.dumps(document(row(), model_row(), command="python -m benchmarks --out /somewhere")))
+    run.write_text(json.dumps(document(*every_target(), command="python -m benchmarks --out /somewhere")))
     training.write_text(json.dumps(PROBE))
     path = readme.adopt(run, results)
     assert path.name == "a-processor-avx2-2-threads.json" and readme.adopt(training, results).name == readme.PROBE
@@ -360,6 +369,16 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
 
 def test_only_complete_runs_are_adopted(tmp_path, capsys):
     run = tmp_path / "latest.json"
-    run.write_text(json.dumps(document(row(), status="partial")))
-    assert readme.main(["--adopt", str(run)]) == 1
-    assert "status is 'partial', not 'ok'" in capsys.readouterr().err
+    for spoilt, why in (
+        (document(*every_target(), status="partial"), "status is 'partial', not 'ok'"),
+        (document(row()), "ema_update against the published per-parameter loop was not measured"),
+    ):
+        run.write_text(json.dumps(spoilt))
+        assert readme.main(["--adopt", str(run)]) == 1
+        assert why in capsys.readouterr().err
+
+
+def test_a_file_as_output_folder_is_named(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert front.main(["--out", str(tmp_path / "taken")]) == 2
+    assert "bench: --out" in (said := capsys.readouterr().err) and "must be a folder with room to write, got" in said
