@@ -5,11 +5,12 @@ PY ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
-TOOLS = setuptools wheel "pybind11>=2.13" "cmake>=3.24,<5" ninja
+TOOLS = "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24,<5" ninja
 
 HAS_TORCH := $(shell $(PY) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
 ifeq ($(HAS_TORCH),1)
   PYTHON := $(PY)
+  READY := check
 else
   PYTHON := $(abspath $(VENV))/bin/python
   export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -17,12 +18,15 @@ endif
 
 PIP = $(PYTHON) -m pip install -q --no-compile
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
+key = $(shell printf '%s' '$(1)' | sha256sum | cut -c1-16)
 CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
 SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
-BUILD := $(call hash,$(SOURCES))
-ENV_STAMP := .stamps/env-$(call hash,pyproject.toml)-$(TORCH)-$(HAS_TORCH)
-CPU_STAMP := .stamps/cpu-$(BUILD)-$(HAS_TORCH)
-CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)-$(HAS_TORCH)
+BUILD := $(call hash,$(SOURCES))-$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)" 2>/dev/null)
+# The stamp of a finished setup lies in the environment and goes with it; that of one under way beside the builds'.
+READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TOOLS))
+UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
+CPU_STAMP := .stamps/cpu-$(BUILD)
+CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
 .PHONY: help bench test ci lint format gpu env build build-cuda clean
 help:
@@ -32,34 +36,53 @@ help:
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
 	@echo "make lint, format  ruff, mypy, clang-format"
 
-env: $(ENV_STAMP)
-$(ENV_STAMP):
-	@command -v c++ >/dev/null || { echo "no C++ compiler: apt-get install -y g++"; exit 1; }
-ifneq ($(HAS_TORCH),1)
-	@$(PY) -c "import venv, ensurepip" 2>/dev/null || { echo "no venv module: apt-get install -y python3-venv"; exit 1; }
-	$(PY) -m venv $(VENV)
+# What a Python with torch must bring for the target at hand; a virtual environment gets it all.
+bench: NEEDS := numpy pytest pytest_benchmark skimage sklearn
+gpu: NEEDS := numpy pytest
+test ci: NEEDS := numpy pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn
+lint ci: NEEDS += ruff mypy clang-format
+MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
+  gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
+  gone and sys.exit('make: $(PY) must have the modules that this target needs, got no ' + ', '.join(gone) + \
+  '; install them, or choose a Python without torch with PY=')
+HEADERS := import os, sysconfig; os.stat(os.path.join(sysconfig.get_path('include'), 'Python.h'))
+define check_machine
+@command -v $(PY) >/dev/null || { echo "make: PY must be a Python, got no $(PY); install python3, or pass PY="; exit 1; } >&2
+@command -v $${CXX:-c++} >/dev/null || { echo "make: a C++17 compiler must be there, got no $${CXX:-c++}; apt-get install -y g++"; exit 1; } >&2
+@$(PY) -c "$(HEADERS)" 2>/dev/null || { echo "make: $(PY) must have its headers, got no Python.h; apt-get install -y python3-dev"; exit 1; } >&2
+endef
+
+env: $(READY)
+.PHONY: check
+check:
+	$(check_machine)
+	@$(PY) -c "$(MISSING)" setuptools pybind11 cmake ninja $(NEEDS)
+
+$(VENV)/.ready-%:
+	$(check_machine)
+	@$(PY) -c "import venv, ensurepip" 2>/dev/null || { echo "make: $(PY) must have venv, got none; apt-get install -y python3-venv"; exit 1; } >&2
+	@mkdir -p .stamps; rm -f $(VENV)/.ready-*
+	clear=$$(test -e $(UNFINISHED) && echo --clear); touch $(UNFINISHED); $(PY) -m venv $$clear $(VENV)
 	$(PIP) $(TOOLS)
 	@echo "building jepa_kernels._C while torch is fetched"
 	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
-	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) && wait $$built
+	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON); fetched=$$?; wait $$built && exit $$fetched
 	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,bench,test,lint]"
-	@mkdir -p .stamps; touch $(CPU_STAMP)
-endif
-	@mkdir -p .stamps; touch $@
+	@rm -f $(UNFINISHED) .stamps/cpu-* .stamps/cuda*; touch $(CPU_STAMP) $@
 
-build: $(ENV_STAMP)
+build: $(READY)
 	@test -e $(CPU_STAMP) -o -e $(CUDA_STAMP) || $(MAKE) --no-print-directory $(CPU_STAMP)
-build-cuda: $(ENV_STAMP) $(CUDA_STAMP)
-$(CPU_STAMP): | $(ENV_STAMP)
+build-cuda: $(READY) $(CUDA_STAMP)
+$(CPU_STAMP): | $(READY)
 	JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace
-	@rm -f .stamps/cpu-* .stamps/cuda*; touch $@
-$(CUDA_STAMP): | $(ENV_STAMP)
+	@mkdir -p .stamps; rm -f .stamps/cpu-* .stamps/cuda*; touch $@
+$(CUDA_STAMP): | $(READY)
 	@test $(CUDA) = 1 || echo "nvcc is not on PATH: the CUDA kernels are left out of this build"
 	JEPA_CUDA=$(CUDA) $(PYTHON) setup.py -q build_ext --inplace
-	@rm -f .stamps/cpu-* .stamps/cuda*; touch $@
+	@mkdir -p .stamps; rm -f .stamps/cpu-* .stamps/cuda*; touch $@
 
 bench: build
-	$(PYTHON) -m benchmarks $(if $(SMOKE),--smoke) $(ARGS)
+	$(PYTHON) -m benchmarks $(if $(filter-out 0,$(SMOKE)),--smoke) $(ARGS)
 
 test: build-cuda
 	$(PYTHON) -m tests $(ARGS)

@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / str(sys.implementation.cache_tag)  # with and without CUDA: most objects serve both
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # the one of an earlier configuration may be gone
             f"-DPython_EXECUTABLE={sys.executable}", f"-DJEPA_CUDA={'ON' if cuda else 'OFF'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}",
         ]  # fmt: skip

@@ -74,6 +74,17 @@ def follow(child: subprocess.Popen[bytes], events: Path) -> Iterator[dict[str, A
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    try:
+        return measure(args, argv)
+    except OSError as error:
+        actual = f"{error.strerror or error} ({error.filename or args.out})"
+        print(
+            f"bench: --out {args.out} must be a folder with room to write, got {actual}; pass another", file=sys.stderr
+        )
+        return 2
+
+
+def measure(args: argparse.Namespace, argv: list[str] | None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     events, log, latest = args.out / "events.jsonl", args.out / "pytest.log", args.out / "latest.json"
     began = time.time()
@@ -86,7 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         "rows": [],
     }
     child = start(args, events, log)
-    code = watch(child, events, document, latest)
+    try:
+        code = watch(child, events, document, latest)
+    finally:  # it must not outlive us
+        if child.poll() is None:
+            child.kill()
     document["seconds"] = round(time.time() - began, 1)
     document["status"] = "partial" if code == INTERRUPTED else ("ok" if good(document, code) else "failed")
     rows.write(latest, document)
@@ -100,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def good(document: dict[str, Any], code: int) -> bool:
-    return code == 0 and bool(document["rows"]) and all(r["parity"].get("pass") for r in document["rows"])
+    return code == 0 and bool(document["rows"]) and all(row["status"] == "ok" for row in document["rows"])
 
 
 def watch(child: subprocess.Popen[bytes], events: Path, document: dict[str, Any], latest: Path) -> int:

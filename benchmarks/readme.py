@@ -32,6 +32,7 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     wrong = rows.problems(document)
     if document.get("status") != "ok":
         wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
+    wrong += [f"{t.name} against {t.what} was not measured" for t, row, _ in targets.check(document["rows"]) if not row]
     if wrong:
         raise ValueError(f"{source} can't be adopted: {wrong[0]}")
     kept = {name: document[name] for name in KEPT if name in document}

@@ -4,7 +4,9 @@
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
+#include "common/dtype.h"
 #include "ema_update/ema_update.h"
 #include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
@@ -41,6 +43,13 @@ const char* isa_name(Isa level) {
   default:
     return "none";
   }
+}
+
+void refuse(DType type) {
+  static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8"};
+  const std::string name = type == DType::other ? "another type" : names[static_cast<int>(type)];
+  throw std::invalid_argument("jepa_kernels: a kernel's tensors must be float32, bfloat16 or float16, got " +
+                              name + "; call the public function, which converts or says why not");
 }
 
 bool set_isa(const char* name) {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 
 MAX_TRIES = 20
+MAX_ASPECT = 1000.0  # far beyond any grid
 
 Range = tuple[float, float]
 
@@ -111,14 +114,15 @@ class MultiBlock2d:
         truncate: bool = False,
         seed: int = 0,
     ) -> None:
-        self.grid = (grid, grid) if isinstance(grid, int) else (int(grid[0]), int(grid[1]))
+        self.grid = _sides(grid)
         if min(self.grid) < 2:
             fail("MultiBlock2d", "grid", "have at least 2 patches per side", self.grid, "use a larger image")
         _check_range("target_scale", target_scale, 1.0, "pass shares of the grid")
         _check_range("context_scale", context_scale, 1.0, "pass shares of the grid")
-        _check_range("target_aspect_ratio", target_aspect_ratio, math.inf, "pass height / width")
-        if num_targets < 1:
-            fail("MultiBlock2d", "num_targets", "be at least 1", num_targets, "the published value is 4")
+        _check_range("target_aspect_ratio", target_aspect_ratio, MAX_ASPECT, "pass height / width")
+        _check_count("num_targets", num_targets, 1, "the published value is 4")
+        _check_count("min_keep", min_keep, 0, "the published value is 10")
+        _check_count("seed", seed, 0, "pass any such number")
         self.target_scale, self.target_aspect_ratio = target_scale, target_aspect_ratio
         self.context_scale = context_scale
         self.num_targets, self.min_keep, self.truncate, self.seed = num_targets, min_keep, truncate, seed
@@ -135,9 +139,10 @@ class MultiBlock2d:
 
     def __call__(self, batch: int, *, step: int | None = None) -> MaskBatch:
         """Masks for `batch` images. `step` overrides, and does not advance, the count of calls."""
-        if batch < 1:
-            fail("MultiBlock2d", "batch", "be at least 1", batch, "pass the number of images")
-        rng = np.random.default_rng([self.seed, self._next_step() if step is None else step])
+        _check_count("batch", batch, 1, "pass the number of images")
+        step = self._next_step() if step is None else step
+        _check_count("step", step, 0, "leave it out to count calls")
+        rng = np.random.default_rng([self.seed, step])
         size = self._block_size(rng.random(), self.target_scale, self.target_aspect_ratio)
         context_size = self._context_size(rng.random())
         corners = self._corners(rng, size, (self.num_targets, batch))
@@ -202,6 +207,27 @@ class MultiBlock2d:
         return context
 
 
-def _check_range(argument: str, bounds: Range, limit: float, remedy: str) -> None:
+def _sides(grid: Any) -> tuple[int, int]:
+    sides = tuple(grid) if isinstance(grid, tuple | list) else (grid, grid)
+    if len(sides) != 2 or not all(map(_whole, sides)):
+        fail("MultiBlock2d", "grid", "be patches per side, G or (Gh, Gw)", repr(grid), "pass integers", TypeError)
+    return int(sides[0]), int(sides[1])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _check_count(argument: str, value: Any, least: int, remedy: str) -> None:
+    if not _whole(value):
+        fail("MultiBlock2d", argument, "be an int", repr(value), remedy, TypeError)
+    if value < least:
+        fail("MultiBlock2d", argument, f"be at least {least}", value, remedy)
+
+
+def _check_range(argument: str, bounds: Any, limit: float, remedy: str) -> None:
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+    if not (pair and all(isinstance(b, numbers.Real) for b in bounds)):
+        fail("MultiBlock2d", argument, "be two numbers (least, most)", repr(bounds), remedy, TypeError)
     if not 0 < bounds[0] <= bounds[1] <= limit:
         fail("MultiBlock2d", argument, f"satisfy 0 < least <= most <= {limit:g}", bounds, remedy)

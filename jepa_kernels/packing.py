@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from jepa_kernels._core.check import fail
-
-TILE = 64  # rows of one tile of the schedule
+from jepa_kernels._core.check import check_tensor, fail
 
 
 class Packing:
@@ -20,31 +18,33 @@ class Packing:
     Sequence s owns tokens `cu_seqlens[s]:cu_seqlens[s + 1]`. With several masks of the same B images the order is
     mask-major: s = mask * B + image.
 
-    cu_seqlens: int32 [S + 1], on the tokens' device.
+    cu_seqlens: int32 [S + 1], contiguous, on the tokens' device: rising from 0 to at most T. Its values are not
+        checked, which would wait for the device: wrong ones give wrong results.
     lengths: the same on the host; compiled code never reads it.
     tokens: T, the length of the token axis; it may exceed cu_seqlens[-1] (see `padded`): rows past the end are
         never read, their outputs and gradients are 0.
     max_seqlen: an upper bound of the lengths, known without a device sync.
     pairs: sum of lengths squared, for FLOP formulas.
-    tiles: int32 [T // 64 + S, 2]: (sequence, block of 64 rows), longest sequence first, padded with -1.
     """
 
-    __slots__ = ("cu_seqlens", "lengths", "max_seqlen", "pairs", "tiles", "tokens")
+    __slots__ = ("cu_seqlens", "lengths", "max_seqlen", "pairs", "tokens")
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     tokens: int
     max_seqlen: int
     pairs: int
-    tiles: Tensor
 
-    def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...], tokens: int, max_seqlen: int, tiles: Tensor):
+    def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...], tokens: int, max_seqlen: int):
+        _check_cu_seqlens(cu_seqlens)
+        self._set(cu_seqlens, lengths, tokens, max_seqlen)
+
+    def _set(self, cu_seqlens: Any, lengths: tuple[int, ...], tokens: int, max_seqlen: int) -> None:
         for name, value in (
             ("cu_seqlens", cu_seqlens),
             ("lengths", lengths),
             ("tokens", tokens),
             ("max_seqlen", max_seqlen),
-            ("tiles", tiles),
             ("pairs", sum(n * n for n in lengths)),
         ):
             object.__setattr__(self, name, value)
@@ -54,7 +54,7 @@ class Packing:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], *, device: torch.device | str | None = None) -> Packing:
-        """Sequences of these lengths, one after another. Lengths may be 0. Copies two small tensors to `device`."""
+        """Sequences of these lengths, one after another. Lengths may be 0. Copies one small tensor to `device`."""
         host = tuple(int(n) for n in lengths)
         if any(n < 0 for n in host):
             fail("Packing", "lengths", "be at least 0", min(host), "count the kept tokens of each sequence")
@@ -66,23 +66,13 @@ class Packing:
     def _build(
         cls, lengths: tuple[int, ...], tokens: int, max_seqlen: int, device: torch.device | str | None
     ) -> Packing:
-        count = len(lengths)
-        cu = torch.zeros(count + 1, dtype=torch.int32)
-        sizes = torch.tensor(lengths, dtype=torch.int32)
-        torch.cumsum(sizes, 0, out=cu[1:])
-        tiles = torch.full((tokens // TILE + count, 2), -1, dtype=torch.int32)
-        longest_first = torch.argsort(sizes, descending=True, stable=True)
-        blocks = (sizes[longest_first] + TILE - 1) // TILE
-        used = int(blocks.sum()) if count else 0
-        tiles[:used, 0] = torch.repeat_interleave(longest_first.int(), blocks)
-        first = torch.repeat_interleave(torch.cumsum(blocks, 0) - blocks, blocks)
-        tiles[:used, 1] = (torch.arange(used) - first).int()
-        both = torch.cat([cu, tiles.view(-1)])  # one copy to the device for both
+        cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=cu[1:])
         if device is not None and torch.device(device).type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
+            cu = cu.pin_memory().to(device, non_blocking=True)
         elif device is not None:
-            both = both.to(device)
-        return cls(both[: count + 1], lengths, tokens, max_seqlen, both[count + 1 :].view(-1, 2))
+            cu = cu.to(device)
+        return cls(cu, lengths, tokens, max_seqlen)
 
     @classmethod
     def uniform(cls, sequences: int, length: int, *, device: torch.device | str | None = None) -> Packing:
@@ -187,9 +177,9 @@ class Packing:
         return create_block_mask(same_sequence, None, None, self.tokens, self.tokens, device=str(owner.device))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packing:
-        """The same Packing with its tensors on another device."""
-        cu, tiles = (t.to(device, non_blocking=non_blocking) for t in (self.cu_seqlens, self.tiles))
-        return Packing(cu, self.lengths, self.tokens, self.max_seqlen, tiles)
+        """The same Packing with its tensor on another device."""
+        cu = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        return Packing(cu, self.lengths, self.tokens, self.max_seqlen)
 
     def _check_tokens(self, argument: str, x: Tensor) -> None:
         if x.shape[0] != self.tokens:
@@ -197,6 +187,12 @@ class Packing:
 
     def __repr__(self) -> str:
         return f"Packing(sequences={self.sequences}, tokens={self.tokens}, max_seqlen={self.max_seqlen})"
+
+
+def _check_cu_seqlens(cu_seqlens: Any) -> None:
+    check_tensor("Packing", "cu_seqlens", cu_seqlens, "S+1", dtypes=(torch.int32,))
+    if not cu_seqlens.is_contiguous():
+        fail("Packing", "cu_seqlens", "be contiguous", f"strides {cu_seqlens.stride()}", "call .contiguous()")
 
 
 def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Packing]:
@@ -210,12 +206,16 @@ def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Packing]:
 
 
 def _flatten(p: Packing) -> tuple[list[Any], Any]:
-    return [p.cu_seqlens, p.tiles, p.tokens, p.max_seqlen], p.lengths
+    return [p.cu_seqlens, p.tokens, p.max_seqlen], p.lengths
 
 
 def _unflatten(values: Iterable[Any], lengths: Any) -> Packing:
-    cu, tiles, tokens, max_seqlen = values
-    return Packing(cu, lengths, tokens, max_seqlen, tiles)
+    cu, tokens, max_seqlen = values
+    if isinstance(cu, Tensor):
+        return Packing(cu, lengths, tokens, max_seqlen)
+    packing = Packing.__new__(Packing)  # pytree utilities put specs, nodes and None in the leaves' places
+    packing._set(cu, lengths, tokens, max_seqlen)
+    return packing
 
 
 pytree.register_pytree_node(Packing, _flatten, _unflatten, serialized_type_name="jepa_kernels.Packing")

@@ -32,7 +32,7 @@ class Pairs:
     ) -> Pairs:
         """Build from the lengths of the B contexts and of the masks * B targets, on the host."""
         batch = len(context)
-        if batch == 0 or len(target) % batch:
+        if len(target) % batch if batch else len(target):
             fail(
                 "Pairs",
                 "target lengths",
@@ -41,7 +41,7 @@ class Pairs:
                 "pack the targets mask-major, one per mask and image",
             )
         c, t = np.asarray(context, dtype=np.int64), np.asarray(target, dtype=np.int64)
-        masks = len(t) // batch
+        masks = len(t) // batch if batch else 1
         both = np.tile(c, masks) + t
         start = np.cumsum(both) - both
         context_rows = _rows(start, np.tile(c, masks)).reshape(masks, -1)

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from jepa_kernels import probe, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, read, same_run
+from jepa_kernels.configs import Config, flat, read, same_run
 from jepa_kernels.data import PhotoCrops, extra, normalize
 from jepa_kernels.masks import MaskBatch, MultiBlock2d
 from jepa_kernels.models import checkpoints
@@ -46,7 +46,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, torch.device(device), 0
         self.model = IJEPA(config.model).to(self.device)
-        self.optimizer = torch.optim.AdamW(_groups(self.model))
+        self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
         self.latents = torch.empty(0)
         self.model.target_encoder.register_forward_hook(self._keep_latents)
 
@@ -97,10 +97,36 @@ class Trainer:
         if missing:
             fail("train", f"checkpoint {path}", f"hold {', '.join(missing)}", "a part", "pass the --out of a whole run")
         same_run(state["config"], self.config.plain(), path)
+        moments = self._moments(state, path)
         self.model.load(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})  # the schedule sets the rest
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
+
+    def _moments(self, state: Mapping[str, Any], path: Path) -> Mapping[int, Any]:
+        """The optimiser's state in a checkpoint, once all but the weights, which the model checks, is known to fit."""
+        step, weights, optimizer = state["step"], state["model"], state["optimizer"]
+        moments = optimizer.get("state") if isinstance(optimizer, Mapping) else None
+        found = [] if isinstance(weights, Mapping) else [f"model is a {type(weights).__name__}"]
+        if not isinstance(step, int) or step < 0:
+            found.append(f"step is {step!r}")
+        if not isinstance(moments, Mapping):
+            found.append("optimizer holds no mapping named state")
+        elif moments or step != 0:  # before the first step there are none
+            found += checkpoints.problems("optimizer", self._expected_moments(), flat(moments))
+        try:
+            torch.Generator().set_state(state["rng"])
+        except (TypeError, RuntimeError):
+            found.append("rng is no state of a generator")
+        if found:
+            remedy = "pass the --out of a whole run"
+            fail("train", f"checkpoint {path}", "hold a state of this run", checkpoints.brief(found), remedy)
+        return moments  # type: ignore[return-value]
+
+    def _expected_moments(self) -> dict[str, Tensor]:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names = {f"{i}.{name}": p for i, p in enumerate(trained) for name in ("exp_avg", "exp_avg_sq")}
+        return names | {f"{i}.step": torch.zeros(()) for i in range(len(trained))}
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -286,7 +312,10 @@ def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
         if not latest.exists():
             fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
         trainer.load(latest)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail("train", "--out", "be a folder", f"{out} ({error.strerror})", "pass another --out")
     return trainer, out
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,25 +196,34 @@ def tiny_step(truncate):
     return step.StepRun("ijepa", workload, "step", "float32", QUICK)
 
 
+STEP_PARTS = ["patch embedding", "encoder", "predictor", "target encoder", "loss", "backward", "optimiser",
+              "moving average"]  # fmt: skip
+
+
 @pytest.mark.parametrize("truncate", [True, False])
-def test_a_step_is_split_into_parts_that_sum_to_it(truncate):
-    (found,) = tiny_step(truncate).rows()
+def test_a_step_fills_the_schema(truncate):
+    found, sdpa = tiny_step(truncate).rows()
+    assert [found["baseline"], sdpa["baseline"]] == ["reference", "sdpa"] and rows.problems(document(sdpa)) == []
     assert found["status"] == "ok" and rows.problems(document(found)) == []
-    for who, total in (("ours", "ours_us"), ("reference", "baseline_us")):
-        assert list(found["parts"][who]) == [
-            "patch embedding", "encoder", "predictor", "target encoder", "loss", "backward", "optimiser",
-            "moving average",
-        ]  # fmt: skip
-        assert sum(found["parts"][who].values()) == pytest.approx(found[total]["p50"], rel=0.3)
+    assert list(found["parts"]["ours"]) == list(found["parts"]["reference"]) == STEP_PARTS
     assert found["tokens_per_s"] == pytest.approx(found["tokens"] / found["ours_us"]["p50"] * 1e6)
+    assert found["share_of_peak"] == pytest.approx(found["flops"] / found["ours_us"]["p50"] / 1e3 / 200.0)
+
+
+def test_parts_of_a_step_leave_no_time_out(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    for stepper in tiny_step(True).steppers().values():
+        stepper()
+        assert stepper.parts.seconds == {part: [1.0] for part in STEP_PARTS}
 
 
 def test_a_wrong_step_prints_no_number(monkeypatch):
     real = jk.latent_loss
     fault = lambda *a, **k: real(*a, **k) * (1.0 if select._override else 1.0001)  # noqa: E731
     monkeypatch.setattr(jk, "latent_loss", fault)
-    (found,) = tiny_step(True).rows()
-    assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
+    for found in tiny_step(True).rows():
+        assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
 
 
 def test_step_flops_are_those_that_torch_counts():
@@ -320,6 +330,7 @@ def test_one_row_end_to_end(tmp_path):
 def test_readme_shows_the_committed_results():
     page = readme.README.read_text()
     assert page == readme.insert(page, readme.tables())
+    assert "x** |" in page and "| trained minus random, paired |" in page, "both kinds of results are committed"
 
 
 PROBE_SCORES = {
@@ -334,9 +345,16 @@ PROBE = {
 }  # fmt: skip
 
 
+def every_target():
+    """A row for each of targets.TARGETS."""
+    for t in targets.TARGETS:
+        made = model_row() if t.name == "ijepa" else row()
+        yield {**made, "name": t.name, "workload": t.workload, "pass": t.stage, "baseline": t.baseline}
+
+
 def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     run, training, results = tmp_path / "latest.json", tmp_path / "probe.json", tmp_path / "results"
-    run.write_text(json.dumps(document(row(), model_row(), command="python -m benchmarks --out /somewhere")))
+    run.write_text(json.dumps(document(*every_target(), command="python -m benchmarks --out /somewhere")))
     training.write_text(json.dumps(PROBE))
     path = readme.adopt(run, results)
     assert path.name == "a-processor-avx2-2-threads.json" and readme.adopt(training, results).name == readme.PROBE
@@ -351,6 +369,16 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
 
 def test_only_complete_runs_are_adopted(tmp_path, capsys):
     run = tmp_path / "latest.json"
-    run.write_text(json.dumps(document(row(), status="partial")))
-    assert readme.main(["--adopt", str(run)]) == 1
-    assert "status is 'partial', not 'ok'" in capsys.readouterr().err
+    for spoilt, why in (
+        (document(*every_target(), status="partial"), "status is 'partial', not 'ok'"),
+        (document(row()), "ema_update against the published per-parameter loop was not measured"),
+    ):
+        run.write_text(json.dumps(spoilt))
+        assert readme.main(["--adopt", str(run)]) == 1
+        assert why in capsys.readouterr().err
+
+
+def test_a_file_as_output_folder_is_named(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    assert front.main(["--out", str(tmp_path / "taken")]) == 2
+    assert "bench: --out" in (said := capsys.readouterr().err) and "must be a folder with room to write, got" in said

@@ -121,18 +121,6 @@ def test_strided_inputs_give_the_same_bits(op, backend, device, case):
 
 
 @each_kernel
-def test_the_result_does_not_depend_on_the_thread_count(op, backend, device):
-    case, results, before = typical(op), [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(public(op, backend), draw(case, torch.float32, device), case))
-    finally:
-        torch.set_num_threads(before)
-    assert same(results[0], results[1]) and same(results[0], results[2])
-
-
-@each_kernel
 @pytest.mark.parametrize("level", ["avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_is_within_the_error_budget(op, backend, device, level):
     if backend != "cpu":

@@ -3,12 +3,14 @@
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from jepa_kernels import _C
+from jepa_kernels._core import define
 
 ROOT = Path(__file__).parents[1]
 LEVELS = ("avx2", "avx512", "avx512_bf16")
@@ -55,6 +57,15 @@ def test_first_bad_id():
     packed, cu = torch.tensor([5, 6, 1, 2, 99]), torch.tensor([0, 2, 2, 4], dtype=torch.int32)
     assert _C.first_bad_id(packed, 7, cu) == -1, "rows past the last sequence are not read"
     assert _C.first_bad_id(packed, 6, cu) == 1
+
+
+def test_only_a_backend_file_that_is_not_there_leads_to_the_extension(monkeypatch):
+    monkeypatch.setattr(define, "_implementations", {})
+    assert define.implementation("ema_update", "forward", "cpu") is _C.ema_update_forward_cpu
+    monkeypatch.setitem(sys.modules, "triton.language", None)  # a part of Triton that does not import
+    monkeypatch.delitem(sys.modules, "jepa_kernels.ops.ema_update.triton", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"triton\.language"):
+        define.implementation("ema_update", "forward", "triton")
 
 
 def test_cuda_says_why_it_can_not_run():

@@ -143,13 +143,24 @@ def test_pairs_by_hand():
     assert pairs.target_rows.tolist() == [2, 4, 5, 9]
 
 
+def test_pairs_of_no_images():
+    pairs = Pairs.from_lengths([], [])
+    assert pairs.packing.lengths == () and pairs.context_rows.numel() == pairs.target_rows.numel() == 0
+    with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 0 contexts in number, got 1"):
+        Pairs.from_lengths([], [1])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ({"grid": 1}, r"MultiBlock2d: grid must have at least 2 patches per side, got \(1, 1\); "),
         ({"target_scale": (0.3, 0.2)}, r"target_scale must satisfy 0 < least <= most <= 1, got \(0.3"),
         ({"context_scale": (0.5, 1.5)}, r"context_scale must satisfy 0 < least <= most <= 1, got \(0.5"),
-        ({"target_aspect_ratio": (0, 1)}, r"target_aspect_ratio must satisfy 0 < least <= most <= inf, got"),
+        ({"target_aspect_ratio": (0, 1)}, r"target_aspect_ratio must satisfy 0 < least <= most <= 1000, got"),
+        ({"target_aspect_ratio": (1, float("inf"))}, r"target_aspect_ratio must satisfy 0 < .* <= 1000, got \(1, inf"),
+        ({"target_scale": (float("nan"), 0.2)}, r"target_scale must satisfy 0 < least <= most <= 1, got \(nan"),
+        ({"min_keep": -5}, "MultiBlock2d: min_keep must be at least 0, got -5; the published value is 10"),
+        ({"seed": -1}, "MultiBlock2d: seed must be at least 0, got -1; pass any such number"),
         ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
         ({"grid": 3}, "min_keep must be less than the smallest context block, 2 x 2 patches, got 10; "),
     ],
@@ -159,8 +170,37 @@ def test_errors(arguments, message):
         MultiBlock2d(**{"grid": 14, **arguments})
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"grid": 14.5}, "grid must be patches per side, G or (Gh, Gw), got 14.5; pass integers"),
+        ({"grid": "14"}, "grid must be patches per side, G or (Gh, Gw), got '14'; pass integers"),
+        ({"grid": (14, 14, 14)}, "grid must be patches per side, G or (Gh, Gw), got (14, 14, 14); pass integers"),
+        ({"target_scale": None}, "target_scale must be two numbers (least, most), got None; pass shares of the grid"),
+        ({"context_scale": 0.9}, "context_scale must be two numbers (least, most), got 0.9; pass shares of the grid"),
+        ({"target_aspect_ratio": ("a", 1)}, "target_aspect_ratio must be two numbers (least, most), got ('a', 1); "),
+        ({"num_targets": 2.5}, "num_targets must be an int, got 2.5; the published value is 4"),
+        ({"min_keep": None}, "min_keep must be an int, got None; the published value is 10"),
+        ({"seed": 0.5}, "seed must be an int, got 0.5; pass any such number"),
+    ],
+)
+def test_type_errors(arguments, message):
+    with pytest.raises(TypeError) as error:
+        MultiBlock2d(**{"grid": 14, **arguments})
+    assert str(error.value).startswith("MultiBlock2d: " + message)
+
+
+def test_numpy_numbers_are_numbers():
+    sampler = MultiBlock2d(np.int64(14), target_scale=(np.float32(0.15), 1 / 5), min_keep=np.int32(10))
+    assert sampler.grid == (14, 14) and sampler(np.int64(2)).batch == 2
+
+
 def test_batch_and_pairs_errors():
     with pytest.raises(ValueError, match="MultiBlock2d: batch must be at least 1, got 0"):
         MultiBlock2d(14)(0)
+    with pytest.raises(TypeError, match=r"MultiBlock2d: batch must be an int, got 2\.5; pass the number of images"):
+        MultiBlock2d(8, min_keep=2)(2.5)
+    with pytest.raises(ValueError, match="MultiBlock2d: step must be at least 0, got -1; leave it out to count calls"):
+        MultiBlock2d(14)(2, step=-1)
     with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 2 contexts in num"):
         Pairs.from_lengths([1, 2], [1, 2, 3])

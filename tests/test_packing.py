@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from jepa_kernels import Packing, pack
@@ -19,12 +20,6 @@ def test_layout_by_hand():
         [0, 0, 1, 1, 1],
         [0, 0, 1, 1, 1],
     ]
-
-
-def test_tiles_hold_every_block_once_longest_sequence_first():
-    p = Packing.from_lengths([10, 200, 0, 64])
-    assert p.tiles.tolist() == [[1, 0], [1, 1], [1, 2], [1, 3], [3, 0], [0, 0], [-1, -1], [-1, -1]]
-    assert len(p.tiles) == p.tokens // 64 + 4
 
 
 def test_pad_and_unpad_are_inverse_and_differentiable():
@@ -77,7 +72,8 @@ def test_is_a_pytree_and_immutable():
     p = Packing.from_lengths([2, 3])
     leaves, spec = pytree.tree_flatten(p)
     q = pytree.tree_unflatten(leaves, spec)
-    assert q.lengths == p.lengths and torch.equal(q.tiles, p.tiles)
+    assert (q.lengths, q.tokens, q.max_seqlen) == (p.lengths, p.tokens, p.max_seqlen)
+    assert torch.equal(q.cu_seqlens, p.cu_seqlens)
     with pytest.raises(AttributeError, match="Packing: tokens must stay as it is, got an assignment; build a new"):
         p.tokens = 3
 
@@ -85,7 +81,39 @@ def test_is_a_pytree_and_immutable():
 def test_no_sequences_and_many():
     assert Packing.from_lengths([]).cu_seqlens.tolist() == [0]
     p = Packing.uniform(100_000, 1)
-    assert p.tokens == 100_000 and (p.tiles[:, 0] >= 0).sum() == 100_000
+    assert p.tokens == 100_000 and torch.equal(p.cu_seqlens, torch.arange(100_001, dtype=torch.int32))
+
+
+def test_pytree_leaves_may_be_anything_but_a_wrong_tensor():
+    p = Packing.from_lengths([2, 3])
+    assert pytree.tree_map(lambda leaf: None, p).cu_seqlens is None
+    with pytest.raises(TypeError, match="Packing: cu_seqlens must be of dtype int32, got int64; convert it"):
+        pytree.tree_map_only(torch.Tensor, torch.Tensor.long, p)
+
+
+def test_is_built_from_fake_tensors_and_inside_compiled_code():
+    with FakeTensorMode():
+        assert Packing.uniform(2, 3).cu_seqlens.shape == (3,)
+
+    def ends(cu_seqlens):
+        return Packing(cu_seqlens, (2, 3), 5, 3).cu_seqlens.diff()
+
+    cu_seqlens = Packing.from_lengths([2, 3]).cu_seqlens
+    assert torch.compile(ends, fullgraph=True, backend="aot_eager")(cu_seqlens).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens, error, message",
+    [
+        ([0, 2], TypeError, "be a tensor, got list; convert it"),
+        (torch.tensor([0, 2]), TypeError, "be of dtype int32, got int64; convert it"),
+        (torch.zeros(1, 2, dtype=torch.int32), ValueError, r"have shape \[S\+1\], got \(1, 2\); reshape it"),
+        (torch.zeros(4, dtype=torch.int32)[::2], ValueError, r"be contiguous, got strides \(2,\); call .contiguous"),
+    ],
+)
+def test_only_int32_lines_are_taken_as_cu_seqlens(cu_seqlens, error, message):
+    with pytest.raises(error, match="Packing: cu_seqlens must " + message):
+        Packing(cu_seqlens, (2,), 2, 2)
 
 
 @pytest.mark.parametrize(

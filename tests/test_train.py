@@ -1,5 +1,6 @@
 """Training runs: the command end to end, exact resume, what a full disk or a foreign checkpoint does, messages."""
 
+import copy
 import errno
 import json
 import os
@@ -336,6 +337,97 @@ def test_a_checkpoint_of_something_else_is_refused(config, tmp_path, capsys, kin
         message = f"train: checkpoint {latest} must be of format {train.FORMAT}, got {found}"
     assert train.main([str(config), "--out", str(out), "--resume"]) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def spoil(state, kind):
+    moments = state["optimizer"]["state"]
+    if kind == "no config":
+        del state["config"]
+    elif kind == "no rng, no step":
+        del state["rng"], state["step"]
+    elif kind == "another shape":
+        moments[0]["exp_avg"] = torch.zeros(3)
+    elif kind == "a moment missing":
+        del moments[1]["exp_avg_sq"]
+    elif kind == "a parameter too many":
+        moments[10_000] = dict(moments[0])
+    elif kind == "no moments":
+        moments.clear()
+    elif kind == "an entry that is none":
+        moments[0] = 3
+    elif kind == "no optimiser":
+        state["optimizer"] = []
+    elif kind == "not finite":
+        moments[0]["exp_avg"][0] = torch.nan
+    elif kind == "a step of text":
+        state["step"] = "3"
+    elif kind == "a foreign rng":
+        state["rng"] = torch.zeros(3)
+    elif kind == "a path for weights":
+        state["model"] = "weights.pt"
+    else:
+        assert kind == "other weights"
+        state["model"]["predictor.mask_token"] = torch.zeros(3)
+
+
+STATE = "train: checkpoint {path} must hold a state of this run, got "
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("no config", "train: checkpoint {path} must hold config, got a part; pass the --out of a whole run\n"),
+        (
+            "no rng, no step",
+            "train: checkpoint {path} must hold step, rng, got a part; pass the --out of a whole run\n",
+        ),
+        ("another shape", STATE + "optimizer.0.exp_avg has shape (3,), the model ("),
+        ("a moment missing", STATE + "optimizer.1.exp_avg_sq is missing; pass the --out of a whole run\n"),
+        ("a parameter too many", STATE + "optimizer.10000.step is unknown; optimizer.10000.exp_avg is unknown; "),
+        ("no moments", STATE + "optimizer.0.exp_avg is missing; "),
+        ("an entry that is none", STATE + "optimizer.0.exp_avg is missing; "),
+        ("no optimiser", STATE + "optimizer holds no mapping named state; pass the --out of a whole run\n"),
+        ("not finite", STATE + "optimizer.0.exp_avg holds values that are not finite; "),
+        ("a step of text", STATE + "step is '3'; "),
+        ("a foreign rng", STATE + "rng is no state of a generator; "),
+        ("a path for weights", STATE + "model is a str; "),
+        ("other weights", "IJEPA: checkpoint must hold exactly the weights of this config, got model.predictor.mask_t"),
+    ],
+)
+def test_a_spoiled_checkpoint_is_refused_and_changes_nothing(config, tmp_path, capsys, kind, message):
+    latest = tmp_path / "run/latest.pt"
+    fit(config, latest.parent, stop=2)
+    state = torch.load(latest, weights_only=True)
+    spoil(state, kind)
+    torch.save(state, latest)
+    assert train.main([str(config), "--out", str(latest.parent), "--resume"]) == 2
+    assert capsys.readouterr().err.startswith(message.format(path=latest))
+    trainer = train.Trainer(configs.read(str(config)))
+    before, rng = copy.deepcopy(trainer.state()), torch.get_rng_state()
+    with pytest.raises(ValueError):
+        trainer.load(latest)
+    assert same(trainer.state(), before) and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_run_that_has_not_begun_can_be_continued(config, tmp_path):
+    fit(config, tmp_path / "run", stop=0)
+    whole = fit(config, tmp_path / "whole")
+    assert same(fit(config, tmp_path / "run", resume=True).state()["model"], whole.state()["model"])
+
+
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_file_as_output_folder_is_refused(config, capsys, inside):
+    out = config / inside
+    assert train.main([str(config), "--out", str(out)]) == 2
+    why = "Not a directory" if inside else "File exists"
+    assert capsys.readouterr().err == f"train: --out must be a folder, got {out} ({why}); pass another --out\n"
+
+
+def test_a_backend_that_cannot_run_ends_with_its_reason(config, tmp_path):
+    environment = {**os.environ, "JEPA_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "0"}
+    done = command(config, "--out", tmp_path / "run", env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("embed_patches: ")
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn", "skimage", "yaml"])

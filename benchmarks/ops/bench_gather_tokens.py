@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.workload import Inputs, Workload, each, nbytes
@@ -28,6 +29,7 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     found = {
         "index": lambda: x[image, ids],
         "index_select": lambda: x.flatten(0, 1).index_select(0, flat).view(shape),
+        "embedding": lambda: F.embedding(flat, x.flatten(0, 1)).view(shape),
     }
     if "packing" not in inputs:
         found["expand"] = lambda: expand(x, ids.split(x.shape[0]))
@@ -58,7 +60,12 @@ def workload(name: str, make: Any, grads: tuple[str, ...] = ("x",), **options: A
 LENGTHS = [33, 54, 40, 35, 48, 36, 42, 45] * 16
 
 WORKLOADS = (
-    workload("ijepa_vit_h14_b32", cases.rectangular(32, 256, 1280, 4, 40), dtypes=("float32", "bfloat16")),
+    workload(
+        "ijepa_vit_h14_b32",
+        cases.rectangular(32, 256, 1280, 4, 40),
+        dtypes=("float32", "bfloat16"),
+        compile=("forward",),
+    ),
     workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS)),
     workload("positions_vit_s16_b8", cases.rectangular(1, 196, 384, 32, 33), grads=(), smoke=True),
 )

@@ -33,13 +33,14 @@ static py::dict build_info() {
 }
 
 // The first place in [0, n) where ids leave [0, count) or do not increase within their row; -1: none.
-// Rows are `row` long, or end at cu[1], cu[2], ... ; ids past the last row are not read.
+// Rows are as long as the last dimension, or packed runs; ids past the last one are not read.
 static int64_t first_bad_id(const Tensor& ids, int64_t count, const std::optional<Tensor>& cu) {
   const int64_t* p = ids.data<const int64_t>();
-  const int64_t rows = cu ? cu->size(0) - 1 : ids.numel() / std::max<int64_t>(ids.size(-1), 1);
+  const Runs runs(cu, ids.numel());
+  const int64_t rows = cu ? runs.count() : ids.numel() / std::max<int64_t>(ids.size(-1), 1);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = cu ? cu->data<const int32_t>()[r] : r * ids.size(-1);
-    const int64_t end = cu ? cu->data<const int32_t>()[r + 1] : begin + ids.size(-1);
+    const int64_t begin = cu ? runs.starts()[r] : r * ids.size(-1);
+    const int64_t end = begin + (cu ? runs.length(r) : ids.size(-1));
     int64_t before = -1;
     for (int64_t i = begin; i < end; ++i) {
       if (p[i] <= before || p[i] >= count) return i;

@@ -14,4 +14,7 @@ struct f16 {
   uint16_t bits;
 };
 
+// Ends a call with a type that no kernel is built for, rather than read its bytes as another's.
+[[noreturn]] void refuse(DType type);
+
 } // namespace jepa

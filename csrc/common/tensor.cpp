@@ -1,5 +1,7 @@
 #include "common/tensor.h"
 
+#include <algorithm>
+
 namespace jepa {
 
 // A module attribute of torch, looked up once; the reference is kept for the process's life.
@@ -51,6 +53,19 @@ Tensor Tensor::from(py::handle h) {
   }
   t.dtype = dtype_of(h.attr(dtype));
   return t;
+}
+
+Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {
+  if (!cu_seqlens) return;
+  if (cu_seqlens->dtype != DType::i32 || cu_seqlens->dim() != 1)
+    throw py::type_error("jepa_kernels: cu_seqlens must be int32 [S + 1], got " +
+                         py::repr(cu_seqlens->obj.attr("dtype")).cast<std::string>() + " with " +
+                         std::to_string(cu_seqlens->dim()) + " dimensions; build a Packing");
+  starts_.push_back(0);
+  for (int64_t s = 1; s < cu_seqlens->size(0); ++s) {
+    const int64_t end = cu_seqlens->data<const int32_t>()[s * cu_seqlens->stride(0)];
+    starts_.push_back(static_cast<int32_t>(std::clamp<int64_t>(end, starts_.back(), rows)));
+  }
 }
 
 Tensor Tensor::allocate(const char* method, std::initializer_list<int64_t> shape,

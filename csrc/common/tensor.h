@@ -5,6 +5,7 @@
 #include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/rows.h"
@@ -59,14 +60,27 @@ private:
   Tensor allocate(const char* method, std::initializer_list<int64_t> shape, std::optional<DType> type) const;
 };
 
-// ids [M, K], [T] with cu_seqlens, or none: all `count` tokens of each of `batch` images.
-inline KeptRows kept_rows(const std::optional<Tensor>& ids, const std::optional<Tensor>& cu, int64_t batch,
-                          int64_t count) {
+// Where runs start on a packed axis of `rows` rows, copied from cu_seqlens: from 0, never falling, never past
+// `rows`. Wrong values in the caller's tensor give wrong results, and no access outside any tensor.
+class Runs {
+public:
+  Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows);
+  const int32_t* starts() const { return starts_.empty() ? nullptr : starts_.data(); } // null: no cu_seqlens
+  int64_t count() const { return static_cast<int64_t>(starts_.size()) - 1; }
+  int64_t length(int64_t run) const { return starts_[run + 1] - starts_[run]; }
+
+private:
+  std::vector<int32_t> starts_;
+};
+
+// ids [M, K], [T] with packed runs, or none: all `count` tokens of each of `batch` images.
+inline KeptRows kept_rows(const std::optional<Tensor>& ids, const Runs& runs, int64_t batch, int64_t count) {
+  const bool packed = runs.starts();
   if (!ids) return {nullptr, nullptr, batch, count, batch * count, batch, count};
   return {ids->data<int64_t>(),
-          cu ? cu->data<int32_t>() : nullptr,
-          cu ? cu->size(0) - 1 : ids->size(0),
-          cu ? 0 : ids->size(1),
+          runs.starts(),
+          packed ? runs.count() : ids->size(0),
+          packed ? 0 : ids->size(1),
           ids->numel(),
           batch,
           count};

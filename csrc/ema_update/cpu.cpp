@@ -49,15 +49,25 @@ template <EmaForm form> static void update(const EmaTensor& t, int64_t begin, in
     return update_online<form, bf16>(t, begin, n, f);
   case DType::f16:
     return update_online<form, f16>(t, begin, n, f);
-  default:
+  case DType::f32:
     return update_online<form, float>(t, begin, n, f);
+  default: // refused before the threads start
+    return;
   }
+}
+
+static void require_float(DType type) {
+  if (type != DType::f32 && type != DType::bf16 && type != DType::f16) refuse(type);
 }
 
 // Threads share the parameters as one long axis: each takes a contiguous share of all elements.
 void ema_update_cpu(const EmaUpdateParams& p) {
   int64_t total = 0;
-  for (int64_t i = 0; i < p.count; ++i) total += p.tensors[i].numel;
+  for (int64_t i = 0; i < p.count; ++i) {
+    total += p.tensors[i].numel;
+    require_float(p.tensors[i].online_dtype);
+    require_float(p.tensors[i].shadow_dtype);
+  }
   const Factors f{set1(static_cast<float>(p.momentum)), set1(static_cast<float>(1.0 - p.momentum))};
   constexpr int64_t WORTH_A_THREAD = 1 << 14;
   const int64_t useful = total / WORTH_A_THREAD + 1;

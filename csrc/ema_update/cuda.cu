@@ -130,8 +130,10 @@ template <EmaForm form, class Online> static void launch_shadow(const EmaUpdateC
     return launch<form, Online, __nv_bfloat16>(p);
   case DType::f16:
     return launch<form, Online, __half>(p);
-  default:
+  case DType::other:
     return launch<form, Online, None>(p);
+  default:
+    refuse(p.shadow_dtype);
   }
 }
 
@@ -141,8 +143,10 @@ template <EmaForm form> static void launch_online(const EmaUpdateCudaParams& p) 
     return launch_shadow<form, __nv_bfloat16>(p);
   case DType::f16:
     return launch_shadow<form, __half>(p);
-  default:
+  case DType::f32:
     return launch_shadow<form, float>(p);
+  default:
+    refuse(p.online_dtype);
   }
 }
 

@@ -10,9 +10,9 @@ using namespace embed_patches;
 using Maybe = std::optional<Tensor>;
 
 static EmbedPatchesLayer layer_of(const Tensor& pixels, const Maybe& ids, const Tensor& weight,
-                                  const Maybe& cu) {
+                                  const Runs& runs) {
   const int64_t patch = weight.size(2), grid_w = pixels.size(3) / patch;
-  EmbedPatchesLayer layer{kept_rows(ids, cu, pixels.size(0), pixels.size(2) / patch * grid_w),
+  EmbedPatchesLayer layer{kept_rows(ids, runs, pixels.size(0), pixels.size(2) / patch * grid_w),
                           weight.size(1),
                           patch,
                           grid_w,
@@ -30,7 +30,8 @@ static EmbedPatchesLayer layer_of(const Tensor& pixels, const Maybe& ids, const 
 
 static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& weight, const Maybe& bias,
                           const Maybe& pos, const Maybe& cu) {
-  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, cu);
+  const Runs runs(cu, ids ? ids->numel() : 0);
+  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, scratch_size = forward_scratch(depth);
   const Tensor out = cu ? pixels.new_empty({layer.at.rows, embed_dim})
                         : pixels.new_empty({layer.at.sequences, layer.at.run_length, embed_dim});
@@ -54,7 +55,8 @@ static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& 
 
 static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixels, const Maybe& ids,
                                           const Tensor& weight, const Maybe& cu, std::array<bool, 4> wanted) {
-  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, cu);
+  const Runs runs(cu, ids ? ids->numel() : 0);
+  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, count = layer.at.count;
   const Tensor none = grad.new_empty({0});
   const std::array<Tensor, 4> found{

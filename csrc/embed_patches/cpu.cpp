@@ -264,8 +264,10 @@ void embed_patches_forward_cpu(const Forward& p) {
     return forward<bf16>(p);
   case DType::f16:
     return forward<f16>(p);
-  default:
+  case DType::f32:
     return forward<float>(p);
+  default:
+    refuse(p.layer.dtype);
   }
 }
 
@@ -275,8 +277,10 @@ void embed_patches_backward_cpu(const Backward& p) {
     return backward<bf16>(p);
   case DType::f16:
     return backward<f16>(p);
-  default:
+  case DType::f32:
     return backward<float>(p);
+  default:
+    refuse(p.layer.dtype);
   }
 }
 

@@ -10,8 +10,9 @@ static int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DTy
 
 static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optional<Tensor>& cu) {
   const int64_t channels = x.size(2);
+  const Runs runs(cu, ids.numel());
   Tensor out = cu ? x.new_empty({ids.size(0), channels}) : x.new_empty({ids.size(0), ids.size(1), channels});
-  const GatherTokensForwardParams params{kept_rows(ids, cu, x.size(0), x.size(1)),
+  const GatherTokensForwardParams params{kept_rows(ids, runs, x.size(0), x.size(1)),
                                          x.data(),
                                          x.stride(0),
                                          x.stride(1),
@@ -28,9 +29,10 @@ static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optiona
 static Tensor backward_cpu(const Tensor& grad, const Tensor& ids, const std::optional<Tensor>& cu,
                            int64_t batch, int64_t count) {
   const int64_t channels = grad.size(-1), rows = ids.numel();
+  const Runs runs(cu, rows);
   Tensor dx = grad.new_empty({batch, count, channels});
   std::vector<int32_t> first(batch * count + 1), source(rows);
-  const GatherTokensBackwardParams params{kept_rows(ids, cu, batch, count),
+  const GatherTokensBackwardParams params{kept_rows(ids, runs, batch, count),
                                           grad.data(),
                                           grad.stride(0),
                                           grad.stride(-2),

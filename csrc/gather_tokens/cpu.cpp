@@ -100,8 +100,10 @@ void gather_tokens_backward_cpu(const GatherTokensBackwardParams& p) {
     return backward<bf16>(p);
   case DType::f16:
     return backward<f16>(p);
-  default:
+  case DType::f32:
     return backward<float>(p);
+  default:
+    refuse(p.dtype);
   }
 }
 

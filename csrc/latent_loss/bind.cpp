@@ -29,12 +29,13 @@ static std::pair<Tensor, Tensor> forward_cpu(const Tensor& pred, const Tensor& t
                 : cu       ? pred.new_empty({rows, channels}, type)
                            : pred.new_empty({pred.size(0), pred.size(1), channels}, type);
   std::vector<double> row_loss(rows);
+  const Runs runs(cu, rows);
   LatentLossForwardParams p{};
   p.pred = pred.data();
   p.target = target.data();
   p.ids = ids ? ids->data<int64_t>() : nullptr;
-  p.cu_seqlens = cu ? cu->data<int32_t>() : nullptr;
-  p.sequences = cu ? cu->size(0) - 1 : pred.size(0);
+  p.cu_seqlens = runs.starts();
+  p.sequences = cu ? runs.count() : pred.size(0);
   p.run_length = cu ? 0 : pred.size(1);
   p.rows = rows;
   p.batch = target.size(0);

@@ -162,7 +162,7 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
     Place next = at(begin, run);
     for (int64_t row = begin; row < end; ++row) {
       const Place here = next;
-      const int64_t own_mask = run / p.batch;
+      const int64_t own_run = run;
       if (row + 1 < end) next = at(row + 1, run);
       Unit* unit = p.unit ? static_cast<Unit*>(p.unit) + row * n : nullptr;
       if (here.id < 0) {
@@ -170,8 +170,8 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
         if (unit) std::memset(static_cast<void*>(unit), 0, n * sizeof(Unit));
         continue;
       }
-      if (own_mask != mask) {
-        mask = own_mask;
+      if (own_run / p.batch != mask) {
+        mask = own_run / p.batch;
         weight = static_cast<float>(weights.of(mask));
       }
       const P* all_pred = static_cast<const P*>(p.pred);
@@ -211,8 +211,10 @@ template <class P> static void forward_of_target(const LatentLossForwardParams& 
     return forward_of_kind<P, bf16>(p);
   case DType::f16:
     return forward_of_kind<P, f16>(p);
-  default:
+  case DType::f32:
     return forward_of_kind<P, float>(p);
+  default:
+    refuse(p.target_dtype);
   }
 }
 
@@ -222,8 +224,10 @@ void latent_loss_forward_cpu(const LatentLossForwardParams& p) {
     return forward_of_target<bf16>(p);
   case DType::f16:
     return forward_of_target<f16>(p);
-  default:
+  case DType::f32:
     return forward_of_target<float>(p);
+  default:
+    refuse(p.pred_dtype);
   }
 }
 
@@ -244,8 +248,10 @@ void latent_loss_backward_cpu(const LatentLossBackwardParams& p) {
     return scale<bf16, bf16>(p);
   case DType::f16:
     return scale<float, f16>(p);
-  default:
+  case DType::f32:
     return scale<float, float>(p);
+  default:
+    refuse(p.dtype);
   }
 }
 

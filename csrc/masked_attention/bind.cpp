@@ -26,9 +26,9 @@ static Tensor empty_like(const Tensor& x) {
 }
 
 // Rows past the last sequence of a packed axis.
-static void clear_unused(const Tensor& x, const int32_t* cu_seqlens, int64_t sequences) {
-  if (!cu_seqlens) return;
-  const int64_t used = cu_seqlens[sequences], row = x.size(1) * x.size(2);
+static void clear_unused(const Tensor& x, const Runs& runs) {
+  if (!runs.starts()) return;
+  const int64_t used = runs.starts()[runs.count()], row = x.size(1) * x.size(2);
   const int64_t size = x.dtype == DType::f32 ? 4 : 2;
   std::memset(x.data<char>() + used * row * size, 0, (x.size(0) - used) * row * size);
 }
@@ -38,14 +38,15 @@ static void clear_unused(const Tensor& x, const int32_t* cu_seqlens, int64_t seq
 struct Schedule {
   AttentionShape shape;
   std::vector<AttentionTask> tasks;
-  int64_t sequences;
+  Runs query_runs, key_runs;
 
   Schedule(const Tensor& q, const Tensor& k, const std::optional<Tensor>& cu,
-           const std::optional<Tensor>& k_cu, double scale, int64_t block) {
+           const std::optional<Tensor>& k_cu, double scale, int64_t block)
+      : query_runs(cu, q.size(0)), key_runs(k_cu, k.size(0)) {
     const bool dense = q.dim() == 4;
-    sequences = cu ? cu->size(0) - 1 : q.size(0);
-    shape.cu_seqlens = cu ? cu->data<int32_t>() : nullptr;
-    shape.k_cu_seqlens = k_cu ? k_cu->data<int32_t>() : nullptr;
+    const int64_t sequences = dense ? q.size(0) : query_runs.count();
+    shape.cu_seqlens = query_runs.starts();
+    shape.k_cu_seqlens = key_runs.starts();
     shape.queries = dense ? q.size(2) : 0;
     shape.keys = dense ? k.size(2) : 0;
     shape.heads = q.size(1);
@@ -70,12 +71,8 @@ struct Schedule {
     shape.task_count = static_cast<int64_t>(tasks.size());
     shape.threads = products * shape.heads * shape.width < SMALL ? 1 : torch_threads();
   }
-  int64_t queries_of(int64_t s) const {
-    return shape.cu_seqlens ? shape.cu_seqlens[s + 1] - shape.cu_seqlens[s] : shape.queries;
-  }
-  int64_t keys_of(int64_t s) const {
-    return shape.k_cu_seqlens ? shape.k_cu_seqlens[s + 1] - shape.k_cu_seqlens[s] : shape.keys;
-  }
+  int64_t queries_of(int64_t s) const { return shape.cu_seqlens ? query_runs.length(s) : shape.queries; }
+  int64_t keys_of(int64_t s) const { return shape.k_cu_seqlens ? key_runs.length(s) : shape.keys; }
 };
 
 // q [B, H, N, D], k and v [B, Hk, M, D]; or q [T, H, D], k and v [Tk, Hk, D] with cu and k_cu.
@@ -85,7 +82,7 @@ static Tensor forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v, con
   const Tensor out = empty_like(q);
   const MaskedAttentionForwardParams params{schedule.shape, rows_of(q), rows_of(k), rows_of(v), rows_of(out)};
   py::gil_scoped_release nogil;
-  clear_unused(out, schedule.shape.cu_seqlens, schedule.sequences);
+  clear_unused(out, schedule.query_runs);
   masked_attention_forward_cpu(params);
   return out;
 }
@@ -99,9 +96,9 @@ static std::tuple<Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const
                                              rows_of(v),     rows_of(dq),   rows_of(dk), rows_of(dv)};
   {
     py::gil_scoped_release nogil;
-    clear_unused(dq, schedule.shape.cu_seqlens, schedule.sequences);
-    clear_unused(dk, schedule.shape.k_cu_seqlens, schedule.sequences);
-    clear_unused(dv, schedule.shape.k_cu_seqlens, schedule.sequences);
+    clear_unused(dq, schedule.query_runs);
+    clear_unused(dk, schedule.key_runs);
+    clear_unused(dv, schedule.key_runs);
     masked_attention_backward_cpu(params);
   }
   return {dq, dk, dv};

@@ -19,15 +19,16 @@ static vf top_of(const float* scores, int64_t keys) {
   return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
 }
 
-// scores <- 2^(factor * (scores - top)), factor > 0; inverse[i] <- 1 / their sum.
+// scores <- 2^(factor * (scores - top)), factor > 0; inverse[i] <- 1 / their sum. Subtracting first makes the
+// weight of the top exactly 1, however large the scores: a rounded factor * top would not cancel.
 static void softmax(float* scores, int64_t keys, int64_t queries, float factor, float* inverse) {
   const vf f = set1(factor);
   for (int64_t i = 0; i < queries; i += W) {
     float* s = scores + i;
-    const vf shift = mul(sub(zero(), f), top_of(s, keys));
+    const vf top = top_of(s, keys);
     vf sum = zero();
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp2v(fma(f, load(s + j * BLOCK), shift));
+      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), top)));
       store(s + j * BLOCK, e);
       sum = add(sum, e);
     }
@@ -41,10 +42,10 @@ static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t q
   const vf f = set1(factor);
   for (int64_t i = 0; i < queries; i += W) {
     float *s = scores + i, *g = grad + i;
-    const vf shift = mul(sub(zero(), f), top_of(s, keys));
+    const vf top = top_of(s, keys);
     vf sum = zero(), dot = zero();
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp2v(fma(f, load(s + j * BLOCK), shift));
+      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), top)));
       store(s + j * BLOCK, e);
       sum = add(sum, e);
       dot = fma(e, load(g + j * BLOCK), dot);

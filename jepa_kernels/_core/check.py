@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -14,6 +16,8 @@ from jepa_kernels._core.select import FLOATS, short
 if TYPE_CHECKING:
     from jepa_kernels.packing import Packing
 
+DENSE = "convert it with .to_dense()"
+PLAIN = (Tensor, torch.nn.Parameter)
 CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
 
 
@@ -37,12 +41,26 @@ def check_tensor(
 
     float64 passes: no kernel takes it, the reference does (the exact side of every parity check).
     """
+    if not _usual(x, shape, dtypes, device):
+        _check_each(op, argument, x, shape, dtypes, device)
+
+
+def _usual(x: Any, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> bool:
+    """Fit in every respect, a plain CPU tensor: few attributes tell, and most calls end here."""
+    fits = type(x) in PLAIN and x.dtype in dtypes and x.dim() == shape.count(" ") + 1 and x.layout is torch.strided
+    return fits and x.is_cpu and not x.is_nested and (device is None or x.device == device)
+
+
+def _check_each(
+    op: str, argument: str, x: Any, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None
+) -> None:
     if not isinstance(x, Tensor):
         fail(op, argument, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if type(x) is not Tensor and hasattr(x, "to_local"):
         fail(op, argument, "be a plain tensor", type(x).__name__, "pass x.to_local()", TypeError)
     if x.layout is not torch.strided or x.is_nested:
-        fail(op, argument, "be a strided tensor", x.layout, "pack it with jepa_kernels.pack", TypeError)
+        actual, remedy = ("a nested tensor", "pack it with jepa_kernels.pack") if x.is_nested else (x.layout, DENSE)
+        fail(op, argument, "be a strided tensor", actual, remedy, TypeError)
     if x.device.type not in ("cpu", "cuda", "meta"):
         fail(op, argument, "be on cpu or cuda", x.device, "move it", TypeError)
     if x.dtype not in dtypes:
@@ -55,8 +73,27 @@ def check_tensor(
         fail(op, argument, f"be on {device}", x.device, "move it with .to(device)")
 
 
+def is_number(value: Any) -> bool:
+    """A Python or NumPy number."""
+    return isinstance(value, (int, float, Real))
+
+
+def check_number(op: str, argument: str, value: Any) -> None:
+    """A number, whatever its value."""
+    if not is_number(value):
+        fail(op, argument, "be a number", type(value).__name__, "pass a float", TypeError)
+
+
+def check_packing(op: str, packing: Any, argument: str = "packing") -> None:
+    """A Packing or None. Asked before anything that depends on it."""
+    if packing is not None and not hasattr(packing, "cu_seqlens"):
+        remedy = "build one with Packing.from_lengths(lengths)"
+        fail(op, argument, "be a Packing", type(packing).__name__, remedy, TypeError)
+
+
 def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count: int, device: torch.device) -> None:
     """ids int64 [M, K], or [T] with a packing: mask-major rows of `images` images, each id one of `count` patches."""
+    check_packing(op, packing)
     check_tensor(op, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=device)
     if not ids.is_contiguous():
         fail(op, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
@@ -77,9 +114,9 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
     JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
     """
-    if torch.compiler.is_compiling() or ids.device.type == "meta" or ids.numel() == 0:
+    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
         return
-    if ids.device.type != "cpu":
+    if not ids.is_cpu:
         if not CHECK_DEVICE_VALUES:
             return
         ids = ids.cpu()
@@ -107,12 +144,15 @@ def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
     if not isinstance(module, str) and ids.is_contiguous():
         return module.first_bad_id(ids, count, cu_seqlens)
-    rows = ids.reshape(-1, ids.shape[-1]) if cu_seqlens is None else ids.split(cu_seqlens.diff().tolist())
-    place = 0
-    for row in rows:
+    total = ids.numel()
+    if cu_seqlens is None:
+        starts = list(range(0, total + 1, ids.shape[-1]))
+    else:  # as the kernels take them: never falling, never past the ids
+        starts = [0, *cu_seqlens[1:].clamp(0, total).cummax(0).values.tolist()]
+    for begin, end in pairwise(starts):
+        row = ids.reshape(-1)[begin:end]
         bad = (row < 0) | (row >= count)
         bad[1:] |= row[1:] <= row[:-1]
         if bad.any():
-            return place + int(bad.nonzero()[0])
-        place += len(row)
+            return begin + int(bad.nonzero()[0])
     return -1

@@ -22,9 +22,12 @@ def implementation(op: str, stage: str, backend: str) -> Callable[..., Any]:
     """`ops/<op>/<backend>.py: <stage>`, or `_C.<op>_<stage>_<backend>`."""
     key = (op, stage, backend)
     if key not in _implementations:
+        file = f"jepa_kernels.ops.{op}.{backend}"
         try:
-            found = getattr(importlib.import_module(f"jepa_kernels.ops.{op}.{backend}"), stage)
-        except ModuleNotFoundError:
+            found = getattr(importlib.import_module(file), stage)
+        except ModuleNotFoundError as error:
+            if error.name != file:  # the file is there; what it imports is not
+                raise
             found = getattr(extension.load(), f"{op}_{stage}_{backend}")
         _implementations[key] = found
     return _implementations[key]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ _environment = os.environ.get("JEPA_KERNELS_BACKEND")
 _availability: dict[tuple[str, str], str | None] = {}
 _ready: dict[tuple[str, str, torch.dtype], tuple[Kernel, ...]] = {}
 _told: set[tuple[str, str]] = set()
-_explaining: list[bool] = []
+_explaining: list[int] = []  # threads inside `explain`: the calls of others run
 
 
 def unavailable(backend: str, device_type: str) -> str | None:
@@ -106,9 +107,10 @@ def select(
     dtype: torch.dtype | None = None,
 ) -> str:
     """The backend for this call. Precedence: argument, `use_backend`, JEPA_KERNELS_BACKEND, automatic."""
-    device_type, dtype = tensor.device.type, tensor.dtype if dtype is None else dtype
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type
+    dtype = tensor.dtype if dtype is None else dtype
     wanted = backend or _override.get(op) or _override.get("*") or _environment
-    if _explaining:
+    if _explaining and threading.get_ident() in _explaining:
         rows = [(k.backend, *_reasons(k, device_type, dtype, call)) for k in kernels]
         raise Explained([*rows, ("reference", None, None)], wanted)
     if wanted is not None:
@@ -189,6 +191,8 @@ def use_backend(backend: str | None = None, **per_op: str) -> Iterator[None]:
                 f"use_backend: backend must be one of {', '.join(BACKENDS)}, got {name!r}; check the spelling"
             )
     before = dict(_override)
+    if backend is not None:  # the inner block decides: names of single ops around it end here
+        _override.clear()
     _override.update(chosen)
     try:
         yield
@@ -208,21 +212,25 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
     if op not in OPS:
         raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
-    _explaining.append(True)
+    _explaining.append(threading.get_ident())
     try:
         getattr(jepa_kernels, op)(*args, **kwargs)
     except Explained as found:
         return _table(op, found)
     finally:
-        _explaining.pop()
+        _explaining.remove(threading.get_ident())
     return f"{op}: empty input, no kernel needed"
 
 
 def _table(op: str, found: Explained) -> str:
-    chosen = found.named or next(name for name, *reasons in found.rows if reasons == [None, None])
-    lines = [f"{op}: {chosen}" + (" (named)" if found.named else " (automatic)")]
-    lines += [f"  {name:<10} {why or only or 'can run this call'}" for name, why, only in found.rows]
-    return "\n".join(lines)
+    if found.named is None:
+        chosen = next(f"{name} (automatic)" for name, *reasons in found.rows if reasons == [None, None])
+    else:
+        able = any(name == found.named and why is None for name, why, _ in found.rows)
+        chosen = f"{found.named} (named{'' if able else ', but it must fail'})"
+    return "\n".join(
+        [f"{op}: {chosen}"] + [f"  {n:<10} {why or only or 'can run this call'}" for n, why, only in found.rows]
+    )
 
 
 def short(dtype: torch.dtype) -> str:

@@ -223,7 +223,7 @@ def _check(config: Config) -> None:
 
 def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
     """Refuse to continue a run with another config: only logging and the probe may change."""
-    flat_saved, flat_now = _flat(saved if isinstance(saved, Mapping) else {}), _flat(now)
+    flat_saved, flat_now = flat(saved if isinstance(saved, Mapping) else {}), flat(now)
     for key in sorted({*flat_saved, *flat_now}):
         if key.split(".")[0] in ("logging", "probe") or key == "data.num_workers":
             continue
@@ -232,9 +232,10 @@ def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
             fail("train", f"checkpoint {path}", "be of this config", actual, "pass the run's options, or another --out")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted names."""
+    flattened: dict[str, Any] = {}
     for key, value in tree.items():
-        name = prefix + str(key)
-        flat.update(_flat(value, name + ".") if isinstance(value, Mapping) else {name: value})
-    return flat
+        name = f"{prefix}{key}"
+        flattened.update(flat(value, name + ".") if isinstance(value, Mapping) else {name: value})
+    return flattened

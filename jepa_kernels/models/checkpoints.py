@@ -1,14 +1,14 @@
 """Reading published checkpoints: their layout, their prefixes, and what is wrong with one that does not fit."""
 
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
+from jepa_kernels._core.select import FLOATS, short
 
 PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
@@ -17,11 +17,14 @@ def read(model: str, source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapp
     """A checkpoint given as a mapping, or as the path of a torch file (read with weights_only=True, on the CPU)."""
     if isinstance(source, Mapping):
         return source
+    if not isinstance(source, str | os.PathLike):
+        found = type(source).__name__
+        fail(model, "checkpoint", "be a mapping of names or a path", found, "pass a state dict", TypeError)
     with open(source, "rb"):  # a missing or unreadable file raises its own OSError
         pass
     try:
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # the reader meets foreign bytes with errors of nearly every type
         why = str(error).strip().split("\n")[0][:200] or type(error).__name__
         text = f"{model}: {os.fspath(source)} must be a torch file of plain tensors, got: {why}; save it again"
         raise ValueError(text) from error
@@ -33,36 +36,46 @@ def read(model: str, source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapp
 def strip(state: Mapping[str, Any]) -> dict[str, Any]:
     """The same entries without the prefixes that DDP, published wrappers and torch.compile put before names."""
 
-    def short(name: str) -> str:
+    def bare(name: str) -> str:
         for prefix in PREFIXES:
             if name.startswith(prefix):
-                return short(name.removeprefix(prefix))
+                return bare(name.removeprefix(prefix))
         return name
 
-    return {short(name): value for name, value in state.items()}
+    return {bare(name) if isinstance(name, str) else name: value for name, value in state.items()}
 
 
-def problems(name: str, module: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """What keeps `state` from being loaded into `module`, a line each; nothing is loaded."""
-    own = module.state_dict()
+def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
+    """What keeps `state` from taking the place of the tensors `own`, a line each."""
     found = [f"{name}.{key} is missing" for key in own if key not in state]
     found += [f"{name}.{key} is unknown" for key in state if key not in own]
-    for key, value in own.items():
-        theirs = state.get(key, value)
-        if not isinstance(theirs, Tensor):
-            found.append(f"{name}.{key} is a {type(theirs).__name__}")
-        elif theirs.shape != value.shape:
-            found.append(f"{name}.{key} has shape {tuple(theirs.shape)}, the model {tuple(value.shape)}")
-        elif not theirs.isfinite().all():
-            found.append(f"{name}.{key} holds values that are not finite")
-    return found
+    wrong = {key: _problem(value, state[key]) for key, value in own.items() if key in state}
+    return found + [f"{name}.{key} {why}" for key, why in wrong.items() if why]
 
 
-def load(model: str, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], remedy: str) -> None:
+def _problem(own: Tensor, theirs: Any) -> str:
+    if not isinstance(theirs, Tensor):
+        return f"is a {type(theirs).__name__}"
+    if theirs.is_nested or theirs.layout is not torch.strided:
+        return "is no dense tensor"
+    if theirs.shape != own.shape:
+        return f"has shape {tuple(theirs.shape)}, the model {tuple(own.shape)}"
+    if theirs.dtype not in (*FLOATS, torch.float64):
+        return f"is of dtype {short(theirs.dtype)}"
+    if theirs.is_meta:
+        return "is on the meta device"
+    return "" if theirs.to(own.dtype).isfinite().all() else "holds values that are not finite"
+
+
+def load(model: str, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], remedy: Callable[[], str]) -> None:
     """Load every part {name: (module, state)}, or raise ValueError and load none."""
-    found = [line for name, (module, state) in parts.items() for line in problems(name, module, state)]
+    found = [line for name, (module, state) in parts.items() for line in problems(name, module.state_dict(), state)]
     if found:
-        shown = "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
-        fail(model, "checkpoint", "hold exactly the weights of this config", shown, remedy)
+        fail(model, "checkpoint", "hold exactly the weights of this config", brief(found), remedy())
     for module, state in parts.values():
         module.load_state_dict(state)
+
+
+def brief(found: list[str]) -> str:
+    """The first three of many lines, on one."""
+    return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")

@@ -115,12 +115,12 @@ class IJEPA(nn.Module):
 
         source: the mapping, or the path of a torch file, which is read with weights_only=True. Prefixes of
         wrappers (`module.`, ...) are dropped. Raises ValueError, and loads nothing, for anything that does not
-        fit: missing or unknown names, other shapes, values that are not finite.
+        fit: missing or unknown names, other shapes, dtypes that are not real floating, values that are not finite.
         """
         state = checkpoints.strip(checkpoints.read("IJEPA", source))
         own = "context_encoder.norm.weight" in state
         parts = {"model": (self, state)} if own else self._published(state)
-        checkpoints.load("IJEPA", parts, "pass weights of this model" if own else _remedy(state))
+        checkpoints.load("IJEPA", parts, lambda: "pass weights of this model" if own else _remedy(state))
         return self
 
     def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
@@ -158,11 +158,11 @@ def _rectangular(batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
 def _remedy(state: Mapping[str, Any]) -> str:
     """Name the size that a checkpoint of the published layout seems to hold."""
     encoder = checkpoints.strip(state["encoder"])
-    weight = encoder.get("patch_embed.proj.weight")
-    if not isinstance(weight, Tensor) or weight.dim() != 4 or "pos_embed" not in encoder:
+    weight, table = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
+    if not (isinstance(weight, Tensor) and weight.dim() == 4 and isinstance(table, Tensor) and table.dim() == 3):
         return "it seems to be of another model than I-JEPA"
-    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    tokens = encoder["pos_embed"].shape[1]
+    depth = len({name.split(".")[1] for name in map(str, encoder) if name.startswith("blocks.")})
+    tokens = table.shape[1]
     for name, size in SIZES.items():
         c = size()
         if (c.embed_dim, c.depth, c.patch_size) == (weight.shape[0], depth, weight.shape[2]):

@@ -68,7 +68,7 @@ class Predictor(nn.Module):
         return self._project(x.index_select(0, pairs.target_rows))
 
     def _rectangular(self, context: Tensor, target: Tensor) -> Tensor:
-        masks, kept = target.shape[0] // context.shape[0], context.shape[1]
+        masks, kept = target.shape[0] // max(context.shape[0], 1), context.shape[1]
         x = torch.cat([context.repeat(masks, 1, 1), target], 1)
         for block in self.predictor_blocks:
             x = block(x)

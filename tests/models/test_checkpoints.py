@@ -1,6 +1,7 @@
 """The published layout of I-JEPA's weights: names, shapes, parameter counts, loading, and files that do not fit."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -193,6 +194,23 @@ def spoiled(kind, state):
         return replaced(state, "encoder", "module.norm.bias", torch.full((48,), torch.nan))
     if kind == "not a tensor":
         return replaced(state, "encoder", "module.norm.bias", [0.0] * 48)
+    if kind == "an int for a name":
+        return {**state, "encoder": {**state["encoder"], 3: torch.ones(2)}}
+    if kind == "complex":
+        complex_bias = torch.complex(torch.ones(48), torch.ones(48))
+        return replaced(state, "encoder", "module.norm.bias", complex_bias)
+    if kind == "integers":
+        return replaced(state, "encoder", "module.norm.bias", torch.ones(48, dtype=torch.int64))
+    if kind == "too large for float32":
+        return replaced(state, "encoder", "module.norm.bias", torch.full((48,), 1e300, dtype=torch.float64))
+    if kind == "sparse":
+        return replaced(state, "encoder", "module.norm.bias", torch.ones(48).to_sparse())
+    if kind == "no values":
+        return replaced(state, "encoder", "module.norm.bias", torch.ones(48, device="meta"))
+    if kind == "a list of positions":
+        return replaced(state, "encoder", "module.pos_embed", [0.0])
+    if kind == "flat positions":
+        return replaced(state, "encoder", "module.pos_embed", torch.ones(16 * 48))
     if kind == "no predictor":
         return {k: v for k, v in state.items() if k != "predictor"}
     assert kind == "vit_tiny"
@@ -211,6 +229,14 @@ FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
         ("another shape", FITS + "target_encoder.norm.weight has shape (64,), the model (48,); "),
         ("not finite", FITS + "encoder.norm.bias holds values that are not finite; "),
         ("not a tensor", FITS + "encoder.norm.bias is a list; "),
+        ("an int for a name", FITS + "encoder.3 is unknown; it has embed_dim 48, depth 2, patch_size 8, 16 patches"),
+        ("complex", FITS + "encoder.norm.bias is of dtype complex64; "),
+        ("integers", FITS + "encoder.norm.bias is of dtype int64; "),
+        ("too large for float32", FITS + "encoder.norm.bias holds values that are not finite; "),
+        ("sparse", FITS + "encoder.norm.bias is no dense tensor; "),
+        ("no values", FITS + "encoder.norm.bias is on the meta device; "),
+        ("a list of positions", FITS + "encoder.pos_embed is a list; it seems to be of another model than I-JEPA"),
+        ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); it seems to be of anot"),
         ("vit_tiny", FITS + "encoder.blocks.2.norm1.weight is unknown; "),
         ("no predictor", "IJEPA: checkpoint must hold predictor, got batch_size, encoder, epoch, "),
     ],
@@ -245,6 +271,34 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         IJEPA(SMALL).load(tensor)
     with pytest.raises(FileNotFoundError):
         IJEPA(SMALL).load(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("name", [3, ("a", "b"), None])
+def test_names_that_are_no_text_are_refused_in_its_own_state_dict(donor, name):
+    with pytest.raises(ValueError) as error:
+        IJEPA(SMALL).load({**donor.state_dict(), name: torch.ones(2)})
+    assert str(error.value) == f"{FITS}model.{name} is unknown; pass weights of this model"
+
+
+def test_a_source_that_is_neither_mapping_nor_path_is_refused():
+    with pytest.raises(TypeError, match="IJEPA: checkpoint must be a mapping of names or a path, got int; pass a st"):
+        IJEPA(SMALL).load(0)
+
+
+def legacy(entries):
+    """The opening of a file as torch wrote them before zip archives, then `entries`."""
+    head = [pickle.dumps(v, protocol=2) for v in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return b"".join(head) + entries
+
+
+def test_any_bytes_are_refused_with_the_message(tmp_path):
+    model, path = IJEPA(SMALL), tmp_path / "bytes.pt"
+    for content in (*(bytes([first]) * 3 for first in range(256)), legacy(b""), legacy(b"."), legacy(b"].].")):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, TypeError)) as error:
+            model.load(path)
+        ours = f"IJEPA: {path} must be a torch file of plain tensors, got: ", "IJEPA: checkpoint must be a mapping of "
+        assert str(error.value).startswith(ours), content
 
 
 def test_a_torn_file_is_refused(donor, tmp_path):

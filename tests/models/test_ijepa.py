@@ -8,8 +8,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import jepa_kernels as jk
-from jepa_kernels.masks import MultiBlock2d
+from jepa_kernels.masks import Masks, MultiBlock2d
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
+from jepa_kernels.packing import Packing
+from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import compare, poisoned_memory
 from tests.models import ijepa_equations
 
@@ -185,6 +187,19 @@ def test_the_loss_compiles_as_one_graph_for_all_lengths(truncate):
         ours, theirs = torch.autograd.grad(loss, ends), torch.autograd.grad(eager, ends)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert counter.frame_count == 2
+
+
+def no_masks(truncate):
+    ids = torch.empty((0, 5) if truncate else 0, dtype=torch.int64)
+    if truncate:
+        return Masks(0, ids, ids)
+    return Masks(0, ids, ids, Packing.from_lengths([]), Packing.from_lengths([]), Pairs.from_lengths([], []))
+
+
+@each_batching
+def test_no_images_have_no_loss_and_no_gradient(model, truncate):
+    found = results(model, torch.empty(0, 3, 64, 64), no_masks(truncate))
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in found.values())
 
 
 def test_masks_of_another_kind_or_batch_are_refused(model):

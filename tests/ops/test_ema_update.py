@@ -140,6 +140,40 @@ def test_lerp_after_many_steps_stays_near_fp64():
     assert abs(target[0].item() - (1 - 0.996**1000)) < 1e-5
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("role", ["target", "shadow"])
+def test_a_graph_that_saved_an_old_value_refuses_its_backward(role, compiled):
+    saved, other, x = torch.ones(3), torch.ones(3), torch.ones(3, requires_grad=True)
+    y = (saved * x).sum()
+    target, shadow = ([saved], None) if role == "target" else ([other], [saved])
+    update = torch.compile(jk.ema_update, fullgraph=True, backend="aot_eager") if compiled else jk.ema_update
+    update(target, [torch.full((3,), 5.0)], torch.tensor(0.5, dtype=torch.float64), shadow=shadow)
+    assert saved.tolist() == [3.0] * 3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_online_weights_keep_their_graph():
+    online, x = torch.full((3,), 5.0), torch.ones(3, requires_grad=True)
+    y = (online * x).sum()
+    jk.ema_update([torch.ones(3)], [online], 0.5)
+    y.backward()
+    assert x.grad.tolist() == [5.0] * 3
+
+
+def test_inference_tensors_are_updated():
+    with torch.inference_mode():
+        target = [torch.ones(3)]
+        jk.ema_update(target, [torch.full((3,), 5.0)], 0.5)
+        assert target[0].tolist() == [3.0] * 3
+
+
+def test_the_cpu_kernel_refuses_types_it_is_not_built_for():
+    target, online, momentum = [torch.ones(3)], [torch.ones(3).double()], torch.tensor(0.5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="tensors must be float32, bfloat16 or float16, got float64"):
+        torch.ops.jepa_kernels.ema_update_forward(target, online, [], momentum, "lerp", "cpu")
+
+
 ONE = torch.zeros(3)
 BAD = [
     (dict(online=[]), ValueError, "online must hold 2 tensors, got 0; pass one for each target"),
@@ -170,6 +204,11 @@ BAD = [
         ValueError,
         "momentum must be on the CPU or on the targets' device cpu, got meta",
     ),
+    (dict(momentum="0.5"), TypeError, "momentum must be a float or a 0-dim float64 or float32 tensor, got str; use"),
+    (dict(momentum=None), TypeError, "momentum must be a float or a 0-dim float64 or float32 tensor, got NoneType"),
+    (dict(online=[ONE, None]), TypeError, "online must hold tensors, got NoneType; convert it with torch.as_tensor"),
+    (dict(shadow=[ONE, 1.0]), TypeError, "shadow must hold tensors, got float; convert it with torch.as_tensor"),
+    (dict(online=None), TypeError, "online must be tensors or a module, got NoneType; pass a list of tensors"),
     (dict(form="fast"), ValueError, "form must be one of lerp, ijepa, vjepa2, got 'fast'"),
 ]
 
@@ -182,6 +221,11 @@ def test_bad_input_is_named_and_changes_nothing(change, error, message):
     with pytest.raises(error, match="ema_update: " + message):
         jk.ema_update(**call)
     assert all(torch.equal(a, b) for a, b in zip(before, call["target"], strict=True))
+
+
+def test_a_target_that_is_no_tensor_is_named():
+    with pytest.raises(TypeError, match="ema_update: target must hold tensors, got float; convert it with"):
+        jk.ema_update([1.0], [ONE], 0.5)
 
 
 def test_gpu_backends_say_why_they_can_not_take_cpu_tensors():

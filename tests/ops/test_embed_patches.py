@@ -202,6 +202,7 @@ BAD = [
     (dict(ids=IDS.t()), ValueError, "ids must be contiguous, got strides"),
     (dict(ids=IDS[0], packing=Packing.from_lengths([1, 2])), ValueError, "ids must hold packing.tokens = 3 ids, got 2"),
     (dict(ids=IDS[0], packing=Packing.from_lengths([2])), ValueError, "packing must hold a multiple of the 2 images"),
+    (dict(packing=IDS), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
     (dict(weight=WEIGHT.to("meta")), ValueError, "weight must be on cpu, got meta"),
 ]
 

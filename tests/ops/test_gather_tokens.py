@@ -74,7 +74,17 @@ BAD = [
     (dict(ids=IDS[0], packing=Packing.from_lengths([1, 2])), ValueError, "ids must hold packing.tokens = 3 ids, got 2"),
     (dict(ids=IDS[0], packing=Packing.from_lengths([2])), ValueError, "packing must hold a multiple of the 2 images"),
     (dict(x=X.to("meta")), ValueError, "ids must be on meta, got cpu"),
-    (dict(x=X.to_sparse()), TypeError, "x must be a strided tensor"),
+    (
+        dict(x=X.to_sparse()),
+        TypeError,
+        r"x must be a strided tensor, got torch.sparse_coo; convert it with .to_d",
+    ),
+    (
+        dict(x=torch.nested.nested_tensor([X[0], X[1, :3]], layout=torch.jagged)),
+        TypeError,
+        "x must be a strided tensor, got a nested tensor; pack it with jepa_kernels.pack",
+    ),
+    (dict(packing=IDS), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
 ]
 
 

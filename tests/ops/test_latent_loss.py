@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
@@ -25,6 +26,19 @@ def kernel(request):
 def draw(masks=2, images=3, count=10, kept=4, channels=24):
     ids = torch.stack([torch.randperm(count)[:kept].sort().values for _ in range(masks * images)])
     return torch.randn(masks * images, kept, channels), torch.randn(images, count, channels), ids
+
+
+class Ops(TorchDispatchMode):
+    """Names of our ops that ran, in order."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "jepa_kernels":
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 def value_and_grad(pred, *args, **kwargs):
@@ -182,6 +196,13 @@ def test_fp16_gradients_survive_many_elements():
     assert (pred.grad != 0).float().mean() > 0.99
 
 
+def test_rows_without_images_count_nothing(kernel):
+    packing = Packing.from_lengths([]).padded(4, 0, 0)
+    empty = torch.zeros(0, 5, 24), torch.zeros(4, dtype=torch.int64)
+    loss, grad = value_and_grad(torch.randn(4, 24), *empty, packing=packing, backend=kernel)
+    assert loss == 0 and grad.eq(0).all()
+
+
 def test_backward_twice_gives_the_same_gradient():
     pred, target, ids = draw()
     pred.requires_grad_()
@@ -189,6 +210,86 @@ def test_backward_twice_gives_the_same_gradient():
     first = torch.autograd.grad(loss, pred, retain_graph=True)[0].clone()
     half = torch.autograd.grad(loss, pred, torch.tensor(0.5), retain_graph=True)[0]
     assert torch.equal(torch.autograd.grad(loss, pred)[0], first) and torch.equal(half, first / 2)
+
+
+def plain_and_compiled(function):
+    return (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
+
+
+def test_a_gradient_is_its_owners_to_change(backend):
+    pred, target, ids = draw()
+    pred.requires_grad_()
+    expected = value_and_grad(pred, target, ids, backend=backend)[1]
+    for function in plain_and_compiled(jk.latent_loss):
+        loss = function(pred, target, ids, backend=backend)
+        first = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+        first.mul_(3)
+        second = torch.autograd.grad(loss, pred, retain_graph=True)[0]
+        second.mul_(5)
+        third = torch.autograd.grad(loss, pred)[0]
+        for got, factor in ((first, 3), (second, 5), (third, 1)):
+            assert torch.equal(got, expected * factor) and got.grad_fn is None and not got.requires_grad
+
+
+def test_backward_accumulates_over_a_kept_graph(backend):
+    pred, target, ids = draw()
+    expected = value_and_grad(pred, target, ids, backend=backend)[1]
+    for function in plain_and_compiled(jk.latent_loss):
+        leaf = pred.clone().requires_grad_()
+        loss = function(leaf, target, ids, backend=backend)
+        for count in (1, 2, 3):
+            loss.backward(retain_graph=count < 3)
+            torch.testing.assert_close(leaf.grad, count * expected, rtol=1e-6, atol=0)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
+
+def test_a_hook_may_change_the_gradient_in_place(backend):
+    pred, target, ids = draw()
+    expected = value_and_grad(pred, target, ids, backend=backend)[1]
+    for function in plain_and_compiled(jk.latent_loss):
+        leaf = pred.clone().requires_grad_()
+        inner = leaf * 1.0
+        inner.register_hook(lambda grad: grad.mul_(2))
+        loss = function(inner, target, ids, backend=backend)
+        for last in (False, True):
+            leaf.grad = None
+            loss.backward(retain_graph=not last)
+            assert torch.equal(leaf.grad, 2 * expected)
+
+
+def test_the_gradient_of_a_graph_used_once_is_not_copied():
+    pred, target, ids = draw()
+    pred.requires_grad_()
+    with Ops() as seen:
+        jk.latent_loss(pred, target, ids, backend="cpu").backward()
+    assert seen.names == ["latent_loss_forward"]
+    with Ops() as seen:
+        jk.latent_loss(pred, target, ids, backend="cpu").backward(torch.tensor(2.0))
+    assert seen.names == ["latent_loss_forward", "latent_loss_backward"]
+
+
+def test_float64_targets_are_for_the_reference(kernel):
+    pred, target, ids = draw()
+    expected = jk.latent_loss(pred, target.double(), ids, backend="reference")
+    with pytest.warns(jk.BackendWarning, match="takes targets of float32, bfloat16, float16, got float64"):
+        assert torch.equal(jk.latent_loss(pred, target.double(), ids), expected)
+    with pytest.raises(jk.BackendError, match="got: takes targets of float32, bfloat16, float16, got float64; leave"):
+        jk.latent_loss(pred, target.double(), ids, backend=kernel)
+
+
+def test_the_cpu_kernel_refuses_types_it_is_not_built_for():
+    forward, rest = torch.ops.jepa_kernels.latent_loss_forward, ("l1", 1.0, True, 1e-5, "mask", True, "cpu")
+    message = "tensors must be float32, bfloat16 or float16, got float64; call the public function"
+    for pred, target in ((PRED, TARGET.double()), (PRED.double(), TARGET)):
+        with pytest.raises(ValueError, match=message):
+            forward(pred, target, IDS, None, *rest)
+
+
+@pytest.mark.parametrize("beta", [1e-30, 1e-20, 1e20])
+def test_any_beta_gives_a_finite_gradient(backend, beta):
+    loss, grad = value_and_grad(*draw(), beta=beta, backend=backend)
+    assert loss.isfinite() and grad.isfinite().all()
 
 
 def test_no_gradient_reaches_the_target(backend):
@@ -211,7 +312,11 @@ BAD = [
     (dict(pred=PRED[:5], ids=IDS[:5]), ValueError, "pred must hold a multiple of the 3 images, got 5; order rows mask"),
     (dict(kind="huber"), ValueError, "kind must be one of smooth_l1, l1, l2, got 'huber'"),
     (dict(reduction="sum"), ValueError, "reduction must be one of mask, token, got 'sum'"),
-    (dict(beta=0.0), ValueError, "beta must be greater than 0, got 0.0; use kind='l1'"),
+    (dict(beta=0.0), ValueError, "beta must be at least 1e-30, got 0.0; use kind='l1'"),
+    (dict(beta=1e-40), ValueError, "beta must be at least 1e-30, got 1e-40; use kind='l1'"),
+    (dict(beta=None), TypeError, "beta must be a number, got NoneType; pass a float"),
+    (dict(eps="small"), TypeError, "eps must be a number, got str; pass a float"),
+    (dict(packing=IDS), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
     (dict(eps=-1.0), ValueError, "eps must be greater than 0, got -1.0"),
     (dict(target=TARGET.to("meta")), ValueError, "target must be on cpu, got meta"),
     (

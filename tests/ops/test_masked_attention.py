@@ -168,6 +168,21 @@ def test_views_of_a_qkv_product_are_read_in_place():
     assert equal(with_gradients(*views, packing), with_gradients(*(x.contiguous() for x in views), packing))
 
 
+def test_dense_queries_without_keys_give_0_even_where_they_are_nan(backend):
+    q = torch.full((2, 3, 5, 8), float("nan"), requires_grad=True)
+    k, v = torch.zeros(2, 2, 3, 0, 8, requires_grad=True).unbind(0)
+    out = jk.masked_attention(q, k, v, backend=backend)
+    assert out.eq(0).all() and out.transpose(1, 2).is_contiguous()
+    dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    assert dq.shape == q.shape and dq.eq(0).all() and dk.shape == k.shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dense_outputs_of_any_backend_are_views_of_token_major_memory(backend, grad):
+    q, k, v = (torch.randn(2, heads, n, 16, requires_grad=grad) for heads, n in ((4, 5), (2, 7), (2, 7)))
+    assert jk.masked_attention(q, k, v, backend=backend).transpose(1, 2).is_contiguous()
+
+
 def test_dense_results_are_views_of_token_major_memory():
     results = with_gradients(*(torch.randn(2, 3, n, 16) for n in (5, 7, 7)))
     assert all(x.transpose(1, 2).is_contiguous() for x in results)
@@ -186,6 +201,32 @@ def test_logits_far_beyond_the_range_of_exp_stay_finite():
     v = torch.arange(1.0, 4.0).view(1, 1, 3, 1).expand(1, 1, 3, 8)
     out, *grads = with_gradients(q, k, v)
     assert out.eq(1).all() and all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("size", [1e5, 1e15])
+def test_huge_logits_choose_one_key_as_the_reference_does(size):
+    q, k, v = torch.randn(1, 2, 60, 8) * size, torch.randn(1, 2, 50, 8) * size, torch.randn(1, 2, 50, 8)
+    out = jk.masked_attention(q, k, v, backend="cpu")
+    best = (q.double() @ k.double().mT).argmax(-1)
+    assert torch.equal(out, v.gather(2, best[..., None].expand(-1, -1, -1, 8)))
+    torch.testing.assert_close(out, jk.masked_attention(q, k, v, backend="reference"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [8, 80, 128])
+def test_one_key_takes_all_weight_and_leaves_no_gradient(width):
+    q, k, v = torch.randn(1, 3, 49, width), *torch.randn(2, 1, 3, 1, width).unbind(0)
+    out, dq, dk, _ = with_gradients(q, k, v)
+    assert torch.equal(out, v.expand_as(out)) and dq.eq(0).all() and dk.eq(0).all()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("argument", range(3))
+def test_infinities_and_nan_come_out_as_in_the_reference(argument, value):
+    qkv = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    qkv[argument][0, 1, 7, 3] = value
+    out, expected = (jk.masked_attention(*qkv, backend=b) for b in ("cpu", "reference"))
+    assert not out[0, 0].isnan().any() and not out[0, 1].isfinite().all()
+    torch.testing.assert_close(out, expected, equal_nan=True)
 
 
 def test_no_sequences_and_no_tokens():
@@ -222,6 +263,9 @@ BAD = [
     (dict(q=DENSE, k=DENSE[:1], v=DENSE[:1], packing=None), ValueError, "k must hold 2 sequences like q, got 1"),
     (dict(scale=0.0), ValueError, "scale must be finite and greater than 0, got 0.0; leave it out"),
     (dict(scale=float("nan")), ValueError, "scale must be finite and greater than 0, got nan"),
+    (dict(scale="x"), TypeError, "scale must be a number, got str; pass a float"),
+    (dict(packing=Q), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
+    (dict(k_packing=Q), TypeError, "k_packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
     (dict(q=Q[:4]), ValueError, "q must hold 5 rows like its packing, got 4; pack it with the same lengths"),
     (dict(k=K[:4], v=K[:4]), ValueError, "k must hold 5 rows like its packing, got 4; pass k_packing"),
     (dict(k_packing=Packing.from_lengths([5])), ValueError, "k_packing must hold 2 sequences like packing, got 1"),

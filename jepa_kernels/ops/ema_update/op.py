@@ -1,12 +1,12 @@
 """Public face of `ema_update`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels._core.check import fail
+from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.define import define
 from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.ema_update import reference
@@ -48,8 +48,8 @@ def ema_update(
     No gradient. Raises ValueError and TypeError for lists that do not match, before the first write.
     Source: I-JEPA (arXiv:2301.08243) section 3, V-JEPA 2 (arXiv:2506.09985) section 2.
     """
-    source, target, online = target, _tensors(target), _tensors(online)
-    shadow = () if shadow is None else list(shadow)
+    source, target, online = target, _tensors(target, "target"), _tensors(online, "online")
+    shadow = () if shadow is None else _tensors(shadow, "shadow")
     _check_lists(source, target, online, shadow)
     _check_momentum(momentum, target[0].device if target else None)
     if form not in FORMS:
@@ -63,12 +63,28 @@ def ema_update(
         momentum = torch.tensor(momentum, dtype=torch.float64)
     with torch.no_grad():  # parameters are leaves
         _forward(target, online, shadow, momentum, form, chosen)
+    if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
+        torch.autograd.graph.increment_version([*target, *shadow, *_sharded(source)])
 
 
-def _tensors(source: Sequence[Tensor] | nn.Module) -> list[Tensor]:
+def _tensors(source: Sequence[Tensor] | nn.Module, argument: str = "target") -> list[Tensor]:
     """A module's parameters, or the list; a DTensor counts as its local shard: exact for an elementwise update."""
     tensors = source.parameters() if isinstance(source, nn.Module) else source
-    return [t if type(t) in PLAIN else getattr(t, "_local_tensor", t) for t in tensors]
+    if not isinstance(tensors, Iterable):
+        fail(OP, argument, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
+    return [t if type(t) in PLAIN else _local(t, argument) for t in tensors]
+
+
+def _local(t: Any, argument: str) -> Tensor:
+    if not isinstance(t, Tensor):
+        fail(OP, argument, "hold tensors", type(t).__name__, "convert it with torch.as_tensor", TypeError)
+    return getattr(t, "_local_tensor", t)
+
+
+def _sharded(source: Sequence[Tensor] | nn.Module) -> list[Tensor]:
+    """The DTensors (or other subclasses) among the targets: these count their versions apart from their shards."""
+    tensors = source.parameters() if isinstance(source, nn.Module) else source
+    return [t for t in tensors if type(t) not in PLAIN]
 
 
 def _name(source: Sequence[Tensor] | nn.Module, i: int) -> str:
@@ -120,9 +136,7 @@ def _refuse_partner(name: str, role: str, t: Tensor, other: Tensor, device: torc
 def _check_momentum(momentum: float | Tensor, device: torch.device | None) -> None:
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
-            actual = f"{short(momentum.dtype)} {tuple(momentum.shape)}"
-            wanted = "be a float or a 0-dim float64 or float32 tensor"
-            fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)
+            _refuse_momentum(f"{short(momentum.dtype)} {tuple(momentum.shape)}")
         if momentum.device.type != "cpu" and device not in (None, momentum.device):
             fail(
                 OP,
@@ -134,8 +148,15 @@ def _check_momentum(momentum: float | Tensor, device: torch.device | None) -> No
         if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
             return
         momentum = float(momentum)
+    if not is_number(momentum):
+        _refuse_momentum(type(momentum).__name__)
     if not 0.0 <= momentum <= 1.0:
         fail(OP, "momentum", "lie in [0, 1]", momentum, "0.996 to 1 is usual")
+
+
+def _refuse_momentum(actual: str) -> NoReturn:
+    wanted = "be a float or a 0-dim float64 or float32 tensor"
+    fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)
 
 
 def _fake(target: Any, online: Any, shadow: Any, momentum: Any, form: str, backend: str) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_ids, check_tensor, fail
+from jepa_kernels._core.check import check_ids, check_number, check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
-from jepa_kernels._core.select import Kernel, select
+from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.latent_loss import reference
 from jepa_kernels.packing import Packing
 
@@ -15,7 +15,14 @@ OP = "latent_loss"
 KINDS = ("smooth_l1", "l1", "l2")
 REDUCTIONS = ("mask", "token")
 
-KERNELS = (Kernel("triton"), Kernel("cpu"))
+MIN_BETA = 1e-30  # its inverse is an fp32 number
+
+
+def _limit(target: torch.dtype) -> str | None:
+    return None if target in FLOATS else f"takes targets of {', '.join(map(short, FLOATS))}, got {short(target)}"
+
+
+KERNELS = (Kernel("triton", limit=_limit), Kernel("cpu", limit=_limit))
 
 
 def latent_loss(
@@ -40,7 +47,7 @@ def latent_loss(
     target: [B, N, E], fp32, bf16 or fp16 (its own dtype), any strides; only the rows that ids name are read.
     ids: int64 in [0, N), increasing in each row: [M, K], or [T] with a packing of masks * B sequences. None: pred is
         [M, N, E] and every token counts.
-    beta: > 0, in units of the normalised target. eps: > 0. normalize: False compares with y itself.
+    beta: >= 1e-30, in units of the normalised target. eps: > 0. normalize: False compares with y itself.
     reduction: "mask" is the mean over the tokens of each mask, then over the masks that have tokens (as published);
         "token" the mean over all tokens. No tokens: 0.
 
@@ -51,7 +58,7 @@ def latent_loss(
     Source: I-JEPA (arXiv:2301.08243) section 3; V-JEPA (arXiv:2404.08471) section 3 for l1.
     """
     _check(pred, target, ids, packing, kind, beta, eps, reduction)
-    backend = select(OP, KERNELS, backend, pred)
+    backend = select(OP, KERNELS, backend, pred, target.dtype)
     if backend == "reference":
         return reference.forward(
             pred,
@@ -80,6 +87,7 @@ def _check(
     eps: float,
     reduction: str,
 ) -> None:
+    check_packing(OP, packing)
     check_tensor(OP, "pred", pred, "M K E" if packing is None else "T E")
     check_tensor(OP, "target", target, "B N E", device=pred.device)
     if pred.shape[-1] != target.shape[2]:
@@ -88,9 +96,12 @@ def _check(
         fail(OP, "kind", f"be one of {', '.join(KINDS)}", repr(kind), "leave it out for smooth_l1")
     if reduction not in REDUCTIONS:
         fail(OP, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction), "leave it out for mask")
-    if not beta > 0 or not eps > 0:
-        name, value = ("beta", beta) if not beta > 0 else ("eps", eps)
-        fail(OP, name, "be greater than 0", value, "use kind='l1' for beta = 0" if name == "beta" else "use 1e-5")
+    check_number(OP, "beta", beta)
+    check_number(OP, "eps", eps)
+    if not beta >= MIN_BETA:
+        fail(OP, "beta", f"be at least {MIN_BETA}", beta, "use kind='l1' for beta = 0")
+    if not eps > 0:
+        fail(OP, "eps", "be greater than 0", eps, "use 1e-5")
     _check_rows(pred, target, ids, packing)
 
 
@@ -142,6 +153,7 @@ def _backward_fake(grad: Tensor, unit: Tensor, half: bool, backend: str) -> Tens
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.half, ctx.backend = inputs[0].dtype == torch.float16, inputs[-1]
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
 
 
@@ -150,11 +162,16 @@ def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return (_dpred(grad, unit, ctx.half, ctx.backend), *(None,) * 10)
 
 
+# Whether the running backward was given retain_graph=True.
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 def _dpred(grad: Tensor | None, unit: Tensor, half: bool, backend: str) -> Tensor | None:
     if grad is None:
         return None
     # loss.backward() itself, where reading the scalar is no device sync: what the forward pass wrote is the gradient.
-    if type(grad) is Tensor and grad.device.type == "cpu" and not half and float(grad) == 1.0:
+    # Given away, as its owner may change it: only where no later backward can ask for it again.
+    if type(grad) is Tensor and grad.device.type == "cpu" and not half and not _graph_is_kept() and float(grad) == 1.0:
         return unit
     return _backward(grad, unit, half, backend)
 

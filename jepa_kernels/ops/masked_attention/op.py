@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.check import check_number, check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select, short
 from jepa_kernels.ops.masked_attention import reference, sdpa
@@ -70,6 +70,8 @@ def masked_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None, scale: float | None
 ) -> None:
+    check_packing(OP, packing)
+    check_packing(OP, k_packing, "k_packing")
     dense = packing is None
     check_tensor(OP, "q", q, "B H N D" if dense else "T H D")
     device, dtype, keys = q.device, q.dtype, "B Hk M D" if dense else "Tk Hk D"
@@ -89,8 +91,10 @@ def _check(
         fail(OP, "k", f"hold {q_shape[0]} sequences like q", k_shape[0], "expand it over the batch")
     if heads % key_heads if key_heads else heads:
         fail(OP, "k", f"have a number of heads that divides q's {heads}", key_heads, "repeat or drop heads")
-    if scale is not None and not 0 < scale < float("inf"):
-        fail(OP, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
+    if scale is not None:
+        check_number(OP, "scale", scale)
+        if not 0 < scale < float("inf"):
+            fail(OP, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
     _check_packings(q, k, packing, k_packing)
 
 

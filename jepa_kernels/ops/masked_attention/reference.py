@@ -20,7 +20,7 @@ def forward(
     with torch.autocast(q.device.type, enabled=False):
         if packing is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return _attend(q, k, v, None, scale).transpose(1, 2)
+            return _attend(q, k, v, None, scale).contiguous().transpose(1, 2)
         k_packing = packing if k_packing is None else k_packing
         column = torch.arange(k_packing.max_seqlen, device=q.device)
         keep = column < k_packing.cu_seqlens.diff()[:, None]
