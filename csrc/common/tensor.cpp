@@ -23,6 +23,22 @@ DType dtype_of(py::handle type) {
   return DType::other;
 }
 
+static py::object call(py::handle object, const py::str& method) {
+  PyObject* found = PyObject_CallMethodNoArgs(object.ptr(), method.ptr());
+  if (!found) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+void* address_of(py::handle tensor) {
+  static const py::str data_ptr("data_ptr");
+  return reinterpret_cast<void*>(call(tensor, data_ptr).cast<uintptr_t>());
+}
+
+int64_t numel_of(py::handle tensor) {
+  static const py::str numel("numel");
+  return call(tensor, numel).cast<int64_t>();
+}
+
 int torch_threads() {
   static const py::handle get = torch_attribute("get_num_threads");
   return get().cast<int>();

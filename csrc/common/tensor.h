@@ -20,6 +20,10 @@ DType dtype_of(py::handle type);
 // torch.get_num_threads(): a fresh Python thread's OpenMP default differs from it.
 int torch_threads();
 
+// One attribute of a tensor, for lists of many.
+void* address_of(py::handle tensor);
+int64_t numel_of(py::handle tensor);
+
 struct Tensor {
   static constexpr int MAX_DIM = 6;
 

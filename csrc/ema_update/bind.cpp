@@ -6,20 +6,21 @@
 
 namespace jepa {
 
-using Tensors = std::vector<Tensor>;
-
 static EmaForm form_of(const std::string& name) {
   if (name == "ijepa") return EmaForm::ijepa;
   return name == "vjepa2" ? EmaForm::vjepa2 : EmaForm::lerp;
 }
 
-static std::vector<EmaTensor> table(const Tensors& target, const Tensors& online, const Tensors& shadow) {
+// Hundreds of tensors a call, known to be contiguous: only what the kernel needs is read of each.
+static std::vector<EmaTensor> table(const py::list& target, const py::list& online, const py::list& shadow) {
   std::vector<EmaTensor> rows;
   rows.reserve(target.size());
   for (size_t i = 0; i < target.size(); ++i) {
     const bool copied = !shadow.empty();
-    rows.push_back({target[i].data<float>(), online[i].data(), copied ? shadow[i].data() : nullptr,
-                    target[i].numel(), online[i].dtype, copied ? shadow[i].dtype : DType::f32});
+    const py::handle o = online[i], s = copied ? py::handle(shadow[i]) : py::handle();
+    rows.push_back({static_cast<float*>(address_of(target[i])), address_of(o),
+                    copied ? address_of(s) : nullptr, numel_of(target[i]), dtype_of(o.attr("dtype")),
+                    copied ? dtype_of(s.attr("dtype")) : DType::f32});
   }
   return rows;
 }
@@ -28,7 +29,7 @@ static double value_of(const Tensor& momentum) {
   return momentum.dtype == DType::f64 ? *momentum.data<double>() : *momentum.data<float>();
 }
 
-static void forward_cpu(const Tensors& target, const Tensors& online, const Tensors& shadow,
+static void forward_cpu(const py::list& target, const py::list& online, const py::list& shadow,
                         const Tensor& momentum, const std::string& form) {
   const std::vector<EmaTensor> rows = table(target, online, shadow);
   const EmaUpdateParams params{rows.data(), static_cast<int64_t>(rows.size()), value_of(momentum),
