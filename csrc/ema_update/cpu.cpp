@@ -1,6 +1,7 @@
 // One pass over memory: read target and online, write target and its shadow (12 bytes a parameter in fp32).
 #include "ema_update/ema_update.h"
 
+#include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 
@@ -44,16 +45,7 @@ static void update_online(const EmaTensor& t, int64_t begin, int64_t n, Factors 
 }
 
 template <EmaForm form> static void update(const EmaTensor& t, int64_t begin, int64_t n, Factors f) {
-  switch (t.online_dtype) {
-  case DType::bf16:
-    return update_online<form, bf16>(t, begin, n, f);
-  case DType::f16:
-    return update_online<form, f16>(t, begin, n, f);
-  case DType::f32:
-    return update_online<form, float>(t, begin, n, f);
-  default: // refused before the threads start
-    return;
-  }
+  with_float(t.online_dtype, [&](auto x) { update_online<form, decltype(x)>(t, begin, n, f); });
 }
 
 static void require_float(DType type) {

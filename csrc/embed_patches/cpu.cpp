@@ -3,6 +3,7 @@
 // position are added as the tile is stored.
 #include "embed_patches/embed_patches.h"
 
+#include "common/floats.h"
 #include "common/parallel.h"
 #include "common/sort_rows.h"
 #include "embed_patches/multiply.h"
@@ -259,29 +260,11 @@ template <class T> static void backward(const Backward& p) {
 }
 
 void embed_patches_forward_cpu(const Forward& p) {
-  switch (p.layer.dtype) {
-  case DType::bf16:
-    return forward<bf16>(p);
-  case DType::f16:
-    return forward<f16>(p);
-  case DType::f32:
-    return forward<float>(p);
-  default:
-    refuse(p.layer.dtype);
-  }
+  with_float(p.layer.dtype, [&](auto x) { forward<decltype(x)>(p); });
 }
 
 void embed_patches_backward_cpu(const Backward& p) {
-  switch (p.layer.dtype) {
-  case DType::bf16:
-    return backward<bf16>(p);
-  case DType::f16:
-    return backward<f16>(p);
-  case DType::f32:
-    return backward<float>(p);
-  default:
-    refuse(p.layer.dtype);
-  }
+  with_float(p.layer.dtype, [&](auto x) { backward<decltype(x)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA

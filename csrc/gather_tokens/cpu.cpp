@@ -2,6 +2,7 @@
 // chose it in row order, in fp32, so that the result does not depend on threads.
 #include "gather_tokens/gather_tokens.h"
 
+#include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "common/sort_rows.h"
@@ -95,16 +96,7 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
 }
 
 void gather_tokens_backward_cpu(const GatherTokensBackwardParams& p) {
-  switch (p.dtype) {
-  case DType::bf16:
-    return backward<bf16>(p);
-  case DType::f16:
-    return backward<f16>(p);
-  case DType::f32:
-    return backward<float>(p);
-  default:
-    refuse(p.dtype);
-  }
+  with_float(p.dtype, [&](auto x) { backward<decltype(x)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 
@@ -205,30 +206,10 @@ template <class P, class T> static void forward_of_kind(const LatentLossForwardP
   }
 }
 
-template <class P> static void forward_of_target(const LatentLossForwardParams& p) {
-  switch (p.target_dtype) {
-  case DType::bf16:
-    return forward_of_kind<P, bf16>(p);
-  case DType::f16:
-    return forward_of_kind<P, f16>(p);
-  case DType::f32:
-    return forward_of_kind<P, float>(p);
-  default:
-    refuse(p.target_dtype);
-  }
-}
-
 void latent_loss_forward_cpu(const LatentLossForwardParams& p) {
-  switch (p.pred_dtype) {
-  case DType::bf16:
-    return forward_of_target<bf16>(p);
-  case DType::f16:
-    return forward_of_target<f16>(p);
-  case DType::f32:
-    return forward_of_target<float>(p);
-  default:
-    refuse(p.pred_dtype);
-  }
+  with_float(p.pred_dtype, [&](auto x) {
+    with_float(p.target_dtype, [&](auto y) { forward_of_kind<decltype(x), decltype(y)>(p); });
+  });
 }
 
 template <class Unit, class P> static void scale(const LatentLossBackwardParams& p) {
@@ -243,16 +224,7 @@ template <class Unit, class P> static void scale(const LatentLossBackwardParams&
 }
 
 void latent_loss_backward_cpu(const LatentLossBackwardParams& p) {
-  switch (p.dtype) {
-  case DType::bf16:
-    return scale<bf16, bf16>(p);
-  case DType::f16:
-    return scale<float, f16>(p);
-  case DType::f32:
-    return scale<float, float>(p);
-  default:
-    refuse(p.dtype);
-  }
+  with_float(p.dtype, [&](auto x) { scale<typename UnitOf<decltype(x)>::type, decltype(x)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA

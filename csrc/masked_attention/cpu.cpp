@@ -5,6 +5,7 @@
 
 #include <new>
 
+#include "common/floats.h"
 #include "common/parallel.h"
 #include "masked_attention/rows.h"
 #include "masked_attention/softmax.h"
@@ -94,14 +95,7 @@ template <class T> static void forward(const MaskedAttentionForwardParams& p) {
 }
 
 void masked_attention_forward_cpu(const MaskedAttentionForwardParams& p) {
-  switch (p.shape.dtype) {
-  case DType::bf16:
-    return forward<bf16>(p);
-  case DType::f16:
-    return forward<f16>(p);
-  default:
-    return forward<float>(p);
-  }
+  with_float(p.shape.dtype, [&](auto x) { forward<decltype(x)>(p); });
 }
 
 // The gradient of one head of keys in one sequence, query head after query head, block after block.
@@ -165,14 +159,7 @@ template <class T> static void backward(const MaskedAttentionBackwardParams& p) 
 }
 
 void masked_attention_backward_cpu(const MaskedAttentionBackwardParams& p) {
-  switch (p.shape.dtype) {
-  case DType::bf16:
-    return backward<bf16>(p);
-  case DType::f16:
-    return backward<f16>(p);
-  default:
-    return backward<float>(p);
-  }
+  with_float(p.shape.dtype, [&](auto x) { backward<decltype(x)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA
