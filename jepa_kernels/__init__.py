@@ -9,8 +9,10 @@ from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.latent_loss.op import latent_loss
-from jepa_kernels.ops.masked_attention.op import masked_attention
+from jepa_kernels.ops.masked_attention.merge import merge_attention
+from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
 from jepa_kernels.packing import Packing, pack
+from jepa_kernels.rotary import Rope
 
 __version__ = "0.1.0"
 
@@ -18,6 +20,7 @@ __all__ = [
     "BackendError",
     "BackendWarning",
     "Packing",
+    "Rope",
     "available_backends",
     "ema_update",
     "embed_patches",
@@ -26,6 +29,9 @@ __all__ = [
     "info",
     "latent_loss",
     "masked_attention",
+    "masked_attention_lse",
+    "masked_attention_qkv",
+    "merge_attention",
     "pack",
     "use_backend",
 ]

@@ -25,23 +25,36 @@ class Packing:
         never read, their outputs and gradients are 0.
     max_seqlen: an upper bound of the lengths, known without a device sync.
     pairs: sum of lengths squared, for FLOP formulas.
+    tiles: int32 [tokens // TILE + S, 2], the schedule of attention: (sequence, block of TILE tokens), most work first,
+        then (-1, 0). Built once, on the host; every layer and both passes read it.
     """
 
-    __slots__ = ("cu_seqlens", "lengths", "max_seqlen", "pairs", "tokens")
+    __slots__ = ("cu_seqlens", "lengths", "max_seqlen", "pairs", "tiles", "tokens")
+
+    TILE = 64
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     tokens: int
     max_seqlen: int
     pairs: int
+    tiles: Tensor
 
     def __init__(self, cu_seqlens: Tensor, lengths: tuple[int, ...], tokens: int, max_seqlen: int):
         _check_cu_seqlens(cu_seqlens)
-        self._set(cu_seqlens, lengths, tokens, max_seqlen)
+        self._set(cu_seqlens, _schedule(lengths, tokens).to(cu_seqlens.device), lengths, tokens, max_seqlen)
 
-    def _set(self, cu_seqlens: Any, lengths: tuple[int, ...], tokens: int, max_seqlen: int) -> None:
+    @classmethod
+    def _of(cls, cu_seqlens: Any, tiles: Any, lengths: tuple[int, ...], tokens: int, max_seqlen: int) -> Packing:
+        """From its parts, as they are."""
+        packing = cls.__new__(cls)
+        packing._set(cu_seqlens, tiles, lengths, tokens, max_seqlen)
+        return packing
+
+    def _set(self, cu_seqlens: Any, tiles: Any, lengths: tuple[int, ...], tokens: int, max_seqlen: int) -> None:
         for name, value in (
             ("cu_seqlens", cu_seqlens),
+            ("tiles", tiles),
             ("lengths", lengths),
             ("tokens", tokens),
             ("max_seqlen", max_seqlen),
@@ -66,13 +79,15 @@ class Packing:
     def _build(
         cls, lengths: tuple[int, ...], tokens: int, max_seqlen: int, device: torch.device | str | None
     ) -> Packing:
-        cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=cu[1:])
+        tiles = _schedule(lengths, tokens)
+        both = torch.zeros(tiles.numel() + len(lengths) + 1, dtype=torch.int32)  # one copy to the device
+        both[: tiles.numel()] = tiles.flatten()
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=both[tiles.numel() + 1 :])
         if device is not None and torch.device(device).type == "cuda":
-            cu = cu.pin_memory().to(device, non_blocking=True)
+            both = both.pin_memory().to(device, non_blocking=True)
         elif device is not None:
-            cu = cu.to(device)
-        return cls(cu, lengths, tokens, max_seqlen)
+            both = both.to(device)
+        return cls._of(both[tiles.numel() :], both[: tiles.numel()].view(-1, 2), lengths, tokens, max_seqlen)
 
     @classmethod
     def uniform(cls, sequences: int, length: int, *, device: torch.device | str | None = None) -> Packing:
@@ -177,9 +192,9 @@ class Packing:
         return create_block_mask(same_sequence, None, None, self.tokens, self.tokens, device=str(owner.device))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packing:
-        """The same Packing with its tensor on another device."""
-        cu = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        return Packing(cu, self.lengths, self.tokens, self.max_seqlen)
+        """The same Packing with its tensors on another device."""
+        cu, tiles = (x.to(device, non_blocking=non_blocking) for x in (self.cu_seqlens, self.tiles))
+        return Packing._of(cu, tiles, self.lengths, self.tokens, self.max_seqlen)
 
     def _check_tokens(self, argument: str, x: Tensor) -> None:
         if x.shape[0] != self.tokens:
@@ -187,6 +202,21 @@ class Packing:
 
     def __repr__(self) -> str:
         return f"Packing(sequences={self.sequences}, tokens={self.tokens}, max_seqlen={self.max_seqlen})"
+
+
+def _schedule(lengths: tuple[int, ...], tokens: int) -> Tensor:
+    """`Packing.tiles`, on the host, of a size that depends on `tokens` and S alone."""
+    tiles = torch.zeros(tokens // Packing.TILE + len(lengths), 2, dtype=torch.int32)
+    used = sum(-(-n // Packing.TILE) for n in lengths)
+    tiles[used:, 0] = -1
+    length = torch.tensor(lengths, dtype=torch.int64)
+    blocks = (length + Packing.TILE - 1) // Packing.TILE
+    sequence = torch.repeat_interleave(blocks, output_size=used)
+    block = torch.arange(used) - (blocks.cumsum(0) - blocks)[sequence]
+    work = (length[sequence] - block * Packing.TILE).clamp(max=Packing.TILE) * length[sequence]
+    order = work.argsort(descending=True, stable=True)
+    tiles[:used] = torch.stack([sequence, block], 1)[order]
+    return tiles
 
 
 def _check_cu_seqlens(cu_seqlens: Any) -> None:
@@ -206,16 +236,14 @@ def pack(tensors: Sequence[Tensor]) -> tuple[Tensor, Packing]:
 
 
 def _flatten(p: Packing) -> tuple[list[Any], Any]:
-    return [p.cu_seqlens, p.tokens, p.max_seqlen], p.lengths
+    return [p.cu_seqlens, p.tiles, p.tokens, p.max_seqlen], p.lengths
 
 
 def _unflatten(values: Iterable[Any], lengths: Any) -> Packing:
-    cu, tokens, max_seqlen = values
-    if isinstance(cu, Tensor):
-        return Packing(cu, lengths, tokens, max_seqlen)
-    packing = Packing.__new__(Packing)  # pytree utilities put specs, nodes and None in the leaves' places
-    packing._set(cu, lengths, tokens, max_seqlen)
-    return packing
+    cu, tiles, tokens, max_seqlen = values
+    if isinstance(cu, Tensor):  # pytree utilities put specs, nodes and None in the leaves' places
+        _check_cu_seqlens(cu)
+    return Packing._of(cu, tiles, lengths, tokens, max_seqlen)
 
 
 pytree.register_pytree_node(Packing, _flatten, _unflatten, serialized_type_name="jepa_kernels.Packing")

@@ -23,10 +23,12 @@ def python(code: str) -> str:
     ).stdout.strip()
 
 
+ATTENTION = ["q", "k", "v", "packing", "k_packing", "frame_size", "key_ranges", "rope", "scale", "backend"]
 PUBLIC = {
     "BackendError": None,
     "BackendWarning": None,
     "Packing": None,
+    "Rope": ["positions", "k_positions", "pairing", "theta", "frequencies", "angle_dtype"],
     "available_backends": ["op"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "backend"],
@@ -34,7 +36,10 @@ PUBLIC = {
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "info": [],
     "latent_loss": ["pred", "target", "ids", "packing", "kind", "beta", "normalize", "eps", "reduction", "backend"],
-    "masked_attention": ["q", "k", "v", "packing", "k_packing", "scale", "backend"],
+    "masked_attention": ATTENTION,
+    "masked_attention_lse": ATTENTION,
+    "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
+    "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
     "use_backend": ["backend", "per_op"],
 }

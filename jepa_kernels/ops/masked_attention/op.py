@@ -1,27 +1,41 @@
-"""Public face of `masked_attention`."""
+"""Public face of `masked_attention` and its forms."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_number, check_packing, check_tensor, fail
+from jepa_kernels._core.check import check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
-from jepa_kernels._core.select import Kernel, select, short
+from jepa_kernels._core.flops import flop_formula
+from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.masked_attention import reference, sdpa
+from jepa_kernels.ops.masked_attention.check import check_options, check_qkv
 from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
 
 OP = "masked_attention"
 
 
-def _only_without_grad(needs_grad: bool) -> str | None:
-    return "its backward may add in any order: taken only when named" if needs_grad else None
+class Call(NamedTuple):
+    """What a row of KERNELS may ask about a call."""
+
+    needs_grad: bool
+    needs_lse: bool
+
+
+def _gives_no_lse(call: Call) -> str | None:
+    return "gives no lse" if call.needs_lse else None
+
+
+def _only_without_grad(call: Call) -> str | None:
+    return "its backward may add in any order: taken only when named" if call.needs_grad else None
 
 
 KERNELS = (
     Kernel("cpu"),
-    Kernel("sdpa", automatic=_only_without_grad),
+    Kernel("sdpa", limit=_gives_no_lse, automatic=_only_without_grad),
 )
 
 
@@ -32,10 +46,13 @@ def masked_attention(
     packing: Packing | None = None,
     *,
     k_packing: Packing | None = None,
+    frame_size: int | None = None,
+    key_ranges: Tensor | None = None,
+    rope: Rope | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend inside each sequence: out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j].
+    """Attend inside each sequence: out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j], over the keys j that i sees.
 
     Dense: q [B, H, N, D], k and v [B, Hk, M, D] -> [B, H, N, D], a view of contiguous [B, N, H, D].
     Packed: q [T, H, D], k and v [Tk, Hk, D] -> [T, H, D]. Sequence s of `packing` looks at all keys of sequence s of
@@ -43,84 +60,144 @@ def masked_attention(
 
     q, k, v: fp32, bf16 or fp16, one dtype, any strides (views of a GEMM's qkv output are read in place). Hk divides
         H: query head h reads key head h // (H / Hk). D: a multiple of 8 in 8..128.
+    frame_size: causal by frame. Of n queries and m keys of a sequence, query i stands at p = m - n + i (with a cache of
+        keys the queries are the last tokens) and sees the first (p // frame_size + 1) * frame_size keys. Divides m.
+    key_ranges: int32 [T, 2] packed, [N, 2] or [B, N, 2] dense, contiguous: query i sees the keys begin..end-1 of its
+        sequence, begin and end in 0..m, in every head; with frame_size, only those that both let it see.
+    rope: turns q and k by their positions on the way in, and rounds them to their dtype (see `Rope`).
     scale: > 0; None: D ** -0.5.
 
-    A sequence without keys gives 0, with gradients 0. Rows past a packing's last sequence are never read; their
+    A query that sees no key gives 0, with gradients 0. Rows past a packing's last sequence are never read; their
     outputs and gradients are 0. Products and softmax accumulate in fp32. Under autocast q, k and v are cast to its
     low type. A packed sequence gets the same bits as alone; two runs, and any number of threads, give the same bits.
     Gradient: of q, k and v; the weights are computed again, so that nothing of size N x M is kept.
-    Raises ValueError and TypeError for arguments that do not fit.
+    Raises ValueError and TypeError for arguments that do not fit; ranges on a GPU are clamped instead.
     Source: Vaswani et al. (arXiv:1706.03762); memory-saving form by Rabe and Staats (arXiv:2112.05682) and
-    FlashAttention (arXiv:2205.14135).
+    FlashAttention (arXiv:2205.14135); frames as in V-JEPA 2-AC (arXiv:2506.09985).
     """
     q, k, v = autocast(q, k, v)
-    _check(q, k, v, packing, k_packing, scale)
+    check_qkv(OP, q, k, v, packing, k_packing)
+    return _attend(q, k, v, packing, k_packing, frame_size, key_ranges, rope, scale, backend)[0]
+
+
+def masked_attention_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | None = None,
+    *,
+    k_packing: Packing | None = None,
+    frame_size: int | None = None,
+    key_ranges: Tensor | None = None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`masked_attention`, and lse[h, i] = log sum_j exp(scale * q[i] . k[j]): what `merge_attention` joins parts by.
+
+    Returns (out, lse): lse fp32, natural logarithm, [H, T] packed or [B, H, N] dense; -inf where a query sees no key.
+    Gradient: as of `masked_attention`; none through lse. Arguments and errors: as of `masked_attention`.
+    """
+    q, k, v = autocast(q, k, v)
+    check_qkv(OP, q, k, v, packing, k_packing)
+    return _attend(q, k, v, packing, k_packing, frame_size, key_ranges, rope, scale, backend, needs_lse=True)
+
+
+def masked_attention_qkv(
+    qkv: Tensor,
+    packing: Packing | None = None,
+    *,
+    frame_size: int | None = None,
+    key_ranges: Tensor | None = None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`masked_attention` of the output of one qkv product, read in place; backward writes one d qkv.
+
+    qkv: [T, 3, H, D] with `packing` -> [T, H, D]; [B, N, 3, H, D] without -> [B, H, N, D]. Saves the pass over memory
+    with which autograd stacks three gradients. Other arguments, gradient and errors: as of `masked_attention`.
+    """
+    (qkv,) = autocast(qkv)
+    op = "masked_attention_qkv"
+    check_packing(op, packing)
+    check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
+    if qkv.shape[-3] != 3:
+        fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
+    q, k, v = _views(qkv)
+    check_qkv(op, q, k, v, packing, None)
+    return _attend(q, k, v, packing, None, frame_size, key_ranges, rope, scale, backend, qkv=qkv)[0]
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | None,
+    k_packing: Packing | None,
+    frame_size: int | None,
+    key_ranges: Tensor | None,
+    rope: Rope | None,
+    scale: float | None,
+    backend: str | None,
+    *,
+    needs_lse: bool = False,
+    qkv: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of checked q, k and v; `qkv`: what they are views of, where one gradient is wanted."""
+    if not (frame_size is None and key_ranges is None and rope is None and scale is None):
+        check_options(OP, q, k, packing, k_packing, frame_size, key_ranges, rope, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    backend = select(OP, KERNELS, backend, q, needs_grad)
-    if backend == "reference":
-        return reference.forward(q, k, v, packing, k_packing=k_packing, scale=scale)
-    if backend == "sdpa":
-        return sdpa.forward(q, k, v, packing, k_packing, scale)
-    cu_seqlens = None if packing is None else packing.cu_seqlens
-    k_cu_seqlens = cu_seqlens if k_packing is None else k_packing.cu_seqlens
-    return _attention(q, k, v, cu_seqlens, k_cu_seqlens, scale, backend)
+    backend = select(OP, KERNELS, backend, q, Call(needs_grad, needs_lse))
+    if backend in ("reference", "sdpa"):
+        given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
+        if backend == "sdpa":
+            return sdpa.forward(q, k, v, packing, **given), q.new_empty(0)
+        return reference.forward_lse(q, k, v, packing, **given)
+    lengths = _lengths(q, k, packing, k_packing)
+    masks = _masks(q, frame_size, key_ranges, rope, packing is None)
+    if qkv is not None:
+        return _attention_qkv(qkv, *lengths, *masks, scale, backend)
+    return _attention(q, k, v, *lengths, *masks, scale, backend)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None, scale: float | None
-) -> None:
-    check_packing(OP, packing)
-    check_packing(OP, k_packing, "k_packing")
-    dense = packing is None
-    check_tensor(OP, "q", q, "B H N D" if dense else "T H D")
-    device, dtype, keys = q.device, q.dtype, "B Hk M D" if dense else "Tk Hk D"
-    for name, x in (("k", k), ("v", v)):
-        check_tensor(OP, name, x, keys, device=device)
-        if x.dtype != dtype:
-            fail(OP, name, f"be of dtype {short(dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
-    q_shape, k_shape = q.shape, k.shape
-    heads, key_heads, width = q_shape[1], k_shape[1], q_shape[-1]
-    if width % 8 or not 8 <= width <= 128:
-        fail(OP, "q", "have a head dim D that is a multiple of 8 in 8..128", width, "pad the heads with zeros")
-    if k_shape[-1] != width:
-        fail(OP, "k", f"have a head dim of {width} like q", k_shape[-1], "project q and k to one width")
-    if v.shape != k_shape:
-        fail(OP, "v", f"have shape {tuple(k_shape)} like k", tuple(v.shape), "pass a value for every key")
-    if dense and k_shape[0] != q_shape[0]:
-        fail(OP, "k", f"hold {q_shape[0]} sequences like q", k_shape[0], "expand it over the batch")
-    if heads % key_heads if key_heads else heads:
-        fail(OP, "k", f"have a number of heads that divides q's {heads}", key_heads, "repeat or drop heads")
-    if scale is not None:
-        check_number(OP, "scale", scale)
-        if not 0 < scale < float("inf"):
-            fail(OP, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
-    _check_packings(q, k, packing, k_packing)
-
-
-def _check_packings(q: Tensor, k: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
+def _lengths(q: Tensor, k: Tensor, packing: Packing | None, k_packing: Packing | None) -> tuple[Any, ...]:
+    """cu_seqlens, k_cu_seqlens, tiles, k_tiles, max_queries, max_keys of the schema."""
     if packing is None:
-        if k_packing is not None:
-            fail(OP, "packing", "be given with k_packing", "None", "pass the packing of q", TypeError)
-        return
-    key_packing = packing if k_packing is None else k_packing
-    for name, x, its in (("q", q, packing), ("k", k, key_packing)):
-        if its.tokens != x.shape[0]:
-            remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
-            fail(OP, name, f"hold {its.tokens} rows like its packing", x.shape[0], remedy)
-        if its.cu_seqlens.device != x.device:
-            argument = "packing" if name == "q" else "k_packing"
-            fail(OP, argument, f"be on {x.device}", its.cu_seqlens.device, "build it there, or use .to(device)")
-    if key_packing.sequences != packing.sequences:
-        fail(OP, "k_packing", f"hold {packing.sequences} sequences like packing", key_packing.sequences,
-             "give every sequence its keys, or none by a length of 0")  # fmt: skip
+        return None, None, None, None, q.shape[2], k.shape[2]
+    keys = packing if k_packing is None else k_packing
+    return packing.cu_seqlens, keys.cu_seqlens, packing.tiles, keys.tiles, packing.max_seqlen, keys.max_seqlen
 
 
-FORWARD = "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale, str backend) -> Tensor"
-BACKWARD = (
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? k_cu_seqlens, float scale, str backend)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)"
+def _masks(
+    q: Tensor, frame_size: int | None, key_ranges: Tensor | None, rope: Rope | None, dense: bool
+) -> tuple[Any, ...]:
+    """frame_size, key_ranges, turns, k_turns, half of the schema."""
+    turns, k_turns = (None, None) if rope is None else rope.turns(q.shape[-1])
+    if dense:
+        key_ranges, turns, k_turns = (
+            x if x is None or x.dim() == rank else x.expand(q.shape[0], *x.shape)
+            for x, rank in ((key_ranges, 3), (turns, 4), (k_turns, 4))
+        )
+    return frame_size or 0, key_ranges, turns, k_turns, rope is not None and rope.half
+
+
+OPTIONS = (
+    "Tensor? cu_seqlens, Tensor? k_cu_seqlens, Tensor? tiles, Tensor? k_tiles, SymInt max_queries, SymInt max_keys,"
+    " SymInt frame_size, Tensor? key_ranges, Tensor? turns, Tensor? k_turns, bool half, float scale"
 )
+FORWARD = f"(Tensor q, Tensor k, Tensor v, {OPTIONS}, str backend) -> (Tensor out, Tensor lse)"
+FORWARD_QKV = f"(Tensor qkv, {OPTIONS}, str backend) -> (Tensor out, Tensor lse)"
+BACKWARD = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    f" {OPTIONS}, bool stacked, str backend) -> Tensor[]"
+)
+
+
+def _views(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v, [T, H, D] or [B, H, N, D], of [T, 3, H, D] or [B, N, 3, H, D]."""
+    return qkv.unbind(1) if qkv.dim() == 4 else tuple(x.transpose(1, 2) for x in qkv.unbind(2))
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -131,23 +208,81 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _fake(q: Tensor, *rest: Any) -> Tensor:
-    return _empty_like(q)
+def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    return _empty_like(q), q.new_empty(rows, dtype=torch.float32)
 
 
-def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
+    stacked = rest[-2] if isinstance(rest[-1], str) else rest[-1]
+    if not stacked:
+        return [_empty_like(x) for x in (q, k, v)]
+    if q.dim() == 3:
+        return [q.new_empty(q.shape[0], 3, *q.shape[1:])]
+    return [q.new_empty(q.shape[0], q.shape[2], 3, q.shape[1], q.shape[3])]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    options = inputs[-13:-1]
+    ctx.inputs, ctx.backend = len(inputs), inputs[-1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.numbers = [None if isinstance(x, Tensor) else x for x in options]
+    ctx.tensors = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
+    ctx.save_for_backward(*inputs[:-13], *output, *(options[i] for i in ctx.tensors))
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None, None)
+def _restored(ctx: Any) -> tuple[tuple[Tensor, ...], list[Any]]:
+    """(the inputs, out and lse), options: as `_setup` saw them."""
+    options, first = list(ctx.numbers), ctx.inputs - 13 + 2
+    for i, x in zip(ctx.tensors, ctx.saved_tensors[first:], strict=True):
+        options[i] = x
+    return ctx.saved_tensors[:first], options
+
+
+def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    saved, options = _restored(ctx)
+    return (*_backward(grad, *saved, *options, False, ctx.backend), *(None,) * 13)
+
+
+def _gradient_qkv(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (qkv, out, lse), options = _restored(ctx)
+    return (*_backward(grad, *_views(qkv), out, lse, *options, True, ctx.backend), *(None,) * 13)
 
 
 _forward = define(OP, "forward", FORWARD, _fake)
 _backward = define(OP, "backward", BACKWARD, _backward_fake)
+
+
+def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _forward(*_views(qkv), *rest)
+
+
+def _fake_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake(_views(qkv)[0])
+
+
 _attention = differentiable(OP, _forward, FORWARD, _fake, _setup, _gradient)
+_attention_qkv = differentiable(f"{OP}_qkv", _forward_qkv, FORWARD_QKV, _fake_qkv, _setup, _gradient_qkv)
+
+
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> int:
+    return 2 * 2 * _pairs(q, k, *options) * q.shape[1] * q.shape[-1]
+
+
+def _backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any) -> int:
+    return 2 * 5 * _pairs(q, k, *options) * q.shape[1] * q.shape[-1]
+
+
+def _pairs(q: Tensor, k: Tensor, cu: Tensor | None, k_cu: Tensor | None, *options: Any) -> int:
+    """Of a query and a key of one sequence, hidden ones too. Counting may wait for the device."""
+    if cu is None or k_cu is None:
+        return q.shape[0] * q.shape[2] * k.shape[2]
+    if type(cu) is not Tensor or cu.is_meta:  # no values: at most
+        return q.shape[0] * options[3]
+    return int((cu.diff().long() * k_cu.diff()).sum())
+
+
+flop_formula(f"{OP}_forward", _forward_flops)
+flop_formula(f"{OP}_backward", _backward_flops)
+flop_formula(OP, _forward_flops)
+flop_formula(f"{OP}_qkv", lambda qkv, *rest: _forward_flops(*_views(qkv), *rest))

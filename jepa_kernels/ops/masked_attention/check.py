@@ -1,0 +1,138 @@
+"""Argument checks of `masked_attention` and its forms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.check import (
+    CHECK_DEVICE_VALUES,
+    check_number,
+    check_packing,
+    check_tensor,
+    fail,
+)
+from jepa_kernels._core.select import short
+from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
+
+
+def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
+    """q, k and v fit each other and their packings."""
+    check_packing(op, packing)
+    check_packing(op, k_packing, "k_packing")
+    dense = packing is None
+    check_tensor(op, "q", q, "B H N D" if dense else "T H D")
+    device, dtype, keys = q.device, q.dtype, "B Hk M D" if dense else "Tk Hk D"
+    for name, x in (("k", k), ("v", v)):
+        check_tensor(op, name, x, keys, device=device)
+        if x.dtype != dtype:
+            fail(op, name, f"be of dtype {short(dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
+    q_shape, k_shape = q.shape, k.shape
+    heads, key_heads, width = q_shape[1], k_shape[1], q_shape[-1]
+    if width % 8 or not 8 <= width <= 128:
+        fail(op, "q", "have a head dim D that is a multiple of 8 in 8..128", width, "pad the heads with zeros")
+    if k_shape[-1] != width:
+        fail(op, "k", f"have a head dim of {width} like q", k_shape[-1], "project q and k to one width")
+    if v.shape != k_shape:
+        fail(op, "v", f"have shape {tuple(k_shape)} like k", tuple(v.shape), "pass a value for every key")
+    if dense and k_shape[0] != q_shape[0]:
+        fail(op, "k", f"hold {q_shape[0]} sequences like q", k_shape[0], "expand it over the batch")
+    if heads % key_heads if key_heads else heads:
+        fail(op, "k", f"have a number of heads that divides q's {heads}", key_heads, "repeat or drop heads")
+    _check_packings(op, q, k, packing, k_packing)
+
+
+def _check_packings(op: str, q: Tensor, k: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
+    if packing is None:
+        if k_packing is not None:
+            fail(op, "packing", "be given with k_packing", "None", "pass the packing of q", TypeError)
+        return
+    key_packing = packing if k_packing is None else k_packing
+    for name, x, its in (("q", q, packing), ("k", k, key_packing)):
+        if its.tokens != x.shape[0]:
+            remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
+            fail(op, name, f"hold {its.tokens} rows like its packing", x.shape[0], remedy)
+        if its.cu_seqlens.device != x.device:
+            argument = "packing" if name == "q" else "k_packing"
+            fail(op, argument, f"be on {x.device}", its.cu_seqlens.device, "build it there, or use .to(device)")
+    if key_packing.sequences != packing.sequences:
+        fail(op, "k_packing", f"hold {packing.sequences} sequences like packing", key_packing.sequences,
+             "give every sequence its keys, or none by a length of 0")  # fmt: skip
+
+
+def check_options(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    packing: Packing | None,
+    k_packing: Packing | None,
+    frame_size: int | None,
+    key_ranges: Tensor | None,
+    rope: Rope | None,
+    scale: float | None,
+) -> None:
+    """What restricts, turns or scales the scores."""
+    keys = packing if k_packing is None else k_packing
+    if frame_size is not None:
+        _check_frames(op, frame_size, k, keys)
+    if key_ranges is not None:
+        _check_ranges(op, key_ranges, q, k, packing, keys)
+    if rope is not None:
+        _check_rope(op, rope, q, k, packing is None)
+    if scale is not None:
+        check_number(op, "scale", scale)
+        if not 0 < scale < float("inf"):
+            fail(op, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
+
+
+def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> None:
+    if not isinstance(frame_size, int) or isinstance(frame_size, bool):
+        fail(op, "frame_size", "be an int", type(frame_size).__name__, "pass the tokens of one frame", TypeError)
+    if frame_size < 1:
+        fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")
+    if keys is None:
+        uneven = k.shape[2] if k.shape[2] % frame_size else None
+    elif torch.compiler.is_compiling():  # compiled code never reads the lengths
+        return
+    else:
+        uneven = next((n for n in keys.lengths if n % frame_size), None)
+    if uneven is not None:
+        fail(op, "frame_size", "divide the number of keys of every sequence", f"{frame_size} and {uneven} keys",
+             "give every frame all its tokens")  # fmt: skip
+
+
+def _check_ranges(
+    op: str, key_ranges: Tensor, q: Tensor, k: Tensor, packing: Packing | None, keys: Packing | None
+) -> None:
+    shape = "T 2" if packing is not None else "B N 2" if getattr(key_ranges, "ndim", 0) == 3 else "N 2"
+    check_tensor(op, "key_ranges", key_ranges, shape, dtypes=(torch.int32,), device=q.device)
+    wanted = (q.shape[0], 2) if packing is not None else (q.shape[0], q.shape[2], 2)[-key_ranges.ndim :]
+    if key_ranges.shape != wanted:
+        fail(op, "key_ranges", f"have shape {wanted}", tuple(key_ranges.shape), "pass [begin, end) for every query")
+    if not key_ranges.is_contiguous():
+        fail(op, "key_ranges", "be contiguous", f"strides {key_ranges.stride()}", "call .contiguous()")
+    if torch.compiler.is_compiling() or key_ranges.is_meta or not (key_ranges.is_cpu or CHECK_DEVICE_VALUES):
+        return
+    used, most = key_ranges, torch.tensor(k.shape[2] if packing is None else 0)
+    if packing is not None and keys is not None:
+        used = key_ranges[: packing.cu_seqlens[-1]]
+        most = keys.cu_seqlens.diff()[packing.sequence_of_token()[: len(used)], None]
+    outside = (used < 0) | (used > most.to(used.device))
+    if outside.any():
+        place = tuple(outside.nonzero()[0, :-1].tolist())
+        fail(op, "key_ranges", "lie inside the sequence's keys", f"{used[place].tolist()} for query {place[-1]}",
+             "count from the sequence's first key")  # fmt: skip
+
+
+def _check_rope(op: str, rope: Any, q: Tensor, k: Tensor, dense: bool) -> None:
+    if not isinstance(rope, Rope):
+        fail(op, "rope", "be a Rope", type(rope).__name__, "build one with Rope(positions)", TypeError)
+    pairs = ((q, "q", rope.positions), (k, "k", rope.positions if rope.k_positions is None else rope.k_positions))
+    for x, name, positions in pairs:
+        tokens = (x.shape[0], x.shape[2])[3 - positions.dim() :] if dense else (x.shape[0],)
+        if tuple(positions.shape[:-1]) != tokens:
+            fail(op, "rope", f"hold positions for {name}'s tokens {tokens}", tuple(positions.shape[:-1]),
+                 "pass a position for every token, k_positions where keys differ")  # fmt: skip
+        if positions.device != x.device:
+            fail(op, "rope", f"be on {x.device}", positions.device, "build it from positions there")

@@ -1,0 +1,122 @@
+"""Rotary position embedding: how each channel of a query or key turns with its token's position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.check import check_number, check_tensor, fail
+
+PAIRINGS = ("interleaved", "tiled", "half")
+
+
+class Rope:
+    """The rotation of queries and keys by their positions, for `masked_attention(..., rope=)`. Immutable.
+
+    Of D channels each of a axes turns A = 2 ((D // a) // 2), in order; the rest stay. With frequencies
+    w[j] = theta ** (-j / (A / 2)), j in 0..A/2-1, and p the token's position on the channel's axis:
+
+        y[i] = x[i] cos(p w[f(i)]) + x'[i] sin(p w[f(i)]),   x'[2k] = -x[2k+1], x'[2k+1] = x[2k]
+
+    pairing: "interleaved": f(i) = i // 2, a true rotation (V-JEPA 2.1). "tiled": f(i) = i mod A / 2, as published for
+        V-JEPA 2 and AC, where the two channels of a pair turn by different angles. "half", for one axis:
+        f(i) = i mod A / 2, and channel i pairs with i + A / 2 instead (Llama).
+    positions: [T, a] packed, [N, a] or [B, N, a] dense, a in 1..3 (frame, row, column); integers or fractions.
+    k_positions: of the keys, likewise; None: the same as of the queries.
+    theta: > 0. frequencies: fp32 [A / 2], overrides theta: low-precision or scaled variants.
+    angle_dtype: the type in which positions and frequencies are multiplied and their cosines and sines kept.
+
+    No gradient to positions or frequencies, which must not change afterwards: the table of cosines and sines is
+    computed once for all layers. Raises ValueError and TypeError for arguments that do not fit.
+    Source: RoFormer (arXiv:2104.09864); V-JEPA 2 (arXiv:2506.09985) section 2; V-JEPA 2.1 (arXiv:2603.14482).
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        k_positions: Tensor | None = None,
+        *,
+        pairing: str = "interleaved",
+        theta: float = 10000.0,
+        frequencies: Tensor | None = None,
+        angle_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        for name, x in (("positions", positions), ("k_positions", k_positions)):
+            _check_positions(name, x, positions)
+        if pairing not in PAIRINGS:
+            fail("Rope", "pairing", f"be one of {', '.join(PAIRINGS)}", repr(pairing), "leave it out for interleaved")
+        if pairing == "half" and positions.shape[-1] != 1:
+            fail("Rope", "positions", "have one axis for pairing='half'", positions.shape[-1], "pass [T, 1]")
+        check_number("Rope", "theta", theta)
+        if not 0 < theta < float("inf"):
+            fail("Rope", "theta", "be finite and greater than 0", theta, "10000 is usual")
+        if not (isinstance(angle_dtype, torch.dtype) and angle_dtype.is_floating_point):
+            fail("Rope", "angle_dtype", "be a floating dtype", angle_dtype, "leave it out for float32", TypeError)
+        if frequencies is not None:
+            check_tensor("Rope", "frequencies", frequencies, "A/2", device=positions.device)
+        self.positions, self.k_positions, self.pairing = positions, k_positions, pairing
+        self.theta, self.frequencies, self.angle_dtype = float(theta), frequencies, angle_dtype
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def half(self) -> bool:
+        """Whether channel i pairs with i + A / 2 rather than with its neighbour."""
+        return self.pairing == "half"
+
+    def turns(self, width: int) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys, for heads of `width` channels: fp32 [..., 2, R], the cosine and the signed sine of
+        each of the R = a A channels that turn."""
+        if torch.compiler.is_compiling():  # the compiler computes equal tables once
+            return self._both(width)
+        if width not in self._turns:
+            self._turns[width] = self._both(width)
+        return self._turns[width]
+
+    def _both(self, width: int) -> tuple[Tensor, Tensor]:
+        turns = self._table(self.positions, width)
+        return turns, turns if self.k_positions is None else self._table(self.k_positions, width)
+
+    @torch.no_grad()
+    def _table(self, positions: Tensor, width: int) -> Tensor:
+        half = width // positions.shape[-1] // 2  # A / 2
+        angles = positions.to(self.angle_dtype)[..., None] * self._frequencies(half, positions.device)
+        angles = angles.repeat_interleave(2, -1) if self.pairing == "interleaved" else torch.cat([angles, angles], -1)
+        cos, sin = angles.cos().flatten(-2), angles.sin().flatten(-2)
+        channel = torch.arange(cos.shape[-1], device=cos.device)
+        sin = torch.where(channel < half if self.half else channel % 2 == 0, -sin, sin)
+        return torch.stack([cos, sin], -2).float()
+
+    def _frequencies(self, half: int, device: torch.device) -> Tensor:
+        if self.frequencies is None:
+            exponents = torch.arange(half, device=device, dtype=torch.float64) / max(half, 1)
+            return (self.theta**-exponents).float().to(self.angle_dtype)
+        if self.frequencies.shape[0] != half:
+            wanted = f"hold A / 2 = {half} numbers for these heads"
+            fail("Rope", "frequencies", wanted, self.frequencies.shape[0], "pass one for each pair of an axis")
+        return self.frequencies.to(self.angle_dtype)
+
+
+def turn(x: Tensor, turns: Tensor, half: bool) -> Tensor:
+    """x [..., H, D] by turns [..., 2, R], in fp32 or wider: y[i] = x[i] turns[0, i] + x[partner] turns[1, i]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = turns.to(wide).unsqueeze(-3).unbind(-2)
+    turning, rest = x[..., : cos.shape[-1]].to(wide), x[..., cos.shape[-1] :]
+    partner = turning.roll(turning.shape[-1] // 2, -1) if half else turning.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.cat([(turning * cos + partner * sin).to(x.dtype), rest], -1)
+
+
+def _check_positions(name: str, x: Any, positions: Tensor) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        fail("Rope", name, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
+    if x.dim() not in (2, 3) or not 1 <= x.shape[-1] <= 3:
+        fail("Rope", name, "have shape [T, a], [N, a] or [B, N, a] with 1 to 3 axes", tuple(x.shape), "reshape it")
+    if x.dtype == torch.bool or x.is_complex():
+        fail("Rope", name, "be integers or floats", x.dtype, "pass coordinates", TypeError)
+    if x.shape[-1] != positions.shape[-1]:
+        fail("Rope", name, f"have {positions.shape[-1]} axes like positions", x.shape[-1], "pass one for each axis")
+    if x.device != positions.device:
+        fail("Rope", name, f"be on {positions.device} like positions", x.device, "move it with .to(device)")
