@@ -39,6 +39,9 @@ class Run:
         self.group = f"{op}/{workload.name}/{stage}/{dtype}"
         self.made: Inputs | None = None
         case = workload.case
+        self.function = workload.function or op
+        self.public = getattr(jk, self.function)
+        self.reference = workload.reference or testing.op_module(op, "reference").forward
         self.case = case if stage == "backward" else type(case)(**{**case.__dict__, "grads": ()})
 
     def inputs(self) -> Inputs:
@@ -49,11 +52,10 @@ class Run:
 
     def functions(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
-        public = getattr(jk, self.op)
-        reference = testing.op_module(self.op, "reference").forward
+        public = self.public
         found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
         if self.stage in self.workload.compile:
-            compiled = torch.compile(reference, dynamic=False)
+            compiled = torch.compile(self.reference, dynamic=False)
             found["compile"] = lambda: compiled(**inputs)
         found.update(self.workload.rivals(inputs))
         wanted = self.settings.baseline
@@ -69,7 +71,7 @@ class Run:
             "pass": self.stage,
             "dtype": self.dtype,
             "device": s.device,
-            "backend": jk.explain(self.op, **inputs).split()[1],
+            "backend": jk.explain(self.function, **inputs).split()[1],
             "bytes": self.workload.bytes(inputs, self.stage),
             "flops": self.workload.flops(inputs, self.stage),
             "threads": s.threads,
@@ -77,10 +79,9 @@ class Run:
 
     def parity(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Ours against the float64 reference, within the error budget; and the exact results."""
-        reference = testing.op_module(self.op, "reference").forward
-        exact = testing.run(reference, testing.upcast(self.inputs()), self.case)
-        eager = testing.run(reference, self.inputs(), self.case)
-        ours = testing.run(getattr(jk, self.op), self.inputs(), self.case)
+        exact = testing.run(self.reference, testing.upcast(self.inputs()), self.case)
+        eager = testing.run(self.reference, self.inputs(), self.case)
+        ours = testing.run(self.public, self.inputs(), self.case)
         caps = getattr(testing.op_module(self.op, "cases"), "CAPS", {})
         cap = caps.get(getattr(torch, self.dtype), float("inf"))
         return verdict([testing.compare(n, ours[n], exact[n], eager[n], cap) for n in exact]), exact

@@ -35,6 +35,7 @@ class Workload:
     dtypes      each is a run of its own
     traffic     which measured bandwidth bounds it: "copy", "read" or "rmw" (read, modify, write in place)
     compile     stages in which torch.compile of the reference is timed too; compiling takes seconds, so few
+    function    the public function, where the op has several; `reference` then is its specification
     smoke       part of the one-minute run, in fp32
     """
 
@@ -49,6 +50,8 @@ class Workload:
     dtypes: tuple[str, ...] = ("float32",)
     traffic: str = "copy"
     compile: tuple[str, ...] = ()
+    function: str | None = None
+    reference: Callable[..., Any] | None = None
     smoke: bool = False
 
     @property

@@ -349,7 +349,14 @@ def every_target():
     """A row for each of targets.TARGETS."""
     for t in targets.TARGETS:
         made = model_row() if t.name == "ijepa" else row()
-        yield {**made, "name": t.name, "workload": t.workload, "pass": t.stage, "baseline": t.baseline}
+        yield {
+            **made,
+            "name": t.name,
+            "workload": t.workload,
+            "pass": t.stage,
+            "baseline": t.baseline,
+            "dtype": t.dtype,
+        }
 
 
 def test_adopted_results_are_trimmed_and_tabulated(tmp_path):

@@ -208,10 +208,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     preference. Arguments are checked as in the call itself.
     """
     import jepa_kernels
-    from jepa_kernels.ops import OPS
+    from jepa_kernels.ops import FORMS, OPS
 
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
+    if op not in (*OPS, *FORMS):
+        raise ValueError(f"explain: op must be one of {', '.join((*OPS, *FORMS))}, got {op!r}; check the spelling")
     _explaining.append(threading.get_ident())
     try:
         getattr(jepa_kernels, op)(*args, **kwargs)
