@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import jepa_kernels as jk
 from benchmarks.workload import Inputs, Workload, each, nbytes
 from jepa_kernels import Packing, Rope
+from jepa_kernels.ops.masked_attention import reference
 from jepa_kernels.rotary import turn
 
 BOTH = ("float32", "bfloat16")
@@ -115,6 +116,10 @@ def turned_before(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"rope_then_ours": lambda: jk.masked_attention(*turned(), v), "rope_then_sdpa": lambda: sdpa(*turned(), v)}
 
 
+def of_views(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+    return reference.forward(*qkv.unbind(1), packing)
+
+
 def views(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """Autograd stacks the three gradients."""
     return {"views": lambda: jk.masked_attention(*inputs["qkv"].unbind(1), inputs["packing"])}
@@ -160,7 +165,7 @@ WORKLOADS = (
     workload("vjepa2_ac_frames", dense(1, 16, 4 * 258, 64, frame_size=258), rivals=frames_by_mask),
     workload("vjepa2_vit_l_rope", dense(2, 16, 512, 64, rope=True), rivals=turned_before, grads=()),
     workload("vjepa2_vit_l_qkv", one_qkv((503, 512, 488, 510), 16, 64), rivals=views, grads=("qkv",),
-             dtypes=("bfloat16",), function="masked_attention_qkv"),
+             dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views),
 )  # fmt: skip
 
 
