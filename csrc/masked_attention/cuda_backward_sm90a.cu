@@ -21,11 +21,9 @@ struct BackwardArgs {
 template <class T, int width, bool of_keys> struct Backward {
   static constexpr int BYTES = Tile<width>::bytes;
   const BackwardArgs& p;
-  const int key_head, group = static_cast<int>(p.shape.heads / p.shape.key_heads);
+  const int group = static_cast<int>(p.shape.heads / p.shape.key_heads), key_head;
   const Rows queries, keys;
-  const Rows& own = of_keys ? keys : queries;
-  const Rows& others = of_keys ? queries : keys;
-  const int tiles = tiles_of(others.count);
+  const int tiles = tiles_of(others().count);
   const float scale = p.shape.scale * LOG2_E;
   int head, parity = 0; // of queries; of the phase in which the others arrive
 
@@ -40,18 +38,20 @@ template <class T, int width, bool of_keys> struct Backward {
         keys(rows_of(args.shape.k_cu_seqlens, args.shape.keys, s, ROWS * args.room)),
         head(of_keys ? first_head * group : first_head) {}
 
+  __device__ const Rows& own() const { return of_keys ? keys : queries; }
+  __device__ const Rows& others() const { return of_keys ? queries : keys; }
   __device__ Address tile_a(int i) const { return base + i * BYTES; }
   __device__ Address tile_b(int i) const { return base + (p.room + i) * BYTES; }
 
   __device__ void run() {
-    if (own.count == 0) return;
+    if (own().count == 0) return;
     if (threadIdx.x == 0) {
       barrier_init(own_here);
       barrier_init(others_here);
       publish_barriers();
     }
     __syncthreads();
-    for (int i = 0; i < tiles_of(own.count); ++i) {
+    for (int i = 0; i < tiles_of(own().count); ++i) {
       if (threadIdx.x == 0) fetch_own(i);
       float da[width / 2] = {}, db[of_keys ? width / 2 : 1] = {};
       const int first_head = head, heads = of_keys ? group : 1;
@@ -70,8 +70,8 @@ template <class T, int width, bool of_keys> struct Backward {
 
   __device__ void fetch_own(int tile) const {
     barrier_expect(own_here, 2 * BYTES);
-    load_tile<width>(own_a, of_keys ? p.k : p.q, own_here, own, tile, of_keys ? key_head : head);
-    load_tile<width>(own_b, of_keys ? p.v : p.grad, own_here, own, tile, of_keys ? key_head : head);
+    load_tile<width>(own_a, of_keys ? p.k : p.q, own_here, own(), tile, of_keys ? key_head : head);
+    load_tile<width>(own_b, of_keys ? p.v : p.grad, own_here, own(), tile, of_keys ? key_head : head);
   }
 
   __device__ void bring_others() {
@@ -79,14 +79,14 @@ template <class T, int width, bool of_keys> struct Backward {
     if (threadIdx.x == 0) {
       barrier_expect(others_here, 2 * tiles * BYTES);
       for (int i = 0; i < tiles; ++i) {
-        load_tile<width>(tile_a(i), of_keys ? p.q : p.k, others_here, others, i, of_keys ? head : key_head);
-        load_tile<width>(tile_b(i), of_keys ? p.grad : p.v, others_here, others, i,
+        load_tile<width>(tile_a(i), of_keys ? p.q : p.k, others_here, others(), i, of_keys ? head : key_head);
+        load_tile<width>(tile_b(i), of_keys ? p.grad : p.v, others_here, others(), i,
                          of_keys ? head : key_head);
       }
     }
     barrier_wait(others_here, parity);
     parity ^= 1;
-    if (const int last = others.count % ROWS) {
+    if (const int last = others().count % ROWS) {
       clear_rows<width>(tile_a(tiles - 1), last);
       clear_rows<width>(tile_b(tiles - 1), last);
       publish_shared();
@@ -164,10 +164,10 @@ template <class T, int width, bool of_keys> struct Backward {
 
   __device__ void store(int tile, const float (&da)[width / 2],
                         const float (&db)[of_keys ? width / 2 : 1]) const {
-    const int first = tile * ROWS, count = own.count - first, h = of_keys ? key_head : head;
+    const int first = tile * ROWS, count = own().count - first, h = of_keys ? key_head : head;
     const AttentionRows& to = of_keys ? p.dk : p.dq;
-    store_tile<T, width>(da, {p.shape.scale, p.shape.scale}, row_of(to, own, first, h), to.row, count);
-    if constexpr (of_keys) store_tile<T, width>(db, {1, 1}, row_of(p.dv, own, first, h), p.dv.row, count);
+    store_tile<T, width>(da, {p.shape.scale, p.shape.scale}, row_of(to, own(), first, h), to.row, count);
+    if constexpr (of_keys) store_tile<T, width>(db, {1, 1}, row_of(p.dv, own(), first, h), p.dv.row, count);
   }
 };
 

@@ -81,3 +81,18 @@ def forward(
     out, lse = poisoned_like(q), torch.full(rows, float("nan"))
     call(library, (q, k, v, out, lse), starts, scale)
     return SimpleNamespace(out=out, lse=lse)
+
+
+def backward(
+    library: ctypes.CDLL,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    saved: SimpleNamespace,
+    starts: tuple[Tensor, Tensor] | None,
+    scale: float,
+) -> SimpleNamespace:
+    dq, dk, dv = (poisoned_like(x) for x in (q, k, v))
+    call(library, (q, k, v, saved.out, saved.lse, grad, dq, dk, dv), starts, scale, backward=True)
+    return SimpleNamespace(dq=dq, dk=dk, dv=dv)

@@ -1,4 +1,5 @@
 // The kernels' own sources, and a face for ctypes.
+#include "masked_attention/cuda_backward_sm90a.cu"
 #include "masked_attention/cuda_forward_sm90a.cu"
 
 namespace jepa {
@@ -31,4 +32,9 @@ extern "C" void masked_attention(const jepa::AttentionInput* tensors, const int3
   p.out = tensors[3].at;
   p.lse = tensors[4].at;
   if (!backward) return jepa::masked_attention_forward_cuda(p);
+  p.grad = tensors[5];
+  p.dq = tensors[6].at;
+  p.dk = tensors[7].at;
+  p.dv = tensors[8].at;
+  jepa::masked_attention_backward_cuda(p);
 }
