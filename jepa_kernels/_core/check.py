@@ -108,7 +108,7 @@ def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count
 
 
 def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None) -> None:
-    """Patch ids lie in [0, count) and increase within each row (or packed sequence).
+    """Contiguous patch ids lie in [0, count) and increase within each row (or packed sequence).
 
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
     JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
@@ -141,7 +141,7 @@ def usable_device(op: str, argument: str, name: str) -> torch.device:
 
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
-    if not isinstance(module, str) and ids.is_contiguous():
+    if not isinstance(module, str):
         return module.first_bad_id(ids, ids.size(-1), count, cu_seqlens)
     total = ids.numel()
     if cu_seqlens is None:

@@ -73,7 +73,8 @@ def latent_loss(
         )
     cu_seqlens = None if packing is None else packing.cu_seqlens
     with_grad = torch.is_grad_enabled() and pred.requires_grad
-    loss, _ = _loss(pred, target.detach(), ids, cu_seqlens, kind, beta, normalize, eps, reduction, with_grad, backend)
+    target = target.detach() if target.requires_grad else target
+    loss, _ = _loss(pred, target, ids, cu_seqlens, kind, beta, normalize, eps, reduction, with_grad, backend)
     return loss
 
 
