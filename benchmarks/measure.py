@@ -48,12 +48,22 @@ class Run:
         """Fresh inputs, the same at every call."""
         if self.made is None:
             self.made = self.workload.make(torch.Generator().manual_seed(0))
-        return testing.cast(self.made, getattr(torch, self.dtype), self.settings.device, self.workload.keep)
+        return self.cast(self.made)
+
+    def checked(self) -> Inputs:
+        """The inputs that parity is checked on: those that are timed, or fewer."""
+        small = self.workload.small
+        return self.inputs() if small is None else self.cast(small(torch.Generator().manual_seed(0)))
+
+    def cast(self, made: Inputs) -> Inputs:
+        return testing.cast(made, getattr(torch, self.dtype), self.settings.device, self.workload.keep)
 
     def functions(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
         public = self.public
         found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
+        if self.workload.small is not None:
+            del found["reference"]
         if self.stage in self.workload.compile:
             compiled = torch.compile(self.reference, dynamic=False)
             found["compile"] = lambda: compiled(**inputs)
@@ -79,9 +89,9 @@ class Run:
 
     def parity(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Ours against the float64 reference, within the error budget; and the exact results."""
-        exact = testing.run(self.reference, testing.upcast(self.inputs()), self.case)
-        eager = testing.run(self.reference, self.inputs(), self.case)
-        ours = testing.run(self.public, self.inputs(), self.case)
+        exact = testing.run(self.reference, testing.upcast(self.checked()), self.case)
+        eager = testing.run(self.reference, self.checked(), self.case)
+        ours = testing.run(self.public, self.checked(), self.case)
         caps = getattr(testing.op_module(self.op, "cases"), "CAPS", {})
         cap = caps.get(getattr(torch, self.dtype), float("inf"))
         return verdict([testing.compare(n, ours[n], exact[n], eager[n], cap) for n in exact]), exact
@@ -89,7 +99,7 @@ class Run:
     def rival_error(self, name: str, exact: dict[str, Tensor]) -> str | None:
         """Why a rival's time would mean nothing: it fails, or computes something else."""
         try:
-            actual = testing.run(lambda **inputs: self.functions(inputs)[name](), self.inputs(), self.case)
+            actual = testing.run(lambda **inputs: self.functions(inputs)[name](), self.checked(), self.case)
             for output, wanted in exact.items():
                 found = actual[output]
                 if found.shape != wanted.shape:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import jepa_kernels as jk
@@ -12,6 +13,7 @@ from jepa_kernels import Packing, Rope
 from jepa_kernels.ops.masked_attention import reference
 from jepa_kernels.rotary import turn
 
+GPU_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 BOTH = ("float32", "bfloat16")
 GRID = (8, 8)  # rows and columns of a frame of the clips here
 
@@ -146,13 +148,43 @@ def moved(inputs: Inputs, stage: str) -> float:
     return (4 if stage == "forward" else 12) * one
 
 
+def gpu_backends(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """SDPA by its own choice, and each backend by name."""
+    q, k, v = (inputs[n] for n in ("q", "k", "v"))
+
+    def one(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    named = {f"sdpa_{b.name.split('_')[0].lower()}": b for b in GPU_BACKENDS}
+    return {"sdpa": lambda: sdpa(q, k, v), **{n: lambda b=b: one(b) for n, b in named.items()}}
+
+
+def varlen(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """torch's own packed attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    p = inputs["packing"]
+    cu, longest, qkv = p.cu_seqlens, p.max_seqlen, [inputs[n] for n in ("q", "k", "v")]
+    return {"varlen": lambda: varlen_attn(*qkv, cu, cu, longest, longest), **loop_and_padded(inputs)}
+
+
 def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, **{"grads": ("q", "k", "v"), **options})
+    return Workload(name, make, bytes=moved, flops=flops, **{"grads": QKV, "devices": ("cpu",), **options})
 
 
+def on_gpu(name: str, batch: int, heads: int, tokens: int, width: int) -> Workload:
+    """A published training batch, in bf16."""
+    make, small = (dense(b, heads, tokens, width) for b in (batch, 2))
+    return workload(name, make, small=small, rivals=gpu_backends, dtypes=("bfloat16",), devices=("cuda",))
+
+
+QKV = ("q", "k", "v")
 RAGGED = (257, 300, 415, 600)
 CONTEXTS = [42 + 37 * i % 135 for i in range(32)]  # 42 to 176 of 256 patches, as multi-block masks leave them
 PREDICTED = [96 + 11 * i % 33 for i in range(64)]  # 96 to 128: a context and one target block
+
+GPU_CONTEXTS = [75 + 37 * i % 73 for i in range(128)]  # 111 on average
 
 WORKLOADS = (
     workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, smoke=True),
@@ -166,6 +198,12 @@ WORKLOADS = (
     workload("vjepa2_vit_l_rope", dense(2, 16, 512, 64, rope=True), rivals=turned_before, grads=()),
     workload("vjepa2_vit_l_qkv", one_qkv((503, 512, 488, 510), 16, 64), rivals=views, grads=("qkv",),
              dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views),
+    on_gpu("ijepa_vit_h14_target_b128", 128, 16, 256, 80),
+    workload("ijepa_vit_h14_contexts_b128", packed(GPU_CONTEXTS, 16, 80), small=packed(GPU_CONTEXTS[:8], 16, 80),
+             rivals=varlen, dtypes=("bfloat16",), devices=("cuda",)),
+    on_gpu("ijepa_vit_h14_predictor_b128", 512, 16, 112, 24),
+    on_gpu("vjepa2_predictor_b24", 24, 12, 1480, 32),
+    on_gpu("vjepa2_vit_l_target_b24", 24, 16, 2048, 64),
 )  # fmt: skip
 
 
