@@ -19,31 +19,33 @@ struct BackwardArgs {
 //     dscores = weights (dweights - delta),  delta[i] = grad[i] . out[i]
 //     d own a = scale dscores a,  d own b = weights b (of keys only)
 template <class T, int width, bool of_keys> struct Backward {
-  static constexpr int BYTES = Tile<width>::bytes;
+  static constexpr int BYTES = Tile<width>::bytes, OTHERS = 2 * BYTES + 3 * 1024;
   const BackwardArgs& p;
-  const int group = static_cast<int>(p.shape.heads / p.shape.key_heads), key_head;
+  const int heads, first_head,
+      key_head; // heads of queries that meet here, the first of them, and their head of keys
   const Rows queries, keys;
-  const int tiles = tiles_of(others().count);
   const float scale = p.shape.scale * LOG2_E;
-  int head, parity = 0; // of queries; of the phase in which the others arrive
 
-  // Shared memory: the others' tiles of a, of b, two tiles of its own; lse and delta of queries; barriers.
-  const Address base = shared_memory(), own_a = base + 2 * p.room * BYTES, own_b = own_a + BYTES;
-  const Address lse = own_b + BYTES, delta = lse + 4 * ROWS * MOST_TILES;
-  const Address own_here = delta + 4 * ROWS * MOST_TILES, others_here = own_here + 8;
+  // Shared memory: two tiles of its own, lse and delta of queries, barriers; the others' tiles of a, then of
+  // b.
+  const Address own_a = shared_memory(), own_b = own_a + BYTES, lse = own_b + BYTES;
+  const Address delta = lse + 4 * ROWS * MOST_TILES, own_here = delta + 4 * ROWS * MOST_TILES;
+  const Address others_here = own_here + 8;
 
-  __device__ Backward(const BackwardArgs& args, int s, int first_head)
-      : p(args), key_head(of_keys ? first_head : first_head / group),
+  __device__ Backward(const BackwardArgs& args, int s, int head, int group)
+      : p(args), heads(of_keys ? group : 1), first_head(of_keys ? head * group : head),
+        key_head(of_keys ? head : head / group),
         queries(rows_of(args.shape.cu_seqlens, args.shape.queries, s, ROWS * args.room)),
-        keys(rows_of(args.shape.k_cu_seqlens, args.shape.keys, s, ROWS * args.room)),
-        head(of_keys ? first_head * group : first_head) {}
+        keys(rows_of(args.shape.k_cu_seqlens, args.shape.keys, s, ROWS * args.room)) {}
 
   __device__ const Rows& own() const { return of_keys ? keys : queries; }
   __device__ const Rows& others() const { return of_keys ? queries : keys; }
-  __device__ Address tile_a(int i) const { return base + i * BYTES; }
-  __device__ Address tile_b(int i) const { return base + (p.room + i) * BYTES; }
+  __device__ int tiles() const { return tiles_of(others().count); }
+  __device__ bool few_keys() const { return keys.count <= ROWS; }
+  __device__ Address tile_a(int i) const { return own_a + OTHERS + i * BYTES; }
+  __device__ Address tile_b(int i) const { return own_a + OTHERS + (p.room + i) * BYTES; }
 
-  __device__ void run() {
+  __device__ void run() const {
     if (own().count == 0) return;
     if (threadIdx.x == 0) {
       barrier_init(own_here);
@@ -51,18 +53,19 @@ template <class T, int width, bool of_keys> struct Backward {
       publish_barriers();
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < tiles_of(own().count); ++i) {
       if (threadIdx.x == 0) fetch_own(i);
       float da[width / 2] = {}, db[of_keys ? width / 2 : 1] = {};
-      const int first_head = head, heads = of_keys ? group : 1;
-      for (; head < first_head + heads; ++head) {
-        if (i == 0 || heads > 1) bring_others();
-        if (head == first_head) barrier_wait(own_here, i & 1);
-        if (!of_keys) summarise(own_b, i, 0);
+#pragma unroll 1
+      for (int j = 0; j < heads; ++j) {
+        if (i == 0 || heads > 1) bring_others(first_head + j, (i * heads + j) & 1);
+        if (j == 0) await_own(i);
+        if (!of_keys) summarise(own_b, i, 0, first_head);
         __syncthreads();
+        if (of_keys && few_keys()) sum_means_of_queries();
         add_products(da, db);
       }
-      head = first_head;
       store(i, da, db);
       __syncthreads();
     }
@@ -70,34 +73,41 @@ template <class T, int width, bool of_keys> struct Backward {
 
   __device__ void fetch_own(int tile) const {
     barrier_expect(own_here, 2 * BYTES);
-    load_tile<width>(own_a, of_keys ? p.k : p.q, own_here, own(), tile, of_keys ? key_head : head);
-    load_tile<width>(own_b, of_keys ? p.v : p.grad, own_here, own(), tile, of_keys ? key_head : head);
+    load_tile<width>(own_a, of_keys ? p.k : p.q, own_here, own(), tile, of_keys ? key_head : first_head);
+    load_tile<width>(own_b, of_keys ? p.v : p.grad, own_here, own(), tile, of_keys ? key_head : first_head);
   }
 
-  __device__ void bring_others() {
+  __device__ void await_own(int tile) const {
+    barrier_wait(own_here, tile & 1);
+    if (!of_keys || !few_keys() || keys.count == ROWS) return;
+    clear_rows<width>(own_a, keys.count);
+    clear_rows<width>(own_b, keys.count);
+    publish_shared();
+  }
+
+  __device__ void bring_others(int head, int parity) const {
     __syncthreads(); // nobody reads the last head's
     if (threadIdx.x == 0) {
-      barrier_expect(others_here, 2 * tiles * BYTES);
-      for (int i = 0; i < tiles; ++i) {
+      barrier_expect(others_here, 2 * tiles() * BYTES);
+      for (int i = 0; i < tiles(); ++i) {
         load_tile<width>(tile_a(i), of_keys ? p.q : p.k, others_here, others(), i, of_keys ? head : key_head);
         load_tile<width>(tile_b(i), of_keys ? p.grad : p.v, others_here, others(), i,
                          of_keys ? head : key_head);
       }
     }
     barrier_wait(others_here, parity);
-    parity ^= 1;
     if (const int last = others().count % ROWS) {
-      clear_rows<width>(tile_a(tiles - 1), last);
-      clear_rows<width>(tile_b(tiles - 1), last);
+      clear_rows<width>(tile_a(tiles() - 1), last);
+      clear_rows<width>(tile_b(tiles() - 1), last);
       publish_shared();
     }
     if (of_keys)
-      for (int i = 0; i < tiles; ++i) summarise(tile_b(i), i, i * ROWS);
+      for (int i = 0; i < tiles(); ++i) summarise(tile_b(i), i, i * ROWS, head);
   }
 
   // lse in units of log 2 and delta of a tile of queries, two threads a row. A query behind the last one gets
   // an infinite lse: its weights are 0.
-  __device__ void summarise(Address grads, int tile, int slot) const {
+  __device__ void summarise(Address grads, int tile, int slot, int head) const {
     const int row = threadIdx.x / 2;
     const bool there = tile * ROWS + row < queries.count;
     float sum = 0;
@@ -123,15 +133,10 @@ template <class T, int width, bool of_keys> struct Backward {
   __device__ void add_products(float (&da)[width / 2], float (&db)[of_keys ? width / 2 : 1]) const {
     float scores[32], dweights[32];
     uint32_t weights[16], dscores[16];
-    for (int i = 0; i < tiles; ++i) {
-      products_begin();
-      multiply_tiles<T, width>(scores, own_a, tile_a(i));
-      multiply_tiles<T, width>(dweights, own_b, tile_b(i));
-      products_commit();
-      products_wait<0>();
-      pin(scores);
-      pin(dweights);
-      if (!of_keys && i + 1 == tiles) hide_after(scores, keys.count - i * ROWS);
+#pragma unroll 1
+    for (int i = 0; i < tiles(); ++i) {
+      multiply_pair(scores, dweights, own_a, tile_a(i), own_b, tile_b(i));
+      if (!of_keys && i + 1 == tiles()) hide_after(scores, keys.count - i * ROWS);
       differentiate(i, scores, dweights, weights, dscores);
       products_begin();
       if constexpr (of_keys) add_rows<T, width>(db, weights, tile_b(i));
@@ -144,16 +149,25 @@ template <class T, int width, bool of_keys> struct Backward {
   }
 
   // Queries are columns here in the pass of keys, rows in that of queries.
-  __device__ void differentiate(int tile, const float (&scores)[32], const float (&dweights)[32],
+  __device__ void differentiate(int tile, float (&scores)[32], const float (&dweights)[32],
                                 uint32_t (&weights)[16], uint32_t (&dscores)[16]) const {
+    const int column = tile * ROWS + fragment_column();
+    float2 means[2];
+    if (!of_keys)
+      for (int half = 0; half < 2; ++half) means[half] = statistics(delta, fragment_row() + 8 * half);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const int query = of_keys ? tile * ROWS + i / 2 * 8 + fragment_column() : fragment_row() + i % 2 * 8;
-      const float2 l = statistics(lse, query), d = statistics(delta, query);
-      const float w0 = fast_exp2(fmaf(scores[2 * i], scale, -l.x));
-      const float w1 = fast_exp2(fmaf(scores[2 * i + 1], scale, -l.y));
-      weights[i] = pack<T>(w0, w1);
-      dscores[i] = pack<T>(w0 * (dweights[2 * i] - d.x), w1 * (dweights[2 * i + 1] - d.y));
+      const float2 l = statistics(lse, of_keys ? column + i / 2 * 8 : fragment_row() + i % 2 * 8);
+      scores[2 * i] = fast_exp2(fmaf(scores[2 * i], scale, -l.x));
+      scores[2 * i + 1] = fast_exp2(fmaf(scores[2 * i + 1], scale, -l.y));
+    }
+    if (!of_keys && few_keys()) sum_means(scores, dweights, means);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float2 mean = of_keys ? statistics(delta, column + i / 2 * 8) : means[i % 2];
+      weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+      dscores[i] = pack<T>(scores[2 * i] * (dweights[2 * i] - mean.x),
+                           scores[2 * i + 1] * (dweights[2 * i + 1] - mean.y));
     }
   }
   __device__ static float2 statistics(Address of, int query) {
@@ -161,10 +175,56 @@ template <class T, int width, bool of_keys> struct Backward {
     const float x = load_shared_float(of + 4 * query);
     return {x, x};
   }
+  // delta as the mean of d weights, where one tile holds all keys. Among few keys the rounding of `out`
+  // shows.
+  __device__ static void sum_means(const float (&weights)[32], const float (&dweights)[32],
+                                   float2 (&means)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < 32; ++i)
+        if (i / 2 % 2 == half) sum = fmaf(weights[i], dweights[i], sum);
+      sum += exchange(sum, 1);
+      sum += exchange(sum, 2);
+      means[half] = {sum, sum};
+    }
+  }
+
+  // The same in the pass of keys, from products whose rows are queries.
+  __device__ void sum_means_of_queries() const {
+#pragma unroll 1
+    for (int i = 0; i < tiles(); ++i) {
+      float scores[32], dweights[32];
+      float2 means[2];
+      const int row = i * ROWS + fragment_row();
+      const float l[2] = {load_shared_float(lse + 4 * row), load_shared_float(lse + 4 * (row + 8))};
+      multiply_pair(scores, dweights, tile_a(i), own_a, tile_b(i), own_b);
+      hide_after(scores, keys.count);
+#pragma unroll
+      for (int j = 0; j < 32; ++j) scores[j] = fast_exp2(fmaf(scores[j], scale, -l[j / 2 % 2]));
+      sum_means(scores, dweights, means);
+      if (threadIdx.x % 4) continue;
+      store_shared(delta + 4 * row, means[0].x);
+      store_shared(delta + 4 * (row + 8), means[1].x);
+    }
+    __syncthreads();
+  }
+
+  __device__ static void multiply_pair(float (&scores)[32], float (&dweights)[32], Address a, Address a_other,
+                                       Address b, Address b_other) {
+    products_begin();
+    multiply_tiles<T, width>(scores, a, a_other);
+    multiply_tiles<T, width>(dweights, b, b_other);
+    products_commit();
+    products_wait<0>();
+    pin(scores);
+    pin(dweights);
+  }
 
   __device__ void store(int tile, const float (&da)[width / 2],
                         const float (&db)[of_keys ? width / 2 : 1]) const {
-    const int first = tile * ROWS, count = own().count - first, h = of_keys ? key_head : head;
+    const int first = tile * ROWS, count = own().count - first, h = of_keys ? key_head : first_head;
     const AttentionRows& to = of_keys ? p.dk : p.dq;
     store_tile<T, width>(da, {p.shape.scale, p.shape.scale}, row_of(to, own(), first, h), to.row, count);
     if constexpr (of_keys) store_tile<T, width>(db, {1, 1}, row_of(p.dv, own(), first, h), p.dv.row, count);
@@ -182,17 +242,17 @@ template <int width> __device__ void clear_unused(const BackwardArgs& p, bool of
 template <class T, int width>
 __global__ void __launch_bounds__(THREADS, 2)
     masked_attention_backward_cuda_kernel(const __grid_constant__ BackwardArgs p) {
-  const int key_heads = static_cast<int>(p.shape.key_heads),
-            blocks = key_heads + static_cast<int>(p.shape.heads);
+  const int heads = static_cast<int>(p.shape.heads), key_heads = static_cast<int>(p.shape.key_heads);
+  const int blocks = heads + key_heads;
   const int s = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const bool of_keys = block < key_heads;
   const int head = of_keys ? block : block - key_heads;
   if (s == p.sequences)
     clear_unused<width>(p, of_keys, head);
   else if (of_keys)
-    Backward<T, width, true>(p, s, head).run();
+    Backward<T, width, true>(p, s, head, heads / key_heads).run();
   else
-    Backward<T, width, false>(p, s, head).run();
+    Backward<T, width, false>(p, s, head, heads / key_heads).run();
 }
 
 template <class T, int width> static void backward(const MaskedAttentionCudaParams& p) {
@@ -212,7 +272,7 @@ template <class T, int width> static void backward(const MaskedAttentionCudaPara
   args.k_tokens = static_cast<int>(p.k.count);
   args.sequences = static_cast<int>(p.sequences);
   args.room = room_for(shape.most_queries > shape.most_keys ? shape.most_queries : shape.most_keys);
-  const int bytes = (2 * args.room + 2) * Tile<width>::bytes + 8 * ROWS * MOST_TILES + 16;
+  const int bytes = Backward<T, width, true>::OTHERS + 2 * args.room * Tile<width>::bytes;
   const int64_t sequences = p.sequences + (shape.cu_seqlens ? 1 : 0);
   launch(OP, masked_attention_backward_cuda_kernel<T, width>,
          {sequences * (shape.heads + shape.key_heads), THREADS, bytes, p.device, p.stream}, args);

@@ -8,15 +8,20 @@ namespace jepa {
 constexpr const char* OP = "masked_attention";
 constexpr int MOST_TILES = 4; // of a sequence: 256 queries, 256 keys
 
+// An empty tensor has no maps, and nobody fetches from it. Strides of dimensions of size 1 are of no use, but
+// must be valid: a row's length is.
 template <int width> TileMaps maps_of(const AttentionInput& x, int64_t heads) {
   const auto size = [](int64_t n) { return static_cast<uint64_t>(n); };
+  const auto bytes = [&](int64_t stride, int64_t n) { return size(2 * (n == 1 ? width : stride)); };
   TileMaps maps{};
+  if (x.sequences * x.count * heads == 0) return maps;
   for (int piece = 0; piece < Tile<width>::pieces; ++piece)
-    maps.pieces[piece] = tensor_map(OP, {x.at.data,
-                                         {width, size(x.count), size(heads), size(x.sequences)},
-                                         {size(2 * x.at.row), size(2 * x.at.head), size(2 * x.at.sequence)},
-                                         Tile<width>::line(piece),
-                                         ROWS});
+    maps.pieces[piece] = tensor_map(
+        OP, {x.at.data,
+             {width, size(x.count), size(heads), size(x.sequences)},
+             {bytes(x.at.row, x.count), bytes(x.at.head, heads), bytes(x.at.sequence, x.sequences)},
+             Tile<width>::line(piece),
+             ROWS});
   return maps;
 }
 

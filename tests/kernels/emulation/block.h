@@ -2,12 +2,12 @@
 // run is the same every time, and a wait that nobody ends is seen.
 #pragma once
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <ucontext.h>
 #include <utility>
@@ -15,10 +15,7 @@
 
 namespace jepa {
 
-[[noreturn]] inline void fault(const std::string& what) {
-  std::fprintf(stderr, "emulation: %s\n", what.c_str());
-  std::abort();
-}
+[[noreturn]] void fault(const std::string& what);
 
 struct Index {
   unsigned x = 0;
@@ -48,6 +45,7 @@ struct Block {
   ucontext_t main_context;
   std::function<void()> body;
   int64_t progress = 0;
+  std::string failure;
 
   static Block*& current() {
     static Block* block = nullptr;
@@ -62,6 +60,8 @@ struct Block {
     if (address % bytes && bytes <= 16) fault("shared address not aligned");
     return shared.data() + address - BASE;
   }
+
+  ~Block() { current() = nullptr; }
 
   void run(std::function<void()> kernel) {
     body = std::move(kernel);
@@ -81,9 +81,10 @@ struct Block {
         if (!fibers[t].ended) {
           threadIdx.x = t;
           swapcontext(&main_context, &fibers[t].context);
+          if (!failure.empty()) throw std::runtime_error("emulation: " + failure);
           if (fibers[t].ended) --left;
         }
-      if (progress == before) fault("every thread waits");
+      if (progress == before) throw std::runtime_error("emulation: every thread waits");
     }
   }
 
@@ -110,5 +111,14 @@ struct Block {
     ++meeting.done;
   }
 };
+
+// Ends the run: the fiber is left where it stands, and the caller of run() gets an exception.
+[[noreturn]] inline void fault(const std::string& what) {
+  Block* block = Block::current();
+  if (!block) throw std::runtime_error("emulation: " + what);
+  block->failure = what;
+  swapcontext(&block->fibers[threadIdx.x].context, &block->main_context);
+  std::abort();
+}
 
 } // namespace jepa

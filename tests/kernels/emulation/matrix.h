@@ -2,8 +2,8 @@
 // memory matrix layout", "Strides", "Matrix descriptor". Products are carried out where the warpgroup waits
 // for them; until then their accumulators hold NaN, so that an early read shows.
 #pragma once
+#include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 
 #include "block.h"
@@ -51,38 +51,9 @@ struct Product {
   uint64_t a = 0, b = 0;
   int columns = 0;
   bool from_registers = false, accumulate = false;
-  std::function<float(uint16_t)> widen;
+  float (*widen)(uint16_t) = nullptr;
 
-  // Element (row, column) of the sums: thread and register.
-  static std::pair<int, int> place(int row, int column) {
-    const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
-    return {thread, column / 8 * 4 + row % 16 / 8 * 2 + column % 2};
-  }
-  float left(int row, int k) const {
-    if (!from_registers) return widen(Operand(a).k_major(row, k));
-    const int thread = row / 16 * 32 + row % 8 * 4 + k % 8 / 2;
-    const uint32_t pair = weights[thread][k / 8 * 2 + row % 16 / 8];
-    return widen(static_cast<uint16_t>(k % 2 ? pair >> 16 : pair));
-  }
-  float right(int k, int column) const {
-    const Operand operand(b);
-    return widen(from_registers ? operand.mn_major(k, column) : operand.k_major(column, k));
-  }
-
-  void run() const {
-    float l[64][16], r[16][256];
-    for (int k = 0; k < 16; ++k) {
-      for (int row = 0; row < 64; ++row) l[row][k] = left(row, k);
-      for (int column = 0; column < columns; ++column) r[k][column] = right(k, column);
-    }
-    for (int row = 0; row < 64; ++row)
-      for (int column = 0; column < columns; ++column) {
-        const auto [thread, i] = place(row, column);
-        float sum = accumulate ? sums[thread][i] : 0.f;
-        for (int k = 0; k < 16; ++k) sum += l[row][k] * r[k][column];
-        sums[thread][i] = sum;
-      }
-  }
+  void run() const;
 };
 
 // The products that one warpgroup has under way: groups closed by a commit, and the group still open.

@@ -105,6 +105,7 @@ inline void barrier_expect(Address barrier, int bytes) {
   if (b.arrivals == 0) fault("a barrier armed twice in one phase");
   b.arrivals = 0;
   b.expected += bytes;
+  complete(b);
 }
 inline void barrier_wait(Address barrier, int parity) {
   Barrier& b = barrier_at(barrier);
@@ -231,7 +232,7 @@ void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int co
     p.coming.columns = columns;
     p.coming.from_registers = a_registers != nullptr;
     p.coming.accumulate = add;
-    p.coming.widen = [](uint16_t bits) { return widen<T>(bits); };
+    p.coming.widen = widen<T>;
     p.add(p.coming);
   });
 }
