@@ -19,17 +19,17 @@ template <class T, int width> struct Forward {
   const int tiles = tiles_of(keys.count);
   const float scale = p.shape.scale * LOG2_E;
 
-  // Shared memory: keys, values, a tile of queries for each warpgroup, then barriers.
-  const Address base = shared_memory(), own = base + (2 * p.key_tiles + warpgroup) * BYTES;
-  const Address barriers = base + (2 * p.key_tiles + warpgroups) * BYTES;
+  // Shared memory: barriers, a tile of queries for each warpgroup, keys, values.
+  const Address barriers = shared_memory();
 
   __device__ Forward(const ForwardArgs& args, int s, int head)
       : p(args), head(head), key_head(head / int(args.shape.heads / args.shape.key_heads)),
         queries(rows_of(args.shape.cu_seqlens, args.shape.queries, s, ROWS * MOST_TILES)),
         keys(rows_of(args.shape.k_cu_seqlens, args.shape.keys, s, ROWS * args.key_tiles)) {}
 
-  __device__ Address key_tile(int i) const { return base + i * BYTES; }
-  __device__ Address value_tile(int i) const { return base + (p.key_tiles + i) * BYTES; }
+  __device__ Address query_tile(int w) const { return barriers + 1024 + w * BYTES; }
+  __device__ Address key_tile(int i) const { return query_tile(warpgroups) + i * BYTES; }
+  __device__ Address value_tile(int i) const { return key_tile(p.key_tiles + i); }
   __device__ Address keys_here(int i) const { return barriers + 8 * i; }
   __device__ Address values_here(int i) const { return barriers + 8 * (MOST_TILES + i); }
   __device__ Address queries_here(int w) const { return barriers + 8 * (2 * MOST_TILES + w); }
@@ -60,7 +60,7 @@ template <class T, int width> struct Forward {
 
   __device__ void fetch_all() const {
     for (int w = 0; w < warpgroups && w * ROWS < queries.count; ++w)
-      fetch(base + (2 * p.key_tiles + w) * BYTES, p.q, queries_here(w), queries, w, head);
+      fetch(query_tile(w), p.q, queries_here(w), queries, w, head);
     for (int i = 0; i < tiles; ++i) {
       fetch(key_tile(i), p.k, keys_here(i), keys, i, key_head);
       fetch(value_tile(i), p.v, values_here(i), keys, i, key_head);
@@ -72,7 +72,7 @@ template <class T, int width> struct Forward {
     if ((tile + warpgroups) * ROWS >= queries.count) return;
     warpgroup_barrier(warpgroup);
     if (threadIdx.x % THREADS == 0)
-      fetch(own, p.q, queries_here(warpgroup), queries, tile + warpgroups, head);
+      fetch(query_tile(warpgroup), p.q, queries_here(warpgroup), queries, tile + warpgroups, head);
   }
 
   // The product with each keys runs beside that of the weights and values before them.
@@ -83,7 +83,7 @@ template <class T, int width> struct Forward {
     for (int i = 0; i < tiles; ++i) {
       barrier_wait(keys_here(i), 0);
       products_begin();
-      multiply_tiles<T, width>(scores, own, key_tile(i));
+      multiply_tiles<T, width>(scores, query_tile(warpgroup), key_tile(i));
       products_commit();
       products_wait<0>();
       pin(scores);
@@ -190,8 +190,7 @@ template <class T, int width> static void forward(const MaskedAttentionCudaParam
   args.sequences = static_cast<int>(p.sequences);
   args.key_tiles = room_for(shape.most_keys);
   const int warpgroups = shape.most_queries > ROWS ? 2 : 1;
-  const int bytes =
-      (2 * args.key_tiles + warpgroups) * Tile<width>::bytes + 8 * (2 * MOST_TILES + warpgroups);
+  const int bytes = 1024 + (warpgroups + 2 * args.key_tiles) * Tile<width>::bytes;
   launch(OP, masked_attention_forward_cuda_kernel<T, width>,
          {(p.sequences + (shape.cu_seqlens ? 1 : 0)) * shape.heads, warpgroups * THREADS, bytes, p.device,
           p.stream},

@@ -1,8 +1,8 @@
 // The threads of one block as fibers of one host thread, which change over only where they must wait: so a
 // run is the same every time, and a wait that nobody ends is seen.
 #pragma once
+#include <csetjmp>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -33,8 +33,9 @@ struct Block {
   static constexpr uint32_t BASE = 1024; // of dynamic shared memory in the block's shared addresses
 
   struct Fiber {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+    ucontext_t start;
+    jmp_buf place; // where it waits: unlike swapcontext, a jump asks nothing of the system
+    bool started = false;
     bool ended = false;
   };
 
@@ -42,7 +43,7 @@ struct Block {
   std::vector<uint8_t> shared;
   std::vector<int> unpublished; // of a byte: 1 + the thread whose store awaits its fence
   std::map<int, Meeting> meetings;
-  ucontext_t main_context;
+  jmp_buf host;
   std::function<void()> body;
   int64_t progress = 0;
   std::string failure;
@@ -66,13 +67,14 @@ struct Block {
   void run(std::function<void()> kernel) {
     body = std::move(kernel);
     current() = this;
-    for (Fiber& fiber : fibers) {
-      fiber.stack = std::make_unique<char[]>(STACK);
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = STACK;
-      fiber.context.uc_link = &main_context;
-      makecontext(&fiber.context, &Block::enter, 0);
+    static std::vector<std::unique_ptr<char[]>> stacks; // kept for the next block
+    for (size_t t = 0; t < fibers.size(); ++t) {
+      if (t == stacks.size()) stacks.emplace_back(new char[STACK]);
+      Fiber& fiber = fibers[t];
+      getcontext(&fiber.start);
+      fiber.start.uc_stack.ss_sp = stacks[t].get();
+      fiber.start.uc_stack.ss_size = STACK;
+      makecontext(&fiber.start, &Block::enter, 0);
     }
     blockDim.x = static_cast<unsigned>(fibers.size());
     for (size_t left = fibers.size(); left > 0;) {
@@ -80,7 +82,7 @@ struct Block {
       for (unsigned t = 0; t < fibers.size(); ++t)
         if (!fibers[t].ended) {
           threadIdx.x = t;
-          swapcontext(&main_context, &fibers[t].context);
+          resume(fibers[t]);
           if (!failure.empty()) throw std::runtime_error("emulation: " + failure);
           if (fibers[t].ended) --left;
         }
@@ -93,11 +95,22 @@ struct Block {
     block.body();
     ++block.progress;
     block.fibers[threadIdx.x].ended = true;
+    _longjmp(block.host, 1);
+  }
+
+  [[gnu::noinline]] void resume(Fiber& fiber) {
+    if (_setjmp(host)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    setcontext(&fiber.start);
+  }
+  [[gnu::noinline]] void pause(Fiber& fiber) {
+    if (!_setjmp(fiber.place)) _longjmp(host, 1);
   }
 
   template <class Ready> void wait_until(const Ready& ready) {
     const unsigned self = threadIdx.x;
-    while (!ready()) swapcontext(&fibers[self].context, &main_context);
+    while (!ready()) pause(fibers[self]);
     ++progress;
   }
 
@@ -117,8 +130,7 @@ struct Block {
   Block* block = Block::current();
   if (!block) throw std::runtime_error("emulation: " + what);
   block->failure = what;
-  swapcontext(&block->fibers[threadIdx.x].context, &block->main_context);
-  std::abort();
+  _longjmp(block->host, 1);
 }
 
 } // namespace jepa
