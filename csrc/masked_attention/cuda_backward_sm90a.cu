@@ -12,6 +12,9 @@ struct BackwardArgs {
   int tokens, k_tokens, sequences, room; // rows of the two axes; room: tiles of a sequence in shared memory
 };
 
+// The most warpgroups of a block: wider sums leave no registers to tell them apart.
+template <int width> constexpr int WARPGROUPS = width <= 96 ? 2 : 1;
+
 // A warpgroup takes 64 rows at a time, its own; all rows of the other side stay in shared memory. of_keys:
 // keys and values are its own, queries and gradients stay; else the other way round. With a, b = k, v or q,
 // grad:
@@ -25,7 +28,8 @@ template <class T, int width, bool of_keys> struct Backward {
   const int heads, first_head, key_head;
   const Rows queries, keys;
   const float scale = p.shape.scale * LOG2_E;
-  const int warpgroup = uniform(threadIdx.x / THREADS), warpgroups = blockDim.x / THREADS;
+  const int warpgroup = WARPGROUPS<width> == 1 ? 0 : uniform(threadIdx.x / THREADS);
+  const int warpgroups = WARPGROUPS<width> == 1 ? 1 : blockDim.x / THREADS;
 
   // Shared memory: barriers; lse and delta of queries; each warpgroup's own tiles; the others' of a, then of
   // b.
@@ -247,7 +251,7 @@ template <int width> __device__ void clear_unused(const BackwardArgs& p, bool of
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(2 * THREADS, 1)
+__global__ void __launch_bounds__(WARPGROUPS<width>* THREADS, 1)
     masked_attention_backward_cuda_kernel(const __grid_constant__ BackwardArgs p) {
   const int heads = static_cast<int>(p.shape.heads), key_heads = static_cast<int>(p.shape.key_heads);
   const int blocks = heads + key_heads;
@@ -281,8 +285,8 @@ template <class T, int width> static void backward(const MaskedAttentionCudaPara
   args.room = room_for(shape.most_queries > shape.most_keys ? shape.most_queries : shape.most_keys);
   // Two warpgroups share the others' tiles where no second block fits, and where no heads take turns.
   const auto bytes = &Backward<T, width, true>::shared_bytes;
-  const int warpgroups =
-      args.room > 1 && shape.heads == shape.key_heads && bytes(1, args.room) > HALF ? 2 : 1;
+  const bool two = args.room > 1 && shape.heads == shape.key_heads && bytes(1, args.room) > HALF;
+  const int warpgroups = two ? WARPGROUPS<width> : 1;
   const int64_t sequences = p.sequences + (shape.cu_seqlens ? 1 : 0);
   launch(OP, masked_attention_backward_cuda_kernel<T, width>,
          {sequences * (shape.heads + shape.key_heads), warpgroups * THREADS, bytes(warpgroups, args.room),
