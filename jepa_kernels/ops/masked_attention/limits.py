@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 256  # queries, and keys, of a sequence: what the Hopper kernels hold in shared memory
-_capabilities: dict[int | None, tuple[int, int]] = {}
+_capabilities: dict[int, tuple[int, int]] = {}  # by device, found once
 
 
 class Call(NamedTuple):
@@ -33,7 +33,7 @@ def only_named(call: Call) -> str | None:
 
 def hopper(call: Call) -> str | None:
     """The Hopper kernels: whole sequences in shared memory, fetched by tensor maps."""
-    capability = _capability(call.tensors[0].device)
+    capability = _capability(call.tensors[0].get_device())
     if capability != (9, 0):
         return f"needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
     for name, given in call.masks.items():
@@ -48,12 +48,14 @@ def hopper(call: Call) -> str | None:
     return None
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.compiler.is_compiling():
-        return torch.cuda.get_device_capability(device)
-    if device.index not in _capabilities:
-        _capabilities[device.index] = torch.cuda.get_device_capability(device)
-    return _capabilities[device.index]
+def _capability(device: int) -> tuple[int, int]:
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+# A trace asks once: see `unavailable` in _core/select.py.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mappable(x: Tensor) -> bool:
