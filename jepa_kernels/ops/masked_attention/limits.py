@@ -59,7 +59,7 @@ _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mappable(x: Tensor) -> bool:
-    """x, of 2-byte elements, is one that a tensor map can describe."""
-    if x.stride(-1) != 1 or x.storage_offset() % 8:
+    """A tensor map can describe x, of 2-byte elements. A trace can't see where x begins: there a launch fails."""
+    if x.stride(-1) != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
         return False
     return all(size == 1 or (step > 0 and step % 8 == 0) for size, step in zip(x.shape[:-1], x.stride(), strict=False))
