@@ -176,6 +176,16 @@ def test_expanded_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("length, share", [(256, 0.9), (111, 0.7)])
+def test_most_of_the_matrix_work_is_useful_and_each_byte_is_fetched_once(emulated, length, share):
+    inputs = draw(packed((length,), (2, 2), 80))
+    emulated.work()
+    public(OP, "cuda")(**inputs)
+    multiplied, fetched = emulated.work()
+    assert share <= 2 * 2 * length**2 * 80 / multiplied <= 1, "of two heads: scores, and sums of values"
+    assert fetched == 2 * sum(inputs[n].numel() for n in GRADS)
+
+
 def refusal(**changes):
     inputs = {**draw(packed((20, 9), (2, 1), 16)), **changes}
     with pytest.raises(jk.BackendError) as caught:

@@ -17,6 +17,7 @@ static uint16_t left(const Product& p, int row, int k) {
 void Product::run() const {
   static float a[64][16], b[16][64], d[64][64];
   const Operand right(this->b);
+  multiplied += 64 * 16 * columns;
   for (int k = 0; k < 16; ++k) {
     for (int row = 0; row < 64; ++row) a[row][k] = widen(left(*this, row, k));
     for (int column = 0; column < columns; ++column)

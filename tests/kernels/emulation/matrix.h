@@ -45,6 +45,9 @@ struct Operand {
   }
 };
 
+// Since the last look: multiply-adds of products, and bytes of tensors that copies fetched.
+inline int64_t multiplied = 0, fetched = 0;
+
 struct Product {
   std::array<float*, 128> sums{};
   std::array<std::array<uint32_t, 4>, 128> weights{};

@@ -132,6 +132,7 @@ inline void copy_box(Address to, const TensorMap& map, const std::array<int, 4>&
       if (block.unpublished[place - Block::BASE])
         fault("a copy lands on a store that no fence has published");
       const uint16_t zero = 0;
+      fetched += inside ? 2 : 0;
       std::memcpy(block.at(place, 2), inside ? from : reinterpret_cast<const uint8_t*>(&zero), 2);
     }
 }
