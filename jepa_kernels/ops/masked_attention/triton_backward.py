@@ -1,0 +1,192 @@
+"""Backward kernels of `masked_attention` for sequences of any length: dq first, which keeps delta, then dk and dv."""
+
+import triton
+import triton.language as tl
+
+from jepa_kernels.ops.masked_attention.triton_tiles import (
+    add_products,
+    beginning,
+    clear_rows,
+    hull,
+    keys_seen,
+    load,
+    products,
+    row_sums,
+    rows_of,
+    sequence,
+    store,
+    tile_at,
+    turn,
+    zeros,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+NUMBERS = [
+    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
+    "v_skip", "v_token", "v_head", "v_channel", "g_skip", "g_token", "g_head", "g_channel",
+    "ranges_skip", "turns_skip", "row", "drow", "lse_token", "lse_head",
+    "queries", "keys", "tokens", "sequences", "count", "heads", "group", "frame_size",
+]  # fmt: skip
+
+
+@triton.jit
+def load_lse(lse, row, queries):
+    """In powers of two; inf, which makes every weight 0, where a row is not there or saw nothing."""
+    value = tl.load(lse + row, mask=row < queries, other=float("inf"))
+    return tl.where(value == float("-inf"), float("inf"), value * LOG2E)
+
+
+@triton.jit
+def _stream_dq(
+    q, k, v, out, row, grad, lse, delta, dq, drow, ranges, turns, start, queries, keys, frame_size, factor,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    lane = start + tl.arange(0, ROWS)
+    begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
+    first, last, inner, outer = hull(begin, end, lane, queries, keys)
+    tile = load(q, start, queries, ROWS, PARTS, D, UNIT)
+    g = load(grad, start, queries, ROWS, PARTS, D, UNIT)
+    change = row_sums(g, load((out, row, 1), start, queries, ROWS, PARTS, D, 8))
+    tl.store(delta + lane, change, mask=lane < queries)
+    base = load_lse(lse, lane, queries)[:, None]
+    total = zeros(ROWS, PARTS)
+    for at in range(first // COLUMNS * COLUMNS, last, COLUMNS):
+        keys_tile = load(k, at, keys, COLUMNS, PARTS, D, UNIT)
+        weights = tl.exp2(products(tile, keys_tile) * (factor * LOG2E) - base)
+        if (at < inner) | (at + COLUMNS > outer):
+            key = (at + tl.arange(0, COLUMNS))[None, :]
+            weights = tl.where((key >= begin[:, None]) & (key < end[:, None]), weights, 0.0)
+        slope = products(g, load(v, at, keys, COLUMNS, PARTS, D, UNIT))
+        total = add_products(total, weights * (slope - change[:, None]), keys_tile)
+    total = turn(total, turns, start, queries, True, PARTS, TURNING, HALF)
+    store(dq, drow, start, queries, total, factor, PARTS, D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _masked_attention_backward_q_kernel(
+    q, k, v, out, grad, lse, delta, dq, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
+    q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
+    g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, row, drow, lse_token, lse_head,
+    queries, keys, tokens, sequences, count, heads, group, frame_size, factor,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """dq and delta = sum of out * grad of each row, tiles as in the forward kernel."""
+    program = tl.program_id(0)
+    head = program % heads
+    group_of_tiles = program // heads
+    if TAIL:
+        part = program - tl.cdiv(count, STEP) * heads
+        if part >= 0:
+            clear_rows(dq, cu_seqlens, sequences, tokens, drow * 8, part)
+            return
+    for i in range(group_of_tiles * STEP, group_of_tiles * STEP + STEP):
+        s, start = tile_at(tiles, i, count, queries, ROWS)
+        if s >= 0:
+            first, n = sequence(cu_seqlens, s, queries)
+            k_first, m = sequence(k_cu_seqlens, s, keys)
+            if tl.maximum(n, m) > SHORT:
+                _stream_dq(
+                    rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
+                    rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
+                    rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
+                    out + first * (row * 8) + head * D, row,
+                    rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head, UNIT),
+                    lse + first * lse_token + head * lse_head, delta + first * lse_token + head * lse_head,
+                    dq + first * (drow * 8) + head * D, drow, beginning(ranges, ranges_skip, first, s, 2),
+                    beginning(turns, turns_skip, first, s, 2 * TURNING), start, n, m, frame_size, factor,
+                    FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF,
+                )  # fmt: skip
+
+
+@triton.jit
+def _rows_that_see(start, ROWS: tl.constexpr, queries, keys, frame_size, ranges, FRAMES: tl.constexpr):
+    """The queries first..last-1 outside which none sees a key of start..start+ROWS-1."""
+    if FRAMES or ranges is not None:
+        low = queries
+        high = queries * 0
+        for at in range(0, queries, 256):
+            row = at + tl.arange(0, 256)
+            begin, end = keys_seen(row, queries, keys, frame_size, ranges, FRAMES)
+            some = tl.minimum(end, start + ROWS) > tl.maximum(begin, start)
+            low = tl.minimum(low, tl.min(tl.where(some, row, queries)))
+            high = tl.maximum(high, tl.max(tl.where(some, row + 1, 0)))
+        return low, high
+    return queries * 0, queries
+
+
+@triton.jit
+def _stream_dkv(
+    q, k, v, grad, lse, delta, totals, ranges, start, queries, keys, frame_size, factor, first, last,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Adds to (dk, dv) of ROWS keys what one head's queries give, COLUMNS queries at a time."""
+    dk, dv = totals
+    keys_tile, values = k, v
+    key = (start + tl.arange(0, ROWS))[:, None]
+    for at in range(first // COLUMNS * COLUMNS, last, COLUMNS):
+        lane = at + tl.arange(0, COLUMNS)
+        tile = load(q, at, queries, COLUMNS, PARTS, D, UNIT)
+        base = load_lse(lse, lane, queries)[None, :]
+        change = tl.load(delta + lane, mask=lane < queries, other=0.0)[None, :]
+        weights = tl.exp2(products(keys_tile, tile) * (factor * LOG2E) - base)
+        if FRAMES or ranges is not None:
+            begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
+            weights = tl.where((key >= begin[None, :]) & (key < end[None, :]), weights, 0.0)
+        g = load(grad, at, queries, COLUMNS, PARTS, D, UNIT)
+        dv = add_products(dv, weights, g)
+        slope = products(values, g)
+        dk = add_products(dk, weights * (slope - change), tile)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _masked_attention_backward_kv_kernel(
+    q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
+    q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
+    g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, drow, lse_token, lse_head,
+    queries, keys, tokens, sequences, count, heads, group, frame_size, factor,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of tiles of keys; `heads` key heads, each the sum over its `group` query heads, in order."""
+    program = tl.program_id(0)
+    head = program % heads
+    group_of_tiles = program // heads
+    if TAIL:
+        part = program - tl.cdiv(count, STEP) * heads
+        if part >= 0:
+            clear_rows(dk, k_cu_seqlens, sequences, tokens, drow * 8, part)
+            clear_rows(dv, k_cu_seqlens, sequences, tokens, drow * 8, part)
+            return
+    for i in range(group_of_tiles * STEP, group_of_tiles * STEP + STEP):
+        s, start = tile_at(tiles, i, count, keys, ROWS)
+        if s >= 0:
+            first, n = sequence(cu_seqlens, s, queries)
+            k_first, m = sequence(k_cu_seqlens, s, keys)
+            if tl.maximum(n, m) > SHORT:
+                its_ranges = beginning(ranges, ranges_skip, first, s, 2)
+                low, high = _rows_that_see(start, ROWS, n, m, frame_size, its_ranges, FRAMES)
+                k_rows = rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head, UNIT)
+                v_rows = rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head, UNIT)
+                keys_tile = load(k_rows, start, m, ROWS, PARTS, D, UNIT)
+                values = load(v_rows, start, m, ROWS, PARTS, D, UNIT)
+                totals = (zeros(ROWS, PARTS), zeros(ROWS, PARTS))
+                for h in range(head * group, head * group + group):
+                    totals = _stream_dkv(
+                        rows_of(q, q_skip, q_token, q_head, q_channel, s, first, h, UNIT), keys_tile, values,
+                        rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, h, UNIT),
+                        lse + first * lse_token + h * lse_head, delta + first * lse_token + h * lse_head,
+                        totals, its_ranges, start, n, m, frame_size, factor, low, high,
+                        FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
+                    )  # fmt: skip
+                at = k_first * (drow * 8) + head * D
+                its_turns = beginning(turns, turns_skip, k_first, s, 2 * TURNING)
+                turned = turn(totals[0], its_turns, start, m, True, PARTS, TURNING, HALF)
+                store(dk + at, drow, start, m, turned, factor, PARTS, D)
+                store(dv + at, drow, start, m, totals[1], 1.0, PARTS, D)
