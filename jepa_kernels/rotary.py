@@ -60,6 +60,20 @@ class Rope:
         self.theta, self.frequencies, self.angle_dtype = float(theta), frequencies, angle_dtype
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def to(self, device: torch.device | str) -> Rope:
+        """The same Rope with its tensors on another device."""
+        positions, k_positions, frequencies = (
+            None if x is None else x.to(device) for x in (self.positions, self.k_positions, self.frequencies)
+        )
+        return Rope(
+            positions,
+            k_positions,
+            pairing=self.pairing,
+            theta=self.theta,
+            frequencies=frequencies,
+            angle_dtype=self.angle_dtype,
+        )
+
     @property
     def half(self) -> bool:
         """Whether channel i pairs with i + A / 2 rather than with its neighbour."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from jepa_kernels._core.case import Case
 from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -138,7 +139,7 @@ def cast(
         return torch.empty_strided(x.shape, x.stride(), dtype=to, device=device).copy_(x)
 
     moved = map_tensors(inputs, change)
-    return {k: v.to(device) if isinstance(v, Packing) else v for k, v in moved.items()}
+    return {k: v.to(device) if isinstance(v, (Packing, Rope)) else v for k, v in moved.items()}
 
 
 def upcast(inputs: dict[str, Any]) -> dict[str, Any]:

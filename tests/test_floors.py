@@ -99,7 +99,7 @@ def test_ops_do_not_import_each_other(path):
 def test_references_are_plain_pytorch(path):
     allowed = {"torch", "math", "collections", "typing", "__future__"}
     for imported in imports(path):
-        shared = imported.split(".")[1] in ("packing", "rotary") or ".visible." in imported
+        shared = imported.startswith(("jepa_kernels.packing.", "jepa_kernels.rotary.")) or ".visible." in imported
         assert imported.split(".")[0] in allowed or shared, imported
 
 
@@ -111,7 +111,7 @@ def test_core_knows_no_op_by_name(path):
 
 
 def test_core_stays_small():
-    assert sum(len(p.read_text().splitlines()) for p in sources("_core")) < 700
+    assert sum(len(p.read_text().splitlines()) for p in sources("_core")) < 760
 
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]))

@@ -28,6 +28,7 @@ static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vabs(vf a) { return _mm512_abs_ps(a); }
 static inline mask less(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline vf select(mask m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
+static inline vf swap_pairs(vf a) { return _mm512_permute_ps(a, 0xB1); }
 static inline float hmax(vf a) { return _mm512_reduce_max_ps(a); }
 static inline float hsum(vf a) { return _mm512_reduce_add_ps(a); }
 
@@ -94,6 +95,7 @@ static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
 static inline mask less(vf a, vf b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 static inline vf select(mask m, vf yes, vf no) { return _mm256_blendv_ps(no, yes, m); }
+static inline vf swap_pairs(vf a) { return _mm256_permute_ps(a, 0xB1); }
 static inline float hmax(vf a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -167,14 +169,27 @@ template <class T> static inline void store_first(T* p, vf x, int n) {
     store(p, x, n);
 }
 
-// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below -126 the result is 0 or tiny. NaN stays
-// NaN: vmax hands on its second operand.
+// As a tensor of T would hold it.
+static inline vf rounded(float, vf x) { return x; }
+static inline vf rounded(bf16, vf x) {
+  bf16 held[W];
+  store(held, x);
+  return load(held);
+}
+static inline vf rounded(f16, vf x) {
+  f16 held[W];
+  store(held, x);
+  return load(held);
+}
+
+// 2^x for x <= 0 (softmax weights), relative error under 2e-7; far below -126 the result is 0. NaN stays NaN:
+// vmax hands on its second operand.
 static inline vf exp2v(vf x) {
 #if defined(__AVX512F__)
   x = vmax(set1(-200.f), x); // keeps -inf out of the subtraction below
   const vf whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  x = vmax(set1(-126.f), x);
+  x = vmax(set1(-127.f), x); // of which scale2 makes 0
   const vf whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #endif
   const vf t = sub(x, whole); // in [-0.5, 0.5]
@@ -190,6 +205,27 @@ static inline vf exp2v(vf x) {
 #else
   return scale2(y, _mm256_cvtps_epi32(whole));
 #endif
+}
+
+// log2 of x >= 0 that is no denormal, relative error under 2e-7 of the larger of result and 1; NaN stays NaN.
+static inline vf log2v(vf x) {
+#if defined(__AVX512F__)
+  const vf exponent = _mm512_getexp_ps(mul(x, set1(1.41421356f)));
+  const vf m = _mm512_scalef_ps(x, sub(zero(), exponent)); // in [sqrt(1/2), sqrt(2)]
+#else
+  const __m256i bits = _mm256_castps_si256(mul(x, set1(1.41421356f)));
+  const vf exponent = sub(_mm256_cvtepi32_ps(_mm256_srli_epi32(bits, 23)), set1(127.f));
+  const vf m = scale2(x, _mm256_cvtps_epi32(sub(zero(), exponent)));
+#endif
+  const vf t = div(sub(m, set1(1.f)), add(m, set1(1.f))), u = mul(t, t); // log2 m = 2 / ln 2 * artanh t
+  vf y = set1(0.32059890f);
+  y = fma(y, u, set1(0.41219858f));
+  y = fma(y, u, set1(0.57707802f));
+  y = fma(y, u, set1(0.96179669f));
+  y = fma(y, u, set1(2.88539008f));
+  y = fma(y, t, exponent);
+  const vf least = set1(-__builtin_inff());
+  return add(select(less(zero(), x), y, least), sub(x, x));
 }
 
 } // namespace jepa::JEPA_ISA

@@ -28,16 +28,57 @@ template <class T> static void read_row(const T* in, int64_t channel, int64_t wi
   for (int64_t c = 0; c < width; c += W) store(out + c, load(values + c));
 }
 
+// The turns of a row and those behind it; cos null: none.
+struct Turns {
+  const float* cos;
+  int64_t row, channels;
+  bool half;
+};
+
+// other[c] = x[partner of c] for c < channels; both have room for whole registers.
+static void partners(const float* x, int64_t channels, bool half, float* other) {
+  if (half) {
+    std::memcpy(other, x + channels / 2, channels / 2 * sizeof(float));
+    std::memcpy(other + channels / 2, x, channels / 2 * sizeof(float));
+  } else {
+    for (int64_t c = 0; c < channels; c += W) store(other + c, swap_pairs(load(x + c)));
+  }
+}
+
+// x <- the turned row, rounded as a tensor of T would hold it.
+template <class T> static void turn(float* x, const float* cos, int64_t channels, bool half) {
+  float other[128 + W];
+  partners(x, channels, half, other);
+  for (int64_t c = 0; c < channels; c += W) {
+    const int n = channels - c < W ? static_cast<int>(channels - c) : W;
+    const vf sine = load(cos + channels + c, 1, n), cosine = load(cos + c, 1, n);
+    store_first(x + c, rounded(T{}, fma(load(x + c), cosine, mul(load(other + c), sine))), n);
+  }
+}
+
+// The gradient's way back: x <- the transposed turn, not rounded.
+static void turn_back(float* x, const float* cos, int64_t channels, bool half) {
+  float sines[128 + W] = {}, other[128 + W];
+  for (int64_t c = 0; c < channels; ++c) sines[c] = x[c] * cos[channels + c];
+  partners(sines, channels, half, other);
+  for (int64_t c = 0; c < channels; c += W) {
+    const int n = channels - c < W ? static_cast<int>(channels - c) : W;
+    store_first(x + c, fma(load(x + c), load(cos + c, 1, n), load(other + c)), n);
+  }
+}
+
 // Rows of one head lie pages apart, where the hardware does not look ahead.
 constexpr int64_t AHEAD = 8;
 
-template <class T> static void read_rows(View<const T> in, int64_t rows, int64_t width, float* out) {
+template <class T>
+static void read_rows(View<const T> in, const Turns& turns, int64_t rows, int64_t width, float* out) {
   const int64_t out_row = scratch_row(width);
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; i < rows; ++i, out += out_row) {
     const T* ahead = in.data + (i + AHEAD < rows ? i + AHEAD : i) * in.row;
     for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T)))
       _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
-    read_row(in.data + i * in.row, in.channel, width, out + i * out_row);
+    read_row(in.data + i * in.row, in.channel, width, out);
+    if (turns.cos) turn<T>(out, turns.cos + i * turns.row, turns.channels, turns.half);
   }
 }
 
@@ -45,16 +86,33 @@ static void clear_rows(float* x, int64_t rows, int64_t width) {
   std::memset(x, 0, rows * scratch_row(width) * sizeof(float));
 }
 
+static void scale_rows(float* x, const float* factor, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i, x += scratch_row(width)) {
+    const vf f = set1(factor[i]);
+    for (int64_t c = 0; c < width; c += W) store(x + c, mul(f, load(x + c)));
+  }
+}
+
+// Rows times their factors, 0 where the factor is 0.
 template <class T>
-static void write_rows(const float* in, int64_t rows, int64_t width, float factor, View<T> out) {
-  const int64_t in_row = scratch_row(width);
-  const vf f = set1(factor);
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* x = in + i * in_row;
+static void write_rows(const float* in, const float* factor, int64_t rows, int64_t width, View<T> out) {
+  for (int64_t i = 0; i < rows; ++i, in += scratch_row(width)) {
+    const vf f = set1(factor[i]);
     T* y = out.data + i * out.row;
-    int64_t c = 0;
-    for (; c + W <= width; c += W) store(y + c, mul(f, load(x + c)));
-    if (c < width) store(y + c, mul(f, load(x + c)), static_cast<int>(width - c));
+    for (int64_t c = 0; c < width; c += W) {
+      const vf x = factor[i] == 0 ? zero() : mul(f, load(in + c));
+      store_first(y + c, x, width - c < W ? static_cast<int>(width - c) : W);
+    }
+  }
+}
+
+// Gradients of turned rows, times one factor; `in` is spoilt.
+template <class T>
+static void write_grads(float* in, float factor, const Turns& turns, int64_t rows, int64_t width,
+                        View<T> out) {
+  for (int64_t i = 0; i < rows; ++i, in += scratch_row(width)) {
+    if (turns.cos) turn_back(in, turns.cos + i * turns.row, turns.channels, turns.half);
+    write_rows(in, &factor, 1, width, View<T>{out.data + i * out.row, out.row, 1});
   }
 }
 

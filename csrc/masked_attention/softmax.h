@@ -1,16 +1,15 @@
 // Softmax down the columns of scores [keys][BLOCK], a query in each lane.
 #pragma once
-#include <limits>
-
 #include "common/simd.h"
+#include "masked_attention/visible.h"
 
 namespace jepa::JEPA_ISA {
 
-constexpr int64_t BLOCK = 48; // queries at a time: a multiple of every register and of the tile's rows
-constexpr float LOG2_E = 1.44269504089f;
+constexpr float LOG2_E = 1.44269504089f, LN_2 = 0.69314718056f;
+// Of no keys. Finite, so that hidden scores lie infinitely far below it.
+constexpr float NO_TOP = -std::numeric_limits<float>::max();
 
-static vf top_of(const float* scores, int64_t keys) {
-  const vf least = set1(-std::numeric_limits<float>::infinity());
+static vf top_of(const float* scores, int64_t keys, vf least) {
   vf top[4] = {least, least, least, least};
   int64_t j = 0;
   for (; j + 4 <= keys; j += 4)
@@ -19,20 +18,29 @@ static vf top_of(const float* scores, int64_t keys) {
   return vmax(vmax(top[0], top[1]), vmax(top[2], top[3]));
 }
 
-// scores <- 2^(factor * (scores - top)), factor > 0; inverse[i] <- 1 / their sum. Subtracting first makes the
-// weight of the top exactly 1, however large the scores: a rounded factor * top would not cancel.
-static void softmax(float* scores, int64_t keys, int64_t queries, float factor, float* inverse) {
+// 1 / sum, and 0 where nothing is seen.
+static vf inverse_of(vf sum) { return select(less(zero(), sum), div(set1(1.f), sum), sum); }
+
+// One more block of keys: scores <- 2^(factor * (scores - top)), factor > 0, where `top` is the largest score
+// so far; sum <- sum of all weights so far; past <- what weights of earlier blocks are worth now.
+// Subtracting first makes the weight of the top exactly 1, however large the scores: a rounded factor * top
+// would not cancel.
+static void softmax(float* scores, int64_t keys, int64_t queries, float factor, float* top, float* sum,
+                    float* past) {
   const vf f = set1(factor);
   for (int64_t i = 0; i < queries; i += W) {
     float* s = scores + i;
-    const vf top = top_of(s, keys);
-    vf sum = zero();
+    const vf before = load(top + i), now = top_of(s, keys, before);
+    const vf shrink = exp2v(mul(f, sub(before, now)));
+    vf total = mul(load(sum + i), shrink);
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), top)));
+      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), now)));
       store(s + j * BLOCK, e);
-      sum = add(sum, e);
+      total = add(total, e);
     }
-    store(inverse + i, div(set1(1.f), sum));
+    store(top + i, now);
+    store(sum + i, total);
+    store(past + i, shrink);
   }
 }
 
@@ -42,7 +50,7 @@ static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t q
   const vf f = set1(factor);
   for (int64_t i = 0; i < queries; i += W) {
     float *s = scores + i, *g = grad + i;
-    const vf top = top_of(s, keys);
+    const vf top = top_of(s, keys, set1(NO_TOP));
     vf sum = zero(), dot = zero();
     for (int64_t j = 0; j < keys; ++j) {
       const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), top)));
@@ -50,7 +58,7 @@ static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t q
       sum = add(sum, e);
       dot = fma(e, load(g + j * BLOCK), dot);
     }
-    const vf inverse = div(set1(1.f), sum), mean = mul(dot, inverse);
+    const vf inverse = inverse_of(sum), mean = mul(dot, inverse);
     for (int64_t j = 0; j < keys; ++j) {
       const vf p = mul(load(s + j * BLOCK), inverse);
       store(s + j * BLOCK, p);

@@ -1,117 +1,97 @@
-// Products of small matrices in fp32: c[i][j] = sum over k of a[i][k] * b[k][j], a tile of c in registers at
-// a time. Each element is one chain of multiply-adds in the order of k: its bits do not depend on the tiling.
+// Products of small matrices in fp32, a tile of the result in registers at a time. Each element is one chain
+// of multiply-adds in the order of k: its bits do not depend on the tiling.
 #pragma once
 #include "common/simd.h"
 
 namespace jepa::JEPA_ISA {
 
-constexpr int TILE_ROWS = 6;
-constexpr int TILE_VECTORS = W == 16 ? 3 : 2; // 18 of 32, or 12 of 16 registers hold sums
+// Rows of a tile by its vectors: as many sums as registers allow beside one row of b and one element of a.
+constexpr int MOST_VECTORS = W == 16 ? 4 : 3;
+constexpr int most_rows(int vectors) {
+  return W == 16 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 3 ? 4 : vectors == 2 ? 6 : 8);
+}
 
-// The left operand: a matrix with its rows at `step`, or its transpose.
-struct Rows {
-  const float* data;
-  int64_t step;
-  Rows from(int64_t i) const { return {data + i * step, step}; }
-  vf operator()(int64_t i, int64_t k) const { return set1(data[i * step + k]); }
-};
-
-struct Columns {
-  const float* data;
-  int64_t step;
-  Columns from(int64_t i) const { return {data + i, step}; }
-  vf operator()(int64_t i, int64_t k) const { return set1(data[k * step + i]); }
-};
-
-// What becomes of the sums: `start` is where an element's chain begins, `finish` takes its end.
-struct Overwrite {
+// c[i][j] = (accumulate ? c[i][j] : 0) + sum over k of a[i * a_row + k * a_step] * b[k * b_row + j].
+struct Product {
+  int64_t depth;
+  const float* a;
+  int64_t a_row, a_step;
+  const float* b;
+  int64_t b_row;
   float* c;
-  int64_t row;
-  vf start(int64_t, int64_t) const { return zero(); }
-  void finish(int64_t i, int64_t j, vf sum) const { store(c + i * row + j, sum); }
+  int64_t c_row;
+  bool accumulate;
 };
 
-struct Accumulate {
-  float* c;
-  int64_t row;
-  vf start(int64_t i, int64_t j) const { return load(c + i * row + j); }
-  void finish(int64_t i, int64_t j, vf sum) const { store(c + i * row + j, sum); }
-};
-
-// To memory of the caller, as T, times a factor per row; only the first `width` columns.
-template <class T> struct Scaled {
-  T* c;
-  int64_t row, width;
-  const float* factor;
-  vf start(int64_t, int64_t) const { return zero(); }
-  void finish(int64_t i, int64_t j, vf sum) const {
-    const vf x = mul(sum, set1(factor[i]));
-    if (j + W <= width)
-      store(c + i * row + j, x);
-    else
-      store(c + i * row + j, x, static_cast<int>(width - j));
-  }
-};
-
-template <int rows, int vectors, class Left, class Out>
-static void tile(int64_t i, int64_t j, int64_t depth, Left a, const float* b, int64_t b_row, Out out) {
+template <int rows, int vectors> static void tile(int64_t i, int64_t j, const Product& p) {
   vf sum[rows][vectors];
-#pragma GCC unroll 8
+  float* c = p.c + i * p.c_row + j;
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = out.start(i + r, j + v * W);
-  a = a.from(i);
-  b += j;
-  for (int64_t k = 0; k < depth; ++k, b += b_row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = p.accumulate ? load(c + r * p.c_row + v * W) : zero();
+  const float *a = p.a + i * p.a_row, *b = p.b + j;
+  for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_row) {
     vf x[vectors];
     for (int v = 0; v < vectors; ++v) x[v] = load(b + v * W);
     for (int r = 0; r < rows; ++r) {
-      const vf y = a(r, k);
+      const vf y = set1(a[r * p.a_row]);
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(y, x[v], sum[r][v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) out.finish(i + r, j + v * W, sum[r][v]);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(c + r * p.c_row + v * W, sum[r][v]);
 }
 
-template <int vectors, class Left, class Out>
-static void tile_of(int64_t rows, int64_t i, int64_t j, int64_t depth, Left a, const float* b, int64_t b_row,
-                    Out out) {
-  switch (rows) {
-  case 1:
-    return tile<1, vectors>(i, j, depth, a, b, b_row, out);
-  case 2:
-    return tile<2, vectors>(i, j, depth, a, b, b_row, out);
-  case 3:
-    return tile<3, vectors>(i, j, depth, a, b, b_row, out);
-  case 4:
-    return tile<4, vectors>(i, j, depth, a, b, b_row, out);
-  case 5:
-    return tile<5, vectors>(i, j, depth, a, b, b_row, out);
-  default:
-    return tile<TILE_ROWS, vectors>(i, j, depth, a, b, b_row, out);
+template <int most, int vectors> static void tile_of(int64_t rows, int64_t i, int64_t j, const Product& p) {
+  if constexpr (most > 1)
+    if (rows < most) return tile_of<most - 1, vectors>(rows, i, j, p);
+  tile<most, vectors>(i, j, p);
+}
+
+// Rows [i, end) of `vectors` registers; what is left for two tiles is shared out evenly.
+template <int vectors> static void panel(int64_t i, int64_t end, int64_t j, const Product& p) {
+  constexpr int most = most_rows(vectors);
+  while (i < end) {
+    const int64_t left = end - i, rows = left <= most ? left : left < 2 * most ? (left + 1) / 2 : most;
+    tile_of<most, vectors>(rows, i, j, p);
+    i += rows;
   }
 }
 
+static int vectors_of(int64_t left) {
+  if (left <= MOST_VECTORS) return static_cast<int>(left);
+  return left == MOST_VECTORS + 1 ? (MOST_VECTORS + 1) / 2 : W == 16 ? 4 : left % 2 ? 3 : 2;
+}
+
+constexpr int64_t ROWS = 48;   // of a, kept in the first-level cache while all panels of b pass by
+constexpr int64_t DEPTH = 128; // rows of a panel of b, kept there while all these rows pass by
+
 // rows x columns of c; columns are rounded up to whole registers, b and c have room for that.
-template <class Left, class Out>
-static void multiply(int64_t rows, int64_t columns, int64_t depth, Left a, const float* b, int64_t b_row,
-                     Out out) {
-  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    const int64_t high = rows - i < TILE_ROWS ? rows - i : TILE_ROWS;
-    for (int64_t j = 0; j < columns;) {
-      const int64_t left = (columns - j + W - 1) / W;
-      const int64_t vectors = left < TILE_VECTORS ? left : TILE_VECTORS;
-      if (vectors == TILE_VECTORS)
-        tile_of<TILE_VECTORS>(high, i, j, depth, a, b, b_row, out);
-      else if (vectors == 2)
-        tile_of<2>(high, i, j, depth, a, b, b_row, out);
-      else
-        tile_of<1>(high, i, j, depth, a, b, b_row, out);
-      j += vectors * W;
+static void multiply(int64_t rows, int64_t columns, Product p) {
+  const int64_t depth = p.depth;
+  for (int64_t k = 0; k < depth; k += DEPTH) {
+    p.depth = depth - k < DEPTH ? depth - k : DEPTH;
+    for (int64_t i = 0; i < rows; i += ROWS) {
+      const int64_t end = rows - i < ROWS ? rows : i + ROWS;
+      for (int64_t j = 0; j < columns;) {
+        const int vectors = vectors_of((columns - j + W - 1) / W);
+        if (vectors == MOST_VECTORS)
+          panel<MOST_VECTORS>(i, end, j, p);
+        else if (vectors == 3)
+          panel<3>(i, end, j, p);
+        else if (vectors == 2)
+          panel<2>(i, end, j, p);
+        else
+          panel<1>(i, end, j, p);
+        j += vectors * W;
+      }
     }
+    p.a += DEPTH * p.a_step;
+    p.b += DEPTH * p.b_row;
+    p.accumulate = true;
   }
 }
 

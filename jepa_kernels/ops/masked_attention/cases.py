@@ -7,6 +7,7 @@ import torch
 
 from jepa_kernels._core.case import Case
 from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
 
 Make = Callable[[torch.Generator], dict[str, Any]]
 Inputs = dict[str, Any]
@@ -53,11 +54,21 @@ def packed(
     return make
 
 
-def dense(batch: int, heads: tuple[int, int], queries: int, keys: int, width: int, **options: Any) -> Make:
+def dense(
+    batch: int,
+    heads: tuple[int, int],
+    queries: int,
+    keys: int,
+    width: int,
+    change: Callable[[Inputs], None] = lambda inputs: None,
+    **options: Any,
+) -> Make:
     def make(generator: torch.Generator) -> Inputs:
         q = _x(generator, batch, heads[0], queries, width)
         k, v = (_x(generator, batch, heads[1], keys, width) for _ in range(2))
-        return dict(q=q, k=k, v=v, **options)
+        inputs = dict(q=q, k=k, v=v, **options)
+        change(inputs)
+        return inputs
 
     return make
 
@@ -98,6 +109,57 @@ def _constant_rows(inputs: Inputs) -> None:
     inputs["q"][::2] = 0.5
 
 
+def _ranges(inputs: Inputs) -> None:
+    """Each query sees a stretch of its sequence's keys; every fifth sees none."""
+    rows = torch.arange(inputs["q"].shape[0])
+    packing = inputs["packing"]
+    keys = inputs.get("k_packing", packing)
+    lengths = torch.cat([keys.cu_seqlens.diff(), torch.zeros(1, dtype=torch.int32)])[packing.sequence_of_token()]
+    begin = rows * 7 % (lengths + 1)
+    end = torch.minimum(begin + rows * 11 % 40, lengths)
+    end = torch.where(rows % 5 == 4, begin, end)
+    inputs["key_ranges"] = torch.stack([begin, end], 1).int()
+
+
+def _dense_ranges(batched: bool) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        batch, _, queries, _ = inputs["q"].shape
+        rows = torch.arange(batch * queries if batched else queries)
+        begin = rows * 7 % inputs["k"].shape[2]
+        ranges = torch.stack([begin, torch.minimum(begin + rows * 5 % 33, torch.tensor(inputs["k"].shape[2]))], 1)
+        inputs["key_ranges"] = (ranges.view(batch, queries, 2) if batched else ranges).int()
+
+    return change
+
+
+def _positions(tokens: int, axes: int) -> torch.Tensor:
+    """Frames, rows and columns of a grid that is 7 wide, some between two patches."""
+    place = torch.arange(tokens)
+    grid = torch.stack([place // 21, place // 7 % 3, place % 7], 1).float()
+    return grid[:, :axes] + 0.25 * (place[:, None] % 3 == 1)
+
+
+def _rope(axes: int, batched: bool = False, **options: Any) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        shapes = [inputs[n].shape for n in ("q", "k")]
+        tokens = [s[0] if len(s) == 3 else s[2] for s in shapes]
+        positions, k_positions = (_positions(n, axes) for n in tokens)
+        if batched:
+            offset = torch.arange(shapes[0][0]).view(-1, 1, 1)
+            positions, k_positions = positions + offset, k_positions + 2 * offset
+        inputs["rope"] = Rope(positions, k_positions if batched or tokens[0] != tokens[1] else None, **options)
+
+    return change
+
+
+def _all(*changes: Callable[[Inputs], None]) -> Callable[[Inputs], None]:
+    def change(inputs: Inputs) -> None:
+        for one in changes:
+            one(inputs)
+
+    return change
+
+
 def dynamic(generator: torch.Generator, size: int) -> Inputs:
     return packed([3 + size, 1, 7 + size], (2, 1), 8)(generator)
 
@@ -122,6 +184,30 @@ CASES = (
     Case("qkv_views_d80", qkv_views([40, 7], 3, 80), GRADS),
     Case("dense_d128", dense(2, (4, 2), 33, 47, 128), GRADS),
     Case("dense_d64", dense(1, (2, 2), 150, 150, 64, scale=0.2), GRADS),
+    Case("frames_of_3", packed([6, 0, 12, 3], (2, 1), 8, frame_size=3), GRADS, gradcheck=True),
+    Case("frames_of_43_d64", packed([129, 43, 86], (2, 2), 64, frame_size=43), GRADS),
+    Case("frames_with_cached_keys_d24", packed([2, 70, 5], (2, 1), 24, [6, 99, 3], frame_size=3), GRADS),
+    Case("ranges_d32", packed([5, 130, 0, 33], (2, 2), 32, change=_ranges), GRADS),
+    Case("ranges_cross_d80", packed([70, 9], (2, 1), 80, [66, 130], change=_ranges, unused=3), GRADS),
+    Case("ranges_in_frames_d16", packed([8, 72], (2, 2), 16, frame_size=8, change=_ranges), GRADS),
+    Case("rope_interleaved_d64", packed([70, 3, 65], (2, 2), 64, change=_rope(3)), GRADS),
+    Case("rope_tiled_d32", packed([40, 66], (2, 1), 32, change=_rope(3, pairing="tiled")), GRADS),
+    Case("rope_half_d40_cross", packed([9, 66], (2, 2), 40, [70, 5], change=_rope(1, pairing="half")), GRADS),
+    Case("rope_tiled_d80_frames", packed([84, 42], (2, 2), 80, frame_size=21, change=_rope(3, pairing="tiled")), GRADS),
+    Case(
+        "rope_ranges_frames_d8",
+        packed([4, 6], (2, 1), 8, frame_size=2, change=_all(_ranges, _rope(2, angle_dtype=torch.bfloat16))),
+        GRADS,
+        gradcheck=True,
+    ),
+    Case("dense_frames_d88", dense(2, (2, 2), 60, 90, 88, frame_size=30), GRADS),
+    Case("dense_frames_more_queries", dense(2, (2, 1), 7, 4, 16, frame_size=2), GRADS),
+    Case("dense_ranges_rope_d48", dense(2, (2, 2), 35, 50, 48, change=_all(_dense_ranges(False), _rope(2))), GRADS),
+    Case(
+        "dense_batched_ranges_rope_d104",
+        dense(2, (2, 1), 20, 70, 104, change=_all(_dense_ranges(True), _rope(3, batched=True))),
+        GRADS,
+    ),
     Case("dense_no_keys", dense(2, (2, 1), 3, 0, 16), GRADS),
     Case("empty_batch", dense(0, (2, 2), 5, 5, 16), GRADS),
 )

@@ -1,0 +1,202 @@
+"""masked_attention's forms: one qkv, parts joined by their lse; what PyTorch counts, compiles and computes again."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import jepa_kernels as jk
+from jepa_kernels import Packing, Rope
+
+BACKENDS = ("reference", "cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = (0, 5, 70, 64)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def packed_qkv(width=24, heads=2, dtype=torch.float32):
+    return torch.randn(sum(LENGTHS), 3, heads, width, dtype=dtype), Packing.from_lengths(LENGTHS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_one_qkv_gives_the_bits_of_its_views_and_one_gradient(packed, dtype, backend):
+    if packed:
+        qkv, packing = packed_qkv(dtype=dtype)
+        views = qkv.requires_grad_().unbind(1)
+        rope = Rope(torch.rand(len(qkv), 3) * 9)
+    else:
+        qkv, packing = torch.randn(2, 30, 3, 2, 24, dtype=dtype), None
+        views = [x.transpose(1, 2) for x in qkv.requires_grad_().unbind(2)]
+        rope = Rope(torch.rand(30, 3) * 9, pairing="tiled")
+    expected = jk.masked_attention(*views, packing, rope=rope, backend=backend)
+    out = jk.masked_attention_qkv(qkv, packing, rope=rope, backend=backend)
+    weights = torch.randn_like(out)
+    assert torch.equal(out, expected)
+    wanted, got = (torch.autograd.grad((x * weights).sum(), qkv)[0] for x in (expected, out))
+    assert torch.equal(got, wanted) and got.is_contiguous()
+
+
+def test_the_qkv_form_passes_opcheck():
+    qkv, packing = packed_qkv()
+    cu, tiles = packing.cu_seqlens, packing.tiles
+    turns = Rope(torch.rand(len(qkv), 1), pairing="half").turns(24)
+    call = (qkv.requires_grad_(), cu, cu, tiles, tiles, 70, 70, 0, None, *turns, True, 0.2, "cpu")
+    torch.library.opcheck(torch.ops.jepa_kernels.masked_attention_qkv.default, call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ["packed", "dense"])
+def test_parts_of_the_keys_join_to_the_whole(shape, dtype, backend):
+    if shape == "packed":
+        q, k, v = (torch.randn(20, 2, 16, dtype=dtype) for _ in range(3))
+        queries, whole = Packing.from_lengths([8, 12]), Packing.from_lengths([8, 12])
+        rows = torch.arange(20)
+        parts = [
+            (rows < 8) | (rows % 2 == 0),
+            (rows >= 8) & (rows % 2 == 1),
+        ]  # the second part has no key of sequence 0
+        packings = [Packing.from_lengths([8, 6]), Packing.from_lengths([0, 6])]
+        calls = [(q, k[p], v[p], queries) for p in parts]
+        found = [
+            jk.masked_attention_lse(*c, k_packing=p, backend=backend) for c, p in zip(calls, packings, strict=True)
+        ]
+        expected = jk.masked_attention_lse(q, k, v, whole, backend=backend)
+    else:
+        q, k, v = (torch.randn(2, 2, n, 16, dtype=dtype) for n in (5, 9, 9))
+        found = [
+            jk.masked_attention_lse(q, k[:, :, part], v[:, :, part], backend=backend)
+            for part in (slice(0, 4), slice(4, 9), slice(9, 9))
+        ]
+        expected = jk.masked_attention_lse(q, k, v, backend=backend)
+    out, lse = jk.merge_attention(*zip(*found, strict=True))
+    low = dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected[0], rtol=2e-2 if low else 1e-5, atol=1e-2 if low else 1e-6)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)
+
+
+def test_queries_that_no_part_serves_merge_to_0():
+    out, lse = jk.merge_attention([torch.randn(3, 2, 8)] * 2, [torch.full((2, 3), -torch.inf)] * 2)
+    assert out.eq(0).all() and lse.eq(-torch.inf).all()
+
+
+OUT, LSE = torch.randn(3, 2, 8), torch.randn(2, 3)
+
+
+@pytest.mark.parametrize(
+    "outs, lses, error, message",
+    [
+        ([], [], ValueError, "lses must hold one tensor for each of outs, at least one, got 0 and 0; pass pairs"),
+        ([OUT], [LSE, LSE], ValueError, "lses must hold one tensor for each of outs, at least one, got 1 and 2"),
+        ([OUT, OUT[:2]], [LSE, LSE], ValueError, r"outs\[1\] must be like outs\[0\], \(3, 2, 8\), got \(2, 2, 8\)"),
+        ([OUT], [LSE.T], ValueError, r"lses\[0\] must have shape \(2, 3\), got \(3, 2\); pass what"),
+        ([OUT], [LSE.half()], TypeError, r"lses\[0\] must be of dtype float32, float64, got float16"),
+    ],
+)
+def test_merging_bad_parts_is_named(outs, lses, error, message):
+    with pytest.raises(error, match="merge_attention: " + message):
+        jk.merge_attention(outs, lses)
+
+
+def test_lse_has_no_gradient_and_disturbs_none():
+    q, k, v = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    out, lse = jk.masked_attention_lse(q, k, v, backend="cpu")
+    assert not lse.requires_grad
+    wanted = torch.autograd.grad(jk.masked_attention(q, k, v, backend="cpu").sum(), (q, k, v))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), (q, k, v)), wanted, strict=True))
+
+
+def test_torch_kernels_that_give_no_lse_are_refused():
+    q = torch.randn(1, 1, 3, 8)
+    with pytest.raises(jk.BackendError, match="masked_attention: backend 'sdpa' .+ got: gives no lse"):
+        jk.masked_attention_lse(q, q, q, backend="sdpa")
+
+
+def test_qkv_of_another_shape_is_named():
+    with pytest.raises(
+        ValueError, match="masked_attention_qkv: qkv must have 3 as its third last dimension, got 2; use"
+    ):
+        jk.masked_attention_qkv(torch.randn(4, 2, 2, 8), Packing.from_lengths([4]))
+    with pytest.raises(ValueError, match=r"masked_attention_qkv: qkv must have shape \[B, N, 3, H, D\], got \(4, 3, 2"):
+        jk.masked_attention_qkv(torch.randn(4, 3, 2, 8))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flops_are_counted_from_the_pairs(compiled):
+    qkv, packing = packed_qkv()
+    function = torch.compile(jk.masked_attention_qkv, backend="aot_eager") if compiled else jk.masked_attention_qkv
+    with FlopCounterMode(display=False) as forward:
+        out = function(qkv.requires_grad_(), packing, backend="cpu")
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert packing.pairs == 5 * 5 + 70 * 70 + 64 * 64
+    assert forward.get_total_flops() == 2 * 2 * packing.pairs * 2 * 24
+    assert backward.get_total_flops() == 5 * 2 * packing.pairs * 2 * 24
+
+
+def test_flops_are_counted_whichever_import_comes_first():
+    code = (
+        "import jepa_kernels as jk, torch; from torch.utils.flop_counter import FlopCounterMode as F\n"
+        "q = torch.zeros(1, 1, 4, 8)\n"
+        "with F(display=False) as counter: jk.masked_attention(q, q, q, backend='cpu')\n"
+        "print(counter.get_total_flops())"
+    )
+    for swap in (False, True):
+        lines = code.split("; ", 1) if swap else [code]
+        done = subprocess.run(
+            [sys.executable, "-c", "import torch.utils.flop_counter\n" * swap + "; ".join(lines)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(2 * 2 * 4 * 4 * 8)
+
+
+def test_lengths_that_change_at_random_compile_at_most_twice_more():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def step(qkv, packing, rope):
+        return jk.masked_attention_qkv(qkv, packing, rope=rope, backend="cpu")
+
+    compiled, generator = torch.compile(step, fullgraph=True, backend=counter), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        packing = Packing.from_lengths(torch.randint(1, 40, (4,), generator=generator).tolist())
+        qkv, rope = torch.randn(packing.tokens, 3, 2, 16), Rope(torch.rand(packing.tokens, 3))
+        assert torch.equal(compiled(qkv, packing, rope), step(qkv, packing, rope))
+    assert counter.frame_count <= 3
+
+
+def test_checkpointed_activations_give_the_same_gradients():
+    qkv, packing = packed_qkv()
+    grads = []
+    for call in (
+        jk.masked_attention_qkv,
+        lambda *a, **k: checkpoint(jk.masked_attention_qkv, *a, **k, use_reentrant=False),
+    ):
+        leaf = qkv.detach().requires_grad_()
+        call(leaf, packing, backend="cpu").square().sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("lengths", [(1,) * 100_000, (20_000,)], ids=["100000 sequences", "one of 20000 tokens"])
+def test_many_and_long_sequences(lengths):
+    packing = Packing.from_lengths(lengths)
+    q, k, v = torch.randn(3, packing.tokens, 1, 8).unbind(0)
+    q[-1], q[0] = 0, 0  # sees all keys alike
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out, lse = jk.masked_attention_lse(*leaves, packing, backend="cpu")
+    n = lengths[0]
+    for s, row in ((0, 0), (-1, -1)):
+        torch.testing.assert_close(out[row], packing.split(v)[s].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse[0, [0, -1]].exp(), torch.tensor([float(n)] * 2), rtol=1e-4, atol=0)
+    _, _, dv = torch.autograd.grad(out.sum(), leaves)
+    torch.testing.assert_close(dv.sum(), torch.tensor(float(packing.tokens * 8)), rtol=1e-4, atol=0)
