@@ -34,6 +34,7 @@ def _only_without_grad(call: Call) -> str | None:
 
 
 KERNELS = (
+    Kernel("triton"),
     Kernel("cpu"),
     Kernel("sdpa", limit=_gives_no_lse, automatic=_only_without_grad),
 )

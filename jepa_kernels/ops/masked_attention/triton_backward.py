@@ -77,14 +77,13 @@ def _masked_attention_backward_q_kernel(
     """dq and delta = sum of out * grad of each row, tiles as in the forward kernel."""
     program = tl.program_id(0)
     head = program % heads
-    group_of_tiles = program // heads
     if TAIL:
         part = program - tl.cdiv(count, STEP) * heads
         if part >= 0:
             clear_rows(dq, cu_seqlens, sequences, tokens, drow * 8, part)
             return
-    for i in range(group_of_tiles * STEP, group_of_tiles * STEP + STEP):
-        s, start = tile_at(tiles, i, count, queries, ROWS)
+    for i in range(STEP):
+        s, start = tile_at(tiles, program // heads * STEP + i, count, queries, ROWS)
         if s >= 0:
             first, n = sequence(cu_seqlens, s, queries)
             k_first, m = sequence(k_cu_seqlens, s, keys)
@@ -157,15 +156,14 @@ def _masked_attention_backward_kv_kernel(
     """dk and dv of tiles of keys; `heads` key heads, each the sum over its `group` query heads, in order."""
     program = tl.program_id(0)
     head = program % heads
-    group_of_tiles = program // heads
     if TAIL:
         part = program - tl.cdiv(count, STEP) * heads
         if part >= 0:
             clear_rows(dk, k_cu_seqlens, sequences, tokens, drow * 8, part)
             clear_rows(dv, k_cu_seqlens, sequences, tokens, drow * 8, part)
             return
-    for i in range(group_of_tiles * STEP, group_of_tiles * STEP + STEP):
-        s, start = tile_at(tiles, i, count, keys, ROWS)
+    for i in range(STEP):
+        s, start = tile_at(tiles, program // heads * STEP + i, count, keys, ROWS)
         if s >= 0:
             first, n = sequence(cu_seqlens, s, queries)
             k_first, m = sequence(k_cu_seqlens, s, keys)
@@ -177,7 +175,8 @@ def _masked_attention_backward_kv_kernel(
                 keys_tile = load(k_rows, start, m, ROWS, PARTS, D, UNIT)
                 values = load(v_rows, start, m, ROWS, PARTS, D, UNIT)
                 totals = (zeros(ROWS, PARTS), zeros(ROWS, PARTS))
-                for h in range(head * group, head * group + group):
+                for i_head in range(group):
+                    h = head * group + i_head
                     totals = _stream_dkv(
                         rows_of(q, q_skip, q_token, q_head, q_channel, s, first, h, UNIT), keys_tile, values,
                         rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, h, UNIT),

@@ -29,7 +29,8 @@ def finish(out, row, lse, start, queries, total, top, weight, PARTS: tl.constexp
     """Writes total / weight and the logarithm of the sum; 0 and -inf where a row saw nothing."""
     lane = start + tl.arange(0, top.shape[0])
     some = weight > 0
-    store(out, row, start, queries, times(total, tl.where(some, 1.0 / weight, 0.0)), 1.0, PARTS, D)
+    weight = tl.where(some, weight, 1.0)
+    store(out, row, start, queries, times(total, 1.0 / weight), 1.0, PARTS, D)
     value = tl.where(some, (top + tl.log2(weight)) * LN2, float("-inf"))
     tl.store(lse + lane, value, mask=lane < queries)
 
@@ -54,7 +55,7 @@ def _stream(
             scores = tl.where((key >= begin[:, None]) & (key < end[:, None]), scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(scores * scale - base[:, None])
+        weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
         fade = tl.exp2(top - base)
         weight = weight * fade + tl.sum(weights, 1)
         total = add_products(times(total, fade), weights, load(v, at, keys, COLUMNS, PARTS, D, UNIT))
@@ -80,14 +81,13 @@ def _masked_attention_forward_kernel(
     """Sequences of more than SHORT keys. A program takes a head and STEP neighbours of the tile list."""
     program = tl.program_id(0)
     head = program % heads
-    group_of_tiles = program // heads
     if TAIL:
         part = program - tl.cdiv(count, STEP) * heads
         if part >= 0:
             clear_out(out, lse, cu_seqlens, sequences, tokens, row * 8, lse_head, heads, part)
             return
-    for i in range(group_of_tiles * STEP, group_of_tiles * STEP + STEP):
-        s, start = tile_at(tiles, i, count, queries, ROWS)
+    for i in range(STEP):
+        s, start = tile_at(tiles, program // heads * STEP + i, count, queries, ROWS)
         if s >= 0:
             first, n = sequence(cu_seqlens, s, queries)
             k_first, m = sequence(k_cu_seqlens, s, keys)
@@ -108,7 +108,7 @@ def clear_out(out, lse, cu_seqlens, sequences, tokens, width, lse_head, heads, p
     clear_rows(out, cu_seqlens, sequences, tokens, width, part)
     used = tl.load(cu_seqlens + sequences)
     for head in range(heads):
-        clear(lse + head.to(tl.int64) * lse_head, used, tokens, part, float("-inf"))
+        clear(lse + lse_head.to(tl.int64) * head, used, tokens, part, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["skip", "token", "head_stride", "channel", "turns_skip", "row", "tokens", "heads"])

@@ -50,7 +50,7 @@ def load(x, start, length, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.conste
         if UNIT == 1:
             at = x[0] + (start + lane).to(tl.int64)[:, None] * x[1] + c.to(tl.int64)[None, :] * x[2]
         else:  # 16 bytes a thread: the compiler sees that rows start at multiples of UNIT
-            at = x[0] + start.to(tl.int64) * (x[1] * UNIT) + (lane[:, None] * (x[1] * UNIT) + c[None, :])
+            at = x[0] + x[1].to(tl.int64) * UNIT * start + (lane[:, None] * (x[1] * UNIT) + c[None, :])
         tile = tile + (tl.load(at, mask=there & (c < D)[None, :], other=0.0),)
     return tile
 
@@ -63,7 +63,7 @@ def store(x, row, start, length, tile, factor, PARTS: tl.constexpr, D: tl.conste
         c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
         at = x + (start + lane).to(tl.int64)[:, None] * (row * 8) + c[None, :]
         mask = (start + lane < length)[:, None] & (c < D)[None, :]
-        tl.store(at, (tile[i] * factor).to(x.dtype.element_ty), mask=mask)
+        tl.store(at, (tile[i].to(tl.float32) * factor).to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
