@@ -138,8 +138,9 @@ class Packing:
         """x [T, ...] -> [S, max_seqlen, ...], filled with `value` behind each sequence. Differentiable."""
         self._check_tokens("x", x)
         place, inside = self._places()
-        if x.shape[0] == 0:
-            return x.new_full((self.sequences, self.max_seqlen, *x.shape[1:]), value)
+        if x.shape[0] == 0:  # nothing to index; the gradient still finds its way to x
+            filled = x.new_full((self.sequences, self.max_seqlen, *x.shape[1:]), value)
+            return torch.cat([filled.flatten(0, 1), x]).view_as(filled)
         inside = inside.view(*inside.shape, *(1,) * (x.dim() - 1))
         return torch.where(inside, x[place], x.new_full((), value))
 

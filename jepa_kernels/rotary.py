@@ -62,11 +62,9 @@ class Rope:
 
     def to(self, device: torch.device | str) -> Rope:
         """The same Rope with its tensors on another device."""
-        positions, k_positions, frequencies = (
-            None if x is None else x.to(device) for x in (self.positions, self.k_positions, self.frequencies)
-        )
+        k_positions, frequencies = (None if x is None else x.to(device) for x in (self.k_positions, self.frequencies))
         return Rope(
-            positions,
+            self.positions.to(device),
             k_positions,
             pairing=self.pairing,
             theta=self.theta,

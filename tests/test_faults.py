@@ -50,6 +50,11 @@ def output(position, change):
     return wrap
 
 
+def given(change):
+    """Of an argument that may be None."""
+    return lambda x: None if x is None else change(x).to(x.dtype).contiguous()
+
+
 def in_place(position, change):
     """change(tensors now, tensors before) spoils what the kernel wrote to a list of tensors."""
 
@@ -157,8 +162,17 @@ FAULTS = {
         "gradient not scaled": ("backward", argument(0, lambda grad: torch.ones_like(grad))),
     },
     "masked_attention": {
-        "scale missing": ("forward", argument(5, lambda scale: 1.0)),
-        "scale of another head dim": ("forward", argument(5, lambda scale: scale * 0.98)),
+        "scale missing": ("forward", argument(14, lambda scale: 1.0)),
+        "scale of another head dim": ("forward", argument(14, lambda scale: scale * 0.98)),
+        "frames not seen": ("forward", argument(9, lambda frame_size: 0)),
+        "frames one token short": ("forward", argument(9, lambda frame_size: max(frame_size - 1, 0))),
+        "ranges end one key late": ("forward", argument(10, given(lambda x: x + torch.tensor([0, 1])))),
+        "ranges of the neighbour": ("forward", argument(10, given(lambda x: x.roll(1, -2)))),
+        "sines of the wrong sign": ("forward", argument(11, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "keys turn as queries do": ("forward", argument(12, given(lambda x: x.roll(1, -3)))),
+        "pairing swapped": ("forward", argument(13, lambda half: not half)),
+        "gradient turned the wrong way": ("backward", argument(14, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "gradient of hidden keys": ("backward", argument(12, lambda frame_size: 0)),
         "last value read as 0": ("forward", argument(2, without_last_channel)),
         "last row left out": ("forward", result(spoil((-1,), 0))),
         "heads in reverse": ("forward", argument(1, lambda k: k.flip(1))),

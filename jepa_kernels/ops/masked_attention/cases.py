@@ -113,7 +113,7 @@ def _ranges(inputs: Inputs) -> None:
     """Each query sees a stretch of its sequence's keys; every fifth sees none."""
     rows = torch.arange(inputs["q"].shape[0])
     packing = inputs["packing"]
-    keys = inputs.get("k_packing", packing)
+    keys = inputs.get("k_packing") or packing
     lengths = torch.cat([keys.cu_seqlens.diff(), torch.zeros(1, dtype=torch.int32)])[packing.sequence_of_token()]
     begin = rows * 7 % (lengths + 1)
     end = torch.minimum(begin + rows * 11 % 40, lengths)

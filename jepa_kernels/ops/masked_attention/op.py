@@ -225,7 +225,7 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) ->
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     options = inputs[-13:-1]
-    ctx.inputs, ctx.backend = len(inputs), inputs[-1]
+    ctx.backend = inputs[-1]
     ctx.mark_non_differentiable(output[1])
     ctx.numbers = [None if isinstance(x, Tensor) else x for x in options]
     ctx.tensors = [i for i, x in enumerate(options) if isinstance(x, Tensor)]
@@ -234,10 +234,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _restored(ctx: Any) -> tuple[tuple[Tensor, ...], list[Any]]:
     """(the inputs, out and lse), options: as `_setup` saw them."""
-    options, first = list(ctx.numbers), ctx.inputs - 13 + 2
-    for i, x in zip(ctx.tensors, ctx.saved_tensors[first:], strict=True):
+    options, saved = list(ctx.numbers), ctx.saved_tensors
+    own = len(saved) - len(ctx.tensors)
+    for i, x in zip(ctx.tensors, saved[own:], strict=True):
         options[i] = x
-    return ctx.saved_tensors[:first], options
+    return saved[:own], options
 
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
