@@ -1,11 +1,12 @@
-"""Triton `masked_attention`: launches and the table of tiles.
+"""Triton `masked_attention`: launches, and the table of tiles.
 
-Sequences of any length stream over their keys; what a sequence goes through depends on its own lengths, on D, on the
-dtype and on the options alone, so that packed it has the bits that it has alone.
+Sequences of at most SHORT keys keep a head's keys and values on chip; longer ones stream past them. What a sequence
+goes through depends on its own lengths, on D, on the dtype and on the options alone: packed it gets the bits that it
+gets alone. A packing that may hold both kinds takes a launch for each.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,11 +21,15 @@ from jepa_kernels.ops.masked_attention.triton_forward import (
     _masked_attention_forward_kernel,
     _masked_attention_turn_kernel,
 )
+from jepa_kernels.ops.masked_attention.triton_short_backward import _masked_attention_backward_short_kernel
+from jepa_kernels.ops.masked_attention.triton_short_forward import GROUP, _masked_attention_forward_short_kernel
 from jepa_kernels.ops.masked_attention.triton_tiles import TAILS
+
+LOG2E = math.log2(math.e)
 
 
 class Tile(NamedTuple):
-    """Rows that a program owns, columns that stream past, warps, and loads under way."""
+    """Rows that a program holds, columns that pass it at a time, warps, loads under way."""
 
     rows: int
     columns: int
@@ -32,18 +37,35 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By the largest D they serve. fp32 multiplies on the plain units, from registers: small tiles.
+# By the largest D that they serve.
 FORWARD = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
 BACKWARD_Q = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2)}
 BACKWARD_KV = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2)}
-FP32 = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}
-SHORT = -1
-LOG2E = math.log2(math.e)
+FP32 = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}  # products on the plain units
+
+# Sequences that stay on chip: keys in blocks, the first row of blocks that holds them.
+SHORT = 256
+KEYS_FORWARD = ((64,), (64, 32), (128,), (128, 64), (128, 128))
+KEYS_BACKWARD = ((64,), (128,), (128, 64), (128, 128))  # their rows are a product's rows: 64 or more
+SHORT_FORWARD = {128: Tile(64, 0, 4, 2)}
+SHORT_BACKWARD = {128: Tile(64, 0, 8, 2)}
+# Keys up to which dq, dk and dv fit the registers together, and up to which delta is summed there too.
+TOGETHER = {32: 256, 64: 256, 128: 128}
+EXACT = {32: 256, 128: 128}
+
+
+def _by_width(table: dict[int, Any], width: int) -> Any:
+    return next(entry for largest, entry in table.items() if width <= largest)
 
 
 def _tile(table: dict[int, Tile], q: Tensor) -> Tile:
-    chosen = FP32 if q.dtype == torch.float32 else table
-    return next(tile for width, tile in chosen.items() if q.shape[-1] <= width)
+    return _by_width(FP32 if q.dtype == torch.float32 else table, q.shape[-1])
+
+
+def _classes(blocks: tuple[tuple[int, ...], ...], longest: int) -> tuple[tuple[int, ...], ...]:
+    """Those that sequences of up to `longest` keys may need: leaving out the others changes no bits."""
+    needed = sum(sum(row) < longest for row in blocks) + 1
+    return blocks[:needed]
 
 
 def _parts(width: int, half: bool) -> tuple[int, ...]:
@@ -92,31 +114,22 @@ def _skip(table: Tensor | None) -> int:
     return table.stride(0) - table[0].numel()
 
 
-class _Lse(NamedTuple):
-    token: int
-    head: int
+class _Axis(NamedTuple):
+    """tokens: of one dense sequence, or of all packed ones."""
+
+    tokens: int
+    sequences: int
 
 
-def _axis(x: Tensor, cu_seqlens: Tensor | None, tiles: Tensor | None, tile: Tile) -> tuple[int, int, int, int]:
-    """(tokens, of a dense sequence or in all; sequences; entries of the tile list; entries that a program takes)."""
+def _axis(x: Tensor, cu_seqlens: Tensor | None) -> _Axis:
     if cu_seqlens is None:
-        return x.shape[2], x.shape[0], x.shape[0] * triton.cdiv(x.shape[2], tile.rows), 1
-    return x.shape[0], cu_seqlens.shape[0] - 1, tiles.shape[0], tile.rows // 64
+        return _Axis(x.shape[2], x.shape[0])
+    return _Axis(x.shape[0], cu_seqlens.shape[0] - 1)
 
 
-def _turned(x: Tensor, turns: Tensor | None, half: bool) -> Tensor:
-    if turns is None or x.numel() == 0:
-        return x
-    y = torch.empty_like(x, memory_format=torch.contiguous_format) if x.dim() == 3 else _like(x)
-    heads, width = x.shape[1], x.shape[-1]
-    tokens = x.shape[0] if x.dim() == 3 else x.shape[2]
-    unit = _unit(x)
-    grid = (triton.cdiv(tokens, 64) * heads * (1 if x.dim() == 3 else x.shape[0]),)
-    _masked_attention_turn_kernel[grid](
-        x, y, turns, *_strides(x, unit), _skip(turns), heads * width // 8, tokens, heads,
-        ROWS=64, PARTS=_parts(width, half), D=width, UNIT=unit, TURNING=turns.shape[-1], HALF=half, num_warps=4,
-    )  # fmt: skip
-    return y
+def _count(axis: _Axis, tiles: Tensor | None, rows: int) -> tuple[int, int]:
+    """(entries of the tile list, entries that a program takes)."""
+    return (axis.sequences * triton.cdiv(axis.tokens, rows), 1) if tiles is None else (tiles.shape[0], rows // 64)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -125,6 +138,27 @@ def _like(x: Tensor) -> Tensor:
         return x.new_empty(x.shape)
     batch, heads, tokens, width = x.shape
     return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
+
+
+def _turned(x: Tensor, axis: _Axis, turns: Tensor | None, half: bool) -> Tensor:
+    """A turned copy, for sequences that stream: theirs would be turned again for every tile they meet."""
+    if turns is None or x.numel() == 0:
+        return x
+    y, unit, width = _like(x), _unit(x), x.shape[-1]
+    sequences = axis.sequences if x.dim() == 4 else 1
+    _masked_attention_turn_kernel[(sequences * triton.cdiv(axis.tokens, 64) * x.shape[1],)](
+        x, y, turns, *_strides(x, unit), _skip(turns), x.shape[1] * width // 8, axis.tokens, x.shape[1],
+        ROWS=64, PARTS=_parts(width, half), D=width, UNIT=unit, TURNING=turns.shape[-1], HALF=half, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def _options(q: Tensor, frame_size: int, turns: Tensor | None, half: bool, unit: int) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    return dict(
+        FRAMES=frame_size > 0, PARTS=_parts(q.shape[-1], half), D=q.shape[-1], UNIT=unit,
+        TURNING=0 if turns is None else turns.shape[-1], HALF=half,
+    )  # fmt: skip
 
 
 def forward(
@@ -146,19 +180,35 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, logarithms of the sums)."""
     packed, heads, width = q.dim() == 3, q.shape[1], q.shape[-1]
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), -1 if q.dtype == torch.float32 else SHORT
     out = _like(q)
     lse = q.new_empty((heads, q.shape[0]) if packed else q.shape[:3], dtype=torch.float32)
+    places = (heads * width // 8, 1 if packed else heads, axis.tokens)  # between rows of out, and of lse
     with device_of(q):
-        q, k = _turned(q, turns, half), _turned(k, k_turns, half)
-        tile, unit = _tile(FORWARD, q), _unit(q, k, v)
-        tokens, sequences, count, step = _axis(q, cu_seqlens, tiles, tile)
-        grid = triton.cdiv(count, step) * heads + packed * TAILS.value
-        if grid:
-            _masked_attention_forward_kernel[(grid,)](
+        groups = triton.cdiv(max_queries, GROUP.value)
+        programs = axis.sequences * groups * heads + packed * TAILS.value
+        if short > 0 and programs and (packed or max_keys <= short):
+            tile, unit = _tile(SHORT_FORWARD, q), _unit(q, k, v)
+            _masked_attention_forward_short_kernel[(programs,)](
+                q, k, v, out, lse, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
+                *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
+                _skip(key_ranges), _skip(turns), _skip(k_turns), *places, axis.tokens, k_axis.tokens, axis.tokens,
+                axis.sequences, groups, heads, heads // k.shape[1], frame_size, scale * LOG2E,
+                CLASSES=_classes(KEYS_FORWARD, max_keys), TAIL=packed, ROWS=tile.rows,
+                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
+            )  # fmt: skip
+        tile = _tile(FORWARD, q)
+        count, step = _count(axis, tiles, tile.rows)
+        tail = packed and short < 0
+        programs = triton.cdiv(count, step) * heads + tail * TAILS.value
+        if programs and max_keys > short:
+            q, k = _turned(q, axis, turns, half), _turned(k, k_axis, k_turns, half)
+            unit = _unit(q, k, v)
+            _masked_attention_forward_kernel[(programs,)](
                 q, k, v, out, lse, cu_seqlens, k_cu_seqlens, tiles, key_ranges,
-                *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), _skip(key_ranges), heads * width // 8,
-                1 if packed else heads, tokens, tokens, k.shape[0 if packed else 2], tokens, sequences, count, heads,
-                heads // k.shape[1], frame_size, scale * LOG2E, FRAMES=frame_size > 0, SHORT=SHORT, TAIL=packed,
+                *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), _skip(key_ranges),
+                *places, axis.tokens, k_axis.tokens, axis.tokens, axis.sequences, count,
+                heads, heads // k.shape[1], frame_size, scale * LOG2E, FRAMES=frame_size > 0, SHORT=short, TAIL=tail,
                 STEP=step, ROWS=tile.rows, COLUMNS=tile.columns, PARTS=_parts(width, half), D=width, UNIT=unit,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
@@ -187,41 +237,55 @@ def backward(
     stacked: bool,
 ) -> list[Tensor]:
     """[dq, dk, dv], or [dqkv] where `stacked`."""
-    packed, heads, width = q.dim() == 3, q.shape[1], q.shape[-1]
-    key_heads = k.shape[1]
+    packed, heads, width, key_heads = q.dim() == 3, q.shape[1], q.shape[-1], k.shape[1]
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), -1 if q.dtype == torch.float32 else SHORT
+    longest = max(max_queries, max_keys)
     grads, (dq, dk, dv) = _gradients(q, k, stacked)
     row = heads * width // 8
     drow, k_drow = (3 * row, 3 * row) if stacked else (row, key_heads * width // 8)
+    lse_places = (1 if packed else heads, axis.tokens)
+    lengths = (axis.tokens, k_axis.tokens)
     with device_of(q):
+        programs = axis.sequences * key_heads + packed * TAILS.value
+        if short > 0 and programs and (packed or longest <= short):
+            tile, unit = _tile(SHORT_BACKWARD, q), _unit(q, k, v, grad)
+            _masked_attention_backward_short_kernel[(programs,)](
+                q, k, v, out, grad, lse, dq, dk, dv, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
+                *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
+                _skip(key_ranges), _skip(turns), _skip(k_turns), row, drow, k_drow, *lse_places, *lengths, *lengths,
+                axis.sequences, key_heads, heads // key_heads, frame_size, scale,
+                CLASSES=_classes(KEYS_BACKWARD, max_keys), TOGETHER=_by_width(TOGETHER, width),
+                EXACT=_by_width(EXACT, width), TAIL=packed, STACKED=stacked, ROWS=tile.rows,
+                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
+            )  # fmt: skip
+        if longest <= short:
+            return grads
         delta = torch.empty_like(lse)
-        q, k = _turned(q, turns, half), _turned(k, k_turns, half)
+        q, k = _turned(q, axis, turns, half), _turned(k, k_axis, k_turns, half)
         unit = _unit(q, k, v, grad)
         strides = [*_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit)]
-        options = dict(
-            FRAMES=frame_size > 0, SHORT=SHORT, PARTS=_parts(width, half), D=width, UNIT=unit,
-            TURNING=0 if turns is None else turns.shape[-1], HALF=half,
-        )  # fmt: skip
-        lse_strides = (1 if packed else heads, q.shape[0] if packed else q.shape[2])
-        lengths = (q.shape[0 if packed else 2], k.shape[0 if packed else 2])
-        tile = _tile(BACKWARD_Q, q)
-        tokens, sequences, count, step = _axis(q, cu_seqlens, tiles, tile)
-        grid = triton.cdiv(count, step) * heads + packed * TAILS.value
-        if grid:
-            _masked_attention_backward_q_kernel[(grid,)](
+        options = _options(q, frame_size, turns, half, unit)
+        tile, tail = _tile(BACKWARD_Q, q), packed and short < 0
+        count, step = _count(axis, tiles, tile.rows)
+        programs = triton.cdiv(count, step) * heads + tail * TAILS.value
+        if programs:
+            _masked_attention_backward_q_kernel[(programs,)](
                 q, k, v, out, grad, lse, delta, dq, cu_seqlens, k_cu_seqlens, tiles, key_ranges, turns,
-                *strides, _skip(key_ranges), _skip(turns), row, drow, *lse_strides, *lengths, tokens, sequences,
-                count, heads, heads // key_heads, frame_size, scale, TAIL=packed, STEP=step, ROWS=tile.rows,
-                COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+                *strides, _skip(key_ranges), _skip(turns), row, drow, *lse_places, *lengths, axis.tokens,
+                axis.sequences, count, heads, heads // key_heads, frame_size, scale, SHORT=short, TAIL=tail,
+                STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
+                num_warps=tile.warps, num_stages=tile.stages, **options,
             )  # fmt: skip
-        tile = _tile(BACKWARD_KV, q)
-        tokens, sequences, count, step = _axis(k, k_cu_seqlens, k_tiles, tile)
-        grid = triton.cdiv(count, step) * key_heads + packed * TAILS.value
-        if grid:
-            _masked_attention_backward_kv_kernel[(grid,)](
+        tile, tail = _tile(BACKWARD_KV, q), tail and not stacked
+        count, step = _count(k_axis, k_tiles, tile.rows)
+        programs = triton.cdiv(count, step) * key_heads + tail * TAILS.value
+        if programs:
+            _masked_attention_backward_kv_kernel[(programs,)](
                 q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, k_tiles, key_ranges, k_turns,
-                *strides, _skip(key_ranges), _skip(k_turns), k_drow, *lse_strides, *lengths, tokens, sequences,
-                count, key_heads, heads // key_heads, frame_size, scale, TAIL=packed and not stacked, STEP=step,
-                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **options,
+                *strides, _skip(key_ranges), _skip(k_turns), k_drow, *lse_places, *lengths, k_axis.tokens,
+                axis.sequences, count, key_heads, heads // key_heads, frame_size, scale, SHORT=short, TAIL=tail,
+                STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
+                num_warps=tile.warps, num_stages=tile.stages, **options,
             )  # fmt: skip
     return grads
 

@@ -7,7 +7,7 @@ exactly where it pays (80 = 64 + 16), else padded with zeros on chip.
 import triton
 import triton.language as tl
 
-TAILS = tl.constexpr(32)  # programs that clear the rows behind the last sequence
+TAILS = tl.constexpr(16)  # programs that clear the rows behind the last sequence
 
 
 @triton.jit

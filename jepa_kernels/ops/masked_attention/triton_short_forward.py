@@ -1,0 +1,103 @@
+"""Forward kernel of `masked_attention` for sequences of at most 256 keys: keys and values of a head stay on chip."""
+
+import triton
+import triton.language as tl
+
+from jepa_kernels.ops.masked_attention.triton_forward import clear_out, finish
+from jepa_kernels.ops.masked_attention.triton_tiles import (
+    add_products,
+    beginning,
+    keys_seen,
+    load,
+    products,
+    rows_of,
+    sequence,
+    turn,
+    zeros,
+)
+
+GROUP = tl.constexpr(256)  # queries that one program goes through
+
+NUMBERS = [
+    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
+    "v_skip", "v_token", "v_head", "v_channel", "ranges_skip", "turns_skip", "k_turns_skip", "row",
+    "lse_token", "lse_head", "queries", "keys", "tokens", "sequences", "groups", "heads", "group", "frame_size",
+]  # fmt: skip
+
+
+@triton.jit
+def _rows(
+    q, k, v, out, row, lse, ranges, turns, k_turns, begin, queries, keys, frame_size, scale,
+    BLOCKS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """GROUP queries from `begin`, ROWS at a time, against all keys at once, in BLOCKS: tops are known before sums."""
+    key_blocks = ()
+    value_blocks = ()
+    for i in tl.static_range(len(BLOCKS)):
+        start = BLOCKS[0] if i else 0
+        block = load(k, start, keys, BLOCKS[i], PARTS, D, UNIT)
+        key_blocks = key_blocks + (turn(block, k_turns, start, keys, False, PARTS, TURNING, HALF),)
+        value_blocks = value_blocks + (load(v, start, keys, BLOCKS[i], PARTS, D, UNIT),)
+    for start in range(begin, tl.minimum(begin + GROUP, queries), ROWS):
+        tile = load(q, start, queries, ROWS, PARTS, D, UNIT)
+        tile = turn(tile, turns, start, queries, False, PARTS, TURNING, HALF)
+        first, last = keys_seen(start + tl.arange(0, ROWS), queries, keys, frame_size, ranges, FRAMES)
+        scores = ()
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        for i in tl.static_range(len(BLOCKS)):
+            block = products(tile, key_blocks[i])
+            key = (BLOCKS[0] if i else 0) + tl.arange(0, BLOCKS[i])[None, :]
+            if FRAMES or ranges is not None:
+                block = tl.where((key >= first[:, None]) & (key < last[:, None]), block, float("-inf"))
+            elif i == len(BLOCKS) - 1:
+                block = tl.where(key < keys, block, float("-inf"))
+            top = tl.maximum(top, tl.max(block, 1))
+            scores = scores + (block,)
+        top = tl.where(top == float("-inf"), 0.0, top * scale)
+        total = zeros(ROWS, PARTS)
+        weight = tl.zeros([ROWS], tl.float32)
+        for i in tl.static_range(len(BLOCKS)):
+            weights = tl.exp2(tl.fma(scores[i], scale, -top[:, None]))
+            weight += tl.sum(weights, 1)
+            total = add_products(total, weights, value_blocks[i])
+        finish(out, row, lse, start, queries, total, top, weight, PARTS, D)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _masked_attention_forward_short_kernel(
+    q, k, v, out, lse, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
+    q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
+    ranges_skip, turns_skip, k_turns_skip, row, lse_token, lse_head,
+    queries, keys, tokens, sequences, groups, heads, group, frame_size, scale,
+    CLASSES: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """A program takes a head of a sequence. CLASSES: blocks of keys, for sequences that fit no earlier entry."""
+    program = tl.program_id(0)
+    head = program % heads
+    s = program // heads // groups
+    begin = program // heads % groups * GROUP
+    if TAIL:
+        part = program - sequences * groups * heads
+        if part >= 0:
+            clear_out(out, lse, cu_seqlens, sequences, tokens, row * 8, lse_head, heads, part)
+            return
+    first, n = sequence(cu_seqlens, s, queries)
+    k_first, m = sequence(k_cu_seqlens, s, keys)
+    if begin >= n:
+        return
+    fitted = 0
+    for i in tl.static_range(len(CLASSES)):
+        fits = CLASSES[i][0] + (CLASSES[i][1] if len(CLASSES[i]) == 2 else 0)
+        if (m <= fits) & (m > fitted - (i == 0)):
+            _rows(
+                rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
+                rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
+                rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
+                out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
+                beginning(ranges, ranges_skip, first, s, 2), beginning(turns, turns_skip, first, s, 2 * TURNING),
+                beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING), begin, n, m, frame_size, scale,
+                CLASSES[i], FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
+            )  # fmt: skip
+        fitted = fits
