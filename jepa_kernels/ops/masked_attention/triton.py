@@ -62,10 +62,10 @@ def _tile(table: dict[int, Tile], q: Tensor) -> Tile:
     return _by_width(FP32 if q.dtype == torch.float32 else table, q.shape[-1])
 
 
-def _classes(blocks: tuple[tuple[int, ...], ...], longest: int) -> tuple[tuple[int, ...], ...]:
+def _classes(blocks: tuple[tuple[int, ...], ...], longest: int) -> dict[str, Any]:
     """Those that sequences of up to `longest` keys may need: leaving out the others changes no bits."""
-    needed = sum(sum(row) < longest for row in blocks) + 1
-    return blocks[:needed]
+    needed = blocks[: sum(sum(row) < longest for row in blocks) + 1]
+    return dict(CLASSES=needed, LIMITS=tuple(sum(row) for row in needed))
 
 
 def _parts(width: int, half: bool) -> tuple[int, ...]:
@@ -194,8 +194,9 @@ def forward(
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
                 _skip(key_ranges), _skip(turns), _skip(k_turns), *places, axis.tokens, k_axis.tokens, axis.tokens,
                 axis.sequences, groups, heads, heads // k.shape[1], frame_size, scale * LOG2E,
-                CLASSES=_classes(KEYS_FORWARD, max_keys), TAIL=packed, ROWS=tile.rows,
-                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
+                TAIL=packed, ROWS=tile.rows,
+                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS_FORWARD, max_keys),
+                **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         tile = _tile(FORWARD, q)
         count, step = _count(axis, tiles, tile.rows)
@@ -254,9 +255,10 @@ def backward(
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
                 _skip(key_ranges), _skip(turns), _skip(k_turns), row, drow, k_drow, *lse_places, *lengths, *lengths,
                 axis.sequences, key_heads, heads // key_heads, frame_size, scale,
-                CLASSES=_classes(KEYS_BACKWARD, max_keys), TOGETHER=_by_width(TOGETHER, width),
+                TOGETHER=_by_width(TOGETHER, width),
                 EXACT=_by_width(EXACT, width), TAIL=packed, STACKED=stacked, ROWS=tile.rows,
-                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
+                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS_BACKWARD, max_keys),
+                **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         if longest <= short:
             return grads

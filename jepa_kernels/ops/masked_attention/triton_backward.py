@@ -95,8 +95,8 @@ def _masked_attention_backward_q_kernel(
                     out + first * (row * 8) + head * D, row,
                     rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head, UNIT),
                     lse + first * lse_token + head * lse_head, delta + first * lse_token + head * lse_head,
-                    dq + first * (drow * 8) + head * D, drow, beginning(ranges, ranges_skip, first, s, 2),
-                    beginning(turns, turns_skip, first, s, 2 * TURNING), start, n, m, frame_size, factor,
+                    dq + first * (drow * 8) + head * D, drow, None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
+                    None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING), start, n, m, frame_size, factor,
                     FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF,
                 )  # fmt: skip
 
@@ -104,6 +104,8 @@ def _masked_attention_backward_q_kernel(
 @triton.jit
 def _rows_that_see(start, ROWS: tl.constexpr, queries, keys, frame_size, ranges, FRAMES: tl.constexpr):
     """The queries first..last-1 outside which none sees a key of start..start+ROWS-1."""
+    low = queries * 0
+    high = queries
     if FRAMES or ranges is not None:
         low = queries
         high = queries * 0
@@ -113,8 +115,7 @@ def _rows_that_see(start, ROWS: tl.constexpr, queries, keys, frame_size, ranges,
             some = tl.minimum(end, start + ROWS) > tl.maximum(begin, start)
             low = tl.minimum(low, tl.min(tl.where(some, row, queries)))
             high = tl.maximum(high, tl.max(tl.where(some, row + 1, 0)))
-        return low, high
-    return queries * 0, queries
+    return low, high
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def _masked_attention_backward_kv_kernel(
             first, n = sequence(cu_seqlens, s, queries)
             k_first, m = sequence(k_cu_seqlens, s, keys)
             if tl.maximum(n, m) > SHORT:
-                its_ranges = beginning(ranges, ranges_skip, first, s, 2)
+                its_ranges = None if ranges is None else beginning(ranges, ranges_skip, first, s, 2)
                 low, high = _rows_that_see(start, ROWS, n, m, frame_size, its_ranges, FRAMES)
                 k_rows = rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head, UNIT)
                 v_rows = rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head, UNIT)
@@ -185,7 +186,7 @@ def _masked_attention_backward_kv_kernel(
                         FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
                     )  # fmt: skip
                 at = k_first * (drow * 8) + head * D
-                its_turns = beginning(turns, turns_skip, k_first, s, 2 * TURNING)
+                its_turns = None if turns is None else beginning(turns, turns_skip, k_first, s, 2 * TURNING)
                 turned = turn(totals[0], its_turns, start, m, True, PARTS, TURNING, HALF)
                 store(dk + at, drow, start, m, turned, factor, PARTS, D)
                 store(dv + at, drow, start, m, totals[1], 1.0, PARTS, D)

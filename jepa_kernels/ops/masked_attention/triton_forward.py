@@ -97,7 +97,7 @@ def _masked_attention_forward_kernel(
                     rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
                     rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
                     out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
-                    beginning(ranges, ranges_skip, first, s, 2), start, n, m, frame_size, scale,
+                    None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), start, n, m, frame_size, scale,
                     FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
                 )  # fmt: skip
 
@@ -122,6 +122,6 @@ def _masked_attention_turn_kernel(
     s, start = tile_at(None, program // heads, 0, tokens, ROWS)
     first = s.to(tl.int64) * tokens
     tile = load(rows_of(x, skip, token, head_stride, channel, s, first, head, UNIT), start, tokens, ROWS, PARTS, D, UNIT)
-    its_turns = beginning(turns, turns_skip, first, s, 2 * TURNING)
+    its_turns = None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING)
     tile = turn(tile, its_turns, start, tokens, False, PARTS, TURNING, HALF)
     store(y + first * (row * 8) + head * D, row, start, tokens, tile, 1.0, PARTS, D)

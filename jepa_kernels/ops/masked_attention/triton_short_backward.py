@@ -10,6 +10,7 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     clear_rows,
     keys_seen,
     load,
+    load_blocks,
     products,
     row_sums,
     rows_of,
@@ -34,8 +35,10 @@ def _weights(tile, block, base, lane, first_key, queries, keys, frame_size, rang
     key = first_key + tl.arange(0, block[0].shape[0])[:, None]
     if FRAMES or ranges is not None:
         begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
-        return tl.where((key >= begin[None, :]) & (key < end[None, :]), weights, 0.0)
-    return tl.where(key < keys, weights, 0.0)
+        weights = tl.where((key >= begin[None, :]) & (key < end[None, :]), weights, 0.0)
+    else:
+        weights = tl.where(key < keys, weights, 0.0)
+    return weights
 
 
 @triton.jit
@@ -79,18 +82,19 @@ def _step(
 @triton.jit
 def _pass(
     q, blocks, v, out, row, grad, lse, dq, drow, dk, dv, k_drow, ranges, turns, k_turns, q_head, g_head, lse_head,
-    group, queries, keys, frame_size, factor, BLOCKS: tl.constexpr, FRAMES: tl.constexpr, EXACT: tl.constexpr,
+    group, queries, keys, frame_size, factor, CLASSES: tl.constexpr, CLASS: tl.constexpr, FRAMES: tl.constexpr, EXACT: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """All queries of a group of heads once, ROWS at a time: writes dk and dq (DK), dv (DV)."""
+    BLOCKS: tl.constexpr = CLASSES[CLASS]
     values = ()
     dks = ()
     dvs = ()
+    if DK:
+        values = load_blocks(v, None, keys, CLASSES, CLASS, PARTS, D, UNIT, TURNING, HALF)
     for i in tl.static_range(len(BLOCKS)):
-        first_key = BLOCKS[0] if i else 0
         if DK:
-            values = values + (load(v, first_key, keys, BLOCKS[i], PARTS, D, UNIT),)
             dks = dks + (zeros(BLOCKS[i], PARTS),)
         if DV:
             dvs = dvs + (zeros(BLOCKS[i], PARTS),)
@@ -128,7 +132,7 @@ def _masked_attention_backward_short_kernel(
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, k_turns_skip, row, drow, k_drow, lse_token, lse_head,
     queries, keys, tokens, k_tokens, sequences, heads, group, frame_size, factor,
-    CLASSES: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr,
+    CLASSES: tl.constexpr, LIMITS: tl.constexpr, TOGETHER: tl.constexpr, EXACT: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr,
     STACKED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -152,26 +156,21 @@ def _masked_attention_backward_short_kernel(
     k_rows = rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head, UNIT)
     v_rows = rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head, UNIT)
     grad_rows = rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head * group, UNIT)
-    its_ranges = beginning(ranges, ranges_skip, first, s, 2)
-    its_turns = beginning(turns, turns_skip, first, s, 2 * TURNING)
-    its_k_turns = beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING)
+    its_ranges = None if ranges is None else beginning(ranges, ranges_skip, first, s, 2)
+    its_turns = None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING)
+    its_k_turns = None if k_turns is None else beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING)
     k_at = k_first * (k_drow * 8) + head * D
     at = head * group * D
-    fitted = 0
+    fitted = -1
     for i in tl.static_range(len(CLASSES)):
-        fits = CLASSES[i][0] + (CLASSES[i][1] if len(CLASSES[i]) == 2 else 0)
-        if (m <= fits) & (m > fitted - (i == 0)):
-            blocks = ()
-            for j in tl.static_range(len(CLASSES[i])):
-                first_key = CLASSES[i][0] if j else 0
-                block = load(k_rows, first_key, m, CLASSES[i][j], PARTS, D, UNIT)
-                blocks = blocks + (turn(block, its_k_turns, first_key, m, False, PARTS, TURNING, HALF),)
-            for stage in tl.static_range(1 if fits <= TOGETHER else 2):
+        if (m <= LIMITS[i]) & (m > fitted):
+            blocks = load_blocks(k_rows, its_k_turns, m, CLASSES, i, PARTS, D, UNIT, TURNING, HALF)
+            for stage in tl.static_range(1 + (LIMITS[i] > TOGETHER)):
                 _pass(
                     q_rows, blocks, v_rows, out + first * (row * 8) + at, row, grad_rows,
                     lse + first * lse_token + head * group * lse_head, dq + first * (drow * 8) + at, drow,
                     dk + k_at, dv + k_at, k_drow, its_ranges, its_turns, its_k_turns,
-                    q_head * UNIT, g_head * UNIT, lse_head, group, n, m, frame_size, factor, CLASSES[i], FRAMES,
-                    fits <= EXACT, fits <= TOGETHER or stage == 1, stage == 0, ROWS, PARTS, D, UNIT, TURNING, HALF,
+                    q_head * UNIT, g_head * UNIT, lse_head, group, n, m, frame_size, factor, CLASSES, i, FRAMES,
+                    LIMITS[i] <= EXACT, LIMITS[i] <= TOGETHER or stage == 1, stage == 0, ROWS, PARTS, D, UNIT, TURNING, HALF,
                 )  # fmt: skip
-        fitted = fits
+        fitted = LIMITS[i]

@@ -9,6 +9,7 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     beginning,
     keys_seen,
     load,
+    load_blocks,
     products,
     rows_of,
     sequence,
@@ -28,17 +29,13 @@ NUMBERS = [
 @triton.jit
 def _rows(
     q, k, v, out, row, lse, ranges, turns, k_turns, begin, queries, keys, frame_size, scale,
-    BLOCKS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    CLASSES: tl.constexpr, CLASS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """GROUP queries from `begin`, ROWS at a time, against all keys at once, in BLOCKS: tops are known before sums."""
-    key_blocks = ()
-    value_blocks = ()
-    for i in tl.static_range(len(BLOCKS)):
-        start = BLOCKS[0] if i else 0
-        block = load(k, start, keys, BLOCKS[i], PARTS, D, UNIT)
-        key_blocks = key_blocks + (turn(block, k_turns, start, keys, False, PARTS, TURNING, HALF),)
-        value_blocks = value_blocks + (load(v, start, keys, BLOCKS[i], PARTS, D, UNIT),)
+    """GROUP queries from `begin`, ROWS at a time, against all keys at once, in blocks: tops are known before sums."""
+    BLOCKS: tl.constexpr = CLASSES[CLASS]
+    key_blocks = load_blocks(k, k_turns, keys, CLASSES, CLASS, PARTS, D, UNIT, TURNING, HALF)
+    value_blocks = load_blocks(v, None, keys, CLASSES, CLASS, PARTS, D, UNIT, TURNING, HALF)
     for start in range(begin, tl.minimum(begin + GROUP, queries), ROWS):
         tile = load(q, start, queries, ROWS, PARTS, D, UNIT)
         tile = turn(tile, turns, start, queries, False, PARTS, TURNING, HALF)
@@ -70,7 +67,7 @@ def _masked_attention_forward_short_kernel(
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     ranges_skip, turns_skip, k_turns_skip, row, lse_token, lse_head,
     queries, keys, tokens, sequences, groups, heads, group, frame_size, scale,
-    CLASSES: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    CLASSES: tl.constexpr, LIMITS: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A program takes a head of a sequence. CLASSES: blocks of keys, for sequences that fit no earlier entry."""
@@ -87,17 +84,16 @@ def _masked_attention_forward_short_kernel(
     k_first, m = sequence(k_cu_seqlens, s, keys)
     if begin >= n:
         return
-    fitted = 0
+    fitted = -1
     for i in tl.static_range(len(CLASSES)):
-        fits = CLASSES[i][0] + (CLASSES[i][1] if len(CLASSES[i]) == 2 else 0)
-        if (m <= fits) & (m > fitted - (i == 0)):
+        if (m <= LIMITS[i]) & (m > fitted):
             _rows(
                 rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
                 rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
                 rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
                 out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
-                beginning(ranges, ranges_skip, first, s, 2), beginning(turns, turns_skip, first, s, 2 * TURNING),
-                beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING), begin, n, m, frame_size, scale,
-                CLASSES[i], FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
+                None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING),
+                None if k_turns is None else beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING), begin, n, m, frame_size, scale,
+                CLASSES, i, FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
             )  # fmt: skip
-        fitted = fits
+        fitted = LIMITS[i]

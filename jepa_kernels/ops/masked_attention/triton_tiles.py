@@ -14,9 +14,11 @@ TAILS = tl.constexpr(16)  # programs that clear the rows behind the last sequenc
 def sequence(cu_seqlens, s, length):
     """The first token of sequence s, of all tokens, and its length; dense: `length` tokens each."""
     if cu_seqlens is None:
-        return s.to(tl.int64) * length, length
-    first = tl.load(cu_seqlens + s)
-    return first.to(tl.int64), tl.load(cu_seqlens + s + 1) - first
+        first = s.to(tl.int64) * length
+    else:
+        first = tl.load(cu_seqlens + s).to(tl.int64)
+        length = (tl.load(cu_seqlens + s + 1) - first).to(tl.int32)
+    return first, length
 
 
 @triton.jit
@@ -27,10 +29,13 @@ def tile_at(tiles, i, count, length, ROWS: tl.constexpr):
     """
     if tiles is None:
         per_sequence = tl.cdiv(length, ROWS)
-        return i // per_sequence, i % per_sequence * ROWS
-    s = tl.load(tiles + 2 * i.to(tl.int64), mask=i < count, other=-1)
-    start = tl.load(tiles + 2 * i.to(tl.int64) + 1, mask=i < count, other=0) * 64
-    return tl.where(start % ROWS == 0, s, -1), start
+        s = i // per_sequence
+        start = i % per_sequence * ROWS
+    else:
+        s = tl.load(tiles + 2 * i.to(tl.int64), mask=i < count, other=-1)
+        start = tl.load(tiles + 2 * i.to(tl.int64) + 1, mask=i < count, other=0) * 64
+        s = tl.where(start % ROWS == 0, s, -1)
+    return s, start
 
 
 @triton.jit
@@ -115,9 +120,11 @@ def _partner(x, c, TURNING: tl.constexpr, HALF: tl.constexpr):
     """x[partner(i)]: the neighbour i ^ 1, or half of the TURNING channels further."""
     if HALF:
         there = tl.where(c < TURNING, (c + TURNING // 2) % TURNING, c)
-        return tl.gather(x, tl.broadcast_to(there[None, :], x.shape), 1)
-    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-    return tl.reshape(tl.join(odd, even), x.shape)
+        partner = tl.gather(x, tl.broadcast_to(there[None, :], x.shape), 1)
+    else:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        partner = tl.reshape(tl.join(odd, even), x.shape)
+    return partner
 
 
 @triton.jit
@@ -125,23 +132,37 @@ def turn(
     tile, turns, start, length, BACK: tl.constexpr, PARTS: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr
 ):
     """y[i] = x[i] cos[i] + x[partner] sin[i] in fp32, in the tile's type; BACK: its transpose."""
-    if turns is None:
-        return tile
-    row = start + tl.arange(0, tile[0].shape[0])
-    turned = ()
-    for i in tl.static_range(len(PARTS)):
-        c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
-        at = turns + row.to(tl.int64)[:, None] * (2 * TURNING) + c[None, :]
-        mask = (row < length)[:, None] & (c < TURNING)[None, :]
-        cos = tl.load(at, mask=mask, other=1.0)
-        sin = tl.load(at + TURNING, mask=mask, other=0.0)
-        x = tile[i].to(tl.float32)
-        if BACK:
-            y = tl.fma(x, cos, _partner(x * sin, c, TURNING, HALF))
-        else:
-            y = tl.fma(x, cos, _partner(x, c, TURNING, HALF) * sin)
-        turned = turned + (y.to(tile[i].dtype),)
+    turned = tile
+    if turns is not None:
+        row = start + tl.arange(0, tile[0].shape[0])
+        turned = ()
+        for i in tl.static_range(len(PARTS)):
+            c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
+            at = turns + row.to(tl.int64)[:, None] * (2 * TURNING) + c[None, :]
+            mask = (row < length)[:, None] & (c < TURNING)[None, :]
+            cos = tl.load(at, mask=mask, other=1.0)
+            sin = tl.load(at + TURNING, mask=mask, other=0.0)
+            x = tile[i].to(tl.float32)
+            if BACK:
+                y = tl.fma(x, cos, _partner(x * sin, c, TURNING, HALF))
+            else:
+                y = tl.fma(x, cos, _partner(x, c, TURNING, HALF) * sin)
+            turned = turned + (y.to(tile[i].dtype),)
     return turned
+
+
+@triton.jit
+def load_blocks(
+    x, turns, length, CLASSES: tl.constexpr, CLASS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """All rows of a sequence, turned, as tiles of CLASSES[CLASS] rows."""
+    blocks = ()
+    for i in tl.static_range(len(CLASSES[CLASS])):
+        start = CLASSES[CLASS][0] if i else 0
+        block = load(x, start, length, CLASSES[CLASS][i], PARTS, D, UNIT)
+        blocks = blocks + (turn(block, turns, start, length, False, PARTS, TURNING, HALF),)
+    return blocks
 
 
 @triton.jit
@@ -169,9 +190,7 @@ def hull(begin, end, row, queries, keys):
 
 @triton.jit
 def beginning(x, skip, first, s, WIDTH: tl.constexpr):
-    """Where the rows of sequence s begin in x, of WIDTH elements a token; None stays None."""
-    if x is None:
-        return x
+    """Where the rows of sequence s begin in x, of WIDTH elements a token."""
     return x + s.to(tl.int64) * skip + first * WIDTH
 
 
