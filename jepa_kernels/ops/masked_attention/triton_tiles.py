@@ -66,7 +66,7 @@ def store(x, row, start, length, tile, factor, PARTS: tl.constexpr, D: tl.conste
     lane = tl.arange(0, tile[0].shape[0])
     for i in tl.static_range(len(PARTS)):
         c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
-        at = x + (start + lane).to(tl.int64)[:, None] * (row * 8) + c[None, :]
+        at = x + row.to(tl.int64) * 8 * start + (lane[:, None] * (row * 8) + c[None, :])
         mask = (start + lane < length)[:, None] & (c < D)[None, :]
         tl.store(at, (tile[i].to(tl.float32) * factor).to(x.dtype.element_ty), mask=mask)
 
