@@ -38,20 +38,17 @@ class Tile(NamedTuple):
 
 
 # By the largest D that they serve.
-FORWARD = {32: Tile(128, 64, 4, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
-BACKWARD_Q = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2)}
-BACKWARD_KV = {32: Tile(128, 64, 8, 2), 64: Tile(128, 64, 8, 2), 128: Tile(64, 64, 8, 2)}
+FORWARD = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
+BACKWARD_Q = {128: Tile(128, 64, 8, 2)}
+BACKWARD_KV = {32: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
 FP32 = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}  # products on the plain units
 
-# Sequences that stay on chip: keys in blocks, the first row of blocks that holds them.
+# Sequences that stay on chip: keys in blocks, the first entry that holds them.
 SHORT = 256
-KEYS_FORWARD = ((64,), (64, 32), (128,), (128, 64), (128, 128))
-KEYS_BACKWARD = ((64,), (128,), (128, 64), (128, 128))  # their rows are a product's rows: 64 or more
+KEYS = ((64,), (64, 32), (128,), (128, 64), (128, 128))
 SHORT_FORWARD = {128: Tile(64, 0, 4, 2)}
-SHORT_BACKWARD = {128: Tile(64, 0, 8, 2)}
-# Keys up to which dq, dk and dv fit the registers together, and up to which delta is summed there too.
-TOGETHER = {32: 256, 64: 256, 128: 128}
-EXACT = {32: 256, 128: 128}
+SHORT_BACKWARD = {128: Tile(64, 0, 8, 2)}  # warps as in BACKWARD_Q and BACKWARD_KV, whose tiles serve longer keys
+TOGETHER = {80: 128, 128: -1}  # keys up to which the registers hold dq, dk and dv of a tile together
 
 
 def _by_width(table: dict[int, Any], width: int) -> Any:
@@ -195,7 +192,7 @@ def forward(
                 _skip(key_ranges), _skip(turns), _skip(k_turns), *places, axis.tokens, k_axis.tokens, axis.tokens,
                 axis.sequences, groups, heads, heads // k.shape[1], frame_size, scale * LOG2E,
                 TAIL=packed, ROWS=tile.rows,
-                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS_FORWARD, max_keys),
+                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS, max_keys),
                 **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         tile = _tile(FORWARD, q)
@@ -242,6 +239,7 @@ def backward(
     axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), -1 if q.dtype == torch.float32 else SHORT
     longest = max(max_queries, max_keys)
     grads, (dq, dk, dv) = _gradients(q, k, stacked)
+    delta = torch.empty_like(lse)
     row = heads * width // 8
     drow, k_drow = (3 * row, 3 * row) if stacked else (row, key_heads * width // 8)
     lse_places = (1 if packed else heads, axis.tokens)
@@ -249,20 +247,19 @@ def backward(
     with device_of(q):
         programs = axis.sequences * key_heads + packed * TAILS.value
         if short > 0 and programs and (packed or longest <= short):
-            tile, unit = _tile(SHORT_BACKWARD, q), _unit(q, k, v, grad)
+            tile, unit, together = _tile(SHORT_BACKWARD, q), _unit(q, k, v, grad), _by_width(TOGETHER, width)
+            q_tile, kv_tile = _tile(BACKWARD_Q, q), _tile(BACKWARD_KV, q)
             _masked_attention_backward_short_kernel[(programs,)](
-                q, k, v, out, grad, lse, dq, dk, dv, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
+                q, k, v, out, grad, lse, delta, dq, dk, dv, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
                 _skip(key_ranges), _skip(turns), _skip(k_turns), row, drow, k_drow, *lse_places, *lengths, *lengths,
-                axis.sequences, key_heads, heads // key_heads, frame_size, scale,
-                TOGETHER=_by_width(TOGETHER, width),
-                EXACT=_by_width(EXACT, width), TAIL=packed, STACKED=stacked, ROWS=tile.rows,
-                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS_BACKWARD, max_keys),
-                **_options(q, frame_size, turns, half, unit),
+                axis.sequences, key_heads, frame_size, scale, GROUP=heads // key_heads,
+                TOGETHER=together, LONGER=max_keys > together, TAIL=packed, STACKED=stacked, ROWS=tile.rows,
+                Q_ROWS=q_tile.rows, Q_COLUMNS=q_tile.columns, KV_ROWS=kv_tile.rows, KV_COLUMNS=kv_tile.columns,
+                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         if longest <= short:
             return grads
-        delta = torch.empty_like(lse)
         q, k = _turned(q, axis, turns, half), _turned(k, k_axis, k_turns, half)
         unit = _unit(q, k, v, grad)
         strides = [*_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit)]
@@ -285,8 +282,8 @@ def backward(
             _masked_attention_backward_kv_kernel[(programs,)](
                 q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, k_tiles, key_ranges, k_turns,
                 *strides, _skip(key_ranges), _skip(k_turns), k_drow, *lse_places, *lengths, k_axis.tokens,
-                axis.sequences, count, key_heads, heads // key_heads, frame_size, scale, SHORT=short, TAIL=tail,
-                STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
+                axis.sequences, count, key_heads, frame_size, scale, GROUP=heads // key_heads, SHORT=short,
+                TAIL=tail, STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
                 num_warps=tile.warps, num_stages=tile.stages, **options,
             )  # fmt: skip
     return grads

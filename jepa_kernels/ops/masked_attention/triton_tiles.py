@@ -159,7 +159,7 @@ def load_blocks(
     """All rows of a sequence, turned, as tiles of CLASSES[CLASS] rows."""
     blocks = ()
     for i in tl.static_range(len(CLASSES[CLASS])):
-        start = CLASSES[CLASS][0] if i else 0
+        start = i * CLASSES[CLASS][0]
         block = load(x, start, length, CLASSES[CLASS][i], PARTS, D, UNIT)
         blocks = blocks + (turn(block, turns, start, length, False, PARTS, TURNING, HALF),)
     return blocks
