@@ -69,6 +69,13 @@ static inline void store(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first
 static inline void store(bf16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_bf16(x)); }
 static inline void store(f16* p, vf x, int n) { _mm256_mask_storeu_epi16(p, first(n), to_f16(x)); }
 
+// The float whose exponent bits are the last bits of x, and which has no others.
+static inline vf as_exponent(vf x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+}
+// The whole part of log2 x, x > 0 and no denormal.
+static inline vf exponent(vf x) { return _mm512_getexp_ps(x); }
+
 // Past the cache, to aligned addresses; finish with _mm_sfence.
 static inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
@@ -143,13 +150,15 @@ template <class T> static inline void store(T* p, vf x, int n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
+static inline vf as_exponent(vf x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
+static inline vf exponent(vf x) {
+  return sub(_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_castps_si256(x), 23)), set1(127.f));
+}
+
 static inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
-
-static inline vf scale2(vf x, __m256i exponent) {
-  return mul(x,
-             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23)));
-}
 
 #endif
 
@@ -182,48 +191,35 @@ static inline vf rounded(f16, vf x) {
   return load(held);
 }
 
-// 2^x for x <= 0 (softmax weights), relative error under 2e-7; far below -126 the result is 0. NaN stays NaN:
+// Added to a whole number n, makes the last bits those of n + 127, the exponent of 2^n: the last bit stands
+// for 1.
+constexpr float MAGIC = 0x1.8p23f + 127.f;
+
+// 2^x for x <= 0 (softmax weights), relative error under 2e-7; below 2^-126 the result is 0. NaN stays NaN:
 // vmax hands on its second operand.
 static inline vf exp2v(vf x) {
-#if defined(__AVX512F__)
-  x = vmax(set1(-200.f), x); // keeps -inf out of the subtraction below
-  const vf whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  x = vmax(set1(-127.f), x); // of which scale2 makes 0
-  const vf whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#endif
-  const vf t = sub(x, whole); // in [-0.5, 0.5]
-  vf y = set1(1.54035303934e-4f);
-  y = fma(y, t, set1(1.33335581464e-3f));
-  y = fma(y, t, set1(9.61812910763e-3f));
-  y = fma(y, t, set1(5.55041086648e-2f));
-  y = fma(y, t, set1(2.40226506959e-1f));
-  y = fma(y, t, set1(6.93147180560e-1f));
+  x = vmax(set1(-127.f), x);
+  const vf whole = add(x, set1(MAGIC)), t = sub(x, sub(whole, set1(MAGIC))); // t in [-0.5, 0.5]
+  vf y = set1(1.32647272e-3f);
+  y = fma(y, t, set1(9.67151269e-3f));
+  y = fma(y, t, set1(5.55073374e-2f));
+  y = fma(y, t, set1(2.40222421e-1f));
+  y = fma(y, t, set1(6.93146978e-1f));
   y = fma(y, t, set1(1.f));
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(y, whole);
-#else
-  return scale2(y, _mm256_cvtps_epi32(whole));
-#endif
+  return mul(y, as_exponent(whole)); // the biased exponent is in the last bits of `whole`
 }
 
 // log2 of x >= 0 that is no denormal, relative error under 2e-7 of the larger of result and 1; NaN stays NaN.
 static inline vf log2v(vf x) {
-#if defined(__AVX512F__)
-  const vf exponent = _mm512_getexp_ps(mul(x, set1(1.41421356f)));
-  const vf m = _mm512_scalef_ps(x, sub(zero(), exponent)); // in [sqrt(1/2), sqrt(2)]
-#else
-  const __m256i bits = _mm256_castps_si256(mul(x, set1(1.41421356f)));
-  const vf exponent = sub(_mm256_cvtepi32_ps(_mm256_srli_epi32(bits, 23)), set1(127.f));
-  const vf m = scale2(x, _mm256_cvtps_epi32(sub(zero(), exponent)));
-#endif
+  const vf whole = exponent(mul(x, set1(1.41421356f)));
+  const vf m = mul(x, as_exponent(sub(set1(MAGIC), whole)));             // in [sqrt(1/2), sqrt(2)]
   const vf t = div(sub(m, set1(1.f)), add(m, set1(1.f))), u = mul(t, t); // log2 m = 2 / ln 2 * artanh t
   vf y = set1(0.32059890f);
   y = fma(y, u, set1(0.41219858f));
   y = fma(y, u, set1(0.57707802f));
   y = fma(y, u, set1(0.96179669f));
   y = fma(y, u, set1(2.88539008f));
-  y = fma(y, t, exponent);
+  y = fma(y, t, whole);
   const vf least = set1(-__builtin_inff());
   return add(select(less(zero(), x), y, least), sub(x, x));
 }

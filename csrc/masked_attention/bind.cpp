@@ -10,9 +10,11 @@
 
 namespace jepa {
 
-constexpr int64_t BLOCK = 48;      // the kernels' queries at a time
-constexpr int64_t MOST = 6;        // such blocks of a task: what the second-level cache holds beside the keys
-constexpr int64_t TASKS = 4;       // for each thread, at least, where there are so many blocks
+constexpr int64_t BLOCK = 48; // the kernels' queries at a time
+constexpr int64_t MOST = 6;   // such blocks of a task: what the second-level cache holds beside the keys
+constexpr int64_t TASKS = 4;  // for each thread, at least, where there are so many blocks
+constexpr int64_t KEYS = 256;
+constexpr int64_t HEADS_WIDE = 128, HEADS_CACHED = 1 << 16;
 constexpr int64_t SMALL = 1 << 16; // multiply-adds that are not worth a second thread
 
 static AttentionRows rows_of(const Tensor& x) {
@@ -74,6 +76,7 @@ struct Schedule {
     for (int64_t s = 0; s < sequences; ++s) products += queries_of(s) * keys_of(s);
     shape.threads = products * shape.heads * shape.width < SMALL ? 1 : torch_threads();
     add_tasks(sequences, whole);
+    shape.head_step = head_step(whole);
   }
 
 private:
@@ -100,6 +103,15 @@ private:
                      [this](const AttentionTask& a, const AttentionTask& b) { return work(a) > work(b); });
     shape.tasks = tasks.data();
     shape.task_count = static_cast<int64_t>(tasks.size());
+  }
+
+  // Heads side by side share cache lines and pages.
+  int64_t head_step(bool whole) const {
+    if (shape.key_heads == 0) return 1;
+    const int64_t rows = whole ? 4 * shape.most_keys : 2 * std::min(shape.most_keys, KEYS);
+    const int64_t cached = HEADS_CACHED / std::max<int64_t>(1, rows * shape.width);
+    const int64_t fair = shape.task_count * shape.key_heads / (TASKS * shape.threads);
+    return std::max<int64_t>(1, std::min({HEADS_WIDE / shape.width, cached, fair}));
   }
 
   // Queries of a task. No result depends on it: a block of queries is computed alike in any task.

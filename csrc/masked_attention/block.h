@@ -19,7 +19,8 @@ static Span span_of(const int32_t* cu_seqlens, int64_t length, int64_t s) {
 
 template <class T>
 static View<T> view_of(const AttentionRows& x, int64_t sequence, int64_t row, int64_t head) {
-  return {static_cast<T*>(x.data) + sequence * x.sequence + row * x.row + head * x.head, x.row, x.channel};
+  return {static_cast<T*>(x.data) + sequence * x.sequence + row * x.row + head * x.head, x.row, x.head,
+          x.channel};
 }
 
 static Turns turns_of(const AttentionTurns& x, int64_t sequence, int64_t row) {
@@ -68,26 +69,32 @@ static int64_t whole_registers(int64_t lanes) { return (lanes + W - 1) / W * W; 
 
 static int64_t blocks_of(int64_t queries) { return (queries + BLOCK - 1) / BLOCK; }
 
-// Reads a block of queries into `rows`, and transposed, with a query in each lane, into `lanes`. Lanes past
-// the last query hold 0.
-template <class T>
-static void read_block(View<const T> in, const Turns& turns, int64_t count, int64_t width, float* rows,
-                       float* lanes) {
-  read_rows(in, turns, count, width, rows);
+// Rows of a block of queries transposed, a query in each lane, 0 past the last; the rows may be spoilt there.
+static void to_lanes(float* rows, int64_t count, int64_t width, float* lanes) {
   const int64_t filled = whole_registers(count);
   clear_rows(rows + count * scratch_row(width), filled - count, width);
   transpose(rows, filled, width, lanes, BLOCK);
 }
 
-// body(task, key head, scratch) for each task and head of keys, with `floats` of scratch memory.
+// Heads of keys [first, first + count) and the heads of queries that read them.
+struct Heads {
+  int64_t first, count, group;
+  int64_t queries() const { return count * group; }
+  int64_t first_query() const { return first * group; }
+};
+
+// body(task, heads, scratch) for each task and each `head_step` heads of keys, with `floats` of scratch
+// memory.
 template <class Body> static void for_each_item(const AttentionShape& s, int64_t floats, Body body) {
-  const int64_t items = s.task_count * s.key_heads;
+  const int64_t steps = (s.key_heads + s.head_step - 1) / s.head_step, items = s.task_count * steps;
   const int threads = s.threads < items ? s.threads : static_cast<int>(items);
   if (items == 0) return;
   constexpr std::align_val_t line{64};
   float* memory = static_cast<float*>(operator new(threads * floats * sizeof(float), line));
   parallel_dynamic(items, threads, [&](int64_t item) {
-    body(s.tasks[item / s.key_heads], item % s.key_heads, Scratch{memory + omp_get_thread_num() * floats});
+    const int64_t first = item % steps * s.head_step, left = s.key_heads - first;
+    const Heads heads{first, left < s.head_step ? left : s.head_step, s.heads / s.key_heads};
+    body(s.tasks[item / steps], heads, Scratch{memory + omp_get_thread_num() * floats});
   });
   operator delete(memory, line);
 }

@@ -19,90 +19,99 @@ struct ForwardBlock {
       : lanes(memory), out(lanes + BLOCK * width), top(out + BLOCK * scratch_row(width)), sum(top + BLOCK) {}
 };
 
-// One head of keys, and all heads of queries that read it, of a task.
+// Some heads of a task. Its blocks of queries are numbered by head within their rows.
 template <class T> struct Forward {
   const MaskedAttentionForwardParams& p;
+  const AttentionShape& shape;
   const AttentionTask& task;
+  const Heads& heads;
   const Sequence sequence;
-  const AttentionShape& shape = p.shape;
-  const int64_t key_head, group = shape.heads / shape.key_heads;
-  const int64_t width = shape.width, row = scratch_row(width), per_head = blocks_of(task.count);
+  const int64_t width = shape.width, row = scratch_row(width), block_floats = ForwardBlock::floats(width);
+  const int64_t keys_floats = (sequence.keys.count < KEYS ? sequence.keys.count : KEYS) * row;
   float *k, *v, *scores, *past, *blocks;
 
   static int64_t floats(const AttentionShape& s) {
     const int64_t keys = s.most_keys < KEYS ? s.most_keys : KEYS;
-    const int64_t blocks = blocks_of(s.most_queries) * (s.heads / s.key_heads);
-    return keys * (2 * scratch_row(s.width) + BLOCK) + BLOCK + blocks * ForwardBlock::floats(s.width);
+    const int64_t blocks = blocks_of(s.most_queries) * (s.heads / s.key_heads) * s.head_step;
+    return keys * (2 * scratch_row(s.width) * s.head_step + BLOCK) + BLOCK +
+           blocks * ForwardBlock::floats(s.width) + 64;
   }
 
-  Forward(const MaskedAttentionForwardParams& params, const AttentionTask& t, int64_t head, Scratch scratch)
-      : p(params), task(t), sequence(params.shape, t.sequence), key_head(head) {
-    const int64_t keys = sequence.keys.count < KEYS ? sequence.keys.count : KEYS;
-    k = scratch.take(keys * row);
-    v = scratch.take(keys * row);
-    scores = scratch.take(keys * BLOCK);
-    past = scratch.take(BLOCK);
-    blocks = scratch.take(0);
-  }
+  Forward(const MaskedAttentionForwardParams& params, const AttentionTask& t, const Heads& h, Scratch scratch)
+      : p(params), shape(p.shape), task(t), heads(h), sequence(shape, t.sequence),
+        k(scratch.take(keys_floats * h.count)), v(scratch.take(keys_floats * h.count)),
+        scores(scratch.take(keys_floats / row * BLOCK)), past(scratch.take(BLOCK)), blocks(scratch.take(0)) {}
 
-  int64_t first_of(int64_t b) const { return task.first + b % per_head * BLOCK; }
-  int64_t head_of(int64_t b) const { return key_head * group + b / per_head; }
-  int64_t count_of(int64_t b) const {
-    const int64_t left = task.first + task.count - first_of(b);
+  int64_t count_of(int64_t first) const {
+    const int64_t left = task.first + task.count - first;
     return left < BLOCK ? left : BLOCK;
   }
-  ForwardBlock block(int64_t b) const { return {blocks + b * ForwardBlock::floats(width), width}; }
+  ForwardBlock block(int64_t first, int64_t head) const {
+    return {blocks + ((first - task.first) / BLOCK * heads.queries() + head) * block_floats, width};
+  }
+  template <class Body> void for_each_block(Body body) {
+    for (int64_t first = task.first; first < task.first + task.count; first += BLOCK)
+      body(first, count_of(first), sequence.visible(first, count_of(first)));
+  }
 
   void run() {
     Visible seen = sequence.visible(task.first, 0);
-    for (int64_t b = 0; b < group * per_head; ++b) {
-      start(b);
-      seen.include(sequence.visible(first_of(b), count_of(b)));
-    }
+    for_each_block([&](int64_t first, int64_t count, const Visible& visible) {
+      start(first, count);
+      seen.include(visible);
+    });
     for (int64_t from = seen.first / KEYS * KEYS; from < seen.last; from += KEYS) {
       const int64_t to = seen.last - from < KEYS ? seen.last : from + KEYS;
-      read_rows(sequence.key_rows<const T>(p.k, from, key_head), sequence.k_turns(from), to - from, width, k);
-      read_rows(sequence.key_rows<const T>(p.v, from, key_head), Turns{}, to - from, width, v);
-      for (int64_t b = 0; b < group * per_head; ++b) attend(b, from, to);
+      read_rows(sequence.key_rows<const T>(p.k, from, heads.first), sequence.k_turns(from), to - from,
+                heads.count, width, k, keys_floats);
+      read_rows(sequence.key_rows<const T>(p.v, from, heads.first), Turns{}, to - from, heads.count, width, v,
+                keys_floats);
+      for (int64_t h = 0; h < heads.queries(); ++h)
+        for_each_block([&](int64_t first, int64_t count, const Visible& visible) {
+          attend(block(first, h), visible, count, from, to, h / heads.group * keys_floats);
+        });
     }
-    for (int64_t b = 0; b < group * per_head; ++b) finish(b);
+    for_each_block([&](int64_t first, int64_t count, const Visible&) {
+      for (int64_t h = 0; h < heads.queries(); ++h) finish(block(first, h), first, count, h);
+    });
   }
 
-  void start(int64_t b) {
-    const ForwardBlock block = this->block(b);
-    read_block(sequence.query_rows<const T>(p.q, first_of(b), head_of(b)), sequence.turns(first_of(b)),
-               count_of(b), width, block.out, block.lanes);
-    clear_rows(block.out, count_of(b), width);
-    for (int64_t i = 0; i < BLOCK; ++i) {
-      block.top[i] = NO_TOP;
-      block.sum[i] = 0;
+  void start(int64_t first, int64_t count) {
+    read_rows(sequence.query_rows<const T>(p.q, first, heads.first_query()), sequence.turns(first), count,
+              heads.queries(), width, block(first, 0).out, block_floats);
+    for (int64_t h = 0; h < heads.queries(); ++h) {
+      const ForwardBlock b = block(first, h);
+      scale_rows(b.out, shape.scale * LOG2_E, count, width);
+      to_lanes(b.out, count, width, b.lanes);
+      clear_rows(b.out, count, width);
+      for (int64_t i = 0; i < BLOCK; i += W) {
+        store(b.top + i, set1(NO_TOP));
+        store(b.sum + i, zero());
+      }
     }
   }
 
-  // Adds keys [begin, end), which start `k` and `v`.
-  void attend(int64_t b, int64_t begin, int64_t end) {
-    const int64_t count = count_of(b);
-    const Visible visible = sequence.visible(first_of(b), count);
+  // Adds keys [begin, end), which start `skip` behind `k` and `v`.
+  void attend(const ForwardBlock& block, const Visible& visible, int64_t count, int64_t begin, int64_t end,
+              int64_t skip) {
     const int64_t from = visible.first > begin ? visible.first : begin;
-    const int64_t to = visible.last < end ? visible.last : end, keys = to - from, skip = (from - begin) * row;
+    const int64_t to = visible.last < end ? visible.last : end, keys = to - from;
     if (keys <= 0) return;
-    const ForwardBlock block = this->block(b);
+    skip += (from - begin) * row;
     multiply(keys, count, {width, k + skip, row, 1, block.lanes, BLOCK, scores, BLOCK, false});
     visible.hide(scores, from, to, count);
-    softmax(scores, keys, count, shape.scale * LOG2_E, block.top, block.sum, past);
+    softmax(scores, keys, count, block.top, block.sum, past);
     if (visible.first < begin) scale_rows(block.out, past, count, width);
     multiply(count, width, {keys, scores, 1, BLOCK, v + skip, row, block.out, row, true});
   }
 
-  void finish(int64_t b) {
-    const ForwardBlock block = this->block(b);
-    const int64_t first = first_of(b), head = head_of(b), count = count_of(b);
+  void finish(const ForwardBlock& block, int64_t first, int64_t count, int64_t h) {
+    const int64_t head = heads.first_query() + h;
     for (int64_t i = 0; i < count; i += W) {
-      const vf sum = load(block.sum + i), lse = mul(set1(LN_2), log2v(sum));
-      const int n = count - i < W ? static_cast<int>(count - i) : W;
+      const vf sum = load(block.sum + i), lse = mul(set1(LN_2), add(load(block.top + i), log2v(sum)));
       store(past + i, inverse_of(sum));
-      store_first(sequence.query_rows<float>(p.lse, first, head).data + i,
-                  fma(set1(shape.scale), load(block.top + i), lse), n);
+      store_first(sequence.query_rows<float>(p.lse, first + i, head).data, lse,
+                  count - i < W ? static_cast<int>(count - i) : W);
     }
     write_rows(block.out, past, count, width, sequence.query_rows<T>(p.out, first, head));
   }
@@ -111,8 +120,8 @@ template <class T> struct Forward {
 template <class T> static void forward(const MaskedAttentionForwardParams& p) {
   if (p.shape.key_heads == 0) return;
   for_each_item(p.shape, Forward<T>::floats(p.shape),
-                [&](const AttentionTask& task, int64_t key_head, Scratch scratch) {
-                  Forward<T>(p, task, key_head, scratch).run();
+                [&](const AttentionTask& task, const Heads& heads, Scratch scratch) {
+                  Forward<T>(p, task, heads, scratch).run();
                 });
 }
 

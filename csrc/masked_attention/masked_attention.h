@@ -39,6 +39,7 @@ struct AttentionShape {
   int64_t queries, keys;
   int64_t most_queries, most_keys; // of a task, and of a sequence
   int64_t heads, key_heads, width; // key_heads divides heads; width: a multiple of 8, at most 128
+  int64_t head_step;               // heads of keys that a thread takes at once
   int64_t frame_size;              // 0: none
   AttentionRanges ranges;
   AttentionTurns turns, k_turns;

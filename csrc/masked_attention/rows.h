@@ -4,16 +4,16 @@
 
 namespace jepa::JEPA_ISA {
 
-// Elements of type T of one head of one sequence.
+// Elements of type T of one sequence, from one row and head on.
 template <class T> struct View {
   T* data;
-  int64_t row, channel;
+  int64_t row, head, channel;
 };
 
-// An odd number of cache lines apart, so that equal columns of many rows spread over all cache sets.
+// Long rows lie an odd number of cache lines apart, so that equal columns of many rows spread over all cache
+// sets.
 static int64_t scratch_row(int64_t width) {
-  const int64_t lines = (width + 15) / 16;
-  return (lines + (lines % 2 == 0)) * 16;
+  return width <= 32 ? (width + W - 1) / W * W : ((width + 15) / 16 | 1) * 16;
 }
 
 template <class T> static void read_row(const T* in, int64_t channel, int64_t width, float* out) {
@@ -67,18 +67,23 @@ static void turn_back(float* x, const float* cos, int64_t channels, bool half) {
   }
 }
 
-// Rows of one head lie pages apart, where the hardware does not look ahead.
+// Rows lie pages apart, where the hardware does not look ahead.
 constexpr int64_t AHEAD = 8;
 
+// Rows of some heads into scratch, one head `out_head` behind the other.
 template <class T>
-static void read_rows(View<const T> in, const Turns& turns, int64_t rows, int64_t width, float* out) {
+static void read_rows(View<const T> in, const Turns& turns, int64_t rows, int64_t heads, int64_t width,
+                      float* out, int64_t out_head) {
   const int64_t out_row = scratch_row(width);
   for (int64_t i = 0; i < rows; ++i, out += out_row) {
-    const T* ahead = in.data + (i + AHEAD < rows ? i + AHEAD : i) * in.row;
-    for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T)))
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
-    read_row(in.data + i * in.row, in.channel, width, out);
-    if (turns.cos) turn<T>(out, turns.cos + i * turns.row, turns.channels, turns.half);
+    for (int64_t h = 0; h < heads; ++h) {
+      const T *x = in.data + i * in.row + h * in.head, *ahead = i + AHEAD < rows ? x + AHEAD * in.row : x;
+      for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T)))
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
+      float* y = out + h * out_head;
+      read_row(x, in.channel, width, y);
+      if (turns.cos) turn<T>(y, turns.cos + i * turns.row, turns.channels, turns.half);
+    }
   }
 }
 
@@ -91,6 +96,10 @@ static void scale_rows(float* x, const float* factor, int64_t rows, int64_t widt
     const vf f = set1(factor[i]);
     for (int64_t c = 0; c < width; c += W) store(x + c, mul(f, load(x + c)));
   }
+}
+
+static void scale_rows(float* x, float factor, int64_t rows, int64_t width) {
+  for (int64_t i = 0; i < rows; ++i, x += scratch_row(width)) scale_rows(x, &factor, 1, width);
 }
 
 // Rows times their factors, 0 where the factor is 0.
@@ -112,7 +121,7 @@ static void write_grads(float* in, float factor, const Turns& turns, int64_t row
                         View<T> out) {
   for (int64_t i = 0; i < rows; ++i, in += scratch_row(width)) {
     if (turns.cos) turn_back(in, turns.cos + i * turns.row, turns.channels, turns.half);
-    write_rows(in, &factor, 1, width, View<T>{out.data + i * out.row, out.row, 1});
+    write_rows(in, &factor, 1, width, View<T>{out.data + i * out.row, 0, 0, 1});
   }
 }
 

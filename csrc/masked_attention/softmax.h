@@ -1,4 +1,4 @@
-// Softmax down the columns of scores [keys][BLOCK], a query in each lane.
+// Softmax to the base 2 down the columns of scores [keys][BLOCK], a query in each lane.
 #pragma once
 #include "common/simd.h"
 #include "masked_attention/visible.h"
@@ -21,20 +21,17 @@ static vf top_of(const float* scores, int64_t keys, vf least) {
 // 1 / sum, and 0 where nothing is seen.
 static vf inverse_of(vf sum) { return select(less(zero(), sum), div(set1(1.f), sum), sum); }
 
-// One more block of keys: scores <- 2^(factor * (scores - top)), factor > 0, where `top` is the largest score
-// so far; sum <- sum of all weights so far; past <- what weights of earlier blocks are worth now.
-// Subtracting first makes the weight of the top exactly 1, however large the scores: a rounded factor * top
-// would not cancel.
-static void softmax(float* scores, int64_t keys, int64_t queries, float factor, float* top, float* sum,
-                    float* past) {
-  const vf f = set1(factor);
+// One more block of keys: scores <- 2^(scores - top), where `top` is the largest score so far; sum <- sum of
+// all weights so far; past <- what weights of earlier blocks are worth now. The weight of the top is exactly
+// 1, however large the scores.
+static void softmax(float* scores, int64_t keys, int64_t queries, float* top, float* sum, float* past) {
   for (int64_t i = 0; i < queries; i += W) {
     float* s = scores + i;
     const vf before = load(top + i), now = top_of(s, keys, before);
-    const vf shrink = exp2v(mul(f, sub(before, now)));
+    const vf shrink = exp2v(sub(before, now));
     vf total = mul(load(sum + i), shrink);
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), now)));
+      const vf e = exp2v(sub(load(s + j * BLOCK), now));
       store(s + j * BLOCK, e);
       total = add(total, e);
     }
@@ -46,14 +43,13 @@ static void softmax(float* scores, int64_t keys, int64_t queries, float factor, 
 
 // From scores and d weights: scores <- weights, d weights <- d scores = weights * (d weights - their mean by
 // weight). The mean comes from the same d weights: where one weight is all, the difference is exactly 0.
-static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t queries, float factor) {
-  const vf f = set1(factor);
+static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t queries) {
   for (int64_t i = 0; i < queries; i += W) {
     float *s = scores + i, *g = grad + i;
     const vf top = top_of(s, keys, set1(NO_TOP));
     vf sum = zero(), dot = zero();
     for (int64_t j = 0; j < keys; ++j) {
-      const vf e = exp2v(mul(f, sub(load(s + j * BLOCK), top)));
+      const vf e = exp2v(sub(load(s + j * BLOCK), top));
       store(s + j * BLOCK, e);
       sum = add(sum, e);
       dot = fma(e, load(g + j * BLOCK), dot);

@@ -9,13 +9,15 @@ namespace jepa::JEPA_ISA {
 constexpr int64_t BLOCK = 48; // queries at a time: a multiple of every register and of most tiles' rows
 
 struct Visible {
-  int32_t begin[BLOCK], end[BLOCK]; // of each query
+  int32_t begin[BLOCK], end[BLOCK]; // of each query; not set where all see all
   int64_t first = 0, last = 0;      // some query sees a key of [first, last) ...
   int64_t all_first = 0, all_last;  // ... and every query all of [all_first, all_last)
 
   // `position` of the first query; `ranges` its range of keys, or null.
   Visible(const AttentionShape& shape, int64_t position, const int32_t* ranges, int64_t count, int64_t keys)
       : all_last(keys) {
+    if (!shape.frame_size && !ranges) last = keys;
+    if (last) return;
     for (int64_t i = 0; i < count; ++i) {
       int64_t from = 0, to = shape.frame_size ? frame_end(position + i, shape.frame_size, keys) : keys;
       if (ranges) {
