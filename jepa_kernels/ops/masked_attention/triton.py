@@ -35,17 +35,20 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread may use no more, so that another program fits beside
 
 
 # By the largest D that they serve.
-FORWARD = {32: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 2)}
-BACKWARD_Q = {128: Tile(128, 64, 8, 2)}
-BACKWARD_KV = {32: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
+FORWARD = {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 128, 8, 2)}
+BACKWARD_Q = {64: Tile(128, 64, 8, 2, 128), 96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
+BACKWARD_KV = {64: Tile(128, 32, 8, 2, 128), 128: Tile(128, 32, 8, 2)}
 FP32 = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}  # products on the plain units
 
 # Sequences that stay on chip: keys in blocks, the first entry that holds them.
 SHORT = 256
-KEYS = ((64,), (64, 32), (128,), (128, 64), (128, 128))
+FITS_FORWARD = {80: SHORT, 128: -1}  # keys up to which they fit; fp32 always streams
+FITS_BACKWARD = {96: SHORT, 128: -1}
+KEYS = ((64,), (64, 32), (128,), (128, 64), (256,))
 SHORT_FORWARD = {128: Tile(64, 0, 4, 2)}
 SHORT_BACKWARD = {128: Tile(64, 0, 8, 2)}  # warps as in BACKWARD_Q and BACKWARD_KV, whose tiles serve longer keys
 TOGETHER = {80: 128, 128: -1}  # keys up to which the registers hold dq, dk and dv of a tile together
@@ -57,6 +60,14 @@ def _by_width(table: dict[int, Any], width: int) -> Any:
 
 def _tile(table: dict[int, Tile], q: Tensor) -> Tile:
     return _by_width(FP32 if q.dtype == torch.float32 else table, q.shape[-1])
+
+
+def _compiled(tile: Tile) -> dict[str, int | None]:
+    return dict(num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
+
+
+def _fits(table: dict[int, int], q: Tensor) -> int:
+    return -1 if q.dtype == torch.float32 else _by_width(table, q.shape[-1])
 
 
 def _classes(blocks: tuple[tuple[int, ...], ...], longest: int) -> dict[str, Any]:
@@ -124,9 +135,9 @@ def _axis(x: Tensor, cu_seqlens: Tensor | None) -> _Axis:
     return _Axis(x.shape[0], cu_seqlens.shape[0] - 1)
 
 
-def _count(axis: _Axis, tiles: Tensor | None, rows: int) -> tuple[int, int]:
-    """(entries of the tile list, entries that a program takes)."""
-    return (axis.sequences * triton.cdiv(axis.tokens, rows), 1) if tiles is None else (tiles.shape[0], rows // 64)
+def _count(axis: _Axis, tiles: Tensor | None, rows: int) -> int:
+    """Entries of the tile list. Packed, it lists 64 rows each: programs with more leave the others to their first."""
+    return axis.sequences * triton.cdiv(axis.tokens, rows) if tiles is None else tiles.shape[0]
 
 
 def _like(x: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, logarithms of the sums)."""
     packed, heads, width = q.dim() == 3, q.shape[1], q.shape[-1]
-    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), -1 if q.dtype == torch.float32 else SHORT
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _fits(FITS_FORWARD, q)
     out = _like(q)
     lse = q.new_empty((heads, q.shape[0]) if packed else q.shape[:3], dtype=torch.float32)
     places = (heads * width // 8, 1 if packed else heads, axis.tokens)  # between rows of out, and of lse
@@ -192,13 +203,13 @@ def forward(
                 _skip(key_ranges), _skip(turns), _skip(k_turns), *places, axis.tokens, k_axis.tokens, axis.tokens,
                 axis.sequences, groups, heads, heads // k.shape[1], frame_size, scale * LOG2E,
                 TAIL=packed, ROWS=tile.rows,
-                num_warps=tile.warps, num_stages=tile.stages, **_classes(KEYS, max_keys),
+                **_compiled(tile), **_classes(KEYS, max_keys),
                 **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         tile = _tile(FORWARD, q)
-        count, step = _count(axis, tiles, tile.rows)
+        count = _count(axis, tiles, tile.rows)
         tail = packed and short < 0
-        programs = triton.cdiv(count, step) * heads + tail * TAILS.value
+        programs = count * heads + tail * TAILS.value
         if programs and max_keys > short:
             q, k = _turned(q, axis, turns, half), _turned(k, k_axis, k_turns, half)
             unit = _unit(q, k, v)
@@ -207,8 +218,8 @@ def forward(
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), _skip(key_ranges),
                 *places, axis.tokens, k_axis.tokens, axis.tokens, axis.sequences, count,
                 heads, heads // k.shape[1], frame_size, scale * LOG2E, FRAMES=frame_size > 0, SHORT=short, TAIL=tail,
-                STEP=step, ROWS=tile.rows, COLUMNS=tile.columns, PARTS=_parts(width, half), D=width, UNIT=unit,
-                num_warps=tile.warps, num_stages=tile.stages,
+                ROWS=tile.rows, COLUMNS=tile.columns, PARTS=_parts(width, half), D=width, UNIT=unit,
+                **_compiled(tile),
             )  # fmt: skip
     return out, lse
 
@@ -236,7 +247,7 @@ def backward(
 ) -> list[Tensor]:
     """[dq, dk, dv], or [dqkv] where `stacked`."""
     packed, heads, width, key_heads = q.dim() == 3, q.shape[1], q.shape[-1], k.shape[1]
-    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), -1 if q.dtype == torch.float32 else SHORT
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _fits(FITS_BACKWARD, q)
     longest = max(max_queries, max_keys)
     grads, (dq, dk, dv) = _gradients(q, k, stacked)
     delta = torch.empty_like(lse)
@@ -256,7 +267,7 @@ def backward(
                 axis.sequences, key_heads, frame_size, scale, GROUP=heads // key_heads,
                 TOGETHER=together, LONGER=max_keys > together, TAIL=packed, STACKED=stacked, ROWS=tile.rows,
                 Q_ROWS=q_tile.rows, Q_COLUMNS=q_tile.columns, KV_ROWS=kv_tile.rows, KV_COLUMNS=kv_tile.columns,
-                num_warps=tile.warps, num_stages=tile.stages, **_options(q, frame_size, turns, half, unit),
+                **_compiled(tile), **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
         if longest <= short:
             return grads
@@ -265,26 +276,26 @@ def backward(
         strides = [*_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit)]
         options = _options(q, frame_size, turns, half, unit)
         tile, tail = _tile(BACKWARD_Q, q), packed and short < 0
-        count, step = _count(axis, tiles, tile.rows)
-        programs = triton.cdiv(count, step) * heads + tail * TAILS.value
+        count = _count(axis, tiles, tile.rows)
+        programs = count * heads + tail * TAILS.value
         if programs:
             _masked_attention_backward_q_kernel[(programs,)](
                 q, k, v, out, grad, lse, delta, dq, cu_seqlens, k_cu_seqlens, tiles, key_ranges, turns,
                 *strides, _skip(key_ranges), _skip(turns), row, drow, *lse_places, *lengths, axis.tokens,
                 axis.sequences, count, heads, heads // key_heads, frame_size, scale, SHORT=short, TAIL=tail,
-                STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
-                num_warps=tile.warps, num_stages=tile.stages, **options,
+                ROWS=tile.rows, COLUMNS=tile.columns,
+                **_compiled(tile), **options,
             )  # fmt: skip
         tile, tail = _tile(BACKWARD_KV, q), tail and not stacked
-        count, step = _count(k_axis, k_tiles, tile.rows)
-        programs = triton.cdiv(count, step) * key_heads + tail * TAILS.value
+        count = _count(k_axis, k_tiles, tile.rows)
+        programs = count * key_heads + tail * TAILS.value
         if programs:
             _masked_attention_backward_kv_kernel[(programs,)](
                 q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, k_tiles, key_ranges, k_turns,
                 *strides, _skip(key_ranges), _skip(k_turns), k_drow, *lse_places, *lengths, k_axis.tokens,
                 axis.sequences, count, key_heads, frame_size, scale, GROUP=heads // key_heads, SHORT=short,
-                TAIL=tail, STEP=step, ROWS=tile.rows, COLUMNS=tile.columns,
-                num_warps=tile.warps, num_stages=tile.stages, **options,
+                TAIL=tail, ROWS=tile.rows, COLUMNS=tile.columns,
+                **_compiled(tile), **options,
             )  # fmt: skip
     return grads
 

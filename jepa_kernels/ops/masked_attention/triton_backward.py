@@ -75,36 +75,36 @@ def _masked_attention_backward_q_kernel(
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, row, drow, lse_token, lse_head,
     queries, keys, tokens, sequences, count, heads, group, frame_size, factor,
-    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """dq and delta = sum of out * grad of each row, tiles as in the forward kernel."""
     program = tl.program_id(0)
     head = program % heads
     if TAIL:
-        part = program - tl.cdiv(count, STEP) * heads
+        part = program - count * heads
         if part >= 0:
             clear_rows(dq, cu_seqlens, sequences, tokens, drow * 8, part)
             return
-    for i in range(STEP):
-        s, start = tile_at(tiles, program // heads * STEP + i, count, queries, ROWS)
-        if s >= 0:
-            first, n = sequence(cu_seqlens, s, queries)
-            k_first, m = sequence(k_cu_seqlens, s, keys)
-            if tl.maximum(n, m) > SHORT:
-                stream_dq(
-                    rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
-                    rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
-                    rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
-                    out + first * (row * 8) + head * D, row,
-                    rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head, UNIT),
-                    lse + first * lse_token + head * lse_head, delta + first * lse_token + head * lse_head,
-                    dq + first * (drow * 8) + head * D, drow,
-                    None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
-                    None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING), None,
-                    start, n, m, frame_size, factor, FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF, True,
-                )  # fmt: skip
+    s, start = tile_at(tiles, program // heads, queries, ROWS)
+    if s < 0:
+        return
+    first, n = sequence(cu_seqlens, s, queries)
+    k_first, m = sequence(k_cu_seqlens, s, keys)
+    if tl.maximum(n, m) <= SHORT:
+        return
+    stream_dq(
+        rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
+        rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
+        rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
+        out + first * (row * 8) + head * D, row,
+        rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head, UNIT),
+        lse + first * lse_token + head * lse_head, delta + first * lse_token + head * lse_head,
+        dq + first * (drow * 8) + head * D, drow,
+        None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
+        None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING), None,
+        start, n, m, frame_size, factor, FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -165,7 +165,7 @@ def _masked_attention_backward_kv_kernel(
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, drow, lse_token, lse_head,
     queries, keys, tokens, sequences, count, heads, frame_size, factor,
-    GROUP: tl.constexpr, FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
+    GROUP: tl.constexpr, FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -173,28 +173,29 @@ def _masked_attention_backward_kv_kernel(
     program = tl.program_id(0)
     head = program % heads
     if TAIL:
-        part = program - tl.cdiv(count, STEP) * heads
+        part = program - count * heads
         if part >= 0:
             clear_rows(dk, k_cu_seqlens, sequences, tokens, drow * 8, part)
             clear_rows(dv, k_cu_seqlens, sequences, tokens, drow * 8, part)
             return
-    for i in range(STEP):
-        s, start = tile_at(tiles, program // heads * STEP + i, count, keys, ROWS)
-        if s >= 0:
-            first, n = sequence(cu_seqlens, s, queries)
-            k_first, m = sequence(k_cu_seqlens, s, keys)
-            if tl.maximum(n, m) > SHORT:
-                k_rows = rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head, UNIT)
-                v_rows = rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head, UNIT)
-                at = k_first * (drow * 8) + head * D
-                lse_at = first * lse_token + head * GROUP * lse_head
-                stream_dkv(
-                    rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head * GROUP, UNIT), q_head,
-                    load(k_rows, start, m, ROWS, PARTS, D, UNIT), load(v_rows, start, m, ROWS, PARTS, D, UNIT),
-                    rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head * GROUP, UNIT), g_head,
-                    lse + lse_at, delta + lse_at, lse_head, dk + at, dv + at, drow,
-                    None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), None,
-                    None if turns is None else beginning(turns, turns_skip, k_first, s, 2 * TURNING),
-                    start, n, m, frame_size, factor,
-                    GROUP, FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF, True,
-                )  # fmt: skip
+    s, start = tile_at(tiles, program // heads, keys, ROWS)
+    if s < 0:
+        return
+    first, n = sequence(cu_seqlens, s, queries)
+    k_first, m = sequence(k_cu_seqlens, s, keys)
+    if tl.maximum(n, m) <= SHORT:
+        return
+    k_rows = rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head, UNIT)
+    v_rows = rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head, UNIT)
+    at = k_first * (drow * 8) + head * D
+    lse_at = first * lse_token + head * GROUP * lse_head
+    stream_dkv(
+        rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head * GROUP, UNIT), q_head,
+        load(k_rows, start, m, ROWS, PARTS, D, UNIT), load(v_rows, start, m, ROWS, PARTS, D, UNIT),
+        rows_of(grad, g_skip, g_token, g_head, g_channel, s, first, head * GROUP, UNIT), g_head,
+        lse + lse_at, delta + lse_at, lse_head, dk + at, dv + at, drow,
+        None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), None,
+        None if turns is None else beginning(turns, turns_skip, k_first, s, 2 * TURNING),
+        start, n, m, frame_size, factor,
+        GROUP, FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF, True,
+    )  # fmt: skip

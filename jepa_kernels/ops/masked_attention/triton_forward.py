@@ -75,31 +75,31 @@ def _masked_attention_forward_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, tiles, ranges,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     ranges_skip, row, lse_token, lse_head, queries, keys, tokens, sequences, count, heads, group, frame_size, scale,
-    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, STEP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Sequences of more than SHORT keys. A program takes a head and STEP neighbours of the tile list."""
+    """Sequences of more than SHORT keys. A program takes a head and an entry of the tile list."""
     program = tl.program_id(0)
     head = program % heads
     if TAIL:
-        part = program - tl.cdiv(count, STEP) * heads
+        part = program - count * heads
         if part >= 0:
             clear_out(out, lse, cu_seqlens, sequences, tokens, row * 8, lse_head, heads, part)
             return
-    for i in range(STEP):
-        s, start = tile_at(tiles, program // heads * STEP + i, count, queries, ROWS)
-        if s >= 0:
-            first, n = sequence(cu_seqlens, s, queries)
-            k_first, m = sequence(k_cu_seqlens, s, keys)
-            if m > SHORT:
-                _stream(
-                    rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
-                    rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
-                    rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
-                    out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
-                    None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), start, n, m, frame_size, scale,
-                    FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
-                )  # fmt: skip
+    s, start = tile_at(tiles, program // heads, queries, ROWS)
+    if s < 0:
+        return
+    first, n = sequence(cu_seqlens, s, queries)
+    k_first, m = sequence(k_cu_seqlens, s, keys)
+    if m <= SHORT:
+        return
+    _stream(
+        rows_of(q, q_skip, q_token, q_head, q_channel, s, first, head, UNIT),
+        rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
+        rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
+        out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
+        None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), start, n, m, frame_size, scale,
+        FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _masked_attention_turn_kernel(
     """y = x turned: for sequences so long that each row would be turned many times."""
     program = tl.program_id(0)
     head = program % heads
-    s, start = tile_at(None, program // heads, 0, tokens, ROWS)
+    s, start = tile_at(None, program // heads, tokens, ROWS)
     first = s.to(tl.int64) * tokens
     tile = load(rows_of(x, skip, token, head_stride, channel, s, first, head, UNIT), start, tokens, ROWS, PARTS, D, UNIT)
     its_turns = None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING)

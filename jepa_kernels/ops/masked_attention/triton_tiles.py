@@ -22,7 +22,7 @@ def sequence(cu_seqlens, s, length):
 
 
 @triton.jit
-def tile_at(tiles, i, count, length, ROWS: tl.constexpr):
+def tile_at(tiles, i, length, ROWS: tl.constexpr):
     """(sequence, first row) of the i-th tile of ROWS rows; sequence -1 where there is none.
 
     Packed: `tiles` lists (sequence, block of 64); those that don't start a tile of ROWS rows are none.
@@ -32,8 +32,8 @@ def tile_at(tiles, i, count, length, ROWS: tl.constexpr):
         s = i // per_sequence
         start = i % per_sequence * ROWS
     else:
-        s = tl.load(tiles + 2 * i.to(tl.int64), mask=i < count, other=-1)
-        start = tl.load(tiles + 2 * i.to(tl.int64) + 1, mask=i < count, other=0) * 64
+        s = tl.load(tiles + 2 * i.to(tl.int64))
+        start = tl.load(tiles + 2 * i.to(tl.int64) + 1) * 64
         s = tl.where(start % ROWS == 0, s, -1)
     return s, start
 
