@@ -38,20 +38,16 @@ class Tile(NamedTuple):
     registers: int | None = None  # a thread may use no more, so that another program fits beside
 
 
-# By the largest D that they serve.
+# By the largest D that they serve; longer sequences first.
 FORWARD = {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 128, 8, 2)}
-BACKWARD_Q = {64: Tile(128, 64, 8, 2, 128), 96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
-BACKWARD_KV = {64: Tile(128, 32, 8, 2, 128), 128: Tile(128, 32, 8, 2)}
+BACKWARD_Q = {64: Tile(128, 64, 8, 2, 128), 128: Tile(128, 64, 8, 2)}
+BACKWARD_KV = {64: Tile(128, 32, 8, 2, 128), 80: Tile(128, 32, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
 FP32 = {32: Tile(64, 32, 4, 1), 64: Tile(64, 32, 8, 1), 128: Tile(64, 16, 8, 1)}  # products on the plain units
 
-# Sequences that stay on chip: keys in blocks, the first entry that holds them.
-SHORT = 256
-FITS_FORWARD = {80: SHORT, 128: -1}  # keys up to which they fit; fp32 always streams
-FITS_BACKWARD = {96: SHORT, 128: -1}
-KEYS = ((64,), (64, 32), (128,), (128, 64), (256,))
-SHORT_FORWARD = {128: Tile(64, 0, 4, 2)}
-SHORT_BACKWARD = {128: Tile(64, 0, 8, 2)}  # warps as in BACKWARD_Q and BACKWARD_KV, whose tiles serve longer keys
-TOGETHER = {80: 128, 128: -1}  # keys up to which the registers hold dq, dk and dv of a tile together
+SHORT = {80: 256, 128: -1}  # queries and keys up to which a sequence stays on chip; in fp32 it always streams
+SHORT_FORWARD = Tile(64, 256, 4, 2)
+SHORT_BACKWARD = Tile(64, 128, 8, 2)  # beyond its columns BACKWARD_Q and BACKWARD_KV take turns, in the same program
+KEYS = ((64,), (64, 32), (128,), (128, 64), (256,))  # blocks of keys of SHORT_FORWARD: the first entry that holds them
 
 
 def _by_width(table: dict[int, Any], width: int) -> Any:
@@ -66,8 +62,8 @@ def _compiled(tile: Tile) -> dict[str, int | None]:
     return dict(num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers)
 
 
-def _fits(table: dict[int, int], q: Tensor) -> int:
-    return -1 if q.dtype == torch.float32 else _by_width(table, q.shape[-1])
+def _short(q: Tensor) -> int:
+    return -1 if q.dtype == torch.float32 else _by_width(SHORT, q.shape[-1])
 
 
 def _classes(blocks: tuple[tuple[int, ...], ...], longest: int) -> dict[str, Any]:
@@ -188,7 +184,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, logarithms of the sums)."""
     packed, heads, width = q.dim() == 3, q.shape[1], q.shape[-1]
-    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _fits(FITS_FORWARD, q)
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _short(q)
     out = _like(q)
     lse = q.new_empty((heads, q.shape[0]) if packed else q.shape[:3], dtype=torch.float32)
     places = (heads * width // 8, 1 if packed else heads, axis.tokens)  # between rows of out, and of lse
@@ -196,7 +192,7 @@ def forward(
         groups = triton.cdiv(max_queries, GROUP.value)
         programs = axis.sequences * groups * heads + packed * TAILS.value
         if short > 0 and programs and (packed or max_keys <= short):
-            tile, unit = _tile(SHORT_FORWARD, q), _unit(q, k, v)
+            tile, unit = SHORT_FORWARD, _unit(q, k, v)
             _masked_attention_forward_short_kernel[(programs,)](
                 q, k, v, out, lse, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
@@ -247,7 +243,7 @@ def backward(
 ) -> list[Tensor]:
     """[dq, dk, dv], or [dqkv] where `stacked`."""
     packed, heads, width, key_heads = q.dim() == 3, q.shape[1], q.shape[-1], k.shape[1]
-    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _fits(FITS_BACKWARD, q)
+    axis, k_axis, short = _axis(q, cu_seqlens), _axis(k, k_cu_seqlens), _short(q)
     longest = max(max_queries, max_keys)
     grads, (dq, dk, dv) = _gradients(q, k, stacked)
     delta = torch.empty_like(lse)
@@ -258,14 +254,14 @@ def backward(
     with device_of(q):
         programs = axis.sequences * key_heads + packed * TAILS.value
         if short > 0 and programs and (packed or longest <= short):
-            tile, unit, together = _tile(SHORT_BACKWARD, q), _unit(q, k, v, grad), _by_width(TOGETHER, width)
+            tile, unit = SHORT_BACKWARD, _unit(q, k, v, grad)
             q_tile, kv_tile = _tile(BACKWARD_Q, q), _tile(BACKWARD_KV, q)
             _masked_attention_backward_short_kernel[(programs,)](
                 q, k, v, out, grad, lse, delta, dq, dk, dv, cu_seqlens, k_cu_seqlens, key_ranges, turns, k_turns,
                 *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
                 _skip(key_ranges), _skip(turns), _skip(k_turns), row, drow, k_drow, *lse_places, *lengths, *lengths,
                 axis.sequences, key_heads, frame_size, scale, GROUP=heads // key_heads,
-                TOGETHER=together, LONGER=max_keys > together, TAIL=packed, STACKED=stacked, ROWS=tile.rows,
+                TOGETHER=tile.columns, LONGER=max_keys > tile.columns, TAIL=packed, STACKED=stacked, ROWS=tile.rows,
                 Q_ROWS=q_tile.rows, Q_COLUMNS=q_tile.columns, KV_ROWS=kv_tile.rows, KV_COLUMNS=kv_tile.columns,
                 **_compiled(tile), **_options(q, frame_size, turns, half, unit),
             )  # fmt: skip
