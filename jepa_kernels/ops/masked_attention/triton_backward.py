@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    NUMBERS,
     add_products,
     beginning,
     clear_rows,
@@ -17,17 +18,11 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     store,
     tile_at,
     turn,
+    where_seen,
     zeros,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-NUMBERS = [
-    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
-    "v_skip", "v_token", "v_head", "v_channel", "g_skip", "g_token", "g_head", "g_channel",
-    "ranges_skip", "turns_skip", "row", "drow", "lse_token", "lse_head",
-    "queries", "keys", "tokens", "sequences", "count", "heads", "group", "frame_size",
-]  # fmt: skip
 
 
 @triton.jit
@@ -62,7 +57,7 @@ def stream_dq(
         weights = tl.exp2(tl.fma(products(tile, keys_tile), factor * LOG2E, -base))
         if (at < inner) | (at + COLUMNS > outer):
             key = (at + tl.arange(0, COLUMNS))[None, :]
-            weights = tl.where((key >= begin[:, None]) & (key < end[:, None]), weights, 0.0)
+            weights = where_seen(weights, key, begin[:, None], end[:, None], ranges, 0.0)
         slope = products(g, load(v, at, keys, COLUMNS, PARTS, D, UNIT))
         total = add_products(total, weights * (slope - change[:, None]), keys_tile)
     total = turn(total, turns, start, queries, True, PARTS, TURNING, HALF)
@@ -74,9 +69,10 @@ def _masked_attention_backward_q_kernel(
     q, k, v, out, grad, lse, delta, dq, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, row, drow, lse_token, lse_head,
-    queries, keys, tokens, sequences, count, heads, group, frame_size, factor,
-    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    TURNING: tl.constexpr, HALF: tl.constexpr,
+    queries, keys, sequences, count, heads, group, frame_size, factor,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """dq and delta = sum of out * grad of each row, tiles as in the forward kernel."""
     program = tl.program_id(0)
@@ -84,7 +80,7 @@ def _masked_attention_backward_q_kernel(
     if TAIL:
         part = program - count * heads
         if part >= 0:
-            clear_rows(dq, cu_seqlens, sequences, tokens, drow * 8, part)
+            clear_rows(dq, cu_seqlens, sequences, queries, drow * 8, part)
             return
     s, start = tile_at(tiles, program // heads, queries, ROWS)
     if s < 0:
@@ -150,7 +146,7 @@ def stream_dkv(
             weights = tl.exp2(tl.fma(products(block, tile), factor * LOG2E, -base))
             if FRAMES or ranges is not None:
                 begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
-                weights = tl.where((key >= begin[None, :]) & (key < end[None, :]), weights, 0.0)
+                weights = where_seen(weights, key, begin[None, :], end[None, :], ranges, 0.0)
             g = load(g_rows, at, queries, COLUMNS, PARTS, D, UNIT)
             total_v = add_products(total_v, weights, g)
             total_k = add_products(total_k, weights * (products(values, g) - change), tile)
@@ -159,15 +155,16 @@ def stream_dkv(
     store(dv, drow, start, keys, total_v, 1.0, PARTS, D)
 
 
-@triton.jit(do_not_specialize=[n for n in NUMBERS if n not in ("row", "group")])
+@triton.jit(do_not_specialize=NUMBERS)
 def _masked_attention_backward_kv_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, drow, lse_token, lse_head,
-    queries, keys, tokens, sequences, count, heads, frame_size, factor,
+    queries, keys, sequences, count, heads, frame_size, factor,
     GROUP: tl.constexpr, FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    TURNING: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of tiles of keys; `heads` key heads, each the sum over its GROUP query heads, in order."""
     program = tl.program_id(0)
@@ -175,8 +172,8 @@ def _masked_attention_backward_kv_kernel(
     if TAIL:
         part = program - count * heads
         if part >= 0:
-            clear_rows(dk, k_cu_seqlens, sequences, tokens, drow * 8, part)
-            clear_rows(dv, k_cu_seqlens, sequences, tokens, drow * 8, part)
+            clear_rows(dk, k_cu_seqlens, sequences, keys, drow * 8, part)
+            clear_rows(dv, k_cu_seqlens, sequences, keys, drow * 8, part)
             return
     s, start = tile_at(tiles, program // heads, keys, ROWS)
     if s < 0:

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    NUMBERS,
     add_products,
     beginning,
     clear,
@@ -18,6 +19,7 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     tile_at,
     times,
     turn,
+    where_seen,
     zeros,
 )
 
@@ -52,7 +54,7 @@ def _stream(
         scores = products(tile, load(k, at, keys, COLUMNS, PARTS, D, UNIT))
         if (at < inner) | (at + COLUMNS > outer):
             key = (at + tl.arange(0, COLUMNS))[None, :]
-            scores = tl.where((key >= begin[:, None]) & (key < end[:, None]), scores, float("-inf"))
+            scores = where_seen(scores, key, begin[:, None], end[:, None], ranges, float("-inf"))
         new = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(new == float("-inf"), 0.0, new)
         weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
@@ -63,19 +65,13 @@ def _stream(
     finish(out, row, lse, start, queries, total, top, weight, PARTS, D)
 
 
-NUMBERS = [
-    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
-    "v_skip", "v_token", "v_head", "v_channel", "ranges_skip", "row", "lse_token", "lse_head",
-    "queries", "keys", "tokens", "sequences", "count", "heads", "group", "frame_size",
-]  # fmt: skip
-
-
 @triton.jit(do_not_specialize=NUMBERS)
 def _masked_attention_forward_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, tiles, ranges,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
-    ranges_skip, row, lse_token, lse_head, queries, keys, tokens, sequences, count, heads, group, frame_size, scale,
-    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+    ranges_skip, row, lse_token, lse_head, queries, keys, sequences, count, heads, group, frame_size, scale,
+    FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Sequences of more than SHORT keys. A program takes a head and an entry of the tile list."""
     program = tl.program_id(0)
@@ -83,7 +79,7 @@ def _masked_attention_forward_kernel(
     if TAIL:
         part = program - count * heads
         if part >= 0:
-            clear_out(out, lse, cu_seqlens, sequences, tokens, row * 8, lse_head, heads, part)
+            clear_out(out, lse, cu_seqlens, sequences, queries, row * 8, lse_head, heads, part)
             return
     s, start = tile_at(tiles, program // heads, queries, ROWS)
     if s < 0:
@@ -121,7 +117,9 @@ def _masked_attention_turn_kernel(
     head = program % heads
     s, start = tile_at(None, program // heads, tokens, ROWS)
     first = s.to(tl.int64) * tokens
-    tile = load(rows_of(x, skip, token, head_stride, channel, s, first, head, UNIT), start, tokens, ROWS, PARTS, D, UNIT)
+    tile = load(
+        rows_of(x, skip, token, head_stride, channel, s, first, head, UNIT), start, tokens, ROWS, PARTS, D, UNIT
+    )
     its_turns = None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING)
     tile = turn(tile, its_turns, start, tokens, False, PARTS, TURNING, HALF)
     store(y + first * (row * 8) + head * D, row, start, tokens, tile, 1.0, PARTS, D)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_backward import LOG2E, load_lse, stream_dkv, stream_dq
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    NUMBERS,
     add_products,
     beginning,
     clear_rows,
@@ -15,22 +16,17 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     sequence,
     store,
     turn,
+    where_seen,
     zeros,
 )
-
-NUMBERS = [
-    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
-    "v_skip", "v_token", "v_head", "v_channel", "g_skip", "g_token", "g_head", "g_channel",
-    "ranges_skip", "turns_skip", "k_turns_skip", "row", "drow", "k_drow", "lse_token", "lse_head",
-    "queries", "keys", "tokens", "k_tokens", "sequences", "heads", "frame_size",
-]  # fmt: skip
 
 
 @triton.jit
 def _together(
     q, q_head, k, v, grad, g_head, lse, lse_head, dq, drow, dk, dv, k_drow, ranges, turns, k_turns,
-    queries, keys, frame_size, factor, GROUP: tl.constexpr, COLUMNS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+    queries, keys, frame_size, factor, GROUP: tl.constexpr, COLUMNS: tl.constexpr, FRAMES: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr,
+    HALF: tl.constexpr,
 ):  # fmt: skip
     """All gradients of at most COLUMNS keys and their queries: delta = sum of weight * slope needs no `out`."""
     key = tl.arange(0, COLUMNS)[:, None]
@@ -51,7 +47,7 @@ def _together(
             weights = tl.exp2(tl.fma(products(block, tile), factor * LOG2E, -base[None, :]))
             if FRAMES or ranges is not None:
                 begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
-                weights = tl.where((key >= begin[None, :]) & (key < end[None, :]), weights, 0.0)
+                weights = where_seen(weights, key, begin[None, :], end[None, :], ranges, 0.0)
             else:
                 weights = tl.where(key < keys, weights, 0.0)
             total_v = add_products(total_v, weights, g)
@@ -70,9 +66,9 @@ def _together(
 @triton.jit
 def _in_turn(
     q, q_head, k, v, out, row, grad, g_head, lse, delta, lse_head, dq, drow, dk, dv, k_drow, ranges, turns, k_turns,
-    queries, keys, frame_size, factor, GROUP: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    KV_ROWS: tl.constexpr, KV_COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    TURNING: tl.constexpr, HALF: tl.constexpr,
+    queries, keys, frame_size, factor, GROUP: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, KV_ROWS: tl.constexpr, KV_COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """dq of all queries, then dk and dv: the streaming kernels in one program."""
     for h in range(GROUP):
@@ -100,9 +96,9 @@ def _masked_attention_backward_short_kernel(
     q, k, v, out, grad, lse, delta, dq, dk, dv, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, k_turns_skip, row, drow, k_drow, lse_token, lse_head,
-    queries, keys, tokens, k_tokens, sequences, heads, frame_size, factor,
-    GROUP: tl.constexpr, TOGETHER: tl.constexpr, LONGER: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, STACKED: tl.constexpr,
-    ROWS: tl.constexpr, Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, KV_ROWS: tl.constexpr,
+    queries, keys, sequences, heads, frame_size, factor,
+    GROUP: tl.constexpr, TOGETHER: tl.constexpr, LONGER: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr,
+    STACKED: tl.constexpr, ROWS: tl.constexpr, Q_ROWS: tl.constexpr, Q_COLUMNS: tl.constexpr, KV_ROWS: tl.constexpr,
     KV_COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr,
     HALF: tl.constexpr,
 ):  # fmt: skip
@@ -113,10 +109,10 @@ def _masked_attention_backward_short_kernel(
     if TAIL:
         part = program - sequences * heads
         if part >= 0:
-            clear_rows(dq, cu_seqlens, sequences, tokens, drow * 8, part)
+            clear_rows(dq, cu_seqlens, sequences, queries, drow * 8, part)
             if not STACKED:
-                clear_rows(dk, k_cu_seqlens, sequences, k_tokens, k_drow * 8, part)
-                clear_rows(dv, k_cu_seqlens, sequences, k_tokens, k_drow * 8, part)
+                clear_rows(dk, k_cu_seqlens, sequences, keys, k_drow * 8, part)
+                clear_rows(dv, k_cu_seqlens, sequences, keys, k_drow * 8, part)
             return
     first, n = sequence(cu_seqlens, s, queries)
     k_first, m = sequence(k_cu_seqlens, s, keys)
@@ -135,17 +131,15 @@ def _masked_attention_backward_short_kernel(
     out += first * (row * 8) + head * GROUP * D
     lse += first * lse_token + head * GROUP * lse_head
     delta += first * lse_token + head * GROUP * lse_head
-    if TOGETHER > 0:
-        if m <= TOGETHER:
-            _together(
-                q_rows, q_head, k_rows, v_rows, grad_rows, g_head, lse, lse_head, dq, drow, dk, dv, k_drow,
-                its_ranges, its_turns, its_k_turns, n, m, frame_size, factor,
-                GROUP, TOGETHER, FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
-            )  # fmt: skip
-    if LONGER:
-        if m > TOGETHER:
-            _in_turn(
-                q_rows, q_head, k_rows, v_rows, out, row, grad_rows, g_head, lse, delta, lse_head, dq, drow, dk, dv, k_drow,
-                its_ranges, its_turns, its_k_turns, n, m, frame_size, factor,
-                GROUP, FRAMES, Q_ROWS, Q_COLUMNS, KV_ROWS, KV_COLUMNS, PARTS, D, UNIT, TURNING, HALF,
-            )  # fmt: skip
+    if m <= TOGETHER:
+        _together(
+            q_rows, q_head, k_rows, v_rows, grad_rows, g_head, lse, lse_head, dq, drow, dk, dv, k_drow,
+            its_ranges, its_turns, its_k_turns, n, m, frame_size, factor,
+            GROUP, TOGETHER, FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
+        )  # fmt: skip
+    elif LONGER:
+        _in_turn(
+            q_rows, q_head, k_rows, v_rows, out, row, grad_rows, g_head, lse, delta, lse_head,
+            dq, drow, dk, dv, k_drow, its_ranges, its_turns, its_k_turns, n, m, frame_size, factor,
+            GROUP, FRAMES, Q_ROWS, Q_COLUMNS, KV_ROWS, KV_COLUMNS, PARTS, D, UNIT, TURNING, HALF,
+        )  # fmt: skip

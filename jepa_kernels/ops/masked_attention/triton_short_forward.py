@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_forward import clear_out, finish
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    NUMBERS,
     add_products,
     beginning,
     keys_seen,
@@ -14,23 +15,18 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     rows_of,
     sequence,
     turn,
+    where_seen,
     zeros,
 )
 
 GROUP = tl.constexpr(256)  # queries that one program goes through
 
-NUMBERS = [
-    "q_skip", "q_token", "q_head", "q_channel", "k_skip", "k_token", "k_head", "k_channel",
-    "v_skip", "v_token", "v_head", "v_channel", "ranges_skip", "turns_skip", "k_turns_skip", "row",
-    "lse_token", "lse_head", "queries", "keys", "tokens", "sequences", "groups", "heads", "group", "frame_size",
-]  # fmt: skip
-
 
 @triton.jit
 def _rows(
     q, k, v, out, row, lse, ranges, turns, k_turns, begin, queries, keys, frame_size, scale,
-    CLASSES: tl.constexpr, CLASS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
-    UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
+    CLASSES: tl.constexpr, CLASS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """GROUP queries from `begin`, ROWS at a time, against all keys at once, in blocks: tops are known before sums."""
     BLOCKS: tl.constexpr = CLASSES[CLASS]
@@ -46,7 +42,7 @@ def _rows(
             block = products(tile, key_blocks[i])
             key = (BLOCKS[0] if i else 0) + tl.arange(0, BLOCKS[i])[None, :]
             if FRAMES or ranges is not None:
-                block = tl.where((key >= first[:, None]) & (key < last[:, None]), block, float("-inf"))
+                block = where_seen(block, key, first[:, None], last[:, None], ranges, float("-inf"))
             elif i == len(BLOCKS) - 1:
                 block = tl.where(key < keys, block, float("-inf"))
             top = tl.maximum(top, tl.max(block, 1))
@@ -66,7 +62,7 @@ def _masked_attention_forward_short_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     ranges_skip, turns_skip, k_turns_skip, row, lse_token, lse_head,
-    queries, keys, tokens, sequences, groups, heads, group, frame_size, scale,
+    queries, keys, sequences, groups, heads, group, frame_size, scale,
     CLASSES: tl.constexpr, LIMITS: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +74,7 @@ def _masked_attention_forward_short_kernel(
     if TAIL:
         part = program - sequences * groups * heads
         if part >= 0:
-            clear_out(out, lse, cu_seqlens, sequences, tokens, row * 8, lse_head, heads, part)
+            clear_out(out, lse, cu_seqlens, sequences, queries, row * 8, lse_head, heads, part)
             return
     first, n = sequence(cu_seqlens, s, queries)
     k_first, m = sequence(k_cu_seqlens, s, keys)
@@ -92,8 +88,10 @@ def _masked_attention_forward_short_kernel(
                 rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
                 rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
                 out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
-                None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING),
-                None if k_turns is None else beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING), begin, n, m, frame_size, scale,
+                None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
+                None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING),
+                None if k_turns is None else beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING),
+                begin, n, m, frame_size, scale,
                 CLASSES, i, FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
             )  # fmt: skip
         fitted = LIMITS[i]

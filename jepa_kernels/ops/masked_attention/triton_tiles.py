@@ -7,6 +7,12 @@ exactly where it pays (80 = 64 + 16), else padded with zeros on chip.
 import triton
 import triton.language as tl
 
+# Arguments that kernels aren't compiled for: lengths change with every call, strides with them.
+NUMBERS = [
+    *(f"{x}_{stride}" for x in "qkvg" for stride in ("skip", "token", "head", "channel")),
+    *("ranges_skip", "turns_skip", "k_turns_skip", "row", "drow", "k_drow", "lse_token", "lse_head"),
+    *("queries", "keys", "sequences", "count", "groups", "heads", "group", "frame_size"),
+]
 TAILS = tl.constexpr(16)  # programs that clear the rows behind the last sequence
 
 
@@ -177,6 +183,15 @@ def keys_seen(row, queries, keys, frame_size, ranges, FRAMES: tl.constexpr):
         begin = tl.maximum(begin, tl.load(ranges + 2 * row.to(tl.int64), mask=row < queries, other=0))
         end = tl.minimum(end, tl.load(ranges + 2 * row.to(tl.int64) + 1, mask=row < queries, other=0))
     return begin, tl.where(row < queries, end, 0)
+
+
+@triton.jit
+def where_seen(x, key, begin, end, ranges, hidden: tl.constexpr):
+    """x where a row sees a key; key, begin and end broadcast to x."""
+    seen = key < end
+    if ranges is not None:  # without, all keys are seen from the first on
+        seen &= key >= begin
+    return tl.where(seen, x, hidden)
 
 
 @triton.jit
