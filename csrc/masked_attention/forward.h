@@ -8,8 +8,6 @@
 
 namespace jepa::JEPA_ISA {
 
-constexpr int64_t KEYS = 256; // at a time
-
 // A block of queries of one head: transposed queries, sums of weighted values, and the softmax so far.
 struct ForwardBlock {
   float *lanes, *out, *top, *sum;
@@ -81,8 +79,7 @@ template <class T> struct Forward {
               heads.queries(), width, block(first, 0).out, block_floats);
     for (int64_t h = 0; h < heads.queries(); ++h) {
       const ForwardBlock b = block(first, h);
-      scale_rows(b.out, shape.scale * LOG2_E, count, width);
-      to_lanes(b.out, count, width, b.lanes);
+      transpose_block(b.out, count, width, shape.scale * LOG2_E, b.lanes);
       clear_rows(b.out, count, width);
       for (int64_t i = 0; i < BLOCK; i += W) {
         store(b.top + i, set1(NO_TOP));
@@ -119,7 +116,8 @@ template <class T> struct Forward {
 
 template <class T> static void forward(const MaskedAttentionForwardParams& p) {
   if (p.shape.key_heads == 0) return;
-  for_each_item(p.shape, Forward<T>::floats(p.shape),
+  const AttentionShape& shape = p.shape;
+  for_each_item(shape, shape.tasks, shape.task_count, shape.head_step, Forward<T>::floats(shape),
                 [&](const AttentionTask& task, const Heads& heads, Scratch scratch) {
                   Forward<T>(p, task, heads, scratch).run();
                 });
