@@ -19,19 +19,21 @@ struct BackwardBlock {
 };
 
 template <class T> struct Backward {
+  using F = typename FormatOf<T>::type;
   const MaskedAttentionBackwardParams& p;
   const AttentionShape& shape;
   const Heads& heads;
   const Sequence sequence;
-  const int64_t width = shape.width, row = scratch_row(width), block_floats = BackwardBlock::floats(width);
+  const int64_t width = shape.width, row = scratch_row(width), left = F::left_row(width),
+                block_floats = BackwardBlock::floats(width);
   const int64_t keys, keys_floats = keys * row; // of one head, as many as lie in scratch at a time
-  float *q_lanes, *grad_lanes, *blocks, *k, *v, *dk, *dv, *weights, *dscores;
+  float *q_lanes, *grad_lanes, *blocks, *k, *v, *k_right, *dk, *dv, *weights, *dscores;
   SoftmaxStats stats;
 
   // With room for `keys` of each of `step` heads, and for the scores of `scored` keys.
   static int64_t floats(const AttentionShape& s, int64_t step, int64_t keys, int64_t scored) {
-    return keys * 4 * scratch_row(s.width) * step + scored * 2 * BLOCK + BLOCK * (2 * s.width + 3) +
-           s.heads / s.key_heads * step * BackwardBlock::floats(s.width) + 256;
+    return keys * (F::PAIR + 3) * scratch_row(s.width) * step + scored * 2 * BLOCK +
+           BLOCK * (2 * s.width + 3) + s.heads / s.key_heads * step * BackwardBlock::floats(s.width) + 256;
   }
 
   Backward(const MaskedAttentionBackwardParams& params, int64_t s, const Heads& h, int64_t most_keys,
@@ -40,8 +42,9 @@ template <class T> struct Backward {
         keys(sequence.keys.count < most_keys ? sequence.keys.count : most_keys),
         q_lanes(scratch.take(BLOCK * width)), grad_lanes(scratch.take(BLOCK * width)),
         blocks(scratch.take(heads.queries() * block_floats)), k(scratch.take(keys_floats * h.count)),
-        v(scratch.take(keys_floats * h.count)), dk(scratch.take(keys_floats * h.count)),
-        dv(scratch.take(keys_floats * h.count)),
+        v(scratch.take(keys_floats * h.count)),
+        k_right(F::PAIR == 1 ? k : scratch.take(keys_floats * h.count)),
+        dk(scratch.take(keys_floats * h.count)), dv(scratch.take(keys_floats * h.count)),
         stats{scratch.take(BLOCK), scratch.take(BLOCK), scratch.take(BLOCK)} {
     weights = scratch.take(0);
   }
@@ -56,15 +59,15 @@ template <class T> struct Backward {
       const int64_t seen = visible.last - visible.first;
       read_queries(first, count);
       for (int64_t h = 0; h < heads.queries(); ++h) {
-        const int64_t skip = h / heads.group * keys_floats + visible.first * row;
-        to_lanes(h, count);
-        score(seen, count, skip, weights, dscores);
+        take_queries(h, count);
+        score(h, visible.first, seen, count, weights, dscores);
         visible.hide(weights, visible.first, visible.last, count);
         softmax_stats(weights, dscores, seen, count, stats);
         softmax_grads(weights, dscores, seen, count, stats);
-        add_to_keys(h, seen, count, skip);
+        add_to_keys(h, visible.first, seen, count);
         clear_rows(block(h).dq, count, width);
-        add_to_queries(h, seen, count, skip, dscores);
+        F::to_right(dscores, BLOCK, seen, count);
+        add_to_queries(h, visible.first, seen, count, dscores);
         write_queries(h, first, count);
       }
     }
@@ -81,20 +84,21 @@ template <class T> struct Backward {
       const int64_t seen = visible.last - visible.first;
       read_queries(first, count);
       for (int64_t h = 0; h < heads.queries(); ++h) {
-        to_lanes(h, count);
+        take_queries(h, count);
         for (int64_t j = 0; j < seen; j += keys) {
           const int64_t n = j + keys < seen ? keys : seen - j;
           read_keys(visible.first + j, n);
-          score(n, count, 0, weights + j * BLOCK, dscores + j * BLOCK);
+          score(h, 0, n, count, weights + j * BLOCK, dscores + j * BLOCK);
         }
         visible.hide(weights, visible.first, visible.last, count);
         softmax_stats(weights, dscores, seen, count, stats);
         softmax_grads(weights, dscores, seen, count, stats);
         clear_rows(block(h).dq, count, width);
+        F::to_right(dscores, BLOCK, seen, count);
         for (int64_t j = 0; j < seen; j += keys) {
           const int64_t n = j + keys < seen ? keys : seen - j;
           read_keys(visible.first + j, n);
-          add_to_queries(h, n, count, 0, dscores + j * BLOCK);
+          add_to_queries(h, 0, n, count, dscores + j / F::PAIR * BLOCK);
         }
         write_queries(h, first, count);
         for_each_stat(h, first,
@@ -116,15 +120,14 @@ template <class T> struct Backward {
       if (seen <= 0) continue;
       read_queries(first, count);
       for (int64_t h = 0; h < heads.queries(); ++h) {
-        const int64_t skip = (from - begin) * row;
-        to_lanes(h, count);
-        score(seen, count, skip, weights, dscores);
+        take_queries(h, count);
+        score(h, from - begin, seen, count, weights, dscores);
         visible.hide(weights, from, to, count);
         for_each_stat(h, first,
                       [&](float* mine, const float* all) { std::memcpy(mine, all, count * sizeof(float)); });
         softmax_again(weights, seen, count, stats);
         softmax_grads(weights, dscores, seen, count, stats);
-        add_to_keys(h, seen, count, skip);
+        add_to_keys(h, from - begin, seen, count);
       }
     }
     write_keys(begin, count_of_keys);
@@ -139,6 +142,13 @@ private:
               heads.count, width, k, keys_floats);
     read_rows(sequence.key_rows<const T>(p.v, first, heads.first), Turns{}, count, heads.count, width, v,
               keys_floats);
+    for (int64_t h = 0; h < heads.count; ++h) {
+      float *key = k + h * keys_floats, *value = v + h * keys_floats, *right = k_right + h * keys_floats;
+      if (right != key) std::memcpy(right, key, count * row * sizeof(float));
+      F::to_right(right, row, count, width);
+      F::to_left(key, row, count, width, key, left);
+      F::to_left(value, row, count, width, value, left);
+    }
   }
 
   void start_keys(int64_t first, int64_t count) {
@@ -155,24 +165,34 @@ private:
               block(0).grad, block_floats);
   }
 
-  void to_lanes(int64_t h, int64_t count) {
-    transpose_block(block(h).grad, count, width, 1.f, grad_lanes);
-    transpose_block(block(h).q, count, width, shape.scale * LOG2_E, q_lanes);
+  // Makes lanes, and right operands, of a head's queries and their gradients.
+  void take_queries(int64_t h, int64_t count) {
+    transpose_block<F>(block(h).grad, count, width, grad_lanes);
+    transpose_block<F>(block(h).q, count, width, q_lanes);
+    F::to_right(block(h).grad, row, count, width);
+    F::to_right(block(h).q, row, count, width);
   }
 
-  // Scores and d weights of keys that lie `skip` behind `k`.
-  void score(int64_t seen, int64_t count, int64_t skip, float* scores, float* grads) {
-    multiply(seen, count, {width, k + skip, row, 1, q_lanes, BLOCK, scores, BLOCK, false});
-    multiply(seen, count, {width, v + skip, row, 1, grad_lanes, BLOCK, grads, BLOCK, false});
+  // Scores and d weights of the keys [from, from + seen) that lie in scratch.
+  void score(int64_t h, int64_t from, int64_t seen, int64_t count, float* scores, float* grads) {
+    const int64_t skip = h / heads.group * keys_floats + from * left, depth = width / F::PAIR;
+    multiply<F>(seen, count,
+                {depth, k + skip, left, 1, q_lanes, BLOCK, scores, BLOCK, false, shape.scale * LOG2_E});
+    multiply<F>(seen, count, {depth, v + skip, left, 1, grad_lanes, BLOCK, grads, BLOCK, false});
   }
 
-  void add_to_keys(int64_t h, int64_t seen, int64_t count, int64_t skip) {
-    multiply(seen, width, {count, weights, BLOCK, 1, block(h).grad, row, dv + skip, row, true});
-    multiply(seen, width, {count, dscores, BLOCK, 1, block(h).q, row, dk + skip, row, true});
+  // Spoils the weights.
+  void add_to_keys(int64_t h, int64_t from, int64_t seen, int64_t count) {
+    const int64_t skip = h / heads.group * keys_floats + from * row, depth = pairs_of<F>(count);
+    const float* p = F::to_left(weights, BLOCK, seen, count, weights, BLOCK);
+    multiply<F>(seen, width, {depth, p, BLOCK, 1, block(h).grad, row, dv + skip, row, true});
+    const float* ds = F::to_left(dscores, BLOCK, seen, count, weights, BLOCK);
+    multiply<F>(seen, width, {depth, ds, BLOCK, 1, block(h).q, row, dk + skip, row, true});
   }
 
-  void add_to_queries(int64_t h, int64_t seen, int64_t count, int64_t skip, const float* grads) {
-    multiply(count, width, {seen, grads, 1, BLOCK, k + skip, row, block(h).dq, row, true});
+  void add_to_queries(int64_t h, int64_t from, int64_t seen, int64_t count, const float* grads) {
+    const float* right = k_right + h / heads.group * keys_floats + from / F::PAIR * row;
+    multiply<F>(count, width, {pairs_of<F>(seen), grads, 1, BLOCK, right, row, block(h).dq, row, true});
   }
 
   void write_queries(int64_t h, int64_t first, int64_t count) {

@@ -3,6 +3,7 @@
 #include <new>
 
 #include "common/parallel.h"
+#include "masked_attention/format.h"
 #include "masked_attention/rows.h"
 #include "masked_attention/visible.h"
 
@@ -71,11 +72,11 @@ static int64_t whole_registers(int64_t lanes) { return (lanes + W - 1) / W * W; 
 
 static int64_t blocks_of(int64_t queries) { return (queries + BLOCK - 1) / BLOCK; }
 
-// Rows of a block of queries times a factor, a query in each lane, 0 past the last; rows past it are cleared.
-static void transpose_block(float* rows, int64_t count, int64_t width, float factor, float* lanes) {
+// A block of queries transposed, 0 in the lanes past the last; rows past it are cleared.
+template <class F> static void transpose_block(float* rows, int64_t count, int64_t width, float* lanes) {
   const int64_t filled = whole_registers(count);
   clear_rows(rows + count * scratch_row(width), filled - count, width);
-  transpose(rows, filled, width, factor, lanes, BLOCK);
+  F::to_lanes(rows, filled, width, lanes);
 }
 
 // Heads of keys [first, first + count) and the heads of queries that read them.

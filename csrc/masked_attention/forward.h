@@ -19,6 +19,7 @@ struct ForwardBlock {
 
 // Some heads of a task. Its blocks of queries are numbered by head within their rows.
 template <class T> struct Forward {
+  using F = typename FormatOf<T>::type;
   const MaskedAttentionForwardParams& p;
   const AttentionShape& shape;
   const AttentionTask& task;
@@ -60,13 +61,11 @@ template <class T> struct Forward {
     });
     for (int64_t from = seen.first / KEYS * KEYS; from < seen.last; from += KEYS) {
       const int64_t to = seen.last - from < KEYS ? seen.last : from + KEYS;
-      read_rows(sequence.key_rows<const T>(p.k, from, heads.first), sequence.k_turns(from), to - from,
-                heads.count, width, k, keys_floats);
-      read_rows(sequence.key_rows<const T>(p.v, from, heads.first), Turns{}, to - from, heads.count, width, v,
-                keys_floats);
+      read_keys(from, to - from);
       for (int64_t h = 0; h < heads.queries(); ++h)
         for_each_block([&](int64_t first, int64_t count, const Visible& visible) {
-          attend(block(first, h), visible, count, from, to, h / heads.group * keys_floats);
+          const int64_t skip = h / heads.group * keys_floats;
+          attend(block(first, h), visible, count, from, to, k + skip, v + skip);
         });
     }
     for_each_block([&](int64_t first, int64_t count, const Visible&) {
@@ -74,12 +73,23 @@ template <class T> struct Forward {
     });
   }
 
+  void read_keys(int64_t first, int64_t count) {
+    read_rows(sequence.key_rows<const T>(p.k, first, heads.first), sequence.k_turns(first), count,
+              heads.count, width, k, keys_floats);
+    read_rows(sequence.key_rows<const T>(p.v, first, heads.first), Turns{}, count, heads.count, width, v,
+              keys_floats);
+    for (int64_t h = 0; h < heads.count; ++h) {
+      F::to_left(k + h * keys_floats, row, count, width, k + h * keys_floats, F::left_row(width));
+      F::to_right(v + h * keys_floats, row, count, width);
+    }
+  }
+
   void start(int64_t first, int64_t count) {
     read_rows(sequence.query_rows<const T>(p.q, first, heads.first_query()), sequence.turns(first), count,
               heads.queries(), width, block(first, 0).out, block_floats);
     for (int64_t h = 0; h < heads.queries(); ++h) {
       const ForwardBlock b = block(first, h);
-      transpose_block(b.out, count, width, shape.scale * LOG2_E, b.lanes);
+      transpose_block<F>(b.out, count, width, b.lanes);
       clear_rows(b.out, count, width);
       for (int64_t i = 0; i < BLOCK; i += W) {
         store(b.top + i, set1(NO_TOP));
@@ -88,18 +98,22 @@ template <class T> struct Forward {
     }
   }
 
-  // Adds keys [begin, end), which start `skip` behind `k` and `v`.
+  // Adds keys [begin, end), of which the first are `key` and `value`.
   void attend(const ForwardBlock& block, const Visible& visible, int64_t count, int64_t begin, int64_t end,
-              int64_t skip) {
+              const float* key, const float* value) {
     const int64_t from = visible.first > begin ? visible.first : begin;
     const int64_t to = visible.last < end ? visible.last : end, keys = to - from;
     if (keys <= 0) return;
-    skip += (from - begin) * row;
-    multiply(keys, count, {width, k + skip, row, 1, block.lanes, BLOCK, scores, BLOCK, false});
+    key += (from - begin) * F::left_row(width);
+    value += (from - begin) / F::PAIR * row;
+    multiply<F>(keys, count,
+                {width / F::PAIR, key, F::left_row(width), 1, block.lanes, BLOCK, scores, BLOCK, false,
+                 shape.scale * LOG2_E});
     visible.hide(scores, from, to, count);
     softmax(scores, keys, count, block.top, block.sum, past);
+    F::to_right(scores, BLOCK, keys, count);
     if (visible.first < begin) scale_rows(block.out, past, count, width);
-    multiply(count, width, {keys, scores, 1, BLOCK, v + skip, row, block.out, row, true});
+    multiply<F>(count, width, {pairs_of<F>(keys), scores, 1, BLOCK, value, row, block.out, row, true});
   }
 
   void finish(const ForwardBlock& block, int64_t first, int64_t count, int64_t h) {

@@ -121,11 +121,10 @@ static void write_grads(float* in, float factor, const Turns& turns, int64_t row
   }
 }
 
-// out[c][r] = factor * in[r][c] for 8 rows and 8 columns.
-static inline void transpose_8x8(const float* in, int64_t in_row, __m256 factor, float* out,
-                                 int64_t out_row) {
+// out[c][r] = in[r][c] for 8 rows and 8 columns.
+static inline void transpose_8x8(const float* in, int64_t in_row, float* out, int64_t out_row) {
   __m256 x[8], y[8];
-  for (int r = 0; r < 8; ++r) x[r] = _mm256_mul_ps(factor, _mm256_loadu_ps(in + r * in_row));
+  for (int r = 0; r < 8; ++r) x[r] = _mm256_loadu_ps(in + r * in_row);
   for (int r = 0; r < 8; r += 2) {
     y[r] = _mm256_unpacklo_ps(x[r], x[r + 1]);
     y[r + 1] = _mm256_unpackhi_ps(x[r], x[r + 1]);
@@ -142,14 +141,12 @@ static inline void transpose_8x8(const float* in, int64_t in_row, __m256 factor,
   }
 }
 
-// Scratch rows [rows][width] -> [width][out_row], times a factor; rows and width are multiples of 8.
-static void transpose(const float* in, int64_t rows, int64_t width, float factor, float* out,
+// [rows][width] -> [width][out_row]; rows and width are multiples of 8.
+static void transpose(const float* in, int64_t in_row, int64_t rows, int64_t width, float* out,
                       int64_t out_row) {
-  const int64_t in_row = scratch_row(width);
-  const __m256 f = _mm256_set1_ps(factor);
   for (int64_t r = 0; r < rows; r += 8)
     for (int64_t c = 0; c < width; c += 8)
-      transpose_8x8(in + r * in_row + c, in_row, f, out + c * out_row + r, out_row);
+      transpose_8x8(in + r * in_row + c, in_row, out + c * out_row + r, out_row);
 }
 
 } // namespace jepa::JEPA_ISA
