@@ -123,8 +123,10 @@ template <class T> struct Backward {
         take_queries(h, count);
         score(h, from - begin, seen, count, weights, dscores);
         visible.hide(weights, from, to, count);
-        for_each_stat(h, first,
-                      [&](float* mine, const float* all) { std::memcpy(mine, all, count * sizeof(float)); });
+        for_each_stat(h, first, [&](float* mine, const float* all) {
+          std::memset(mine, 0, BLOCK * sizeof(float)); // of lanes past the last, which pairs may hold
+          std::memcpy(mine, all, count * sizeof(float));
+        });
         softmax_again(weights, seen, count, stats);
         softmax_grads(weights, dscores, seen, count, stats);
         add_to_keys(h, from - begin, seen, count);
