@@ -51,6 +51,8 @@ def _wanted(item: pytest.Item, config: pytest.Config) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return True
+    if config.getoption("--bench-device") not in callspec.params["workload"].devices:
+        return False
     if config.getoption("--smoke") and not (
         callspec.params["workload"].smoke and callspec.params["dtype"] == "float32"
     ):

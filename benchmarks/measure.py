@@ -39,21 +39,33 @@ class Run:
         self.group = f"{op}/{workload.name}/{stage}/{dtype}"
         self.made: Inputs | None = None
         case = workload.case
+        self.function = workload.function or op
+        self.public = getattr(jk, self.function)
+        self.reference = workload.reference or testing.op_module(op, "reference").forward
         self.case = case if stage == "backward" else type(case)(**{**case.__dict__, "grads": ()})
 
     def inputs(self) -> Inputs:
         """Fresh inputs, the same at every call."""
         if self.made is None:
             self.made = self.workload.make(torch.Generator().manual_seed(0))
-        return testing.cast(self.made, getattr(torch, self.dtype), self.settings.device, self.workload.keep)
+        return self.cast(self.made)
+
+    def checked(self) -> Inputs:
+        """The inputs that parity is checked on: those that are timed, or fewer."""
+        small = self.workload.small
+        return self.inputs() if small is None else self.cast(small(torch.Generator().manual_seed(0)))
+
+    def cast(self, made: Inputs) -> Inputs:
+        return testing.cast(made, getattr(torch, self.dtype), self.settings.device, self.workload.keep)
 
     def functions(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
-        public = getattr(jk, self.op)
-        reference = testing.op_module(self.op, "reference").forward
+        public = self.public
         found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
+        if self.workload.small is not None:
+            del found["reference"]
         if self.stage in self.workload.compile:
-            compiled = torch.compile(reference, dynamic=False)
+            compiled = torch.compile(self.reference, dynamic=False)
             found["compile"] = lambda: compiled(**inputs)
         found.update(self.workload.rivals(inputs))
         wanted = self.settings.baseline
@@ -69,7 +81,7 @@ class Run:
             "pass": self.stage,
             "dtype": self.dtype,
             "device": s.device,
-            "backend": jk.explain(self.op, **inputs).split()[1],
+            "backend": jk.explain(self.function, **inputs).split()[1],
             "bytes": self.workload.bytes(inputs, self.stage),
             "flops": self.workload.flops(inputs, self.stage),
             "threads": s.threads,
@@ -77,10 +89,9 @@ class Run:
 
     def parity(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Ours against the float64 reference, within the error budget; and the exact results."""
-        reference = testing.op_module(self.op, "reference").forward
-        exact = testing.run(reference, testing.upcast(self.inputs()), self.case)
-        eager = testing.run(reference, self.inputs(), self.case)
-        ours = testing.run(getattr(jk, self.op), self.inputs(), self.case)
+        exact = testing.run(self.reference, testing.upcast(self.checked()), self.case)
+        eager = testing.run(self.reference, self.checked(), self.case)
+        ours = testing.run(self.public, self.checked(), self.case)
         caps = getattr(testing.op_module(self.op, "cases"), "CAPS", {})
         cap = caps.get(getattr(torch, self.dtype), float("inf"))
         return verdict([testing.compare(n, ours[n], exact[n], eager[n], cap) for n in exact]), exact
@@ -88,7 +99,7 @@ class Run:
     def rival_error(self, name: str, exact: dict[str, Tensor]) -> str | None:
         """Why a rival's time would mean nothing: it fails, or computes something else."""
         try:
-            actual = testing.run(lambda **inputs: self.functions(inputs)[name](), self.inputs(), self.case)
+            actual = testing.run(lambda **inputs: self.functions(inputs)[name](), self.checked(), self.case)
             for output, wanted in exact.items():
                 found = actual[output]
                 if found.shape != wanted.shape:

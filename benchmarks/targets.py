@@ -7,7 +7,7 @@ from benchmarks.rows import Row
 
 @dataclass(frozen=True)
 class Target:
-    """ratio >= least, in the fp32 rows of one name, pass and baseline whose workload starts so."""
+    """ratio >= least, in the rows of one name, pass, baseline and dtype whose workload starts so."""
 
     name: str
     workload: str
@@ -15,13 +15,23 @@ class Target:
     baseline: str
     least: float
     what: str
+    dtype: str = "float32"
 
     def matches(self, row: Row) -> bool:
         return (
             (row["name"], row["pass"], row["baseline"]) == (self.name, self.stage, self.baseline)
             and row["workload"].startswith(self.workload)
-            and row["dtype"] == "float32"
+            and row["dtype"] == self.dtype
         )
+
+
+def attention(
+    workload: str, baseline: str, forward: float, backward: float, what: str, dtype: str = "float32"
+) -> tuple[Target, Target]:
+    """Of both passes."""
+    what += ", bf16" if dtype == "bfloat16" else ""
+    passes = (("forward", forward), ("backward", backward))
+    return tuple(Target("masked_attention", workload, p, baseline, least, what, dtype) for p, least in passes)
 
 
 TARGETS = (
@@ -31,10 +41,20 @@ TARGETS = (
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
     Target("embed_patches", "ijepa_vit_h14_27", "forward", "conv", 3.0, "dense convolution + gather, 27 % kept"),
     Target("embed_patches", "ijepa_vit_h14_27", "forward", "unfold", 1.0, "unfold + index + linear, 27 % kept"),
-    Target("masked_attention", "ragged_1572", "forward", "loop", 1.0, "a loop of SDPA, four sequences"),
-    Target("masked_attention", "ragged_1572", "forward", "sdpa_mask", 2.5, "SDPA with a block-diagonal mask"),
-    Target("masked_attention", "ragged_1572", "backward", "loop", 1.0, "a loop of SDPA, four sequences"),
-    Target("masked_attention", "ragged_1572", "backward", "sdpa_mask", 2.5, "SDPA with a block-diagonal mask"),
+    *attention("ragged_1572", "loop", 1.2, 1.2, "a loop of SDPA, four sequences"),
+    *attention("ragged_1572", "sdpa_mask", 2.5, 2.5, "SDPA with a block-diagonal mask"),
+    *attention("ragged_1572", "loop", 1.8, 2.2, "a loop of SDPA, four sequences", "bfloat16"),
+    *attention("ijepa_vit_h14_contexts", "loop", 1.5, 1.5, "a loop of SDPA, 32 contexts"),
+    *attention("ijepa_vit_h14_contexts", "loop", 2.2, 4.0, "a loop of SDPA, 32 contexts", "bfloat16"),
+    *attention("ijepa_vit_h14_predictor", "loop", 1.5, 1.5, "a loop of SDPA, 64 predictor sequences"),
+    *attention("ijepa_vit_h14_predictor", "sdpa_padded", 1.5, 1.5, "padded SDPA, 64 predictor sequences"),
+    *attention("vjepa2_vit_l_target", "sdpa", 1.5, 1.2, "SDPA, 2 x 1024", "bfloat16"),
+    *attention("vjepa2_ac_frames", "sdpa_mask", 1.6, 1.5, "SDPA with a mask of 4 frames"),
+    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_ours", 1.0, "rope before our attention"),
+    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_sdpa", 1.15, "rope before SDPA"),
+    Target(
+        "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
+    ),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

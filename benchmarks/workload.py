@@ -35,6 +35,10 @@ class Workload:
     dtypes      each is a run of its own
     traffic     which measured bandwidth bounds it: "copy", "read" or "rmw" (read, modify, write in place)
     compile     stages in which torch.compile of the reference is timed too; compiling takes seconds, so few
+    function    the public function, where the op has several; `reference` then is its specification
+    devices     where it is measured: sizes that fill a GPU take minutes on a CPU
+    small       make, of a smaller call of the same kind: parity is checked on it, and the reference is not timed, where
+                the reference of the timed call would not fit into memory
     smoke       part of the one-minute run, in fp32
     """
 
@@ -49,6 +53,10 @@ class Workload:
     dtypes: tuple[str, ...] = ("float32",)
     traffic: str = "copy"
     compile: tuple[str, ...] = ()
+    function: str | None = None
+    reference: Callable[..., Any] | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    small: Callable[[torch.Generator], Inputs] | None = None
     smoke: bool = False
 
     @property

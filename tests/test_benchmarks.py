@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,6 +164,16 @@ def test_a_good_run_fills_the_schema(stage):
     found = run.rows()
     assert [r["baseline"] for r in found] == ["reference"] and found[0]["status"] == "ok"
     assert rows.problems(document(*found)) == []
+
+
+def test_parity_of_a_huge_call_is_checked_on_a_small_one():
+    full, few = (small(grads=("x",)), small(grads=("x",)))
+    run = Run("gather_tokens", replace(full, small=few.make), "backward", "float32", QUICK)
+    assert run.rows() == []  # the reference is not timed, and there is no rival
+    drawn = []
+    counting = replace(full, small=lambda generator: drawn.append(1) or few.make(generator))
+    Run("gather_tokens", counting, "backward", "float32", QUICK).parity()
+    assert len(drawn) == 3, "exact, eager and ours"
 
 
 def test_red_parity_prints_no_number(monkeypatch):
@@ -349,7 +360,14 @@ def every_target():
     """A row for each of targets.TARGETS."""
     for t in targets.TARGETS:
         made = model_row() if t.name == "ijepa" else row()
-        yield {**made, "name": t.name, "workload": t.workload, "pass": t.stage, "baseline": t.baseline}
+        yield {
+            **made,
+            "name": t.name,
+            "workload": t.workload,
+            "pass": t.stage,
+            "baseline": t.baseline,
+            "dtype": t.dtype,
+        }
 
 
 def test_adopted_results_are_trimmed_and_tabulated(tmp_path):

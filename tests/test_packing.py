@@ -22,6 +22,24 @@ def test_layout_by_hand():
     ]
 
 
+def test_tiles_by_hand():
+    # Blocks of 64 tokens, by the pairs they meet: 64 * 200, 8 * 200, 64 * 70, 6 * 70, 5 * 5.
+    p = Packing.from_lengths([70, 0, 200, 5])
+    assert p.tiles.tolist() == [[2, 0], [2, 1], [2, 2], [0, 0], [2, 3], [0, 1], [3, 0], [-1, 0]]
+    assert p.tiles.dtype == torch.int32 and p.tiles.is_contiguous()
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [64], [65, 63, 1, 128], [1] * 300])
+def test_tiles_hold_every_block_once_and_fit_every_way_to_share_out_the_tokens(lengths):
+    p = Packing.from_lengths(lengths)
+    blocks = [[s, b] for s, n in enumerate(lengths) for b in range(-(-n // 64))]
+    assert sorted(p.tiles[: len(blocks)].tolist()) == blocks
+    assert p.tiles[len(blocks) :].tolist() == [[-1, 0]] * (p.tokens // 64 + len(lengths) - len(blocks))
+    padded = p.padded(p.tokens + 70, len(lengths) + 2, 500)
+    assert padded.tiles.shape == ((p.tokens + 70) // 64 + len(lengths) + 2, 2)
+    assert torch.equal(padded.tiles[: len(blocks)], p.tiles[: len(blocks)])
+
+
 def test_pad_and_unpad_are_inverse_and_differentiable():
     p = Packing.from_lengths([2, 0, 3])
     x = torch.arange(10.0).view(5, 2).requires_grad_()

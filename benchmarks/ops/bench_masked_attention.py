@@ -1,101 +1,210 @@
-"""masked_attention at JEPA's shapes: ragged packed sequences against loops and masks, rectangles against SDPA."""
+"""masked_attention at JEPA's shapes: ragged packed sequences, whole clips, frames, rope, and one qkv."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+import jepa_kernels as jk
 from benchmarks.workload import Inputs, Workload, each, nbytes
-from jepa_kernels import Packing
+from jepa_kernels import Packing, Rope
+from jepa_kernels.ops.masked_attention import reference
+from jepa_kernels.rotary import turn
 
+GPU_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 BOTH = ("float32", "bfloat16")
+GRID = (8, 8)  # rows and columns of a frame of the clips here
 
 
 def packed(lengths: Sequence[int], heads: int, width: int) -> Callable[[torch.Generator], Inputs]:
     """q, k and v as views of one [T, 3, H, D], as a model's qkv product hands them over."""
 
     def make(generator: torch.Generator) -> Inputs:
-        packing = Packing.from_lengths(lengths)
-        q, k, v = torch.randn(packing.tokens, 3, heads, width, generator=generator, dtype=torch.float64).unbind(1)
-        return dict(q=q, k=k, v=v, packing=packing)
+        q, k, v = one_qkv(lengths, heads, width)(generator)["qkv"].unbind(1)
+        return dict(q=q, k=k, v=v, packing=Packing.from_lengths(lengths))
 
     return make
 
 
-def dense(batch: int, heads: int, tokens: int, width: int) -> Callable[[torch.Generator], Inputs]:
+def one_qkv(lengths: Sequence[int], heads: int, width: int) -> Callable[[torch.Generator], Inputs]:
+    def make(generator: torch.Generator) -> Inputs:
+        packing = Packing.from_lengths(lengths)
+        qkv = torch.randn(packing.tokens, 3, heads, width, generator=generator, dtype=torch.float64)
+        return dict(qkv=qkv, packing=packing)
+
+    return make
+
+
+def dense(
+    batch: int, heads: int, tokens: int, width: int, rope: bool = False, **options: Any
+) -> Callable[[torch.Generator], Inputs]:
     def make(generator: torch.Generator) -> Inputs:
         qkv = torch.randn(batch, tokens, 3, heads, width, generator=generator, dtype=torch.float64)
         q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-        return dict(q=q, k=k, v=v)
+        return dict(q=q, k=k, v=v, **options, **({"rope": clip_rope(tokens)} if rope else {}))
 
     return make
 
 
-def packed_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+def clip_rope(tokens: int) -> Rope:
+    """V-JEPA 2's, of a whole clip."""
+    place, (rows, columns) = torch.arange(tokens), GRID
+    frame = place // (rows * columns)
+    return Rope(torch.stack([frame, place // columns % rows, place % columns], 1), pairing="tiled")
+
+
+def loop(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    packing, qkv = inputs["packing"], [inputs[n] for n in ("q", "k", "v")]
+
+    def run() -> torch.Tensor:
+        sequences = zip(*(torch.split(x, packing.lengths) for x in qkv), strict=True)
+        return torch.cat([sdpa(*map(heads_first, one))[0].transpose(0, 1) for one in sequences])
+
+    return {"loop": run}
+
+
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(0, 1)[None]  # [T, H, D] -> [1, H, T, D]
+
+
+def loop_and_padded(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """Masks are additive, the faster form, and built outside the timing."""
     packing, qkv = inputs["packing"], [inputs[n] for n in ("q", "k", "v")]
     column = torch.arange(packing.max_seqlen, device=qkv[0].device)
     keep = additive(column < packing.cu_seqlens.diff()[:, None], qkv[0].dtype)[:, None, None]
 
-    def heads_first(x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(0, 1)[None]  # [T, H, D] -> [1, H, T, D]
-
-    def loop() -> torch.Tensor:
-        sequences = zip(*(torch.split(x, packing.lengths) for x in qkv), strict=True)
-        return torch.cat([sdpa(*map(heads_first, one))[0].transpose(0, 1) for one in sequences])
-
-    def masked() -> torch.Tensor:
-        return sdpa(*map(heads_first, qkv), mask)[0].transpose(0, 1)
-
     def padded() -> torch.Tensor:
         q, k, v = (packing.pad(x).transpose(1, 2) for x in qkv)
         return packing.unpad(sdpa(q, k, v, keep.expand(-1, 1, q.shape[2], -1)).transpose(1, 2))
 
-    if qkv[0].dtype != torch.float32:  # their backward takes seconds in bf16
-        return {"loop": loop}
+    return {**loop(inputs), "sdpa_padded": padded}
+
+
+def loop_and_masks(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    packing, qkv = inputs["packing"], [inputs[n] for n in ("q", "k", "v")]
     mask = additive(packing.dense_mask(), qkv[0].dtype)
-    return {"loop": loop, "sdpa_mask": masked, "sdpa_padded": padded}
+
+    def masked() -> torch.Tensor:
+        return sdpa(*map(heads_first, qkv), mask)[0].transpose(0, 1)
+
+    return {**loop_and_padded(inputs), "sdpa_mask": masked}
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 
-def dense_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+def whole(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"sdpa": lambda: sdpa(inputs["q"], inputs["k"], inputs["v"])}
 
 
+def frames_by_mask(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    q, k, v = (inputs[n] for n in ("q", "k", "v"))
+    frame = torch.arange(k.shape[2], device=q.device) // inputs["frame_size"]
+    mask = additive(frame[:, None] >= frame, q.dtype)
+    return {"sdpa_mask": lambda: sdpa(q, k, v, mask)}
+
+
+def turned_before(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """The rope in plain PyTorch, its table made before, then attention: ours, and SDPA."""
+    q, k, v = (inputs[n] for n in ("q", "k", "v"))
+
+    def turned() -> list[torch.Tensor]:
+        tables = inputs["rope"].turns(q.shape[-1])
+        return [turn(x.transpose(1, 2), t, False).transpose(1, 2) for x, t in zip((q, k), tables, strict=True)]
+
+    return {"rope_then_ours": lambda: jk.masked_attention(*turned(), v), "rope_then_sdpa": lambda: sdpa(*turned(), v)}
+
+
+def of_views(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
+    return reference.forward(*qkv.unbind(1), packing)
+
+
+def views(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """Autograd stacks the three gradients."""
+    return {"views": lambda: jk.masked_attention(*inputs["qkv"].unbind(1), inputs["packing"])}
+
+
 def pairs(inputs: Inputs) -> int:
-    """Scores of one head."""
-    q, packing = inputs["q"], inputs.get("packing")
-    return packing.pairs if packing is not None else q.shape[0] * q.shape[2] ** 2
+    """Scores of one head that are seen."""
+    packing, frame = inputs.get("packing"), inputs.get("frame_size")
+    if packing is not None:
+        return packing.pairs
+    batch, _, n, _ = inputs["q"].shape
+    return batch * (n * n if frame is None else frame * frame * (n // frame) * (n // frame + 1) // 2)
 
 
 def flops(inputs: Inputs, stage: str) -> float:
     """Two products forward; backward five, one of them the scores again."""
-    heads, width = inputs["q"].shape[1], inputs["q"].shape[-1]
+    heads, width = (inputs["q"].shape[1], inputs["q"].shape[-1]) if "q" in inputs else inputs["qkv"].shape[-2:]
     return (4 if stage == "forward" else 14) * pairs(inputs) * heads * width
 
 
 def moved(inputs: Inputs, stage: str) -> float:
     """q, k, v read and the output written; backward reads it, its gradient and q, k, v, and writes theirs."""
-    return (4 if stage == "forward" else 12) * nbytes(inputs["q"])
+    one = nbytes(inputs["q"]) if "q" in inputs else nbytes(inputs["qkv"]) // 3
+    return (4 if stage == "forward" else 12) * one
+
+
+def gpu_backends(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """SDPA by its own choice, and each backend by name."""
+    q, k, v = (inputs[n] for n in ("q", "k", "v"))
+
+    def one(backend: SDPBackend) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(q, k, v)
+
+    named = {f"sdpa_{b.name.split('_')[0].lower()}": b for b in GPU_BACKENDS}
+    return {"sdpa": lambda: sdpa(q, k, v), **{n: lambda b=b: one(b) for n, b in named.items()}}
+
+
+def varlen(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """torch's own packed attention."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    p = inputs["packing"]
+    cu, longest, qkv = p.cu_seqlens, p.max_seqlen, [inputs[n] for n in ("q", "k", "v")]
+    return {"varlen": lambda: varlen_attn(*qkv, cu, cu, longest, longest), **loop_and_padded(inputs)}
 
 
 def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, grads=("q", "k", "v"), **options)
+    return Workload(name, make, bytes=moved, flops=flops, **{"grads": QKV, "devices": ("cpu",), **options})
 
 
+def on_gpu(name: str, batch: int, heads: int, tokens: int, width: int) -> Workload:
+    """A published training batch, in bf16."""
+    make, small = (dense(b, heads, tokens, width) for b in (batch, 2))
+    return workload(name, make, small=small, rivals=gpu_backends, dtypes=("bfloat16",), devices=("cuda",))
+
+
+QKV = ("q", "k", "v")
 RAGGED = (257, 300, 415, 600)
-CONTEXTS = (70, 111, 84, 119, 95, 77, 102, 88)  # what multi-block masks leave of 256 patches
+CONTEXTS = [42 + 37 * i % 135 for i in range(32)]  # 42 to 176 of 256 patches, as multi-block masks leave them
+PREDICTED = [96 + 11 * i % 33 for i in range(64)]  # 96 to 128: a context and one target block
+
+GPU_CONTEXTS = [75 + 37 * i % 73 for i in range(128)]  # 111 on average
 
 WORKLOADS = (
-    workload("ragged_1572_h6_d64", packed(RAGGED, 6, 64), rivals=packed_rivals, smoke=True),
-    workload("ijepa_vit_h14_context", packed(CONTEXTS, 16, 80), rivals=packed_rivals, dtypes=BOTH),
-    workload("ijepa_vit_h14_predictor", dense(16, 16, 112, 24), rivals=dense_rivals, dtypes=BOTH),
-    workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=dense_rivals, dtypes=BOTH, compile=("forward",)),
-)
+    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, smoke=True),
+    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop, dtypes=("bfloat16",)),
+    workload("ijepa_vit_h14_contexts", packed(CONTEXTS, 16, 80), rivals=loop, dtypes=BOTH),
+    workload("ijepa_vit_h14_predictor", packed(PREDICTED, 16, 24), rivals=loop_and_padded),
+    workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=whole, grads=(), compile=("forward",)),
+    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, grads=()),
+    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, dtypes=("bfloat16",)),
+    workload("vjepa2_ac_frames", dense(1, 16, 4 * 258, 64, frame_size=258), rivals=frames_by_mask),
+    workload("vjepa2_vit_l_rope", dense(2, 16, 512, 64, rope=True), rivals=turned_before, grads=()),
+    workload("vjepa2_vit_l_qkv", one_qkv((503, 512, 488, 510), 16, 64), rivals=views, grads=("qkv",),
+             dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views),
+    on_gpu("ijepa_vit_h14_target_b128", 128, 16, 256, 80),
+    workload("ijepa_vit_h14_contexts_b128", packed(GPU_CONTEXTS, 16, 80), small=packed(GPU_CONTEXTS[:8], 16, 80),
+             rivals=varlen, dtypes=("bfloat16",), devices=("cuda",)),
+    on_gpu("ijepa_vit_h14_predictor_b128", 512, 16, 112, 24),
+    on_gpu("vjepa2_predictor_b24", 24, 12, 1480, 32),
+    on_gpu("vjepa2_vit_l_target_b24", 24, 16, 2048, 64),
+)  # fmt: skip
 
 
 @each("masked_attention", WORKLOADS)

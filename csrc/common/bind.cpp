@@ -33,14 +33,13 @@ static py::dict build_info() {
 }
 
 // The first place in [0, n) where ids leave [0, count) or do not increase within their row; -1: none.
-// Rows are as long as the last dimension, or packed runs; ids past the last one are not read.
-static int64_t first_bad_id(const Tensor& ids, int64_t count, const std::optional<Tensor>& cu) {
-  const int64_t* p = ids.data<const int64_t>();
-  const Runs runs(cu, ids.numel());
-  const int64_t rows = cu ? runs.count() : ids.numel() / std::max<int64_t>(ids.size(-1), 1);
+// Rows are `length` long, or packed runs; ids past the last one are not read. ids is int64 and contiguous.
+static int64_t first_bad_id(py::handle ids, int64_t length, int64_t count, const std::optional<Tensor>& cu) {
+  const int64_t *p = static_cast<const int64_t*>(address_of(ids)), total = numel_of(ids);
+  const Runs runs(cu, total);
+  const int64_t rows = cu ? runs.count() : total / std::max<int64_t>(length, 1);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = cu ? runs.starts()[r] : r * ids.size(-1);
-    const int64_t end = begin + (cu ? runs.length(r) : ids.size(-1));
+    const int64_t begin = cu ? runs.starts()[r] : r * length, end = begin + (cu ? runs.length(r) : length);
     int64_t before = -1;
     for (int64_t i = begin; i < end; ++i) {
       if (p[i] <= before || p[i] >= count) return i;
@@ -55,7 +54,7 @@ void bind_common(py::module_& m) {
   m.def("cuda_reason", &cuda_reason);
   m.def("isa", [] { return isa_name(isa()); });
   m.def("set_isa", &set_isa, py::arg("name"));
-  m.def("first_bad_id", &first_bad_id, py::arg("ids"), py::arg("count"), py::arg("cu_seqlens") = py::none());
+  m.def("first_bad_id", &first_bad_id);
 }
 
 } // namespace jepa

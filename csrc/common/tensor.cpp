@@ -56,11 +56,11 @@ void* Tensor::stream() const {
 }
 
 Tensor Tensor::from(py::handle h) {
-  static const py::str data_ptr("data_ptr"), shape("shape"), stride("stride"), dtype("dtype");
+  static const py::str shape("shape"), stride("stride"), dtype("dtype");
   Tensor t;
   t.obj = py::reinterpret_borrow<py::object>(h);
-  t.address = reinterpret_cast<void*>(py::object(h.attr(data_ptr)()).cast<uintptr_t>());
-  const py::tuple shapes = h.attr(shape), steps = h.attr(stride)();
+  t.address = address_of(h);
+  const py::tuple shapes = h.attr(shape), steps = call(h, stride);
   t.dims = static_cast<int>(shapes.size());
   if (t.dims > MAX_DIM) throw py::value_error("jepa_kernels: tensors must have at most 6 dimensions");
   for (int i = 0; i < t.dims; ++i) {
@@ -69,6 +69,11 @@ Tensor Tensor::from(py::handle h) {
   }
   t.dtype = dtype_of(h.attr(dtype));
   return t;
+}
+
+bool Tensor::is(py::handle h) {
+  static const py::str data_ptr("data_ptr");
+  return !h.is_none() && hasattr(h, data_ptr);
 }
 
 Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {

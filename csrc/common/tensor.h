@@ -49,6 +49,7 @@ struct Tensor {
   // The stream that torch works on at present, on this CUDA tensor's device.
   void* stream() const;
 
+  static bool is(py::handle h);
   static Tensor from(py::handle h);
 
   // Allocated by torch, on this tensor's device, through the Python method (so poisoned memory reaches us
@@ -97,7 +98,7 @@ namespace pybind11::detail {
 template <> struct type_caster<jepa::Tensor> {
   PYBIND11_TYPE_CASTER(jepa::Tensor, const_name("torch.Tensor"));
   bool load(handle source, bool) {
-    if (source.is_none() || !hasattr(source, "data_ptr")) return false;
+    if (!jepa::Tensor::is(source)) return false;
     value = jepa::Tensor::from(source);
     return true;
   }

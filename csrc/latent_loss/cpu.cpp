@@ -34,21 +34,22 @@ struct Norm {
   float mean, rstd;
 };
 
-// One register of elements ahead of its use. The rows of the next token are asked for while this one is
-// computed: gathered rows are short, and the hardware's own prefetch stops at each one's end.
-template <class T> static inline void prefetch(const T* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+// `registers` registers of elements ahead of their use. The rows of the next token are asked for while this
+// one is computed: gathered rows are short, and the hardware's own prefetch stops at each one's end.
+template <int registers, class T> static inline void prefetch(const T* p) {
+  constexpr int LINE = 64;
+  for (int byte = 0; byte < registers * W * int(sizeof(T)); byte += LINE)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T0);
 }
 
 // Two passes over a row that the first brought into L1: no cancellation.
 template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, float eps) {
   vf sum[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int u = 0; u < 4; ++u) {
-      prefetch(next + i + u * W);
-      sum[u] = add(sum[u], load(row + i + u * W));
-    }
+  for (; i + 4 * W <= n; i += 4 * W) {
+    prefetch<4>(next + i);
+    for (int u = 0; u < 4; ++u) sum[u] = add(sum[u], load(row + i + u * W));
+  }
   for (; i < n; i += W)
     sum[0] = add(sum[0], n - i < W ? load(row + i, static_cast<int>(n - i)) : load(row + i));
   const float mean = hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / static_cast<float>(n);
@@ -69,19 +70,18 @@ template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, f
   return {mean, 1.f / std::sqrt(total / static_cast<float>(n) + eps)};
 }
 
-// Distance and derivative of one register of differences. min and max hand on their second operand if it is
-// NaN.
-template <LossKind kind> static inline vf distance(vf d, vf beta, vf inverse_beta) {
-  const vf a = vabs(d), half = set1(0.5f);
-  if constexpr (kind == LossKind::l1) return a;
-  if constexpr (kind == LossKind::l2) return mul(d, d);
-  return select(less(a, beta), mul(mul(half, d), mul(d, inverse_beta)), sub(a, mul(half, beta)));
-}
+// Of one register of differences d. min and max hand on their second operand if it is NaN.
 template <LossKind kind> static inline vf derivative(vf d, vf inverse_beta) {
   if constexpr (kind == LossKind::l2) return add(d, d);
   if constexpr (kind == LossKind::smooth_l1) return vmin(set1(1.f), vmax(set1(-1.f), mul(d, inverse_beta)));
   const vf sign = select(less(zero(), d), set1(1.f), select(less(d, zero()), set1(-1.f), zero()));
   return add(sign, sub(d, d)); // NaN stays NaN
+}
+// sum + distance, with s the derivative. smooth_l1 on both sides of beta: s (d - beta s / 2).
+template <LossKind kind> static inline vf add_distance(vf sum, vf d, vf s, vf minus_half_beta) {
+  if constexpr (kind == LossKind::l1) return add(sum, vabs(d));
+  if constexpr (kind == LossKind::l2) return fma(d, d, sum);
+  return fma(s, fma(minus_half_beta, s, d), sum);
 }
 
 template <class T> struct UnitOf {
@@ -93,7 +93,7 @@ template <> struct UnitOf<f16> { // 1 / count underflows in fp16
 
 template <LossKind kind, class P, class T> struct RowKernel {
   using Unit = typename UnitOf<P>::type;
-  vf beta, inverse_beta;
+  vf minus_half_beta, inverse_beta;
   bool normalize, streamed;
   float eps;
 
@@ -102,28 +102,32 @@ template <LossKind kind, class P, class T> struct RowKernel {
                     int64_t n, float weight) const {
     const Norm norm = normalize ? norm_of(target, next_target, n, eps) : Norm{0.f, 1.f};
     const vf mean = set1(norm.mean), rstd = set1(norm.rstd), w = set1(weight);
-    vf sum[2] = {zero(), zero()};
+    const vf slope = inverse_beta,
+             bend = minus_half_beta; // in registers: a store to unit might change a member
+    vf sum[4] = {zero(), zero(), zero(), zero()};
     int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W)
-      for (int u = 0; u < 2; ++u) {
+    for (; i + 4 * W <= n; i += 4 * W) {
+      prefetch<4>(next_pred + i);
+      for (int u = 0; u < 4; ++u) {
         const int64_t at = i + u * W;
-        prefetch(next_pred + at);
-        const vf d = sub(load(pred + at), mul(sub(load(target + at), mean), rstd));
-        sum[u] = add(sum[u], distance<kind>(d, beta, inverse_beta));
+        const vf d = fma(sub(mean, load(target + at)), rstd, load(pred + at));
+        const vf s = derivative<kind>(d, slope);
+        sum[u] = add_distance<kind>(sum[u], d, s, bend);
         if (!unit) continue;
-        const vf g = mul(w, derivative<kind>(d, inverse_beta));
         if (streamed)
-          stream(unit + at, g);
+          stream(unit + at, mul(w, s));
         else
-          store(unit + at, g);
+          store(unit + at, mul(w, s));
       }
+    }
     for (; i < n; i += W) {
       const int rest = n - i < W ? static_cast<int>(n - i) : W;
-      const vf d = sub(load(pred + i, rest), mul(sub(load(target + i, rest), mean), rstd));
-      sum[0] = add(sum[0], select(first(rest), distance<kind>(d, beta, inverse_beta), zero()));
-      if (unit) store(unit + i, mul(w, derivative<kind>(d, inverse_beta)), rest);
+      const vf d = fma(sub(mean, load(target + i, rest)), rstd, load(pred + i, rest));
+      const vf s = derivative<kind>(d, slope);
+      sum[0] = select(first(rest), add_distance<kind>(sum[0], d, s, bend), sum[0]);
+      if (unit) store(unit + i, mul(w, s), rest);
     }
-    return hsum(add(sum[0], sum[1]));
+    return hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
   }
 };
 
@@ -146,7 +150,7 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
   const int64_t n = p.channels;
   const bool streamed =
       p.unit && p.rows * n * int64_t(sizeof(Unit)) > STREAM_BYTES && n % (64 / sizeof(Unit)) == 0;
-  const RowKernel<kind, P, T> kernel{set1(p.beta), set1(1.f / p.beta), p.normalize, streamed, p.eps};
+  const RowKernel<kind, P, T> kernel{set1(-0.5f * p.beta), set1(1.f / p.beta), p.normalize, streamed, p.eps};
   const auto at = [&](int64_t row,
                       int64_t& run) { // moves run on to the row's; id < 0: the row does not count
     while (run < p.sequences && begin_of(p, run + 1) <= row) ++run;

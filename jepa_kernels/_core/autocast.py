@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors in autocast's low type where autocast is on for their device; float64 stays, as in torch's rule."""
-    device = next((t.device.type for t in tensors if isinstance(t, Tensor)), "cpu")
+    """The tensors in autocast's low type where it is on for the device of the first; float64 stays, as in torch."""
+    first = tensors[0]
+    device = "cpu" if not isinstance(first, Tensor) or first.is_cpu else first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     low = torch.get_autocast_dtype(device)

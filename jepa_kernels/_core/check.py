@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from jepa_kernels.packing import Packing
 
 DENSE = "convert it with .to_dense()"
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN, STRIDED = (Tensor, torch.nn.Parameter), torch.strided
+FLOATING, INT64 = (*FLOATS, torch.float64), (torch.int64,)
 CHECK_DEVICE_VALUES = os.environ.get("JEPA_KERNELS_CHECK", "0") == "1"
 
 
@@ -34,21 +35,17 @@ def check_tensor(
     x: Any,
     shape: str,
     *,
-    dtypes: tuple[torch.dtype, ...] = (*FLOATS, torch.float64),
+    dtypes: tuple[torch.dtype, ...] = FLOATING,
     device: torch.device | None = None,
 ) -> None:
     """A strided tensor of as many dimensions as `shape` has letters (`"B N E"`), of one of `dtypes`, on `device`.
 
     float64 passes: no kernel takes it, the reference does (the exact side of every parity check).
     """
-    if not _usual(x, shape, dtypes, device):
+    # A plain CPU tensor that fits in every respect: few attributes tell, and most calls end here.
+    usual = type(x) in PLAIN and x.is_cpu and x.dtype in dtypes and 2 * x.dim() == len(shape) + 1
+    if not (usual and x.layout is STRIDED and not x.is_nested and (device is None or x.device == device)):
         _check_each(op, argument, x, shape, dtypes, device)
-
-
-def _usual(x: Any, shape: str, dtypes: tuple[torch.dtype, ...], device: torch.device | None) -> bool:
-    """Fit in every respect, a plain CPU tensor: few attributes tell, and most calls end here."""
-    fits = type(x) in PLAIN and x.dtype in dtypes and x.dim() == shape.count(" ") + 1 and x.layout is torch.strided
-    return fits and x.is_cpu and not x.is_nested and (device is None or x.device == device)
 
 
 def _check_each(
@@ -58,7 +55,7 @@ def _check_each(
         fail(op, argument, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if type(x) is not Tensor and hasattr(x, "to_local"):
         fail(op, argument, "be a plain tensor", type(x).__name__, "pass x.to_local()", TypeError)
-    if x.layout is not torch.strided or x.is_nested:
+    if x.layout is not STRIDED or x.is_nested:
         actual, remedy = ("a nested tensor", "pack it with jepa_kernels.pack") if x.is_nested else (x.layout, DENSE)
         fail(op, argument, "be a strided tensor", actual, remedy, TypeError)
     if x.device.type not in ("cpu", "cuda", "meta"):
@@ -80,7 +77,7 @@ def is_number(value: Any) -> bool:
 
 def check_number(op: str, argument: str, value: Any) -> None:
     """A number, whatever its value."""
-    if not is_number(value):
+    if type(value) is not float and not is_number(value):
         fail(op, argument, "be a number", type(value).__name__, "pass a float", TypeError)
 
 
@@ -94,30 +91,32 @@ def check_packing(op: str, packing: Any, argument: str = "packing") -> None:
 def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count: int, device: torch.device) -> None:
     """ids int64 [M, K], or [T] with a packing: mask-major rows of `images` images, each id one of `count` patches."""
     check_packing(op, packing)
-    check_tensor(op, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=device)
+    check_tensor(op, "ids", ids, "M K" if packing is None else "T", dtypes=INT64, device=device)
     if not ids.is_contiguous():
         fail(op, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    if packing is not None and packing.tokens != ids.shape[0]:
-        fail(op, "ids", f"hold packing.tokens = {packing.tokens} ids", ids.shape[0], "pack ids with the same lengths")
-    if packing is not None and packing.cu_seqlens.device != device:
-        fail(op, "packing", f"be on {device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
-    rows = ids.shape[0] if packing is None else packing.sequences
+    rows, cu_seqlens = ids.shape[0], None
+    if packing is not None:
+        if packing.tokens != rows:
+            fail(op, "ids", f"hold packing.tokens = {packing.tokens} ids", rows, "pack ids with the same lengths")
+        rows, cu_seqlens = packing.sequences, packing.cu_seqlens
+        if cu_seqlens.device != device:
+            fail(op, "packing", f"be on {device}", cu_seqlens.device, "build it there, or use .to(device)")
     if rows % images if images else rows:
         name = "ids" if packing is None else "packing"
         fail(op, name, f"hold a multiple of the {images} images", rows, "order rows mask-major: s = mask * B + b")
-    check_ids(op, ids, count, None if packing is None else packing.cu_seqlens)
+    check_ids(op, ids, count, cu_seqlens)
 
 
 def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None) -> None:
-    """Patch ids lie in [0, count) and increase within each row (or packed sequence).
+    """Contiguous patch ids lie in [0, count) and increase within each row (or packed sequence).
 
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
     JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
     """
-    if torch.compiler.is_compiling() or ids.is_meta or ids.numel() == 0:
+    if torch.compiler.is_compiling() or ids.numel() == 0:
         return
     if not ids.is_cpu:
-        if not CHECK_DEVICE_VALUES:
+        if not CHECK_DEVICE_VALUES or ids.is_meta:
             return
         ids = ids.cpu()
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
@@ -142,8 +141,8 @@ def usable_device(op: str, argument: str, name: str) -> torch.device:
 
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
-    if not isinstance(module, str) and ids.is_contiguous():
-        return module.first_bad_id(ids, count, cu_seqlens)
+    if not isinstance(module, str):
+        return module.first_bad_id(ids, ids.size(-1), count, cu_seqlens)
     total = ids.numel()
     if cu_seqlens is None:
         starts = list(range(0, total + 1, ids.shape[-1]))

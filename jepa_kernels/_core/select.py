@@ -109,34 +109,38 @@ def select(
     """The backend for this call. Precedence: argument, `use_backend`, JEPA_KERNELS_BACKEND, automatic."""
     device_type = "cpu" if tensor.is_cpu else tensor.device.type
     dtype = tensor.dtype if dtype is None else dtype
-    wanted = backend or _override.get(op) or _override.get("*") or _environment
+    wanted = backend or (_override.get(op) or _override.get("*") if _override else None) or _environment
     if _explaining and threading.get_ident() in _explaining:
         rows = [(k.backend, *_reasons(k, device_type, dtype, call)) for k in kernels]
         raise Explained([*rows, ("reference", None, None)], wanted)
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
-    for kernel in _able(op, kernels, device_type, dtype):
+    compiling = torch.compiler.is_compiling()
+    for kernel in _able(op, kernels, device_type, dtype, compiling):
         if kernel.limit is not None and kernel.limit(call) is not None:
             continue
         if kernel.automatic is not None and kernel.automatic(call) is not None:
             continue
-        if (op, kernel.backend) not in _told and not torch.compiler.is_compiling():
+        if not compiling and (op, kernel.backend) not in _told:
             _told.add((op, kernel.backend))
             log.info("%s: %s", op, kernel.backend)
         return kernel.backend
-    if not torch.compiler.is_compiling():
+    if not compiling:
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
 
 
-def _able(op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype) -> tuple[Kernel, ...]:
+def _able(
+    op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype, compiling: bool
+) -> tuple[Kernel, ...]:
     """The rows whose limits are asked on every call: availability does not change within a process."""
     key = (op, device_type, dtype)
-    if torch.compiler.is_compiling():  # a memo that a trace fills would fail its own guard on the next call
-        return tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
-    if key not in _ready:
-        _ready[key] = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
-    return _ready[key]
+    if not compiling and key in _ready:
+        return _ready[key]
+    able = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
+    if not compiling:  # a memo that a trace fills would fail its own guard on the next call
+        _ready[key] = able
+    return able
 
 
 def _named(op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any) -> str:
@@ -208,10 +212,10 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     preference. Arguments are checked as in the call itself.
     """
     import jepa_kernels
-    from jepa_kernels.ops import OPS
+    from jepa_kernels.ops import FORMS, OPS
 
-    if op not in OPS:
-        raise ValueError(f"explain: op must be one of {', '.join(OPS)}, got {op!r}; check the spelling")
+    if op not in (*OPS, *FORMS):
+        raise ValueError(f"explain: op must be one of {', '.join((*OPS, *FORMS))}, got {op!r}; check the spelling")
     _explaining.append(threading.get_ident())
     try:
         getattr(jepa_kernels, op)(*args, **kwargs)

@@ -10,7 +10,7 @@ from jepa_kernels.packing import Packing
 class Attention(nn.Module):
     """proj(softmax(q k^T / sqrt(D)) v), inside each sequence.
 
-    The output of `qkv` is [3, H, D] per token; q, k and v are read in place, as views of it.
+    The output of `qkv` is [3, H, D] per token; q, k and v are read in place, and get one gradient.
     """
 
     def __init__(self, embed_dim: int, num_heads: int) -> None:
@@ -24,8 +24,5 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.unbind(-3)
-        if packing is not None:
-            return self.proj(jk.masked_attention(q, k, v, packing).flatten(-2))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
-        return self.proj(jk.masked_attention(q, k, v).transpose(1, 2).flatten(-2))
+        out = jk.masked_attention_qkv(qkv, packing)
+        return self.proj((out if packing is not None else out.transpose(1, 2)).flatten(-2))

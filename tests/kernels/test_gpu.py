@@ -106,3 +106,65 @@ def test_latent_loss_needs_no_sync():
     on_cpu = Packing.from_lengths(packing.lengths)
     here = jk.latent_loss(pred.cpu(), target.cpu(), ids.cpu(), packing=on_cpu, backend="cpu")
     assert loss.item() == pytest.approx(here.item(), rel=1e-6)
+
+
+def attention_inputs(lengths=(70, 3, 0, 130), heads=4, width=80):
+    packing = Packing.from_lengths(lengths, device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(packing.tokens, 3, heads, width, generator=generator).to("cuda", torch.bfloat16)
+    return qkv.requires_grad_(), packing, jk.Rope(torch.rand(packing.tokens, 3, generator=generator).cuda())
+
+
+def attention_step(qkv, packing, rope):
+    out = jk.masked_attention_qkv(qkv, packing, rope=rope, backend="triton")
+    return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+
+def test_masked_attention_needs_no_sync_and_repeats_its_bits():
+    inputs = attention_inputs()
+    expected = attention_step(*inputs)  # compiles
+    for _ in range(100):
+        with no_sync():
+            found = attention_step(*inputs)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_masked_attention_is_captured_with_lengths_padded_to_a_bucket():
+    bucket = dict(tokens=256, sequences=6, max_seqlen=256)
+    qkv, packing, rope = attention_inputs()
+    static = packing.padded(**bucket)
+    padded = torch.zeros(256, *qkv.shape[1:], device="cuda", dtype=qkv.dtype)
+    padded_rope = jk.Rope(torch.zeros(256, 3, device="cuda"))
+    turns, _ = padded_rope.turns(80)
+
+    def load(qkv, packing, rope):
+        new = packing.padded(**bucket)
+        static.cu_seqlens.copy_(new.cu_seqlens)
+        static.tiles.copy_(new.tiles)
+        padded[: len(qkv)].copy_(qkv.detach())
+        turns[: len(qkv)].copy_(rope.turns(80)[0])
+
+    def step():
+        return attention_step(padded.requires_grad_(), static, padded_rope)
+
+    load(qkv, packing, rope)
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for lengths in ((70, 3, 0, 130), (1, 200), (40, 40, 40)):
+        call = attention_inputs(lengths)
+        with torch.no_grad():
+            load(*call)
+        graph.replay()
+        for found, wanted in zip(captured, attention_step(*call), strict=True):
+            assert torch.equal(found[: len(wanted)], wanted)
+
+
+def test_masked_attention_takes_more_than_2_31_elements():
+    packing = Packing.from_lengths([64] * 65_600, device="cuda")
+    qkv = torch.randn(packing.tokens, 3, 2, 88, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    out = jk.masked_attention_qkv(qkv, packing, backend="triton")
+    last = jk.masked_attention_qkv(qkv[-64:], Packing.from_lengths([64], device="cuda"), backend="triton")
+    assert torch.equal(out[-64:], last)

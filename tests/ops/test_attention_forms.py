@@ -200,3 +200,10 @@ def test_many_and_long_sequences(lengths):
     torch.testing.assert_close(lse[0, [0, -1]].exp(), torch.tensor([float(n)] * 2), rtol=1e-4, atol=0)
     _, _, dv = torch.autograd.grad(out.sum(), leaves)
     torch.testing.assert_close(dv.sum(), torch.tensor(float(packing.tokens * 8)), rtol=1e-4, atol=0)
+
+
+def test_explain_knows_the_forms():
+    qkv, packing = packed_qkv()
+    assert jk.explain("masked_attention_qkv", qkv, packing).startswith("masked_attention_qkv: cpu (automatic)")
+    lines = jk.explain("masked_attention_lse", *qkv.unbind(1), packing).splitlines()
+    assert [line.split(None, 1)[1] for line in lines if line.split()[0] == "sdpa"] == ["gives no lse"]

@@ -60,7 +60,7 @@ def ema_update(
     if chosen == "reference":
         return reference.forward(target, online, momentum, shadow=shadow, form=form)
     if not isinstance(momentum, Tensor):
-        momentum = torch.tensor(momentum, dtype=torch.float64)
+        momentum = torch.scalar_tensor(momentum, dtype=torch.float64)
     with torch.no_grad():  # parameters are leaves
         _forward(target, online, shadow, momentum, form, chosen)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward

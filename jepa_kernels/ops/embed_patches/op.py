@@ -58,11 +58,11 @@ def embed_patches(
 def _check_layer(pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> int:
     """The number of patches of an image."""
     check_tensor(OP, "pixels", pixels, "B C H W")
-    same: dict[str, Any] = dict(dtypes=(pixels.dtype,), device=pixels.device)
-    check_tensor(OP, "weight", weight, "E C P P", **same)
-    (embed_dim, channels, size, width), (height, row) = weight.shape, pixels.shape[2:]
-    if channels != pixels.shape[1]:
-        fail(OP, "weight", f"have {pixels.shape[1]} channels like pixels", channels, "pass images of one kind")
+    same, device = (pixels.dtype,), pixels.device
+    check_tensor(OP, "weight", weight, "E C P P", dtypes=same, device=device)
+    (embed_dim, channels, size, width), (_, own_channels, height, row) = weight.shape, pixels.shape
+    if channels != own_channels:
+        fail(OP, "weight", f"have {own_channels} channels like pixels", channels, "pass images of one kind")
     if size != width or size == 0:
         fail(OP, "weight", "have square patches of at least one pixel", (size, width), "pass [E, C, P, P]")
     if height % size or row % size:
@@ -71,11 +71,11 @@ def _check_layer(pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed:
         fail(OP, "pixels", f"have sides divisible by the patch size {size}", f"{height} x {row}", remedy)
     count = (height // size) * (row // size)
     if bias is not None:
-        check_tensor(OP, "bias", bias, "E", **same)
+        check_tensor(OP, "bias", bias, "E", dtypes=same, device=device)
         if bias.shape[0] != embed_dim:
             fail(OP, "bias", f"have shape ({embed_dim},) like weight", tuple(bias.shape), "pass one value a channel")
     if pos_embed is not None:
-        check_tensor(OP, "pos_embed", pos_embed, "N E", **same)
+        check_tensor(OP, "pos_embed", pos_embed, "N E", dtypes=same, device=device)
         if pos_embed.shape != (count, embed_dim):
             remedy = "interpolate the table to the grid of these pixels"
             fail(OP, "pos_embed", f"have shape {(count, embed_dim)}", tuple(pos_embed.shape), remedy)

@@ -38,7 +38,8 @@ def gather_tokens(x: Tensor, ids: Tensor, packing: Packing | None = None, *, bac
 
 def _check(x: Tensor, ids: Tensor, packing: Packing | None) -> None:
     check_tensor(OP, "x", x, "B N E")
-    check_kept(OP, ids, packing, images=x.shape[0], count=x.shape[1], device=x.device)
+    images, count, _ = x.shape
+    check_kept(OP, ids, packing, images, count, x.device)
 
 
 FORWARD = "(Tensor x, Tensor ids, Tensor? cu_seqlens, str backend) -> Tensor"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_ids, check_number, check_packing, check_tensor, fail
+from jepa_kernels._core.check import INT64, check_ids, check_number, check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.latent_loss import reference
@@ -73,7 +73,8 @@ def latent_loss(
         )
     cu_seqlens = None if packing is None else packing.cu_seqlens
     with_grad = torch.is_grad_enabled() and pred.requires_grad
-    loss, _ = _loss(pred, target.detach(), ids, cu_seqlens, kind, beta, normalize, eps, reduction, with_grad, backend)
+    target = target.detach() if target.requires_grad else target
+    loss, _ = _loss(pred, target, ids, cu_seqlens, kind, beta, normalize, eps, reduction, with_grad, backend)
     return loss
 
 
@@ -90,8 +91,9 @@ def _check(
     check_packing(OP, packing)
     check_tensor(OP, "pred", pred, "M K E" if packing is None else "T E")
     check_tensor(OP, "target", target, "B N E", device=pred.device)
-    if pred.shape[-1] != target.shape[2]:
-        fail(OP, "target", f"have {pred.shape[-1]} channels like pred", target.shape[2], "pass latents of one width")
+    shape, (images, count, channels) = pred.shape, target.shape
+    if shape[-1] != channels:
+        fail(OP, "target", f"have {shape[-1]} channels like pred", channels, "pass latents of one width")
     if kind not in KINDS:
         fail(OP, "kind", f"be one of {', '.join(KINDS)}", repr(kind), "leave it out for smooth_l1")
     if reduction not in REDUCTIONS:
@@ -102,32 +104,36 @@ def _check(
         fail(OP, "beta", f"be at least {MIN_BETA}", beta, "use kind='l1' for beta = 0")
     if not eps > 0:
         fail(OP, "eps", "be greater than 0", eps, "use 1e-5")
-    _check_rows(pred, target, ids, packing)
+    _check_rows(shape, images, count, pred.device, ids, packing)
 
 
-def _check_rows(pred: Tensor, target: Tensor, ids: Tensor | None, packing: Packing | None) -> None:
-    images, count = target.shape[:2]
+def _check_rows(
+    shape: torch.Size, images: int, count: int, device: torch.device, ids: Tensor | None, packing: Packing | None
+) -> None:
+    """Of pred's rows: `shape` is pred's."""
     if ids is None:
         if packing is not None:
             fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
-        if pred.shape[1] != count:
-            fail(OP, "pred", f"hold {count} tokens like target", pred.shape[1], "pass ids for a subset")
+        if shape[1] != count:
+            fail(OP, "pred", f"hold {count} tokens like target", shape[1], "pass ids for a subset")
     else:
-        check_tensor(OP, "ids", ids, "M K" if packing is None else "T", dtypes=(torch.int64,), device=pred.device)
-        if ids.shape != pred.shape[:-1]:
-            fail(OP, "ids", f"have shape {tuple(pred.shape[:-1])} like pred", tuple(ids.shape), "pass one id a token")
+        check_tensor(OP, "ids", ids, "M K" if packing is None else "T", dtypes=INT64, device=device)
+        if ids.shape != shape[:-1]:
+            fail(OP, "ids", f"have shape {tuple(shape[:-1])} like pred", tuple(ids.shape), "pass one id a token")
         if not ids.is_contiguous():
             fail(OP, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    if packing is not None and packing.tokens != pred.shape[0]:
-        fail(OP, "pred", f"hold packing.tokens = {packing.tokens} rows", pred.shape[0], "pack it with the same lengths")
-    if packing is not None and packing.cu_seqlens.device != pred.device:
-        fail(OP, "packing", f"be on {pred.device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
-    rows = pred.shape[0] if packing is None else packing.sequences
+    rows, cu_seqlens = shape[0], None
+    if packing is not None:
+        if packing.tokens != rows:
+            fail(OP, "pred", f"hold packing.tokens = {packing.tokens} rows", rows, "pack it with the same lengths")
+        rows, cu_seqlens = packing.sequences, packing.cu_seqlens
+        if cu_seqlens.device != device:
+            fail(OP, "packing", f"be on {device}", cu_seqlens.device, "build it there, or use .to(device)")
     if rows % images if images else rows:
         name = "pred" if packing is None else "packing"
         fail(OP, name, f"hold a multiple of the {images} images", rows, "order rows mask-major: s = mask * B + b")
     if ids is not None:
-        check_ids(OP, ids, count, None if packing is None else packing.cu_seqlens)
+        check_ids(OP, ids, count, cu_seqlens)
 
 
 FORWARD = (
