@@ -175,6 +175,8 @@ def _masks(
     q: Tensor, frame_size: int | None, key_ranges: Tensor | None, rope: Rope | None, dense: bool
 ) -> tuple[Any, ...]:
     """frame_size, key_ranges, turns, k_turns, half of the schema."""
+    if key_ranges is None and rope is None:
+        return frame_size or 0, None, None, None, False
     turns, k_turns = (None, None) if rope is None else rope.turns(q.shape[-1])
     if dense:
         key_ranges, turns, k_turns = (
