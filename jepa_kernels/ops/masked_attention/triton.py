@@ -135,10 +135,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, logarithms of the sums). options: those of the schema, from cu_seqlens on."""
     given = _Options(*options)
-    shape, short = _shape(q, k, given.cu_seqlens), longest_short(q)
+    shape = _shape(q, k, given.cu_seqlens)
     out = _like(q)
     lse = q.new_empty((shape.heads, shape.queries) if shape.packed else q.shape[:3], dtype=torch.float32)
     with device_of(q):
+        short = longest_short(q)
         if short > 0 and (shape.packed or given.max_keys <= short):
             _forward_short(q, k, v, out, lse, shape, given)
         if given.max_keys > short:
@@ -220,10 +221,11 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     """[dq, dk, dv], or [dqkv] where stacked. options: those of the schema, from cu_seqlens on; the last is stacked."""
     *rest, stacked = options
     given = _Options(*rest)
-    shape, short, longest = _shape(q, k, given.cu_seqlens), longest_short(q), max(given.max_queries, given.max_keys)
+    shape, longest = _shape(q, k, given.cu_seqlens), max(given.max_queries, given.max_keys)
     whole, gradients = _gradients(q, k, stacked)
     delta = torch.empty_like(lse)
     with device_of(q):
+        short = longest_short(q)
         if short > 0 and (shape.packed or longest <= short):
             _backward_short(grad, q, k, v, out, lse, delta, gradients, shape, given)
         if longest > short:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton
 
+from jepa_kernels._core.triton import capability
+
 Entry = TypeVar("Entry")
 
 
@@ -27,10 +29,11 @@ class Tile(NamedTuple):
 FORWARD = {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 128, 8, 2)}
 BACKWARD_Q = {64: Tile(128, 64, 8, 2, 128), 128: Tile(128, 64, 8, 2)}
 BACKWARD_KV = {64: Tile(128, 32, 8, 2, 128), 80: Tile(128, 32, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
+ELSEWHERE = {128: Tile(64, 32, 4, 2)}  # GPUs other than Hopper: less shared or tensor memory
 # fp32 multiplies on the plain units, from registers.
 FP32 = {32: Tile(64, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(64, 16, 8, 1)}
 
-SHORT = {80: 256, 128: -1}  # 16 bits alone: what fits beside the sums of a tile of queries; fp32 always streams
+SHORT = {80: 256, 128: -1}  # on Hopper, in 16 bits: what fits beside the sums of a tile of queries
 SHORT_FORWARD = Tile(64, 256, 4, 2)
 SHORT_BACKWARD = Tile(64, 128, 8, 2)  # beyond its columns BACKWARD_Q and BACKWARD_KV take turns, in the same program
 KEYS = ((64,), (64, 32), (128,), (128, 64), (256,))  # blocks of keys of SHORT_FORWARD: the first entry that holds them
@@ -41,14 +44,23 @@ def by_width(table: dict[int, Entry], width: int) -> Entry:
     return next(entry for largest, entry in table.items() if width <= largest)
 
 
+def on_hopper() -> bool:
+    """Whether launches go to a GPU with wgmma and 227 KB of shared memory a block."""
+    return capability() // 10 == 9
+
+
 def tile_for(table: dict[int, Tile], x: torch.Tensor) -> Tile:
     """The tile of a kernel that streams."""
-    return by_width(FP32 if x.dtype == torch.float32 else table, x.shape[-1])
+    if x.dtype == torch.float32:
+        table = FP32
+    elif not on_hopper():
+        table = ELSEWHERE
+    return by_width(table, x.shape[-1])
 
 
 def longest_short(x: torch.Tensor) -> int:
     """Queries and keys up to which a sequence stays on chip; -1: none does."""
-    return -1 if x.dtype == torch.float32 else by_width(SHORT, x.shape[-1])
+    return -1 if x.dtype == torch.float32 or not on_hopper() else by_width(SHORT, x.shape[-1])
 
 
 def blocks_up_to(longest: int) -> dict[str, Any]:
