@@ -7,6 +7,7 @@ Loads and stores are counted in TRAFFIC, masked lanes left out.
 """
 
 from collections import Counter
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,7 @@ def install() -> None:
     for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma):
         setattr(Builder, function.__name__, function)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
+    interpreter._get_np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # a quarter of the time
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = lambda kernel: patch_language(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

@@ -26,6 +26,7 @@ class Call:
     capabilities  GPUs it is compiled for
     holds         {kernel: instruction patterns that it must hold}
     blocks        how many blocks of each kernel must fit a multiprocessor's registers
+    spilled       bytes of registers that a kernel may spill
     """
 
     name: str
@@ -36,6 +37,7 @@ class Call:
     capabilities: tuple[int, ...] = EVERY
     holds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: int = 2
+    spilled: int = 0
 
 
 def ema(online: torch.dtype, shadow: torch.dtype | None, form: str) -> Callable[[], object]:
@@ -129,19 +131,20 @@ def attention_calls() -> Iterator[Call]:
     few, rope = (40, 20), jk.Rope(torch.zeros(60, 3))
     for width in (64, 80, 128):
         yield Call(f"elsewhere-d{width}", attention(torch.bfloat16, width, few), long, long, {}, (80, 100))
-    for name, make in (
-        ("float16-d64", attention(torch.float16, 64, few)),
-        ("rope-d64", attention(torch.bfloat16, 64, few, rope=rope)),
-        ("grouped-d64", attention(torch.bfloat16, 64, few, heads=(4, 2))),
-        ("qkv-d24", attention_qkv(24)),
+    for name, make, spilled in (
+        ("float16-d64", attention(torch.float16, 64, few), 0),
+        ("rope-d64", attention(torch.bfloat16, 64, few, rope=rope), 32),  # addresses of turns
+        ("grouped-d64", attention(torch.bfloat16, 64, few, heads=(4, 2)), 0),
+        ("qkv-d24", attention_qkv(24), 0),
     ):
-        yield Call(name, make, short, short, {}, HOPPER, hgmma, blocks=1)
-    for name, make in (
-        ("frames-d64", attention(torch.bfloat16, 64, (516,), frame_size=258)),
-        ("ranges-d64", attention(torch.bfloat16, 64, (300,), key_ranges=torch.zeros(300, 2, dtype=torch.int32))),
+        yield Call(name, make, short, short, {}, HOPPER, hgmma, blocks=1, spilled=spilled)
+    ranges = torch.zeros(300, 2, dtype=torch.int32)
+    for name, make, spilled in (
+        ("frames-d64", attention(torch.bfloat16, 64, (516,), frame_size=258), 16),  # lengths: a second block fits
+        ("ranges-d64", attention(torch.bfloat16, 64, (300,), key_ranges=ranges), 0),
     ):
-        yield Call(name, make, long, long, {}, HOPPER, hgmma, blocks=2)
-    yield Call("float32-d64", attention(torch.float32, 64, few), long, long, {}, HOPPER, blocks=1)
+        yield Call(name, make, long, long, {}, HOPPER, hgmma, spilled=spilled)
+    yield Call("float32-d80", attention(torch.float32, 80, few), long, long, {}, HOPPER, blocks=1)
     turned = (turn, turn, long[0], turn, turn, *long[1:])
     rope = jk.Rope(torch.zeros(300, 3), pairing="tiled")
     yield Call("rope-d32", attention(torch.bfloat16, 32, (300,), rope=rope), turned, turned, {}, HOPPER, hgmma)

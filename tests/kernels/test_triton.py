@@ -26,7 +26,7 @@ def test_machine_code(target, capability, call):
     call.make()
     assert tuple(target.launches) == call.launches
     for binary in target.binaries:  # a kernel that an earlier call loaded was inspected there
-        assert binary.stack == 0 and not binary.count(r"(LDL|STL).*"), f"spills: {binary}"
+        assert binary.stack <= call.spilled and (call.spilled or not binary.count(r"(LDL|STL).*")), f"spills: {binary}"
         assert binary.shared <= SHARED_BYTES[capability]
         threads = call.blocks * target.threads[binary.name]
         assert binary.registers * threads <= REGISTERS, f"{call.blocks} blocks must fit: {binary}"
