@@ -50,6 +50,7 @@ def install() -> None:
     """Patch the interpreter of this process; before any kernel runs."""
     dot, cast, to_float, binary = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, Builder.binary_op
     patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # it builds a table for every tensor
     load, store, patch = Builder.create_masked_load, Builder.create_masked_store, interpreter._patch_lang_tensor
 
     def cast_impl(self, source, to):
@@ -94,7 +95,9 @@ def install() -> None:
     for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma):
         setattr(Builder, function.__name__, function)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
-    interpreter._get_np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # a quarter of the time
+    quick = interpreter.InterpreterOptions(sanitize_overflow=False)  # what it would compute never fires here
+    interpreter.interpreter_builder.options = quick
+    interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else np_dtype(t.scalar)
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = lambda kernel: patch_language(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What masked_attention's Triton kernels use of a multiprocessor; `python -m tests.kernels.resources` writes it down."""
+"""What masked_attention's Triton kernels use of an H100: `python -m tests.kernels.resources` writes the table."""
 
 from pathlib import Path
 from typing import NamedTuple
