@@ -8,7 +8,7 @@
 namespace jepa {
 
 constexpr int64_t BLOCK = 48;   // the kernels' queries at a time
-constexpr int64_t MOST = 6;     // such blocks of a task: what the second-level cache holds beside the keys
+constexpr int64_t MOST = 11;    // such blocks of a task: the more, the less often keys are read and turned
 constexpr int64_t TASKS = 4;    // for each thread, at least, where there are so many blocks
 constexpr int64_t KEYS = 256;   // and keys, where not all
 constexpr int64_t WHOLE = 4096; // keys of a sequence that one thread may hold
