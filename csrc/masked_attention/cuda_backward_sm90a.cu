@@ -12,6 +12,9 @@ struct BackwardArgs {
   int tokens, k_tokens, sequences, room; // rows of the two axes; room: tiles of a sequence in shared memory
 };
 
+// The most warpgroups of a block: wider sums leave no registers to tell them apart.
+template <int width> constexpr int WARPGROUPS = width <= 96 ? 2 : 1;
+
 // A warpgroup takes 64 rows at a time, its own; all rows of the other side stay in shared memory. of_keys:
 // keys and values are its own, queries and gradients stay; else the other way round. With a, b = k, v or q,
 // grad:
@@ -19,18 +22,23 @@ struct BackwardArgs {
 //     dscores = weights (dweights - delta),  delta[i] = grad[i] . out[i]
 //     d own a = scale dscores a,  d own b = weights b (of keys only)
 template <class T, int width, bool of_keys> struct Backward {
-  static constexpr int BYTES = Tile<width>::bytes, OTHERS = 2 * BYTES + 3 * 1024;
+  static constexpr int BYTES = Tile<width>::bytes;
   const BackwardArgs& p;
-  const int heads, first_head,
-      key_head; // heads of queries that meet here, the first of them, and their head of keys
+  // How many heads of queries meet here, the first of them, and their head of keys.
+  const int heads, first_head, key_head;
   const Rows queries, keys;
   const float scale = p.shape.scale * LOG2_E;
+  const int warpgroup = WARPGROUPS<width> == 1 ? 0 : uniform(threadIdx.x / THREADS);
+  const int warpgroups = WARPGROUPS<width> == 1 ? 1 : blockDim.x / THREADS;
 
-  // Shared memory: two tiles of its own, lse and delta of queries, barriers; the others' tiles of a, then of
+  // Shared memory: barriers; lse and delta of queries; each warpgroup's own tiles; the others' of a, then of
   // b.
-  const Address own_a = shared_memory(), own_b = own_a + BYTES, lse = own_b + BYTES;
-  const Address delta = lse + 4 * ROWS * MOST_TILES, own_here = delta + 4 * ROWS * MOST_TILES;
-  const Address others_here = own_here + 8;
+  const Address others_here = shared_memory(), own_here = others_here + 8 + 8 * warpgroup;
+  const Address lse = others_here + 1024, delta = lse + 4 * ROWS * MOST_TILES;
+  const Address own_a = lse + 2048 + 2 * warpgroup * BYTES, own_b = own_a + BYTES;
+  const Address others_a = lse + 2048 + 2 * warpgroups * BYTES;
+
+  static int shared_bytes(int warpgroups, int room) { return 1024 + 2048 + 2 * (warpgroups + room) * BYTES; }
 
   __device__ Backward(const BackwardArgs& args, int s, int head, int group)
       : p(args), heads(of_keys ? group : 1), first_head(of_keys ? head * group : head),
@@ -42,49 +50,52 @@ template <class T, int width, bool of_keys> struct Backward {
   __device__ const Rows& others() const { return of_keys ? queries : keys; }
   __device__ int tiles() const { return tiles_of(others().count); }
   __device__ bool few_keys() const { return keys.count <= ROWS; }
-  __device__ Address tile_a(int i) const { return own_a + OTHERS + i * BYTES; }
-  __device__ Address tile_b(int i) const { return own_a + OTHERS + (p.room + i) * BYTES; }
+  __device__ Address tile_a(int i) const { return others_a + i * BYTES; }
+  __device__ Address tile_b(int i) const { return tile_a(p.room + i); }
 
   __device__ void run() const {
     if (own().count == 0) return;
     if (threadIdx.x == 0) {
-      barrier_init(own_here);
-      barrier_init(others_here);
+      for (int i = 0; i <= warpgroups; ++i) barrier_init(others_here + 8 * i);
       publish_barriers();
     }
     __syncthreads();
+    fetch_own(warpgroup);
+    if (heads == 1) bring_others(first_head, 0);
 #pragma unroll 1
-    for (int i = 0; i < tiles_of(own().count); ++i) {
-      if (threadIdx.x == 0) fetch_own(i);
+    for (int i = warpgroup, turn = 0; i * ROWS < own().count; i += warpgroups, ++turn) {
       float da[width / 2] = {}, db[of_keys ? width / 2 : 1] = {};
 #pragma unroll 1
       for (int j = 0; j < heads; ++j) {
-        if (i == 0 || heads > 1) bring_others(first_head + j, (i * heads + j) & 1);
-        if (j == 0) await_own(i);
-        if (!of_keys) summarise(own_b, i, 0, first_head);
-        __syncthreads();
+        if (heads > 1) bring_others(first_head + j, (turn * heads + j) & 1);
+        if (j == 0) await_own(turn & 1);
+        if (!of_keys) summarise(own_b, i, warpgroup, first_head);
+        warpgroup_barrier(warpgroup);
         if (of_keys && few_keys()) sum_means_of_queries();
         add_products(da, db);
       }
+      warpgroup_barrier(warpgroup); // nobody reads this tile
+      fetch_own(i + warpgroups);
       store(i, da, db);
-      __syncthreads();
     }
   }
 
   __device__ void fetch_own(int tile) const {
+    if (threadIdx.x % THREADS || tile * ROWS >= own().count) return;
     barrier_expect(own_here, 2 * BYTES);
     load_tile<width>(own_a, of_keys ? p.k : p.q, own_here, own(), tile, of_keys ? key_head : first_head);
     load_tile<width>(own_b, of_keys ? p.v : p.grad, own_here, own(), tile, of_keys ? key_head : first_head);
   }
 
-  __device__ void await_own(int tile) const {
-    barrier_wait(own_here, tile & 1);
+  __device__ void await_own(int parity) const {
+    barrier_wait(own_here, parity);
     if (!of_keys || !few_keys() || keys.count == ROWS) return;
-    clear_rows<width>(own_a, keys.count);
-    clear_rows<width>(own_b, keys.count);
+    clear_rows<width>(own_a, keys.count, threadIdx.x % THREADS, THREADS);
+    clear_rows<width>(own_b, keys.count, threadIdx.x % THREADS, THREADS);
     publish_shared();
   }
 
+  // By the whole block. Where several heads take turns, that is one warpgroup.
   __device__ void bring_others(int head, int parity) const {
     __syncthreads(); // nobody reads the last head's
     if (threadIdx.x == 0) {
@@ -97,18 +108,19 @@ template <class T, int width, bool of_keys> struct Backward {
     }
     barrier_wait(others_here, parity);
     if (const int last = others().count % ROWS) {
-      clear_rows<width>(tile_a(tiles() - 1), last);
-      clear_rows<width>(tile_b(tiles() - 1), last);
+      clear_rows<width>(tile_a(tiles() - 1), last, threadIdx.x, blockDim.x);
+      clear_rows<width>(tile_b(tiles() - 1), last, threadIdx.x, blockDim.x);
       publish_shared();
     }
     if (of_keys)
-      for (int i = 0; i < tiles(); ++i) summarise(tile_b(i), i, i * ROWS, head);
+      for (int i = warpgroup; i < tiles(); i += warpgroups) summarise(tile_b(i), i, i, head);
+    __syncthreads();
   }
 
   // lse in units of log 2 and delta of a tile of queries, two threads a row. A query behind the last one gets
   // an infinite lse: its weights are 0.
   __device__ void summarise(Address grads, int tile, int slot, int head) const {
-    const int row = threadIdx.x / 2;
+    const int row = threadIdx.x % THREADS / 2, at = 4 * (slot * ROWS + row);
     const bool there = tile * ROWS + row < queries.count;
     float sum = 0;
     if (there) {
@@ -124,9 +136,8 @@ template <class T, int width, bool of_keys> struct Backward {
     }
     sum += exchange(sum, 1);
     if (threadIdx.x % 2) return;
-    store_shared(delta + 4 * (slot + row), sum);
-    store_shared(lse + 4 * (slot + row),
-                 there ? *lse_of(p.lse, queries, tile * ROWS + row, head) * LOG2_E : INFINITY);
+    store_shared(delta + at, sum);
+    store_shared(lse + at, there ? *lse_of(p.lse, queries, tile * ROWS + row, head) * LOG2_E : INFINITY);
   }
 
   // The products with each tile run beside the sums over the tile before it.
@@ -151,13 +162,13 @@ template <class T, int width, bool of_keys> struct Backward {
   // Queries are columns here in the pass of keys, rows in that of queries.
   __device__ void differentiate(int tile, float (&scores)[32], const float (&dweights)[32],
                                 uint32_t (&weights)[16], uint32_t (&dscores)[16]) const {
-    const int column = tile * ROWS + fragment_column();
+    const int column = tile * ROWS + fragment_column(), row = warpgroup * ROWS + fragment_row();
     float2 means[2];
-    if (!of_keys)
-      for (int half = 0; half < 2; ++half) means[half] = statistics(delta, fragment_row() + 8 * half);
+#pragma unroll
+    for (int half = 0; half < 2 && !of_keys; ++half) means[half] = statistics(delta, row + 8 * half);
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      const float2 l = statistics(lse, of_keys ? column + i / 2 * 8 : fragment_row() + i % 2 * 8);
+      const float2 l = statistics(lse, of_keys ? column + i / 2 * 8 : row + i % 2 * 8);
       scores[2 * i] = fast_exp2(fmaf(scores[2 * i], scale, -l.x));
       scores[2 * i + 1] = fast_exp2(fmaf(scores[2 * i + 1], scale, -l.y));
     }
@@ -208,7 +219,7 @@ template <class T, int width, bool of_keys> struct Backward {
       store_shared(delta + 4 * row, means[0].x);
       store_shared(delta + 4 * (row + 8), means[1].x);
     }
-    __syncthreads();
+    warpgroup_barrier(warpgroup);
   }
 
   __device__ static void multiply_pair(float (&scores)[32], float (&dweights)[32], Address a, Address a_other,
@@ -240,7 +251,7 @@ template <int width> __device__ void clear_unused(const BackwardArgs& p, bool of
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(WARPGROUPS<width>* THREADS, 1)
     masked_attention_backward_cuda_kernel(const __grid_constant__ BackwardArgs p) {
   const int heads = static_cast<int>(p.shape.heads), key_heads = static_cast<int>(p.shape.key_heads);
   const int blocks = heads + key_heads;
@@ -272,10 +283,15 @@ template <class T, int width> static void backward(const MaskedAttentionCudaPara
   args.k_tokens = static_cast<int>(p.k.count);
   args.sequences = static_cast<int>(p.sequences);
   args.room = room_for(shape.most_queries > shape.most_keys ? shape.most_queries : shape.most_keys);
-  const int bytes = Backward<T, width, true>::OTHERS + 2 * args.room * Tile<width>::bytes;
+  // Two warpgroups share the others' tiles where no second block fits, and where no heads take turns.
+  const auto bytes = &Backward<T, width, true>::shared_bytes;
+  const bool two = args.room > 1 && shape.heads == shape.key_heads && bytes(1, args.room) > HALF;
+  const int warpgroups = two ? WARPGROUPS<width> : 1;
   const int64_t sequences = p.sequences + (shape.cu_seqlens ? 1 : 0);
   launch(OP, masked_attention_backward_cuda_kernel<T, width>,
-         {sequences * (shape.heads + shape.key_heads), THREADS, bytes, p.device, p.stream}, args);
+         {sequences * (shape.heads + shape.key_heads), warpgroups * THREADS, bytes(warpgroups, args.room),
+          p.device, p.stream},
+         args);
 }
 
 void masked_attention_backward_cuda(const MaskedAttentionCudaParams& p) {

@@ -50,7 +50,7 @@ template <class T, int width> struct Forward {
     if (threadIdx.x == 0) fetch_all();
     if (keys.count % ROWS) {
       barrier_wait(values_here(tiles - 1), 0);
-      clear_rows<width>(value_tile(tiles - 1), keys.count % ROWS);
+      clear_rows<width>(value_tile(tiles - 1), keys.count % ROWS, threadIdx.x, blockDim.x);
       publish_shared();
       __syncthreads();
     }
@@ -189,12 +189,15 @@ template <class T, int width> static void forward(const MaskedAttentionCudaParam
   args.tokens = static_cast<int>(p.q.count);
   args.sequences = static_cast<int>(p.sequences);
   args.key_tiles = room_for(shape.most_keys);
-  const int warpgroups = shape.most_queries > ROWS ? 2 : 1;
-  const int bytes = 1024 + (warpgroups + 2 * args.key_tiles) * Tile<width>::bytes;
+  // One warpgroup where a second one would leave no room for a second block.
+  const auto bytes = [&](int warpgroups) {
+    return 1024 + (warpgroups + 2 * args.key_tiles) * Tile<width>::bytes;
+  };
+  const bool one = shape.most_queries <= ROWS || (bytes(2) > HALF && bytes(1) <= HALF);
+  const int warpgroups = one ? 1 : 2;
+  const int64_t sequences = p.sequences + (shape.cu_seqlens ? 1 : 0);
   launch(OP, masked_attention_forward_cuda_kernel<T, width>,
-         {(p.sequences + (shape.cu_seqlens ? 1 : 0)) * shape.heads, warpgroups * THREADS, bytes, p.device,
-          p.stream},
-         args);
+         {sequences * shape.heads, warpgroups * THREADS, bytes(warpgroups), p.device, p.stream}, args);
 }
 
 void masked_attention_forward_cuda(const MaskedAttentionCudaParams& p) {

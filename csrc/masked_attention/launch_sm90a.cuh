@@ -7,6 +7,8 @@ namespace jepa {
 
 constexpr const char* OP = "masked_attention";
 constexpr int MOST_TILES = 4; // of a sequence: 256 queries, 256 keys
+constexpr int HALF =
+    (228 / 2 - 1) * 1024; // bytes: of two blocks on a multiprocessor, which keeps 1 KB for each
 
 // An empty tensor has no maps, and nobody fetches from it. Strides of dimensions of size 1 are of no use, but
 // must be valid: a row's length is.

@@ -77,8 +77,8 @@ __device__ void load_tile(Address to, const TileMaps& from, Address barrier, con
 }
 
 // The rows behind a sequence's last belong to another, and may be NaN: 0 * NaN would reach the sum over rows.
-template <int width> __device__ void clear_rows(Address tile, int first) {
-  for (int i = threadIdx.x; i < (ROWS - first) * (width / 8); i += blockDim.x)
+template <int width> __device__ void clear_rows(Address tile, int first, int thread, int threads) {
+  for (int i = thread; i < (ROWS - first) * (width / 8); i += threads)
     store_shared(tile + Tile<width>::at(first + i / (width / 8), i % (width / 8) * 8), Words{});
 }
 
