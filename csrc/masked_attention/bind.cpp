@@ -1,4 +1,5 @@
 #include "masked_attention/arguments.h"
+#include "masked_attention/check.h"
 
 #include <algorithm>
 #include <cstring>
@@ -40,6 +41,15 @@ struct Options {
         scale(a[11].cast<float>()) {}
   static std::optional<Tensor> tensor(py::handle x) { return x.cast<std::optional<Tensor>>(); }
 };
+
+static void check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+  check_rows(q, k, v, options.cu_seqlens, options.k_cu_seqlens);
+  check_ranges(options.key_ranges, q);
+  check_turns(options.turns, q);
+  check_turns(options.k_turns, k);
+  require(options.turns.has_value() == options.k_turns.has_value(),
+          "turns and k_turns must be given together");
+}
 
 // The sequences of a call, and how they are shared out.
 struct Schedule {
@@ -159,6 +169,7 @@ static void hide_unused(const Tensor& lse, const Runs& runs) {
 static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const py::args& rest) {
   const Options options(rest);
+  check(q, k, v, options);
   Schedule schedule(q, k, options);
   schedule_forward(schedule);
   const Tensor out = empty_like(q), lse = empty_lse(q);
@@ -176,8 +187,11 @@ static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, 
 static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                         py::handle, const Tensor& lse, const py::args& rest) {
   const Options options(rest);
+  check(q, k, v, options);
   Schedule schedule(q, k, options);
   const Parts parts(schedule);
+  for (int i = 0; i < q.dim(); ++i) require(grad.size(i) == q.size(i), "grad must have q's shape");
+  require(lse.dim() == q.dim() - 1, "lse must be what forward gave");
   AttentionRows rows[3];
   const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
   const int64_t one = parts.queries.empty() ? 0 : q.numel() / q.size(-1);

@@ -69,7 +69,7 @@ def results(inputs, dtype, backend):
     return out.detach(), *torch.autograd.grad((out * weights).sum(), list(leaves.values()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(inputs=calls())
 def test_random_calls_are_within_the_error_budget(inputs, dtype):

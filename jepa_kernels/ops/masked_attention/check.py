@@ -1,5 +1,6 @@
 """Argument checks of `masked_attention` and its forms."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -107,12 +108,12 @@ def check_options(
         _check_rope(op, rope, q, k, packing is None)
     if scale is not None:
         check_number(op, "scale", scale)
-        if not 0 < scale < float("inf"):
-            fail(op, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
+        if not 0 < scale < 3.4e38:
+            fail(op, "scale", "be finite and greater than 0 in fp32", scale, "leave it out for D ** -0.5")
 
 
 def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> None:
-    if not isinstance(frame_size, int) or isinstance(frame_size, bool):
+    if not isinstance(frame_size, Integral) or isinstance(frame_size, bool):
         fail(op, "frame_size", "be an int", type(frame_size).__name__, "pass the tokens of one frame", TypeError)
     if frame_size < 1:
         fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")
