@@ -1,27 +1,19 @@
-#include "masked_attention/masked_attention.h"
+#include "masked_attention/arguments.h"
 
 #include <algorithm>
 #include <cstring>
 #include <limits>
 #include <tuple>
-#include <vector>
-
-#include "common/tensor.h"
 
 namespace jepa {
 
 constexpr int64_t BLOCK = 48;   // the kernels' queries at a time
-constexpr int64_t MOST = 6;     // such blocks of a task: what the second-level cache holds beside the keys
+constexpr int64_t MOST = 11;    // such blocks of a task: the more, the less often keys are read and turned
 constexpr int64_t TASKS = 4;    // for each thread, at least, where there are so many blocks
 constexpr int64_t KEYS = 256;   // and keys, where not all
 constexpr int64_t WHOLE = 4096; // keys of a sequence that one thread may hold
 constexpr int64_t HEADS_WIDE = 128, HEADS_CACHED = 1 << 16;
 constexpr int64_t SMALL = 1 << 16; // multiply-adds that are not worth a second thread
-
-static AttentionRows rows_of(const Tensor& x) {
-  if (x.dim() == 3) return {x.data(), 0, x.stride(0), x.stride(1), x.stride(2)};
-  return {x.data(), x.stride(0), x.stride(2), x.stride(1), x.stride(3)};
-}
 
 static AttentionTurns turns_of(const std::optional<Tensor>& x, bool half) {
   if (!x) return {};
@@ -147,13 +139,6 @@ struct Parts {
   }
 };
 
-// [T, H, D], or [B, H, N, D] as a view of contiguous [B, N, H, D].
-static Tensor empty_like(const Tensor& x) {
-  if (x.dim() == 3) return x.new_empty({x.size(0), x.size(1), x.size(2)});
-  const Tensor rows = x.new_empty({x.size(0), x.size(2), x.size(1), x.size(3)});
-  return Tensor::from(rows.obj.attr("transpose")(1, 2));
-}
-
 // Rows past the last sequence of a packed axis.
 static void clear_unused(const Tensor& x, const Runs& runs) {
   if (!runs.starts() || x.numel() == 0) return;
@@ -176,13 +161,9 @@ static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, 
   const Options options(rest);
   Schedule schedule(q, k, options);
   schedule_forward(schedule);
-  const bool packed = q.dim() == 3;
-  const Tensor out = empty_like(q);
-  const Tensor lse = packed ? q.new_empty({q.size(1), q.size(0)}, DType::f32)
-                            : q.new_empty({q.size(0), q.size(1), q.size(2)}, DType::f32);
-  const AttentionRows lse_rows = {lse.data(), packed ? 0 : lse.stride(0), 1, lse.stride(-2), 0};
+  const Tensor out = empty_like(q), lse = empty_lse(q);
   const MaskedAttentionForwardParams params{schedule.shape, rows_of(q),   rows_of(k),
-                                            rows_of(v),     rows_of(out), lse_rows};
+                                            rows_of(v),     rows_of(out), lse_rows_of(lse)};
   {
     py::gil_scoped_release nogil;
     clear_unused(out, schedule.query_runs);
@@ -192,31 +173,13 @@ static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, 
   return {out, lse};
 }
 
-// One [T, 3, H, D] or [B, N, 3, H, D], and q's, k's and v's gradients in it.
-static Tensor stack_like(const Tensor& q, AttentionRows (&rows)[3]) {
-  const bool packed = q.dim() == 3;
-  const int64_t heads = q.size(1), width = q.size(-1), one = heads * width;
-  const Tensor all = packed ? q.new_empty({q.size(0), 3, heads, width})
-                            : q.new_empty({q.size(0), q.size(2), 3, heads, width});
-  const int64_t size = q.dtype == DType::f32 ? 4 : 2;
-  for (int64_t i = 0; i < 3; ++i)
-    rows[i] = {all.data<char>() + i * one * size, packed ? 0 : all.stride(0), 3 * one, width, 1};
-  return all;
-}
-
 static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                                         py::handle, const Tensor& lse, const py::args& rest) {
   const Options options(rest);
   Schedule schedule(q, k, options);
   const Parts parts(schedule);
   AttentionRows rows[3];
-  std::vector<Tensor> grads;
-  if (rest[12].cast<bool>()) {
-    grads = {stack_like(q, rows)};
-  } else {
-    grads = {empty_like(q), empty_like(k), empty_like(v)};
-    for (int i = 0; i < 3; ++i) rows[i] = rows_of(grads[i]);
-  }
+  const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
   const int64_t one = parts.queries.empty() ? 0 : q.numel() / q.size(-1);
   std::vector<float> stats(3 * one);
   const MaskedAttentionBackwardParams params{
@@ -245,6 +208,9 @@ static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, con
 void bind_masked_attention(py::module_& m) {
   m.def("masked_attention_forward_cpu", &forward_cpu);
   m.def("masked_attention_backward_cpu", &backward_cpu);
+#if JEPA_CUDA
+  bind_masked_attention_cuda(m);
+#endif
 }
 
 } // namespace jepa

@@ -75,4 +75,28 @@ struct MaskedAttentionBackwardParams {
 JEPA_DECLARE_CPU(masked_attention_forward_cpu, MaskedAttentionForwardParams)
 JEPA_DECLARE_CPU(masked_attention_backward_cpu, MaskedAttentionBackwardParams)
 
+// A tensor that kernels fetch tiles from: `count` rows, in each of `sequences` planes. Address and strides
+// are multiples of 16 bytes, channel is 1.
+struct AttentionInput {
+  AttentionRows at;
+  int64_t sequences, count;
+};
+
+// The shape has no frames, ranges, turns or tasks; most_queries and most_keys, at most 256, bound the
+// lengths. Rows of the packed axes behind the last sequence are written too: 0, and -inf in lse.
+struct MaskedAttentionCudaParams {
+  AttentionShape shape;
+  int64_t sequences;
+  AttentionInput q, k, v;
+  AttentionRows out, lse;
+  AttentionInput grad; // from here on: backward only
+  AttentionRows dq, dk, dv;
+  int device;
+  void* stream;
+};
+
+void masked_attention_forward_cuda(
+    const MaskedAttentionCudaParams&); // throw std::runtime_error where the launch
+void masked_attention_backward_cuda(const MaskedAttentionCudaParams&); // fails
+
 } // namespace jepa

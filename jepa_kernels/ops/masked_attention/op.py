@@ -1,6 +1,6 @@
 """Public face of `masked_attention` and its forms."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from jepa_kernels._core.check import check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.flops import flop_formula
 from jepa_kernels._core.select import Kernel, select
-from jepa_kernels.ops.masked_attention import reference, sdpa
+from jepa_kernels.ops.masked_attention import limits, reference, sdpa
 from jepa_kernels.ops.masked_attention.check import check_options, check_qkv
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
@@ -18,25 +18,11 @@ from jepa_kernels.rotary import Rope
 OP = "masked_attention"
 
 
-class Call(NamedTuple):
-    """What a row of KERNELS may ask about a call."""
-
-    needs_grad: bool
-    needs_lse: bool
-
-
-def _gives_no_lse(call: Call) -> str | None:
-    return "gives no lse" if call.needs_lse else None
-
-
-def _only_without_grad(call: Call) -> str | None:
-    return "its backward may add in any order: taken only when named" if call.needs_grad else None
-
-
 KERNELS = (
+    Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper, automatic=limits.only_named),
     Kernel("triton"),
     Kernel("cpu"),
-    Kernel("sdpa", limit=_gives_no_lse, automatic=_only_without_grad),
+    Kernel("sdpa", limit=limits.gives_no_lse, automatic=limits.only_without_grad),
 )
 
 
@@ -150,13 +136,14 @@ def _attend(
         check_options(OP, q, k, packing, k_packing, frame_size, key_ranges, rope, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    backend = select(OP, KERNELS, backend, q, Call(needs_grad, needs_lse))
+    lengths = _lengths(q, k, packing, k_packing)
+    given_masks = dict(frame_size=frame_size is not None, key_ranges=key_ranges is not None, rope=rope is not None)
+    backend = select(OP, KERNELS, backend, q, limits.Call(needs_grad, needs_lse, (q, k, v), lengths[-2:], given_masks))
     if backend in ("reference", "sdpa"):
         given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
         if backend == "sdpa":
             return sdpa.forward(q, k, v, packing, **given), q.new_empty(0)
         return reference.forward_lse(q, k, v, packing, **given)
-    lengths = _lengths(q, k, packing, k_packing)
     masks = _masks(q, frame_size, key_ranges, rope, packing is None)
     if qkv is not None:
         return _attention_qkv(qkv, *lengths, *masks, scale, backend)

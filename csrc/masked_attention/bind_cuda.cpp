@@ -1,0 +1,82 @@
+#if JEPA_CUDA
+#include "masked_attention/arguments.h"
+
+#include <tuple>
+
+namespace jepa {
+
+static AttentionInput input_of(const Tensor& x) {
+  const bool packed = x.dim() == 3;
+  return {rows_of(x), packed ? 1 : x.size(0), packed ? x.size(0) : x.size(2)};
+}
+
+// As a tensor map takes it; expanded gradients (of a sum) are written out.
+static Tensor mappable(const Tensor& x) {
+  bool fits = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
+  for (int i = 0; i + 1 < x.dim(); ++i) fits &= x.size(i) == 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
+  return fits ? x : Tensor::from(x.obj.attr("contiguous")());
+}
+
+static MaskedAttentionCudaParams params_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const py::args& rest) {
+  const auto cu_seqlens = rest[0].cast<std::optional<Tensor>>(),
+             k_cu_seqlens = rest[1].cast<std::optional<Tensor>>();
+  MaskedAttentionCudaParams p{};
+  p.q = input_of(q);
+  p.k = input_of(k);
+  p.v = input_of(v);
+  if (cu_seqlens) {
+    p.shape.cu_seqlens = cu_seqlens->data<int32_t>();
+    p.shape.k_cu_seqlens = k_cu_seqlens->data<int32_t>();
+    p.sequences = cu_seqlens->size(0) - 1;
+  } else {
+    p.sequences = q.size(0);
+    p.shape.queries = q.size(2);
+    p.shape.keys = k.size(2);
+  }
+  p.shape.most_queries = rest[4].cast<int64_t>();
+  p.shape.most_keys = rest[5].cast<int64_t>();
+  p.shape.heads = q.size(1);
+  p.shape.key_heads = k.size(1);
+  p.shape.width = q.size(-1);
+  p.shape.scale = rest[11].cast<float>();
+  p.shape.dtype = q.dtype;
+  p.device = q.device_index();
+  p.stream = q.stream();
+  return p;
+}
+
+static std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               const py::args& rest) {
+  const Tensor out = empty_like(q), lse = empty_lse(q);
+  MaskedAttentionCudaParams p = params_of(q, k, v, rest);
+  p.out = rows_of(out);
+  p.lse = lse_rows_of(lse);
+  masked_attention_forward_cuda(p);
+  return {out, lse};
+}
+
+static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                         const Tensor& v, const Tensor& out, const Tensor& lse,
+                                         const py::args& rest) {
+  AttentionRows rows[3];
+  const Tensor mapped = mappable(grad);
+  const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
+  MaskedAttentionCudaParams p = params_of(q, k, v, rest);
+  p.out = rows_of(out);
+  p.lse = lse_rows_of(lse);
+  p.grad = input_of(mapped);
+  p.dq = rows[0];
+  p.dk = rows[1];
+  p.dv = rows[2];
+  masked_attention_backward_cuda(p);
+  return grads;
+}
+
+void bind_masked_attention_cuda(py::module_& m) {
+  m.def("masked_attention_forward_cuda", &forward_cuda);
+  m.def("masked_attention_backward_cuda", &backward_cuda);
+}
+
+} // namespace jepa
+#endif

@@ -1,0 +1,14 @@
+// The CUDA face of masked_attention, with its kernels on the host.
+#define JEPA_CUDA 1
+#include "common/tensor.cpp"
+#include "masked_attention/bind_cuda.cpp"
+
+#include "block.h"
+
+namespace jepa {
+
+void refuse(DType) { throw std::runtime_error("a type that no kernel is built for"); }
+
+} // namespace jepa
+
+PYBIND11_MODULE(emulated, m) { jepa::bind_masked_attention_cuda(m); }

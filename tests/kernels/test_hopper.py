@@ -1,0 +1,204 @@
+"""The Hopper kernels of masked_attention with no GPU: their own sources and binding, built for the host.
+
+tests/kernels/emulation stands in for Hopper's instructions, from the PTX ISA: what a bulk copy writes where, what
+matrix products read where and when. It also stops at faults that a result may not show: a store that no fence
+publishes, an accumulator read before its wait, a copy that outlives its block, threads that wait for ever.
+"""
+
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
+
+import pybind11
+import pytest
+import torch
+
+import jepa_kernels as jk
+from jepa_kernels import Packing
+from jepa_kernels._core import define, select
+from jepa_kernels._core.case import Case
+from jepa_kernels.ops.masked_attention import limits
+from jepa_kernels.ops.masked_attention.cases import CASES, GRADS, dense, packed
+from jepa_kernels.testing import cast, check_case, map_tensors, poisoned_memory, public
+
+pytestmark = pytest.mark.compile
+OP = "masked_attention"
+HERE, CSRC = Path(__file__).parent / "emulation", Path(__file__).parents[2] / "csrc"
+SOURCES = {  # optimised where it pays within a minute
+    HERE / "module.cpp": "-O1",
+    CSRC / "masked_attention" / "cuda_backward_sm90a.cu": "-O1",
+    CSRC / "masked_attention" / "cuda_forward_sm90a.cu": "-O1",
+    HERE / "matrix.cpp": "-O3",
+}
+LENGTHS = (0, 1, 63, 64, 65, 111, 130, 256)
+WIDTHS = (16, 24, 32, 64, 80, 88, 96, 104, 128)
+
+
+def build(folder: Path) -> Path:
+    """All sources at once, then one module."""
+    includes = [f"-I{folder}" for folder in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *includes]
+    started = [
+        subprocess.Popen(
+            ["g++", *flags, level, "-x", "c++", "-c", source, "-o", folder / f"{source.stem}.o"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for source, level in SOURCES.items()
+    ]
+    for process in started:
+        errors = process.communicate()[1]
+        assert process.returncode == 0 and not errors, errors
+    module = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(["g++", "-shared", *folder.glob("*.o"), "-o", module], check=True)
+    return module
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not on PATH: the kernels are not built for the host here")
+    spec = importlib.util.spec_from_file_location("emulated", build(tmp_path_factory.mktemp("emulated")))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _cuda_backend_on_the_host(emulated, monkeypatch):
+    for stage in ("forward", "backward"):
+        kernel = getattr(emulated, f"{OP}_{stage}_cuda")
+        monkeypatch.setitem(define._implementations, (OP, stage, "cuda"), kernel)
+    monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
+    monkeypatch.setitem(limits._capabilities, None, (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+
+
+def draw(make, dtype=torch.bfloat16):
+    return cast(make(torch.Generator().manual_seed(0)), dtype, "cpu")
+
+
+def outcome(q, k, v, grad, packing=None):
+    """Output and gradients on the kernels under test."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with poisoned_memory():
+        out = jk.masked_attention(*leaves, packing, backend="cuda")
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def rows_of_four(lengths, heads, width, dtype=torch.bfloat16):
+    """q, k, v and grad of these lengths, and where sequences start."""
+    make = packed(lengths, heads, width)
+    inputs = draw(make, dtype)
+    grad = torch.randn(inputs["q"].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [inputs[n] for n in GRADS] + [grad], inputs["packing"].cu_seqlens.tolist()
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_shared_cases_are_within_the_error_budget_or_refused(case):
+    masks = {"frame_size", "key_ranges", "rope"} & draw(case.make).keys()
+    if masks:
+        with pytest.raises(jk.BackendError, match=f"got: takes no ({'|'.join(masks)})"):
+            public(OP, "cuda")(**draw(case.make))
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        for parity in check_case(OP, "cuda", case, dtype):
+            assert parity.ok, f"{dtype} {parity}"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_length_is_within_the_error_budget(width):
+    case = Case("", packed(LENGTHS, (2, 1), width, unused=7), GRADS)
+    dtype = torch.float16 if width in (24, 80) else torch.bfloat16
+    for parity in check_case(OP, "cuda", case, dtype):
+        assert parity.ok, str(parity)
+
+
+def test_dense_views_of_one_product_are_read_in_place():
+    def make(generator):
+        inputs = dense(2, (2, 2), 70, 70, 40)(generator)
+        qkv = torch.stack([inputs[n].transpose(1, 2) for n in GRADS], 2)  # [B, N, 3, H, D]
+        return dict(zip(GRADS, (x.transpose(1, 2) for x in qkv.unbind(2)), strict=True))
+
+    for parity in check_case(OP, "cuda", Case("", make, GRADS), torch.bfloat16):
+        assert parity.ok, str(parity)
+
+
+@pytest.mark.parametrize("packing", [None, Packing.from_lengths((5, 0, 65))], ids=["dense", "packed"])
+def test_the_qkv_form_has_the_bits_of_its_views(packing):
+    qkv = torch.randn(*((2, 35) if packing is None else (70,)), 3, 2, 24).bfloat16().requires_grad_()
+
+    def views(x):
+        return [y.transpose(1, 2) if packing is None else y for y in x.unbind(-3)]
+
+    grad = torch.randn_like(views(qkv)[0])
+    out, *apart = outcome(*views(qkv), grad, packing)
+    together = jk.masked_attention_qkv(qkv, *([] if packing is None else [packing]), backend="cuda")
+    assert torch.equal(together, out)
+    assert same(views(torch.autograd.grad(together, qkv, grad)[0]), apart)
+
+
+def test_sequences_have_the_bits_they_have_alone_beside_others_full_of_nan():
+    lengths = (65, 40, 130, 1)
+    tensors, starts = rows_of_four(lengths, (4, 2), 88)
+    for s in (1, 2):
+        own = slice(starts[s], starts[s + 1])
+        alone = outcome(*(x[own] for x in tensors), Packing.from_lengths(lengths[s : s + 1]))
+        poisoned = [torch.full_like(x, float("nan")) for x in tensors]
+        for x, y in zip(poisoned, tensors, strict=True):
+            x[own] = y[own]
+        assert same(alone, [x[own] for x in outcome(*poisoned, Packing.from_lengths(lengths))])
+
+
+def test_the_order_of_sequences_does_not_change_their_bits():
+    lengths, order = (3, 70, 64, 129), (2, 0, 3, 1)
+    tensors, starts = rows_of_four(lengths, (2, 2), 32, torch.float16)
+    rows = torch.cat([torch.arange(starts[s], starts[s + 1]) for s in order])
+    first = outcome(*tensors, Packing.from_lengths(lengths))
+    moved = outcome(*(x[rows] for x in tensors), Packing.from_lengths([lengths[s] for s in order]))
+    assert same([x[rows] for x in first], moved)
+
+
+def test_expanded_gradients():
+    inputs, grads = draw(packed((9, 66), (2, 1), 16)), []
+    leaves = [inputs[n].requires_grad_() for n in GRADS]
+    for expanded in (True, False):
+        out = public(OP, "cuda")(**inputs)
+        one = torch.ones((), dtype=out.dtype).expand(out.shape)
+        grads.append(torch.autograd.grad(out, leaves, one if expanded else one.contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def refusal(**changes):
+    inputs = {**draw(packed((20, 9), (2, 1), 16)), **changes}
+    with pytest.raises(jk.BackendError) as caught:
+        public(OP, "cuda")(**inputs)
+    return str(caught.value)
+
+
+def test_every_limit_gives_its_reason(monkeypatch):
+    where = f"{OP}: backend 'cuda' must be able to run this call, got: "
+    long = draw(packed((257, 3), (2, 1), 16))
+    assert where + "takes at most 256 queries in a sequence, got 257; leave backend out" in refusal(**long)
+    keys = draw(packed((20, 9), (2, 1), 16, key_lengths=(3, 300)))
+    assert where + "takes at most 256 keys in a sequence, got 300" in refusal(**keys)
+    apart = map_tensors(draw(packed((20, 9), (2, 1), 16)), lambda name, x: torch.cat([x, x[..., :3]], -1)[..., :16])
+    strides = "needs {} in rows of stride 1 that begin at multiples of 16 bytes, got strides ({}, 19, 1)"
+    assert where + strides.format("q", 38) in refusal(**apart)
+    assert where + strides.format("v", 19) in refusal(v=apart["v"])
+    assert where + "takes no frame_size" in refusal(frame_size=1)
+    assert where + "takes bfloat16, float16, got float32" in refusal(**draw(packed((4,), (1, 1), 8), torch.float32))
+    monkeypatch.setitem(limits._capabilities, None, (8, 0))
+    assert where + "needs a GPU of compute capability 9.0, got 8.0" in refusal()
+
+
+def test_until_measured_it_is_taken_only_when_named():
+    lines = jk.explain(OP, **draw(packed((20, 9), (2, 1), 16))).splitlines()
+    assert lines[1].split(maxsplit=1) == ["cuda", "not yet measured on a device: taken only when named"]
