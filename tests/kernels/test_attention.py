@@ -20,12 +20,12 @@ def rows(target):
 
 def test_lengths_of_both_kinds_take_the_launches_of_both(target):
     target.reset(90)
-    make = attention(torch.bfloat16, 80, (300, 20))
+    make = attention(torch.bfloat16, 40, (300, 20))
     make()
     (f_short, b_short), (f, *b) = short_attention(), long_attention()
     assert target.launches == [f_short, f, b_short, *b]
     target.reset(90)
-    attention(torch.bfloat16, 80, (256, 20))()
+    attention(torch.bfloat16, 40, (256, 20))()
     assert target.launches == [f_short, b_short], "at most two launches where nothing is longer than 256"
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    LISTS,
     NUMBERS,
     add_products,
     beginning,
@@ -64,7 +65,7 @@ def stream_dq(
     store(dq, drow, start, queries, total, factor, PARTS, D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_backward_q_kernel(
     q, k, v, out, grad, lse, delta, dq, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
@@ -155,7 +156,7 @@ def stream_dkv(
     store(dv, drow, start, keys, total_v, 1.0, PARTS, D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_backward_kv_kernel(
     q, k, v, grad, lse, delta, dk, dv, cu_seqlens, k_cu_seqlens, tiles, ranges, turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    LISTS,
     NUMBERS,
     add_products,
     beginning,
@@ -65,7 +66,7 @@ def _stream(
     finish(out, row, lse, start, queries, total, top, weight, PARTS, D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_forward_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, tiles, ranges,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_backward import LOG2E, load_lse, stream_dkv, stream_dq
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    LISTS,
     NUMBERS,
     add_products,
     beginning,
@@ -91,7 +92,7 @@ def _in_turn(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_backward_short_kernel(
     q, k, v, out, grad, lse, delta, dq, dk, dv, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,

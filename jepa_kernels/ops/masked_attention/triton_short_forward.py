@@ -5,6 +5,7 @@ import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_forward import clear_out, finish
 from jepa_kernels.ops.masked_attention.triton_tiles import (
+    LISTS,
     NUMBERS,
     add_products,
     beginning,
@@ -57,7 +58,7 @@ def _rows(
         finish(out, row, lse, start, queries, total, top, weight, PARTS, D)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_forward_short_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,

@@ -13,7 +13,8 @@ NUMBERS = [
     *("ranges_skip", "turns_skip", "k_turns_skip", "row", "drow", "k_drow", "lse_token", "lse_head"),
     *("queries", "keys", "sequences", "count", "groups", "heads", "group", "frame_size"),
 ]
-TAILS = tl.constexpr(16)  # programs that clear the rows behind the last sequence
+LISTS = ["cu_seqlens", "k_cu_seqlens", "tiles", "ranges"]  # nor for where these begin
+TAILS = tl.constexpr(8)  # programs that clear the rows behind the last sequence
 
 
 @triton.jit
