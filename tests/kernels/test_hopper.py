@@ -73,7 +73,7 @@ def _cuda_backend_on_the_host(emulated, monkeypatch):
         kernel = getattr(emulated, f"{OP}_{stage}_cuda")
         monkeypatch.setitem(define._implementations, (OP, stage, "cuda"), kernel)
     monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
-    monkeypatch.setitem(limits._capabilities, None, (9, 0))
+    monkeypatch.setitem(limits._capabilities, -1, (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
 
@@ -195,8 +195,20 @@ def test_every_limit_gives_its_reason(monkeypatch):
     assert where + strides.format("v", 19) in refusal(v=apart["v"])
     assert where + "takes no frame_size" in refusal(frame_size=1)
     assert where + "takes bfloat16, float16, got float32" in refusal(**draw(packed((4,), (1, 1), 8), torch.float32))
-    monkeypatch.setitem(limits._capabilities, None, (8, 0))
+    monkeypatch.setitem(limits._capabilities, -1, (8, 0))
     assert where + "needs a GPU of compute capability 9.0, got 8.0" in refusal()
+
+
+def test_compiled_calls_of_other_lengths_are_not_compiled_anew():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(public(OP, "cuda"), fullgraph=True, backend=counter)
+    for lengths in ((3, 1), (9, 66), (40, 2), (5, 130)):
+        inputs = draw(packed(lengths, (2, 1), 16))
+        assert torch.equal(compiled(**inputs), public(OP, "cuda")(**inputs))
+    assert counter.frame_count <= 2
 
 
 def test_until_measured_it_is_taken_only_when_named():

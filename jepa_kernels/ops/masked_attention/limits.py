@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 256  # queries, and keys, of a sequence: what the Hopper kernels hold in shared memory
-_capabilities: dict[int | None, tuple[int, int]] = {}
+_capabilities: dict[int, tuple[int, int]] = {}  # by device, found once
 
 
 class Call(NamedTuple):
@@ -33,7 +33,7 @@ def only_named(call: Call) -> str | None:
 
 def hopper(call: Call) -> str | None:
     """The Hopper kernels: whole sequences in shared memory, fetched by tensor maps."""
-    capability = _capability(call.tensors[0].device)
+    capability = _capability(call.tensors[0].get_device())
     if capability != (9, 0):
         return f"needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
     for name, given in call.masks.items():
@@ -48,16 +48,18 @@ def hopper(call: Call) -> str | None:
     return None
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    if torch.compiler.is_compiling():
-        return torch.cuda.get_device_capability(device)
-    if device.index not in _capabilities:
-        _capabilities[device.index] = torch.cuda.get_device_capability(device)
-    return _capabilities[device.index]
+def _capability(device: int) -> tuple[int, int]:
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+# A trace asks once: see `unavailable` in _core/select.py.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mappable(x: Tensor) -> bool:
-    """x, of 2-byte elements, is one that a tensor map can describe."""
-    if x.stride(-1) != 1 or x.storage_offset() % 8:
+    """A tensor map can describe x, of 2-byte elements. A trace can't see where x begins: there a launch fails."""
+    if x.stride(-1) != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
         return False
     return all(size == 1 or (step > 0 and step % 8 == 0) for size, step in zip(x.shape[:-1], x.stride(), strict=False))
