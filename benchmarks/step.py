@@ -48,6 +48,7 @@ class Step:
     smoke: bool = False
     stages: ClassVar[tuple[str, ...]] = ("step",)
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
 
 
 class Parts:

@@ -61,6 +61,13 @@ class Packing:
             ("pairs", sum(n * n for n in lengths)),
         ):
             object.__setattr__(self, name, value)
+        if isinstance(tiles, Tensor) and not torch.compiler.is_compiling():
+            # What torch._dynamo.maybe_mark_dynamic sets: how many tiles there are is dynamic from the first trace on,
+            # though two packings may happen to have as many.
+            tiles._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Packing._of, (self.cu_seqlens, self.tiles, self.lengths, self.tokens, self.max_seqlen)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"Packing: {name} must stay as it is, got an assignment; build a new Packing")
@@ -208,6 +215,8 @@ class Packing:
 def _schedule(lengths: tuple[int, ...], tokens: int) -> Tensor:
     """`Packing.tiles`, on the host, of a size that depends on `tokens` and S alone."""
     tiles = torch.zeros(tokens // Packing.TILE + len(lengths), 2, dtype=torch.int32)
+    if sum(lengths) > tokens:
+        fail("Packing", "lengths", f"sum to at most tokens = {tokens}", sum(lengths), "count the rows again")
     used = sum(-(-n // Packing.TILE) for n in lengths)
     tiles[used:, 0] = -1
     length = torch.tensor(lengths, dtype=torch.int64)

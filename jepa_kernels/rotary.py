@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_number, check_tensor, fail
+from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
 
 PAIRINGS = ("interleaved", "tiled", "half")
 
@@ -52,8 +52,9 @@ class Rope:
         check_number("Rope", "theta", theta)
         if not 0 < theta < float("inf"):
             fail("Rope", "theta", "be finite and greater than 0", theta, "10000 is usual")
-        if not (isinstance(angle_dtype, torch.dtype) and angle_dtype.is_floating_point):
-            fail("Rope", "angle_dtype", "be a floating dtype", angle_dtype, "leave it out for float32", TypeError)
+        if angle_dtype not in FLOATING:
+            wanted = "be float32, float64, bfloat16 or float16"
+            fail("Rope", "angle_dtype", wanted, angle_dtype, "leave it out for float32", TypeError)
         if frequencies is not None:
             check_tensor("Rope", "frequencies", frequencies, "A/2", device=positions.device)
         self.positions, self.k_positions, self.pairing = positions, k_positions, pairing
@@ -82,23 +83,27 @@ class Rope:
         each of the R = a A channels that turn."""
         if torch.compiler.is_compiling():  # the compiler computes equal tables once
             return self._both(width)
-        if width not in self._turns:
-            self._turns[width] = self._both(width)
-        return self._turns[width]
+        if width in self._turns:
+            return self._turns[width]
+        with torch.inference_mode(False):  # a table made while evaluating serves training too
+            turns = self._both(width)
+        if type(turns[0]) is Tensor and not _capturing(turns[0]):
+            self._turns[width] = turns
+        return turns
 
     def _both(self, width: int) -> tuple[Tensor, Tensor]:
         turns = self._table(self.positions, width)
         return turns, turns if self.k_positions is None else self._table(self.k_positions, width)
 
-    @torch.no_grad()
     def _table(self, positions: Tensor, width: int) -> Tensor:
-        half = width // positions.shape[-1] // 2  # A / 2
-        angles = positions.to(self.angle_dtype)[..., None] * self._frequencies(half, positions.device)
-        angles = angles.repeat_interleave(2, -1) if self.pairing == "interleaved" else torch.cat([angles, angles], -1)
-        cos, sin = angles.cos().flatten(-2), angles.sin().flatten(-2)
-        channel = torch.arange(cos.shape[-1], device=cos.device)
-        sin = torch.where(channel < half if self.half else channel % 2 == 0, -sin, sin)
-        return torch.stack([cos, sin], -2).float()
+        half, tiled = width // positions.shape[-1] // 2, self.pairing != "interleaved"  # half: A / 2
+        with torch.no_grad():
+            angles = positions.to(self.angle_dtype)[..., None] * self._frequencies(half, positions.device)
+            angles = torch.cat([angles, angles], -1) if tiled else angles.repeat_interleave(2, -1)
+            cos, sin = angles.cos().flatten(-2), angles.sin().flatten(-2)
+            channel = torch.arange(cos.shape[-1], device=cos.device)
+            sin = torch.where(channel < half if self.half else channel % 2 == 0, -sin, sin)
+            return torch.stack([cos, sin], -2).float()
 
     def _frequencies(self, half: int, device: torch.device) -> Tensor:
         if self.frequencies is None:
@@ -108,6 +113,11 @@ class Rope:
             wanted = f"hold A / 2 = {half} numbers for these heads"
             fail("Rope", "frequencies", wanted, self.frequencies.shape[0], "pass one for each pair of an axis")
         return self.frequencies.to(self.angle_dtype)
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether x is made inside a CUDA graph, whose memory other graphs may not read."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def turn(x: Tensor, turns: Tensor, half: bool) -> Tensor:

@@ -1,7 +1,8 @@
 """Every test of the project, as `make test` runs them: three pytest processes, one summed line.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so interpreted and compiled kernels need processes of
-their own. `python -m tests ARGS` hands ARGS to each process (say, `-k rope`).
+their own. Each of these two keeps one core busy: they run side by side, after the plain tests, which take every core.
+`python -m tests ARGS` hands ARGS to each process (say, `-k rope`).
 """
 
 import os
@@ -15,18 +16,40 @@ from pathlib import Path
 ROOT = Path(__file__).parent
 STAGES = {
     "plain": ("not interp and not compile and not gpu", {}),
-    "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1"}),
-    "compile": ("compile and not gpu", {}),
+    "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}),
+    "compile": ("compile and not gpu", {"OMP_NUM_THREADS": "1"}),
 }
 
 
-def run(name: str, marker: str, extra: dict[str, str], args: list[str], report: Path) -> int:
+def start(name: str, args: list[str], report: Path, log: Path | None = None) -> subprocess.Popen[bytes]:
+    marker, extra = STAGES[name]
+    command = [sys.executable, "-m", "pytest", str(ROOT), "-q", "-m", marker, f"--junitxml={report}", *args]
+    stream = None if log is None else log.open("wb")
+    return subprocess.Popen(
+        command, env={**os.environ, **extra}, cwd=ROOT.parent, stdout=stream, stderr=subprocess.STDOUT if log else None
+    )
+
+
+def alone(name: str, args: list[str], report: Path) -> int:
     print(f"\n== {name}", flush=True)
     started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", str(ROOT), "-q", "-m", marker, f"--junitxml={report}", *args]
-    code = subprocess.run(command, env={**os.environ, **extra}, cwd=ROOT.parent).returncode
+    code = start(name, args, report).wait()
     print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
-    return 0 if code == 5 and args else code  # 5: nothing selected, which only ARGS (say, -k) may cause
+    return code
+
+
+def side_by_side(names: list[str], args: list[str], reports: dict[str, Path]) -> list[int]:
+    """Their output comes as each ends."""
+    started = time.monotonic()
+    logs = {name: reports[name].with_suffix(".log") for name in names}
+    children = {name: start(name, args, reports[name], logs[name]) for name in names}
+    print(f"\n== {' and '.join(names)}, side by side", flush=True)
+    while logs:
+        time.sleep(1)
+        for name in [n for n in logs if children[n].poll() is not None]:
+            print(f"\n== {name}\n{logs.pop(name).read_text(errors='replace')}", end="")
+            print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
+    return [child.returncode for child in children.values()]
 
 
 def count(report: Path) -> tuple[int, int, int]:
@@ -42,7 +65,11 @@ def count(report: Path) -> tuple[int, int, int]:
 def main(args: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder) / f"{name}.xml" for name in STAGES}
-        codes = [run(name, *stage, args, reports[name]) for name, stage in STAGES.items()]
+        codes = [alone("plain", args, reports["plain"])]
+        codes += side_by_side(["interpreter", "compile"], args, reports)
+        codes = [
+            0 if code == 5 and args else code for code in codes
+        ]  # 5: nothing selected, as ARGS (say, -k) may cause
         passed, failed, skipped = (sum(n) for n in zip(*(count(r) for r in reports.values()), strict=True))
     failed = max(failed, sum(code != 0 for code in codes))  # a crash after the report still counts
     print(f"\n{passed} passed, {failed} failed, {skipped} skipped")

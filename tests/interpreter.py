@@ -3,10 +3,11 @@
 bf16: casts truncate and `tl.dot` multiplies bit patterns; here casts round to nearest even and dot is exact. Arithmetic
 on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Run-time loop bounds fail with
 NumPy >= 2.4. Each call of a helper patches the language once more, over the last patch; here each launch does, once.
-Loads and stores are counted in TRAFFIC, masked lanes left out.
+Loads and stores are counted in TRAFFIC, masked lanes left out; products and exponentials in WORK, as issued.
 """
 
 from collections import Counter
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 TRAFFIC: Counter[str] = Counter()  # bytes: {"read": .., "written": ..}
+WORK: Counter[str] = Counter()  # {"multiply_adds": .., "exp2": ..}
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 
@@ -49,6 +51,8 @@ def install() -> None:
     """Patch the interpreter of this process; before any kernel runs."""
     dot, cast, to_float, binary = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, Builder.binary_op
     patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    exp2 = Builder.create_exp2
+    np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # it builds a table for every tensor
     load, store, patch = Builder.create_masked_load, Builder.create_masked_store, interpreter._patch_lang_tensor
 
     def cast_impl(self, source, to):
@@ -65,6 +69,7 @@ def install() -> None:
         return cast_impl(self, source, to) if exact else to_float(self, source, to, rounding)
 
     def create_dot(self, a, b, *rest):
+        WORK["multiply_adds"] += a.data.size * b.data.shape[-1]
         return dot(self, *(cast_impl(self, x, tl.float32) for x in (a, b)), *rest)
 
     def binary_op(self, a, b, op):
@@ -76,6 +81,10 @@ def install() -> None:
         if x.dtype.scalar != tl.float32:
             raise TypeError(f"fma of {x.dtype}: cast to fp32 first")
         return Handle(fused(x.data, y.data, z.data), tl.float32)
+
+    def create_exp2(self, x):
+        WORK["exp2"] += x.data.size
+        return exp2(self, x)
 
     def create_masked_load(self, pointers, mask, *rest):
         loaded = load(self, pointers, mask, *rest)
@@ -90,9 +99,12 @@ def install() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma):
+    for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma, create_exp2):
         setattr(Builder, function.__name__, function)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
+    quick = interpreter.InterpreterOptions(sanitize_overflow=False)  # what it would compute never fires here
+    interpreter.interpreter_builder.options = quick
+    interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else np_dtype(t.scalar)
     interpreter._patch_lang_tensor = patch_tensor
     interpreter._patch_lang = lambda kernel: patch_language(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

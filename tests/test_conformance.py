@@ -277,6 +277,17 @@ def test_double_backward_raises(op, backend, device):
         torch.autograd.grad(output, leaves, create_graph=True)
 
 
+@each_kernel
+def test_forward_mode_is_refused(op, backend, device):
+    case = typical(op)
+    if not case.grads or backend == "sdpa":
+        pytest.skip("no gradient rule of ours")
+    inputs = draw(case, torch.float32, device)
+    first = inputs.pop(case.grads[0])
+    with pytest.raises(RuntimeError, match=f"{op}: inputs must carry no forward-mode tangent, got a dual .+; use"):
+        torch.func.jvp(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs), (first,), (first,))
+
+
 @each_op
 def test_cases_hold_an_empty_batch(op):
     assert any("empty" in c.name for c in op_module(op, "cases").CASES)

@@ -118,13 +118,17 @@ def test_core_stays_small():
 def test_tests_and_benchmarks_call_no_kernel_function(path):
     for imported in imports(path):
         parts = imported.split(".")
-        private = parts[:2] == ["jepa_kernels", "ops"] and len(parts) > 3 and parts[3] in ("triton", "cpu")
+        private = (
+            parts[:2] == ["jepa_kernels", "ops"]
+            and len(parts) > 3
+            and (parts[3].startswith("triton") or parts[3] == "cpu")
+        )
         assert not private or "kernels" in path.parts, f"{path.name} imports {imported}"
 
 
 def test_import_needs_torch_alone():
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "triton.py" and "ops" in path.parts:
+        if path.name.startswith("triton") and "ops" in path.parts:
             continue  # loaded on first use of that backend
         for imported in imports(path, top_level_only=True):
             root = imported.split(".")[0]

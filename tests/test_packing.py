@@ -1,5 +1,8 @@
 """Packing against hand-written layouts."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -94,6 +97,18 @@ def test_is_a_pytree_and_immutable():
     assert torch.equal(q.cu_seqlens, p.cu_seqlens)
     with pytest.raises(AttributeError, match="Packing: tokens must stay as it is, got an assignment; build a new"):
         p.tokens = 3
+
+
+def test_copies_and_pickles():
+    p = Packing.from_lengths([2, 3]).padded(8, 3, 5)
+    for q in (copy.copy(p), copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert (q.lengths, q.tokens, q.max_seqlen) == (p.lengths, p.tokens, p.max_seqlen)
+        assert torch.equal(q.cu_seqlens, p.cu_seqlens) and torch.equal(q.tiles, p.tiles)
+
+
+def test_lengths_that_hold_more_than_the_axis_are_refused():
+    with pytest.raises(ValueError, match="Packing: lengths must sum to at most tokens = 14, got 905; count the rows"):
+        Packing(torch.tensor([0, 5, 14], dtype=torch.int32), (5, 900), 14, 9)
 
 
 def test_no_sequences_and_many():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from jepa_kernels import Rope
 from jepa_kernels.rotary import turn
@@ -94,7 +95,7 @@ def test_tables_are_computed_once_for_all_layers():
         (dict(positions=torch.zeros(3, 2), pairing="half"), ValueError, "positions must have one axis .+, got 2"),
         (dict(theta=0.0), ValueError, "theta must be finite and greater than 0, got 0.0; 10000 is usual"),
         (dict(theta="x"), TypeError, "theta must be a number, got str"),
-        (dict(angle_dtype=torch.int32), TypeError, "angle_dtype must be a floating dtype, got torch.int32; leave"),
+        (dict(angle_dtype=torch.int32), TypeError, "angle_dtype must be float32, .+, got torch.int32; leave"),
         (dict(frequencies=torch.zeros(2, 2)), ValueError, r"frequencies must have shape \[A/2\], got \(2, 2\)"),
     ],
 )
@@ -106,3 +107,13 @@ def test_bad_input_is_named(arguments, error, message):
 def test_frequencies_must_fit_the_heads():
     with pytest.raises(ValueError, match="Rope: frequencies must hold A / 2 = 4 numbers for these heads, got 3; pass"):
         Rope(torch.zeros(2, 1), frequencies=torch.ones(3)).turns(8)
+
+
+def test_a_table_made_while_evaluating_serves_training_and_fakes_leave_none():
+    rope = Rope(torch.rand(4, 3))
+    with torch.inference_mode():
+        turns, _ = rope.turns(16)
+    assert not turns.is_inference() and rope.turns(16)[0] is turns
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rope.turns(24)
+    assert type(rope.turns(24)[0]) is torch.Tensor

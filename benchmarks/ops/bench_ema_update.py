@@ -37,7 +37,8 @@ compiled = torch.compile(lerped, dynamic=False)
 def compiled_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """For one encoder: 149 parameters take ten seconds to compile, at any width."""
     target, online, m = inputs["target"], inputs["online"], inputs["momentum"]
-    return {**rivals(inputs), "compile": lambda: compiled(target, online, 1 - m)}
+    without_grad = torch.no_grad()(lambda: compiled(target, online, 1 - m))  # in one mode: each is compiled for anew
+    return {**rivals(inputs), "compile": without_grad}
 
 
 @torch.no_grad()

@@ -100,11 +100,18 @@ def whole(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"sdpa": lambda: sdpa(inputs["q"], inputs["k"], inputs["v"])}
 
 
-def frames_by_mask(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+def frames_by_torch(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     q, k, v = (inputs[n] for n in ("q", "k", "v"))
     frame = torch.arange(k.shape[2], device=q.device) // inputs["frame_size"]
     mask = additive(frame[:, None] >= frame, q.dtype)
-    return {"sdpa_mask": lambda: sdpa(q, k, v, mask)}
+
+    def prefixes() -> torch.Tensor:
+        """Frame by frame, each against the keys up to its end: no mask."""
+        size = inputs["frame_size"]
+        frames = [(q[:, :, i : i + size], k[:, :, : i + size], v[:, :, : i + size]) for i in range(0, len(frame), size)]
+        return torch.cat([sdpa(*one) for one in frames], 2)
+
+    return {"sdpa_mask": lambda: sdpa(q, k, v, mask), "sdpa_prefixes": prefixes}
 
 
 def turned_before(inputs: Inputs) -> dict[str, Callable[[], Any]]:
@@ -194,7 +201,7 @@ WORKLOADS = (
     workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=whole, grads=(), compile=("forward",)),
     workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, grads=()),
     workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, dtypes=("bfloat16",)),
-    workload("vjepa2_ac_frames", dense(1, 16, 4 * 258, 64, frame_size=258), rivals=frames_by_mask),
+    workload("vjepa2_ac_frames", dense(1, 16, 4 * 258, 64, frame_size=258), rivals=frames_by_torch),
     workload("vjepa2_vit_l_rope", dense(2, 16, 512, 64, rope=True), rivals=turned_before, grads=()),
     workload("vjepa2_vit_l_qkv", one_qkv((503, 512, 488, 510), 16, 64), rivals=views, grads=("qkv",),
              dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views),

@@ -3,10 +3,13 @@
 #include <new>
 
 #include "common/parallel.h"
+#include "masked_attention/format.h"
 #include "masked_attention/rows.h"
 #include "masked_attention/visible.h"
 
 namespace jepa::JEPA_ISA {
+
+constexpr int64_t KEYS = 256; // at a time, where not all are
 
 struct Span {
   int64_t begin, count;
@@ -69,11 +72,11 @@ static int64_t whole_registers(int64_t lanes) { return (lanes + W - 1) / W * W; 
 
 static int64_t blocks_of(int64_t queries) { return (queries + BLOCK - 1) / BLOCK; }
 
-// Rows of a block of queries transposed, a query in each lane, 0 past the last; the rows may be spoilt there.
-static void to_lanes(float* rows, int64_t count, int64_t width, float* lanes) {
+// A block of queries transposed, 0 in the lanes past the last; rows past it are cleared.
+template <class F> static void transpose_block(float* rows, int64_t count, int64_t width, float* lanes) {
   const int64_t filled = whole_registers(count);
   clear_rows(rows + count * scratch_row(width), filled - count, width);
-  transpose(rows, filled, width, lanes, BLOCK);
+  F::to_lanes(rows, filled, width, lanes);
 }
 
 // Heads of keys [first, first + count) and the heads of queries that read them.
@@ -83,18 +86,19 @@ struct Heads {
   int64_t first_query() const { return first * group; }
 };
 
-// body(task, heads, scratch) for each task and each `head_step` heads of keys, with `floats` of scratch
-// memory.
-template <class Body> static void for_each_item(const AttentionShape& s, int64_t floats, Body body) {
-  const int64_t steps = (s.key_heads + s.head_step - 1) / s.head_step, items = s.task_count * steps;
+// body(task, heads, scratch) for each task and each `step` heads of keys, with `floats` of scratch memory.
+template <class Body>
+static void for_each_item(const AttentionShape& s, const AttentionTask* tasks, int64_t count, int64_t step,
+                          int64_t floats, Body body) {
+  const int64_t steps = (s.key_heads + step - 1) / step, items = count * steps;
   const int threads = s.threads < items ? s.threads : static_cast<int>(items);
   if (items == 0) return;
   constexpr std::align_val_t line{64};
   float* memory = static_cast<float*>(operator new(threads * floats * sizeof(float), line));
   parallel_dynamic(items, threads, [&](int64_t item) {
-    const int64_t first = item % steps * s.head_step, left = s.key_heads - first;
-    const Heads heads{first, left < s.head_step ? left : s.head_step, s.heads / s.key_heads};
-    body(s.tasks[item / steps], heads, Scratch{memory + omp_get_thread_num() * floats});
+    const int64_t first = item % steps * step, left = s.key_heads - first;
+    const Heads heads{first, left < step ? left : step, s.heads / s.key_heads};
+    body(tasks[item / steps], heads, Scratch{memory + omp_get_thread_num() * floats});
   });
   operator delete(memory, line);
 }

@@ -8,8 +8,6 @@
 
 namespace jepa::JEPA_ISA {
 
-constexpr int64_t KEYS = 256; // at a time
-
 // A block of queries of one head: transposed queries, sums of weighted values, and the softmax so far.
 struct ForwardBlock {
   float *lanes, *out, *top, *sum;
@@ -21,6 +19,7 @@ struct ForwardBlock {
 
 // Some heads of a task. Its blocks of queries are numbered by head within their rows.
 template <class T> struct Forward {
+  using F = typename FormatOf<T>::type;
   const MaskedAttentionForwardParams& p;
   const AttentionShape& shape;
   const AttentionTask& task;
@@ -62,13 +61,11 @@ template <class T> struct Forward {
     });
     for (int64_t from = seen.first / KEYS * KEYS; from < seen.last; from += KEYS) {
       const int64_t to = seen.last - from < KEYS ? seen.last : from + KEYS;
-      read_rows(sequence.key_rows<const T>(p.k, from, heads.first), sequence.k_turns(from), to - from,
-                heads.count, width, k, keys_floats);
-      read_rows(sequence.key_rows<const T>(p.v, from, heads.first), Turns{}, to - from, heads.count, width, v,
-                keys_floats);
+      read_keys(from, to - from);
       for (int64_t h = 0; h < heads.queries(); ++h)
         for_each_block([&](int64_t first, int64_t count, const Visible& visible) {
-          attend(block(first, h), visible, count, from, to, h / heads.group * keys_floats);
+          const int64_t skip = h / heads.group * keys_floats;
+          attend(block(first, h), visible, count, from, to, k + skip, v + skip);
         });
     }
     for_each_block([&](int64_t first, int64_t count, const Visible&) {
@@ -76,13 +73,23 @@ template <class T> struct Forward {
     });
   }
 
+  void read_keys(int64_t first, int64_t count) {
+    read_rows(sequence.key_rows<const T>(p.k, first, heads.first), sequence.k_turns(first), count,
+              heads.count, width, k, keys_floats);
+    read_rows(sequence.key_rows<const T>(p.v, first, heads.first), Turns{}, count, heads.count, width, v,
+              keys_floats);
+    for (int64_t h = 0; h < heads.count; ++h) {
+      F::to_left(k + h * keys_floats, row, count, width, k + h * keys_floats, F::left_row(width));
+      F::to_right(v + h * keys_floats, row, count, width);
+    }
+  }
+
   void start(int64_t first, int64_t count) {
     read_rows(sequence.query_rows<const T>(p.q, first, heads.first_query()), sequence.turns(first), count,
               heads.queries(), width, block(first, 0).out, block_floats);
     for (int64_t h = 0; h < heads.queries(); ++h) {
       const ForwardBlock b = block(first, h);
-      scale_rows(b.out, shape.scale * LOG2_E, count, width);
-      to_lanes(b.out, count, width, b.lanes);
+      transpose_block<F>(b.out, count, width, b.lanes);
       clear_rows(b.out, count, width);
       for (int64_t i = 0; i < BLOCK; i += W) {
         store(b.top + i, set1(NO_TOP));
@@ -91,18 +98,22 @@ template <class T> struct Forward {
     }
   }
 
-  // Adds keys [begin, end), which start `skip` behind `k` and `v`.
+  // Adds keys [begin, end), of which the first are `key` and `value`.
   void attend(const ForwardBlock& block, const Visible& visible, int64_t count, int64_t begin, int64_t end,
-              int64_t skip) {
+              const float* key, const float* value) {
     const int64_t from = visible.first > begin ? visible.first : begin;
     const int64_t to = visible.last < end ? visible.last : end, keys = to - from;
     if (keys <= 0) return;
-    skip += (from - begin) * row;
-    multiply(keys, count, {width, k + skip, row, 1, block.lanes, BLOCK, scores, BLOCK, false});
+    key += (from - begin) * F::left_row(width);
+    value += (from - begin) / F::PAIR * row;
+    multiply<F>(keys, count,
+                {width / F::PAIR, key, F::left_row(width), 1, block.lanes, BLOCK, scores, BLOCK, false,
+                 shape.scale * LOG2_E});
     visible.hide(scores, from, to, count);
     softmax(scores, keys, count, block.top, block.sum, past);
+    F::to_right(scores, BLOCK, keys, count);
     if (visible.first < begin) scale_rows(block.out, past, count, width);
-    multiply(count, width, {keys, scores, 1, BLOCK, v + skip, row, block.out, row, true});
+    multiply<F>(count, width, {pairs_of<F>(keys), scores, 1, BLOCK, value, row, block.out, row, true});
   }
 
   void finish(const ForwardBlock& block, int64_t first, int64_t count, int64_t h) {
@@ -119,7 +130,8 @@ template <class T> struct Forward {
 
 template <class T> static void forward(const MaskedAttentionForwardParams& p) {
   if (p.shape.key_heads == 0) return;
-  for_each_item(p.shape, Forward<T>::floats(p.shape),
+  const AttentionShape& shape = p.shape;
+  for_each_item(shape, shape.tasks, shape.task_count, shape.head_step, Forward<T>::floats(shape),
                 [&](const AttentionTask& task, const Heads& heads, Scratch scratch) {
                   Forward<T>(p, task, heads, scratch).run();
                 });

@@ -62,10 +62,14 @@ struct MaskedAttentionForwardParams {
   AttentionRows q, k, v, out, lse; // out and lse (float, channel unused) are written at the tasks' rows
 };
 
-// A task holds all queries of its sequence.
+// A task of the shape holds all queries of its sequence. Large sequences come in parts instead: of queries,
+// and (a part's numbers are of keys) of keys.
 struct MaskedAttentionBackwardParams {
   AttentionShape shape;
-  AttentionRows grad, q, k, v, dq, dk, dv; // dq, dk, dv are written at the tasks' rows and keys
+  AttentionRows grad, q, k, v, dq, dk, dv; // dq, dk, dv are written at the rows and keys of tasks and parts
+  const AttentionTask *query_parts, *key_parts;
+  int64_t query_part_count, key_part_count, most_whole_keys;
+  AttentionRows stats; // scratch for the parts: float, three of them a row, `channel` apart
 };
 
 JEPA_DECLARE_CPU(masked_attention_forward_cpu, MaskedAttentionForwardParams)

@@ -98,10 +98,6 @@ static void scale_rows(float* x, const float* factor, int64_t rows, int64_t widt
   }
 }
 
-static void scale_rows(float* x, float factor, int64_t rows, int64_t width) {
-  for (int64_t i = 0; i < rows; ++i, x += scratch_row(width)) scale_rows(x, &factor, 1, width);
-}
-
 // Rows times their factors, 0 where the factor is 0.
 template <class T>
 static void write_rows(const float* in, const float* factor, int64_t rows, int64_t width, View<T> out) {
@@ -145,9 +141,9 @@ static inline void transpose_8x8(const float* in, int64_t in_row, float* out, in
   }
 }
 
-// Scratch rows [rows][width] -> [width][out_row]; rows and width are multiples of 8.
-static void transpose(const float* in, int64_t rows, int64_t width, float* out, int64_t out_row) {
-  const int64_t in_row = scratch_row(width);
+// [rows][width] -> [width][out_row]; rows and width are multiples of 8.
+static void transpose(const float* in, int64_t in_row, int64_t rows, int64_t width, float* out,
+                      int64_t out_row) {
   for (int64_t r = 0; r < rows; r += 8)
     for (int64_t c = 0; c < width; c += 8)
       transpose_8x8(in + r * in_row + c, in_row, out + c * out_row + r, out_row);

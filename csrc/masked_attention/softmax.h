@@ -41,24 +41,48 @@ static void softmax(float* scores, int64_t keys, int64_t queries, float* top, fl
   }
 }
 
-// From scores and d weights: scores <- weights, d weights <- d scores = weights * (d weights - their mean by
-// weight). The mean comes from the same d weights: where one weight is all, the difference is exactly 0.
-static void softmax_backward(float* scores, float* grad, int64_t keys, int64_t queries) {
+// What turns scores and d weights of a block of queries into weights and d scores.
+struct SoftmaxStats {
+  float *top, *inverse, *mean;
+};
+
+// scores <- 2^(scores - top); the stats of all these keys. The mean of the d weights, by weight, comes from
+// the same d weights that it is subtracted from: where one weight is all, the difference is exactly 0.
+static void softmax_stats(float* scores, const float* grad, int64_t keys, int64_t queries,
+                          SoftmaxStats stats) {
   for (int64_t i = 0; i < queries; i += W) {
-    float *s = scores + i, *g = grad + i;
+    float* s = scores + i;
     const vf top = top_of(s, keys, set1(NO_TOP));
     vf sum = zero(), dot = zero();
     for (int64_t j = 0; j < keys; ++j) {
       const vf e = exp2v(sub(load(s + j * BLOCK), top));
       store(s + j * BLOCK, e);
       sum = add(sum, e);
-      dot = fma(e, load(g + j * BLOCK), dot);
+      dot = fma(e, load(grad + i + j * BLOCK), dot);
     }
-    const vf inverse = inverse_of(sum), mean = mul(dot, inverse);
-    for (int64_t j = 0; j < keys; ++j) {
-      const vf p = mul(load(s + j * BLOCK), inverse);
-      store(s + j * BLOCK, p);
-      store(g + j * BLOCK, mul(p, sub(load(g + j * BLOCK), mean)));
+    const vf inverse = inverse_of(sum);
+    store(stats.top + i, top);
+    store(stats.inverse + i, inverse);
+    store(stats.mean + i, mul(dot, inverse));
+  }
+}
+
+// scores <- 2^(scores - top), as above.
+static void softmax_again(float* scores, int64_t keys, int64_t queries, SoftmaxStats stats) {
+  for (int64_t i = 0; i < queries; i += W) {
+    const vf top = load(stats.top + i);
+    for (float* s = scores + i; s < scores + keys * BLOCK; s += BLOCK) store(s, exp2v(sub(load(s), top)));
+  }
+}
+
+// scores <- weights = scores / their sum, d weights <- d scores = weights * (d weights - mean).
+static void softmax_grads(float* scores, float* grad, int64_t keys, int64_t queries, SoftmaxStats stats) {
+  for (int64_t i = 0; i < queries; i += W) {
+    const vf inverse = load(stats.inverse + i), mean = load(stats.mean + i);
+    for (int64_t j = i; j < keys * BLOCK; j += BLOCK) {
+      const vf p = mul(load(scores + j), inverse);
+      store(scores + j, p);
+      store(grad + j, mul(p, sub(load(grad + j), mean)));
     }
   }
 }

@@ -33,6 +33,7 @@ struct Visible {
       if (from > all_first) all_first = from;
       if (to < all_last) all_last = to;
     }
+    first -= first % 2; // pairs of keys stay together
   }
 
   void include(const Visible& other) {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jepa_kernels._core import extension
 
@@ -45,6 +46,15 @@ def define(op: str, stage: str, schema: str, fake: Callable[..., Any]) -> Callab
     library.impl(name, run, "CUDA")
     torch.library.register_fake(f"jepa_kernels::{name}", fake, lib=library)
     return getattr(torch.ops.jepa_kernels, name).default
+
+
+def _refuse_duals(op: str, args: tuple[Any, ...]) -> None:
+    """A kernel would drop the tangents."""
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{op}: inputs must carry no forward-mode tangent, got a dual tensor; use backend='reference'"
+            )
 
 
 def differentiable(
@@ -93,6 +103,8 @@ def differentiable(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return twin(*args)
+        if forward_ad._current_level >= 0:  # type: ignore[attr-defined]  # inside a dual level of forward mode
+            _refuse_duals(op, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return Eager.apply(*args)
         return forward(*args)

@@ -22,6 +22,15 @@ def reason(device_type: str) -> str | None:
     return None
 
 
+def capability() -> int:
+    """10 * major + minor of the current device; in the interpreter, of an H100."""
+    if interpreting():
+        return 90
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch)
+
+
 def device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device: inside this context that is x's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -24,6 +24,9 @@ class Call:
     wide          kernels that must load 16 bytes an instruction (not where a row's width is odd)
     counts        {kernel: {instruction pattern: how many}}
     capabilities  GPUs it is compiled for
+    holds         {kernel: instruction patterns that it must hold}
+    blocks        how many blocks of each kernel must fit a multiprocessor's registers
+    spilled       bytes of registers that a kernel may spill
     """
 
     name: str
@@ -32,6 +35,9 @@ class Call:
     wide: tuple[str, ...] = ()
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     capabilities: tuple[int, ...] = EVERY
+    holds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blocks: int = 2
+    spilled: int = 0
 
 
 def ema(online: torch.dtype, shadow: torch.dtype | None, form: str) -> Callable[[], object]:
@@ -91,4 +97,71 @@ def loss_calls() -> Iterator[Call]:
         yield Call(f"channels-{channels}", loss(torch.float32, channels), launches, (), {}, HOPPER)
 
 
-CALLS = {"ema_update": tuple(ema_calls()), "latent_loss": tuple(loss_calls())}
+def attention(
+    dtype: torch.dtype, width: int, lengths: tuple[int, ...], heads: tuple[int, int] = (2, 2), **options: object
+) -> Callable[[], object]:
+    """Forward and backward of packed sequences; one length: dense."""
+
+    def make() -> object:
+        tokens = sum(lengths)
+        shapes = [(tokens, heads[i > 0], width) for i in range(3)]
+        if len(lengths) == 1:
+            shapes = [(1, h, n, w) for n, h, w in shapes]
+        else:
+            options["packing"] = Packing.from_lengths(lengths)
+        leaves = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        out = jk.masked_attention(*leaves, **options, backend="triton")
+        return torch.autograd.grad(out, leaves, torch.zeros_like(out))
+
+    return make
+
+
+def attention_qkv(width: int) -> Callable[[], object]:
+    def make() -> object:
+        qkv = torch.zeros(60, 3, 2, width, dtype=torch.bfloat16, requires_grad=True)
+        out = jk.masked_attention_qkv(qkv, Packing.from_lengths([40, 20]), backend="triton")
+        return torch.autograd.grad(out, qkv, torch.zeros_like(out))
+
+    return make
+
+
+def attention_calls() -> Iterator[Call]:
+    short, long = short_attention(), long_attention()
+    turn, hgmma = "_masked_attention_turn_kernel", {kernel: ("HGMMA.*",) for kernel in (*short, *long)}
+    few, rope = (40, 20), jk.Rope(torch.zeros(60, 3))
+    for width in (64, 80, 128):
+        yield Call(f"elsewhere-d{width}", attention(torch.bfloat16, width, few), long, long, {}, (80, 100))
+    for name, make, spilled in (
+        ("float16-d64", attention(torch.float16, 64, few), 0),
+        ("rope-d64", attention(torch.bfloat16, 64, few, rope=rope), 32),  # addresses of turns
+        ("grouped-d64", attention(torch.bfloat16, 64, few, heads=(4, 2)), 0),
+        ("qkv-d24", attention_qkv(24), 0),
+    ):
+        yield Call(name, make, short, short, {}, HOPPER, hgmma, blocks=1, spilled=spilled)
+    ranges = torch.zeros(300, 2, dtype=torch.int32)
+    for name, make, spilled in (
+        ("frames-d64", attention(torch.bfloat16, 64, (516,), frame_size=258), 16),  # lengths: a second block fits
+        ("ranges-d64", attention(torch.bfloat16, 64, (300,), key_ranges=ranges), 0),
+    ):
+        yield Call(name, make, long, long, {}, HOPPER, hgmma, spilled=spilled)
+    yield Call("float32-d80", attention(torch.float32, 80, few), long, long, {}, HOPPER, blocks=1)
+    turned = (turn, turn, long[0], turn, turn, *long[1:])
+    rope = jk.Rope(torch.zeros(300, 3), pairing="tiled")
+    yield Call("rope-d32", attention(torch.bfloat16, 32, (300,), rope=rope), turned, turned, {}, HOPPER, hgmma)
+
+
+def short_attention() -> tuple[str, ...]:
+    """The launches of sequences that stay on chip, forward and backward."""
+    return tuple(f"_masked_attention_{stage}_short_kernel" for stage in ("forward", "backward"))
+
+
+def long_attention() -> tuple[str, ...]:
+    """The launches of sequences that stream."""
+    return tuple(f"_masked_attention_{stage}_kernel" for stage in ("forward", "backward_q", "backward_kv"))
+
+
+CALLS = {
+    "ema_update": tuple(ema_calls()),
+    "latent_loss": tuple(loss_calls()),
+    "masked_attention": tuple(attention_calls()),
+}

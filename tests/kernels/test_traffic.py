@@ -11,9 +11,11 @@ from jepa_kernels.ops import OPS
 
 pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    from tests.interpreter import TRAFFIC
+    from tests.interpreter import TRAFFIC, WORK
 
 BANDWIDTH = 4.3e12  # bytes a second, read and written: what an H200 copies at
+PRODUCTS = 790e12  # bf16 operations a second
+EXPONENTIALS = 3.7e12  # a second
 LAUNCH_S = 2e-6
 
 
@@ -56,8 +58,63 @@ def test_bytes_touched_stay_near_the_floor(name, call, launches, full, limit, re
     assert 1.0 <= ratio < 1.04 and modelled < limit
 
 
+CONTEXTS = (42, 66, 84, 96, 101, 111, 117, 123, 128, 132, 156, 176)  # of I-JEPA: patches kept, 111 in the mean
+# Name, lengths of a sample, D, sequences and heads of the published size, the least useful share of issued products
+# forward and backward, and the most bytes over the floor's, forward and backward. What streams reads its keys once for
+# 128 queries, from the L2 cache: its bytes are no traffic of memory.
+ATTENTION = [
+    ("ijepa_target_n256", (256,), 80, 128, 16, (0.99, 0.71), (1.02, 2.2)),
+    ("ijepa_contexts_mean_111", CONTEXTS, 80, 128, 16, (0.7, 0.48), (1.02, 1.35)),
+    ("ijepa_predictor_n112", (112, 96, 134), 24, 512, 16, (0.49, 0.3), (1.05, 1.4)),
+    ("ijepa_l16_n196", (196,), 64, 128, 16, (0.58, 0.4), (1.02, 2.4)),
+    ("vjepa2_predictor_n1480", (1480,), 32, 24, 12, (0.9, None), (None, None)),
+    ("vjepa2_context_n508", (508,), 64, 24, 22, (0.95, 0.68), (None, None)),
+]
+
+
+@pytest.mark.parametrize(
+    "name, lengths, width, sequences, heads, shares, ratios", ATTENTION, ids=[c[0] for c in ATTENTION]
+)
+def test_attention_stays_near_its_floors(name, lengths, width, sequences, heads, shares, ratios, record_property):
+    """Products and exponentials issued, and bytes, scaled from one head of a sample to the published size."""
+    leaves = [torch.randn(sum(lengths), 1, width).bfloat16().requires_grad_() for _ in range(3)]
+    pairs, tensor = sum(n * n for n in lengths), 2 * leaves[0].numel()
+    scale = sequences / len(lengths) * heads
+    for stage, share, ratio, products, tensors in zip(
+        ("forward", "backward"), shares, ratios, (2, 5), (4, 8), strict=True
+    ):
+        TRAFFIC.clear()
+        WORK.clear()
+        if stage == "forward":
+            out = jk.masked_attention(*leaves, Packing.from_lengths(lengths), backend="triton")
+        elif share is not None:
+            torch.autograd.grad(out, leaves, torch.randn_like(out))
+        else:
+            continue
+        useful = products * pairs * width / WORK["multiply_adds"]
+        bytes_over_floor = TRAFFIC.total() / (tensors * tensor)
+        floors = [
+            scale * tensors * tensor / BANDWIDTH,
+            scale * 2 * products * pairs * width / PRODUCTS,
+            scale * pairs / EXPONENTIALS,
+        ]
+        issued = WORK["exp2"] / pairs
+        over = (1.0 if ratio is None else max(bytes_over_floor, 1.0), 1 / useful, issued)
+        modelled = max(f * x for f, x in zip(floors, over, strict=True)) + LAUNCH_S
+        record_property(f"{stage}_useful_share", round(useful, 3))
+        record_property(f"{stage}_bytes_over_floor", round(bytes_over_floor, 3))
+        record_property(f"{stage}_modelled_us", round(modelled * 1e6, 1))
+        print(
+            f"{name} {stage}: {useful:.2f} of products useful, {bytes_over_floor:.2f} of the floor's bytes, "
+            f"{modelled * 1e6:.0f} us modelled, floor {max(floors) * 1e6:.0f} us"
+        )
+        assert useful >= share
+        assert ratio is None or bytes_over_floor <= ratio
+        assert stage == "backward" or modelled <= 1.35 * max(floors)
+
+
 def test_every_op_with_a_triton_kernel_is_counted():
     from jepa_kernels._core.info import kernels
 
-    counted = {name.split("-")[0] for name, *_ in CASES}
+    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention"}
     assert counted == {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}

@@ -2,28 +2,14 @@
 
 import pytest
 import torch
-from triton.runtime import driver
 
 import jepa_kernels as jk
-from jepa_kernels._core import select
 from jepa_kernels._core.info import kernels
 from jepa_kernels.ops import OPS
 from tests.kernels.expected import CALLS
-from tests.kernels.target import REGISTERS, SHARED_BYTES, Target
+from tests.kernels.target import REGISTERS, SHARED_BYTES
 
 pytestmark = pytest.mark.compile
-
-
-@pytest.fixture(scope="module")
-def target():
-    """Launches on CPU tensors compile; the driver of this machine, if it has one, comes back afterwards."""
-    before, reason = driver._active, select._availability.get(("triton", "cpu"))
-    driver.set_active(Target())
-    select._availability["triton", "cpu"] = None
-    yield driver.active
-    driver._active = before
-    select._availability["triton", "cpu"] = reason
-    select._ready.clear()
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if any(k.backend == "triton" for k in kernels(op))])
@@ -40,11 +26,14 @@ def test_machine_code(target, capability, call):
     call.make()
     assert tuple(target.launches) == call.launches
     for binary in target.binaries:  # a kernel that an earlier call loaded was inspected there
-        assert binary.stack == 0 and not binary.count(r"(LDL|STL).*"), f"spills: {binary}"
+        assert binary.stack <= call.spilled and (call.spilled or not binary.count(r"(LDL|STL).*")), f"spills: {binary}"
         assert binary.shared <= SHARED_BYTES[capability]
-        assert binary.registers * target.threads[binary.name] <= REGISTERS // 2, f"two blocks must fit: {binary}"
+        threads = call.blocks * target.threads[binary.name]
+        assert binary.registers * threads <= REGISTERS, f"{call.blocks} blocks must fit: {binary}"
         if binary.name in call.wide:
-            assert binary.count(r"LDG\.E.*\.128") and binary.count(r"STG\.E.*\.(64|128)"), binary.instructions
+            assert binary.count(r"LDG(STS)?\.E.*\.128") and binary.count(r"STG\.E.*\.(64|128)"), binary.instructions
+        for pattern in call.holds.get(binary.name, ()):
+            assert binary.count(pattern), f"{pattern}: {binary.instructions}"
         for pattern, count in call.counts.get(binary.name, {}).items():
             assert binary.count(pattern) == count, f"{pattern}: {binary.instructions}"
     call.make()

@@ -98,6 +98,9 @@ OUT, LSE = torch.randn(3, 2, 8), torch.randn(2, 3)
         ([OUT], [LSE, LSE], ValueError, "lses must hold one tensor for each of outs, at least one, got 1 and 2"),
         ([OUT, OUT[:2]], [LSE, LSE], ValueError, r"outs\[1\] must be like outs\[0\], \(3, 2, 8\), got \(2, 2, 8\)"),
         ([OUT], [LSE.T], ValueError, r"lses\[0\] must have shape \(2, 3\), got \(3, 2\); pass what"),
+        (OUT, LSE, TypeError, "outs and lses must be lists of tensors, got a tensor; pass one entry for each part"),
+        ([OUT, OUT.half()], [LSE, LSE], TypeError, r"outs\[1\] must be float32 like outs\[0\], got float16; cast them"),
+        ([OUT.clone().requires_grad_()], [LSE], ValueError, r"outs\[0\] must need no gradient, got .+; merge under"),
         ([OUT], [LSE.half()], TypeError, r"lses\[0\] must be of dtype float32, float64, got float16"),
     ],
 )
@@ -129,12 +132,10 @@ def test_qkv_of_another_shape_is_named():
         jk.masked_attention_qkv(torch.randn(4, 3, 2, 8))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_flops_are_counted_from_the_pairs(compiled):
+def test_flops_are_counted_from_the_pairs():
     qkv, packing = packed_qkv()
-    function = torch.compile(jk.masked_attention_qkv, backend="aot_eager") if compiled else jk.masked_attention_qkv
     with FlopCounterMode(display=False) as forward:
-        out = function(qkv.requires_grad_(), packing, backend="cpu")
+        out = jk.masked_attention_qkv(qkv.requires_grad_(), packing, backend="cpu")
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert packing.pairs == 5 * 5 + 70 * 70 + 64 * 64
@@ -158,20 +159,34 @@ def test_flops_are_counted_whichever_import_comes_first():
         assert done.stdout.strip() == str(2 * 2 * 4 * 4 * 8)
 
 
-def test_lengths_that_change_at_random_compile_at_most_twice_more():
+def self_attention(lengths):
+    packing = Packing.from_lengths(lengths)
+    return torch.randn(packing.tokens, 3, 2, 16), packing, torch.rand(packing.tokens, 3)
+
+
+def cross_attention(lengths):
+    q, k = (Packing.from_lengths(n) for n in (lengths, [2 * n for n in reversed(lengths)]))
+    return torch.randn(q.tokens, 2, 16), torch.randn(k.tokens, 2, 16), q, k
+
+
+def call_self(qkv, packing, positions):
+    return jk.masked_attention_qkv(qkv, packing, rope=Rope(positions), backend="cpu")
+
+
+def call_cross(q, kv, packing, k_packing):
+    return jk.masked_attention(q, kv, kv, packing, k_packing=k_packing, backend="cpu")
+
+
+@pytest.mark.parametrize("call, make", [(call_self, self_attention), (call_cross, cross_attention)])
+def test_lengths_that_change_at_random_compile_at_most_twice_more(call, make):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-
-    def step(qkv, packing, rope):
-        return jk.masked_attention_qkv(qkv, packing, rope=rope, backend="cpu")
-
-    compiled, generator = torch.compile(step, fullgraph=True, backend=counter), torch.Generator().manual_seed(0)
+    compiled, generator = torch.compile(call, fullgraph=True, backend=counter), torch.Generator().manual_seed(0)
     for _ in range(50):
-        packing = Packing.from_lengths(torch.randint(1, 40, (4,), generator=generator).tolist())
-        qkv, rope = torch.randn(packing.tokens, 3, 2, 16), Rope(torch.rand(packing.tokens, 3))
-        assert torch.equal(compiled(qkv, packing, rope), step(qkv, packing, rope))
+        inputs = make(torch.randint(1, 40, (4,), generator=generator).tolist())
+        assert torch.equal(compiled(*inputs), call(*inputs))
     assert counter.frame_count <= 3
 
 
@@ -207,3 +222,30 @@ def test_explain_knows_the_forms():
     assert jk.explain("masked_attention_qkv", qkv, packing).startswith("masked_attention_qkv: cpu (automatic)")
     lines = jk.explain("masked_attention_lse", *qkv.unbind(1), packing).splitlines()
     assert [line.split(None, 1)[1] for line in lines if line.split()[0] == "sdpa"] == ["gives no lse"]
+
+
+RAW = torch.randn(14, 2, 16)
+CU, TURNS = Packing.from_lengths([5, 9]).cu_seqlens, torch.zeros(14, 2, 12)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({3: None, 4: None}, "q, k and v must have 3 dimensions with cu_seqlens, 4 without"),
+        ({4: None}, "cu_seqlens and k_cu_seqlens must be given together"),
+        ({4: CU[:2]}, "cu_seqlens and k_cu_seqlens must have one length"),
+        ({2: RAW[:3]}, "v must have k's shape"),
+        ({1: RAW.half()}, "q, k and v must have one dtype"),
+        ({10: torch.zeros(2, 2, dtype=torch.int32)}, "a table must have a row for every token"),
+        ({10: torch.zeros(14, 2, dtype=torch.int64)}, "a table must have its dtype and rank"),
+        ({11: TURNS}, "turns and k_turns must be given together"),
+        ({11: torch.zeros(14, 2, 300), 12: TURNS}, "turns must hold the cosine and sine of an even number"),
+    ],
+)
+def test_the_raw_op_touches_no_memory_that_is_not_its_own(change, message):
+    call = [RAW, RAW, RAW, CU, CU, None, None, 9, 9, 0, None, None, None, False, 0.2, "cpu"]
+    torch.ops.jepa_kernels.masked_attention_forward(*call)
+    for position, value in change.items():
+        call[position] = value
+    with pytest.raises(ValueError, match=f"masked_attention: {message}.*; call the public function"):
+        torch.ops.jepa_kernels.masked_attention_forward(*call)

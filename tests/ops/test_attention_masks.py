@@ -163,3 +163,64 @@ BAD = [
 def test_bad_input_is_named(given, change, error, message):
     with pytest.raises(error, match="masked_attention: " + message):
         jk.masked_attention(**{**given, **change})
+
+
+LENGTHS = (0, 1, 63, 130, 64)
+OPTIONS = ("frames", "ranges", "rope", "all")
+
+
+def masked(option, lengths=LENGTHS, dtype=torch.bfloat16):
+    """Arguments of a packed call, its rows in order of the sequences."""
+    packing, keys = Packing.from_lengths(lengths), Packing.from_lengths([n + n % 2 for n in lengths])
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(packing.tokens, 4, 24, generator=generator).to(dtype)
+    k, v = torch.randn(2, keys.tokens, 2, 24, generator=generator).to(dtype).unbind(0)
+    options = {}
+    if option in ("frames", "all"):
+        options["frame_size"] = 2
+    if option in ("ranges", "all"):
+        most = torch.repeat_interleave(keys.cu_seqlens.diff(), packing.cu_seqlens.diff())
+        ends = (torch.rand(2, packing.tokens, generator=generator) * (most + 1)).int().sort(0).values
+        options["key_ranges"] = ends.T.contiguous()
+    if option in ("rope", "all"):
+        places = (torch.rand(n, 3, generator=generator) * 9 for n in (packing.tokens, keys.tokens))
+        options["rope"] = Rope(*places, pairing="tiled")
+    return q, k, v, packing, keys, options
+
+
+def run(q, k, v, packing, keys, options):
+    return with_gradients(q, k, v, packing, k_packing=keys, **options)
+
+
+def part(x, packing, s):
+    return packing.split(x)[s].contiguous()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_masked_and_packed_equals_each_sequence_alone_exactly(option):
+    q, k, v, packing, keys, options = masked(option)
+    whole = run(q, k, v, packing, keys, options)
+    for s in range(len(LENGTHS)):
+        one, one_keys = (Packing.from_lengths([p.lengths[s]]) for p in (packing, keys))
+        own = dict(options)
+        if "key_ranges" in own:
+            own["key_ranges"] = part(own["key_ranges"], packing, s)
+        if "rope" in own:
+            rope = own["rope"]
+            places = part(rope.positions, packing, s), part(rope.k_positions, keys, s)
+            own["rope"] = Rope(*places, pairing="tiled")
+        alone = run(part(q, packing, s), part(k, keys, s), part(v, keys, s), one, one_keys, own)
+        pieces = [p.split(x)[s] for p, x in zip((packing, packing, keys, keys), whole, strict=True)]
+        assert equal(alone, pieces), f"sequence {s}"
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_masks_and_rope_give_the_same_bits_on_every_run_and_number_of_threads(option):
+    call, before = masked(option), torch.get_num_threads()
+    expected = run(*call)
+    try:
+        for i in range(100):
+            torch.set_num_threads(1 + i % 4)
+            assert equal(run(*call), expected)
+    finally:
+        torch.set_num_threads(before)

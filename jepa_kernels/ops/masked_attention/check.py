@@ -1,5 +1,6 @@
 """Argument checks of `masked_attention` and its forms."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from jepa_kernels._core.check import (
     CHECK_DEVICE_VALUES,
+    FLOATING,
+    PLAIN,
+    STRIDED,
     check_number,
     check_packing,
     check_tensor,
@@ -16,12 +20,37 @@ from jepa_kernels._core.select import short
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
+WIDTHS = range(8, 129, 8)
+
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
     """q, k and v fit each other and their packings."""
     check_packing(op, packing)
     check_packing(op, k_packing, "k_packing")
-    dense = packing is None
+    if not _usual(q, k, v, 4 if packing is None else 3):
+        _check_each(op, q, k, v, packing is None)
+    if packing is not None:
+        _check_rows(op, "packing", "q", q, packing)
+        _check_rows(op, "packing" if k_packing is None else "k_packing", "k", k, k_packing or packing)
+    if k_packing is not None:
+        _check_pair(op, packing, k_packing)
+
+
+def _usual(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
+    """Plain tensors whose types, places and shapes agree: few attributes tell, and most calls end here."""
+    for x in (q, k, v):
+        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_nested or x.dim() != rank:
+            return False
+    if not ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and q.device == k.device == v.device)):
+        return False
+    queries, keys, dtype = q.shape, k.shape, q.dtype
+    width, heads = keys[-1], keys[1]
+    alike = k.dtype is dtype and v.dtype is dtype and dtype in FLOATING and keys == v.shape and queries[-1] == width
+    batched = rank == 3 or queries[0] == keys[0]
+    return alike and batched and width in WIDTHS and heads > 0 and queries[1] % heads == 0
+
+
+def _check_each(op: str, q: Tensor, k: Tensor, v: Tensor, dense: bool) -> None:
     check_tensor(op, "q", q, "B H N D" if dense else "T H D")
     device, dtype, keys = q.device, q.dtype, "B Hk M D" if dense else "Tk Hk D"
     for name, x in (("k", k), ("v", v)):
@@ -30,7 +59,7 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None,
             fail(op, name, f"be of dtype {short(dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
     q_shape, k_shape = q.shape, k.shape
     heads, key_heads, width = q_shape[1], k_shape[1], q_shape[-1]
-    if width % 8 or not 8 <= width <= 128:
+    if width not in WIDTHS:
         fail(op, "q", "have a head dim D that is a multiple of 8 in 8..128", width, "pad the heads with zeros")
     if k_shape[-1] != width:
         fail(op, "k", f"have a head dim of {width} like q", k_shape[-1], "project q and k to one width")
@@ -40,24 +69,21 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None,
         fail(op, "k", f"hold {q_shape[0]} sequences like q", k_shape[0], "expand it over the batch")
     if heads % key_heads if key_heads else heads:
         fail(op, "k", f"have a number of heads that divides q's {heads}", key_heads, "repeat or drop heads")
-    _check_packings(op, q, k, packing, k_packing)
 
 
-def _check_packings(op: str, q: Tensor, k: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
+def _check_rows(op: str, argument: str, name: str, x: Tensor, packing: Packing) -> None:
+    if packing.tokens != x.shape[0]:
+        remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
+        fail(op, name, f"hold {packing.tokens} rows like its packing", x.shape[0], remedy)
+    if packing.cu_seqlens.device != x.device:
+        fail(op, argument, f"be on {x.device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
+
+
+def _check_pair(op: str, packing: Packing | None, k_packing: Packing) -> None:
     if packing is None:
-        if k_packing is not None:
-            fail(op, "packing", "be given with k_packing", "None", "pass the packing of q", TypeError)
-        return
-    key_packing = packing if k_packing is None else k_packing
-    for name, x, its in (("q", q, packing), ("k", k, key_packing)):
-        if its.tokens != x.shape[0]:
-            remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
-            fail(op, name, f"hold {its.tokens} rows like its packing", x.shape[0], remedy)
-        if its.cu_seqlens.device != x.device:
-            argument = "packing" if name == "q" else "k_packing"
-            fail(op, argument, f"be on {x.device}", its.cu_seqlens.device, "build it there, or use .to(device)")
-    if key_packing.sequences != packing.sequences:
-        fail(op, "k_packing", f"hold {packing.sequences} sequences like packing", key_packing.sequences,
+        fail(op, "packing", "be given with k_packing", "None", "pass the packing of q", TypeError)
+    if k_packing.sequences != packing.sequences:
+        fail(op, "k_packing", f"hold {packing.sequences} sequences like packing", k_packing.sequences,
              "give every sequence its keys, or none by a length of 0")  # fmt: skip
 
 
@@ -82,12 +108,12 @@ def check_options(
         _check_rope(op, rope, q, k, packing is None)
     if scale is not None:
         check_number(op, "scale", scale)
-        if not 0 < scale < float("inf"):
-            fail(op, "scale", "be finite and greater than 0", scale, "leave it out for D ** -0.5")
+        if not 0 < scale < 3.4e38:
+            fail(op, "scale", "be finite and greater than 0 in fp32", scale, "leave it out for D ** -0.5")
 
 
 def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> None:
-    if not isinstance(frame_size, int) or isinstance(frame_size, bool):
+    if not isinstance(frame_size, Integral) or isinstance(frame_size, bool):
         fail(op, "frame_size", "be an int", type(frame_size).__name__, "pass the tokens of one frame", TypeError)
     if frame_size < 1:
         fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")

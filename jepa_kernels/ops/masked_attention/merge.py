@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.select import short
 
 OP = "merge_attention"
 
@@ -17,10 +18,12 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 
     outs: of each part, [T, H, D] or [B, H, N, D]; lses: fp32 [H, T] or [B, H, N], as `masked_attention_lse` gives them.
     For caches of keys and for keys spread over devices. A query that no part lets see a key: 0, and lse -inf.
-    Computed in fp32; out in outs' dtype, lse in fp32. Gradient: of outs; none through the lses.
-    Raises ValueError and TypeError for parts that do not match.
+    Computed in fp32; out in outs' dtype, lse in fp32. No gradient: that of the lses would be missing.
+    Raises ValueError and TypeError for parts that do not match or that need a gradient.
     Source: Rabe and Staats (arXiv:2112.05682); Ring Attention (arXiv:2310.01889).
     """
+    if isinstance(outs, Tensor) or isinstance(lses, Tensor):
+        fail(OP, "outs and lses", "be lists of tensors", "a tensor", "pass one entry for each part", TypeError)
     if not outs or len(outs) != len(lses):
         fail(OP, "lses", "hold one tensor for each of outs, at least one", f"{len(outs)} and {len(lses)}", "pass pairs")
     rank = getattr(outs[0], "ndim", 0)
@@ -28,12 +31,17 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         check_tensor(OP, f"outs[{i}]", out, "B H N D" if rank == 4 else "T H D", device=outs[0].device)
         check_tensor(OP, f"lses[{i}]", lse, "B H N" if rank == 4 else "H T", dtypes=(torch.float32, torch.float64),
                      device=out.device)  # fmt: skip
-        if out.shape != outs[0].shape or out.dtype != outs[0].dtype:
+        if out.requires_grad and torch.is_grad_enabled():
+            remedy = "merge under torch.no_grad(), or attend to all keys at once"
+            fail(OP, f"outs[{i}]", "need no gradient", "requires_grad=True", remedy)
+        if out.shape != outs[0].shape:
             fail(OP, f"outs[{i}]", f"be like outs[0], {tuple(outs[0].shape)}", tuple(out.shape), "merge equal queries")
+        if out.dtype != outs[0].dtype:
+            fail(OP, f"outs[{i}]", f"be {short(outs[0].dtype)} like outs[0]", short(out.dtype), "cast them", TypeError)
         rows = out.shape[:3] if rank == 4 else (out.shape[1], out.shape[0])
         if lse.shape != rows:
             fail(OP, f"lses[{i}]", f"have shape {tuple(rows)}", tuple(lse.shape), "pass what masked_attention_lse gave")
-    return _merge(torch.stack(list(outs)), torch.stack([x.detach() for x in lses]))
+    return _merge(torch.stack(list(outs)), torch.stack(list(lses)))
 
 
 def _merge(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ OP = "masked_attention"
 
 KERNELS = (
     Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper, automatic=limits.only_named),
+    Kernel("triton"),
     Kernel("cpu"),
     Kernel("sdpa", limit=limits.gives_no_lse, automatic=limits.only_without_grad),
 )
@@ -47,15 +48,17 @@ def masked_attention(
     q, k, v: fp32, bf16 or fp16, one dtype, any strides (views of a GEMM's qkv output are read in place). Hk divides
         H: query head h reads key head h // (H / Hk). D: a multiple of 8 in 8..128.
     frame_size: causal by frame. Of n queries and m keys of a sequence, query i stands at p = m - n + i (with a cache of
-        keys the queries are the last tokens) and sees the first (p // frame_size + 1) * frame_size keys. Divides m.
+        keys the queries are the last tokens) and sees the first (p // frame_size + 1) * frame_size keys. Divides m
+        (unchecked in compiled code, which reads no lengths).
     key_ranges: int32 [T, 2] packed, [N, 2] or [B, N, 2] dense, contiguous: query i sees the keys begin..end-1 of its
         sequence, begin and end in 0..m, in every head; with frame_size, only those that both let it see.
     rope: turns q and k by their positions on the way in, and rounds them to their dtype (see `Rope`).
     scale: > 0; None: D ** -0.5.
 
-    A query that sees no key gives 0, with gradients 0. Rows past a packing's last sequence are never read; their
-    outputs and gradients are 0. Products and softmax accumulate in fp32. Under autocast q, k and v are cast to its
-    low type. A packed sequence gets the same bits as alone; two runs, and any number of threads, give the same bits.
+    A query that sees no key gives 0, with gradients 0. Keys that are hidden from some queries only must be finite.
+    Rows past a packing's last sequence are never read; their outputs and gradients are 0. Products and softmax
+    accumulate in fp32. Under autocast q, k and v are cast to its low type. A packed sequence gets the same bits as
+    alone; two runs, and any number of threads, give the same bits.
     Gradient: of q, k and v; the weights are computed again, so that nothing of size N x M is kept.
     Raises ValueError and TypeError for arguments that do not fit; ranges on a GPU are clamped instead.
     Source: Vaswani et al. (arXiv:1706.03762); memory-saving form by Rabe and Staats (arXiv:2112.05682) and
@@ -85,7 +88,7 @@ def masked_attention_lse(
     Gradient: as of `masked_attention`; none through lse. Arguments and errors: as of `masked_attention`.
     """
     q, k, v = autocast(q, k, v)
-    check_qkv(OP, q, k, v, packing, k_packing)
+    check_qkv("masked_attention_lse", q, k, v, packing, k_packing)
     return _attend(q, k, v, packing, k_packing, frame_size, key_ranges, rope, scale, backend, needs_lse=True)
 
 
@@ -161,13 +164,15 @@ def _masks(
     q: Tensor, frame_size: int | None, key_ranges: Tensor | None, rope: Rope | None, dense: bool
 ) -> tuple[Any, ...]:
     """frame_size, key_ranges, turns, k_turns, half of the schema."""
+    if key_ranges is None and rope is None:
+        return int(frame_size or 0), None, None, None, False
     turns, k_turns = (None, None) if rope is None else rope.turns(q.shape[-1])
     if dense:
         key_ranges, turns, k_turns = (
             x if x is None or x.dim() == rank else x.expand(q.shape[0], *x.shape)
             for x, rank in ((key_ranges, 3), (turns, 4), (k_turns, 4))
         )
-    return frame_size or 0, key_ranges, turns, k_turns, rope is not None and rope.half
+    return int(frame_size or 0), key_ranges, turns, k_turns, rope is not None and rope.half
 
 
 OPTIONS = (
