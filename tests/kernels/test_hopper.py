@@ -2,7 +2,8 @@
 
 tests/kernels/emulation stands in for Hopper's instructions, from the PTX ISA: what a bulk copy writes where, what
 matrix products read where and when. It also stops at faults that a result may not show: a store that no fence
-publishes, an accumulator read before its wait, a copy that outlives its block, threads that wait for ever.
+publishes or no barrier orders, an accumulator read before its wait, a copy that outlives its block, threads that wait
+for ever.
 """
 
 import importlib.util
@@ -164,6 +165,17 @@ def test_the_order_of_sequences_does_not_change_their_bits():
     first = outcome(*tensors, Packing.from_lengths(lengths))
     moved = outcome(*(x[rows] for x in tensors), Packing.from_lengths([lengths[s] for s in order]))
     assert same([x[rows] for x in first], moved)
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
+def test_copies_that_arrive_at_once_give_the_bits_of_those_that_arrive_late(emulated, heads):
+    tensors, _ = rows_of_four((256, 70), heads, 88)
+    late = outcome(*tensors, Packing.from_lengths((256, 70)))
+    emulated.set_eager(True)
+    try:
+        assert same(late, outcome(*tensors, Packing.from_lengths((256, 70))))
+    finally:
+        emulated.set_eager(False)
 
 
 def test_expanded_gradients():

@@ -42,6 +42,8 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint8_t> shared;
   std::vector<int> unpublished; // of a byte: 1 + the thread whose store awaits its fence
+  std::vector<int> unordered;   // of a byte: 1 + the thread whose store awaits a barrier
+  std::vector<uint32_t> stored; // bytes that are unordered
   std::map<int, Meeting> meetings;
   jmp_buf host;
   std::function<void()> body;
@@ -54,7 +56,20 @@ struct Block {
   }
 
   Block(int threads, int shared_bytes)
-      : fibers(threads), shared(shared_bytes, 0xff), unpublished(shared_bytes) {}
+      : fibers(threads), shared(shared_bytes, 0xff), unpublished(shared_bytes), unordered(shared_bytes) {}
+
+  // A barrier of threads [first, last) lets others see their stores.
+  void order(unsigned first, unsigned last) {
+    std::vector<uint32_t> left;
+    for (const uint32_t byte : stored) {
+      const unsigned writer = static_cast<unsigned>(unordered[byte] - 1);
+      if (writer >= first && writer < last)
+        unordered[byte] = 0;
+      else if (unordered[byte])
+        left.push_back(byte);
+    }
+    stored = std::move(left);
+  }
 
   uint8_t* at(uint32_t address, int bytes) {
     if (address < BASE || address - BASE + bytes > shared.size()) fault("shared address out of bounds");

@@ -45,6 +45,9 @@ struct Operand {
   }
 };
 
+// Whether copies arrive at once, rather than as late as their barrier allows.
+inline bool eager = false;
+
 // Since the last look: multiply-adds of products, and bytes of tensors that copies fetched.
 inline int64_t multiplied = 0, fetched = 0;
 

@@ -15,6 +15,7 @@ void refuse(DType) { throw std::runtime_error("a type that no kernel is built fo
 
 PYBIND11_MODULE(emulated, m) {
   jepa::bind_masked_attention_cuda(m);
+  m.def("set_eager", [](bool eager) { jepa::eager = eager; });
   m.def("work",
         [] { return std::pair(std::exchange(jepa::multiplied, 0), std::exchange(jepa::fetched, 0)); });
 }

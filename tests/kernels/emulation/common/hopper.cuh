@@ -49,28 +49,29 @@ inline Hopper hopper;
 
 inline Address shared_memory() { return Block::BASE; }
 
-inline Words load_shared(Address from) {
-  Words w;
-  std::memcpy(&w, Block::current()->at(from, 16), 16);
-  return w;
+template <class T> T read_shared(Address from) {
+  Block& block = *Block::current();
+  const int self = static_cast<int>(threadIdx.x) + 1;
+  T x;
+  std::memcpy(&x, block.at(from, sizeof(T)), sizeof(T));
+  for (size_t i = 0; i < sizeof(T); ++i)
+    if (const int writer = block.unordered[from - Block::BASE + i]; writer && writer != self)
+      fault("a thread reads another's store that no barrier has ordered");
+  return x;
 }
 template <class T> void write_shared(Address to, const T& x) {
   Block& block = *Block::current();
   std::memcpy(block.at(to, sizeof(T)), &x, sizeof(T));
-  std::fill_n(block.unpublished.begin() + (to - Block::BASE), sizeof(T), threadIdx.x + 1);
+  for (uint32_t byte = to - Block::BASE; byte < to - Block::BASE + sizeof(T); ++byte) {
+    block.unpublished[byte] = block.unordered[byte] = static_cast<int>(threadIdx.x) + 1;
+    block.stored.push_back(byte);
+  }
 }
+inline Words load_shared(Address from) { return read_shared<Words>(from); }
+inline float load_shared_float(Address from) { return read_shared<float>(from); }
+inline float2 load_shared_pair(Address from) { return read_shared<float2>(from); }
 inline void store_shared(Address to, const Words& w) { write_shared(to, w); }
 inline void store_shared(Address to, float x) { write_shared(to, x); }
-inline float load_shared_float(Address from) {
-  float x;
-  std::memcpy(&x, Block::current()->at(from, 4), 4);
-  return x;
-}
-inline float2 load_shared_pair(Address from) {
-  float2 x;
-  std::memcpy(&x, Block::current()->at(from, 8), 8);
-  return x;
-}
 inline void publish_shared() {
   for (int& owner : Block::current()->unpublished)
     if (owner == static_cast<int>(threadIdx.x) + 1) owner = 0;
@@ -138,22 +139,28 @@ inline void copy_box(Address to, const TensorMap& map, const std::array<int, 4>&
 }
 inline void load_box(Address to, const TensorMap& map, Address barrier, int x, int y, int z, int w) {
   if (to % 128) fault("a copy to an address that is not a multiple of 128");
-  barrier_at(barrier).loads.push_back([=] {
+  const auto load = [=] {
     copy_box(to, map, {x, y, z, w});
     Barrier& b = barrier_at(barrier);
     b.expected -= int64_t(map.line) * map.rows;
     if (b.expected < 0) fault("more bytes arrive than the barrier was armed for");
     complete(b);
-  });
+  };
+  if (eager)
+    load();
+  else
+    barrier_at(barrier).loads.push_back(load);
 }
 
 enum Group { ALL, WARPGROUP = 100, WARP = 200, MATRIX = 300 };
 
 inline void __syncthreads() {
-  Block::current()->meet(ALL, static_cast<int>(blockDim.x), [] {});
+  Block& block = *Block::current();
+  block.meet(ALL, static_cast<int>(blockDim.x), [&] { block.order(0, blockDim.x); });
 }
 inline void warpgroup_barrier(int warpgroup) {
-  Block::current()->meet(WARPGROUP + warpgroup, 128, [] {});
+  Block& block = *Block::current();
+  block.meet(WARPGROUP + warpgroup, 128, [&] { block.order(128 * warpgroup, 128 * (warpgroup + 1)); });
 }
 
 template <class T> T shuffle(T x, int from) {
