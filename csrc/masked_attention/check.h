@@ -7,13 +7,13 @@
 
 namespace jepa {
 
-static void require(bool holds, const char* what) {
+inline void require(bool holds, const char* what) {
   if (!holds)
     throw std::invalid_argument(std::string("masked_attention: ") + what + "; call the public function");
 }
 
 // q, k and v, packed or dense, with as many sequences of keys as of queries.
-static void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu,
+inline void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu,
                        const std::optional<Tensor>& k_cu) {
   const bool packed = cu.has_value();
   require(q.dim() == (packed ? 3 : 4) && k.dim() == q.dim() && v.dim() == q.dim(),
@@ -29,7 +29,7 @@ static void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const 
 }
 
 // A table with a row for each of x's tokens, of `trailing` dimensions.
-static void check_table(const std::optional<Tensor>& table, const Tensor& x, DType type, int trailing) {
+inline void check_table(const std::optional<Tensor>& table, const Tensor& x, DType type, int trailing) {
   if (!table) return;
   const bool packed = x.dim() == 3;
   const int tokens = table->dim() - trailing - 1;
@@ -40,7 +40,7 @@ static void check_table(const std::optional<Tensor>& table, const Tensor& x, DTy
   require(table->stride(-1) == 1, "a table's last dimension must be contiguous");
 }
 
-static void check_turns(const std::optional<Tensor>& turns, const Tensor& x) {
+inline void check_turns(const std::optional<Tensor>& turns, const Tensor& x) {
   check_table(turns, x, DType::f32, 2);
   if (!turns) return;
   require(turns->size(-2) == 2 && turns->size(-1) <= x.size(-1) && turns->size(-1) % 2 == 0 &&
@@ -48,7 +48,7 @@ static void check_turns(const std::optional<Tensor>& turns, const Tensor& x) {
           "turns must hold the cosine and sine of an even number of channels");
 }
 
-static void check_ranges(const std::optional<Tensor>& ranges, const Tensor& q) {
+inline void check_ranges(const std::optional<Tensor>& ranges, const Tensor& q) {
   check_table(ranges, q, DType::i32, 1);
   require(!ranges || ranges->size(-1) == 2, "key_ranges must hold a beginning and an end");
 }

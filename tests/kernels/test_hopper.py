@@ -221,6 +221,21 @@ def test_every_limit_gives_its_reason(monkeypatch):
     assert where + "needs a GPU of compute capability 9.0, got 8.0" in refusal()
 
 
+@pytest.mark.parametrize(
+    "length, frame_size, begin, requirement",
+    [
+        (300, 0, 0, "sequences must have at most 256 queries and keys"),
+        (20, 5, 0, "frame_size, key_ranges and turns must not be given"),
+        (20, 0, 1, "q, k and v must be in rows of stride 1 that begin at multiples of 16 bytes"),
+    ],
+)
+def test_the_torch_op_refuses_what_its_kernels_do_not_read(length, frame_size, begin, requirement):
+    x = torch.zeros(length * 16 + 1, dtype=torch.bfloat16)[begin : begin + length * 16].view(1, 1, length, 16)
+    masks = (frame_size, None, None, None, False)
+    with pytest.raises(ValueError, match=f"{OP}: {requirement}; call the public function"):
+        torch.ops.jepa_kernels.masked_attention_forward(x, x, x, *(None,) * 4, length, length, *masks, 1.0, "cuda")
+
+
 def test_compiled_calls_of_other_lengths_are_not_compiled_anew():
     from torch._dynamo.testing import CompileCounterWithBackend
 
