@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="measure only name[/workload[/pass[/dtype[/baseline]]]]; may be repeated")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 1.2, smoke 0.3)")
+    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 1, smoke 0.3)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
     parser.add_argument("paths", nargs="*", default=["benchmarks/ops", "benchmarks/models"])
     return parser.parse_args(argv)

@@ -75,8 +75,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         device=device,
         threads=threads,
-        budget_s=option("--budget") or (0.3 if smoke else 1.2),
-        min_rounds=5 if smoke else 11,
+        budget_s=option("--budget") or (0.3 if smoke else 1.0),
+        min_rounds=5 if smoke else 9,
         baseline=names.pop() if len(names) == 1 else None,
         peaks=peaks,
     )

@@ -146,7 +146,7 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
         verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
         cells.append(
-            (f"{where}: {target.what}", f"{target.least:.1f} x", times(row["ratio"] if row else None), verdict)
+            (f"{where}: {target.what}", f"{target.least:g} x", times(row["ratio"] if row else None), verdict)
         )
     return cells
 
