@@ -145,9 +145,7 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
     for target, row, holds in targets.check(found):
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
         verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
-        cells.append(
-            (f"{where}: {target.what}", f"{target.least:g} x", times(row["ratio"] if row else None), verdict)
-        )
+        cells.append((f"{where}: {target.what}", f"{target.least:g} x", times(row["ratio"] if row else None), verdict))
     return cells
 
 
