@@ -39,7 +39,7 @@ class Outcome:
 def parts(out: Path) -> tuple[Part, ...]:
     python = (sys.executable, "-m")
     return (
-        Part("tests", (*python, "pytest", "tests", "-q", "-m", "gpu"), 220),
+        Part("tests", (*python, "tests", "--gpu"), 220),
         Part(
             "benchmarks",
             (*python, "benchmarks", "--device", "cuda", "--budget", "0.7", "--out", str(out / "bench")),

@@ -2,7 +2,8 @@
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so interpreted and compiled kernels need processes of
 their own. Each of these two keeps one core busy: they run side by side, after the plain tests, which take every core.
-`python -m tests ARGS` hands ARGS to each process (say, `-k rope`).
+`python -m tests ARGS` hands ARGS to each process (say, `-k rope`). `python -m tests --gpu ARGS` runs the GPU tests, in
+as many processes as compile kernels side by side.
 """
 
 import os
@@ -14,16 +15,20 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 ROOT = Path(__file__).parent
+SHARDS = min(8, os.cpu_count() or 1)
+ONE_CORE = {"OMP_NUM_THREADS": "1"}
+# Which tests, in which environment, with which arguments more.
 STAGES = {
-    "plain": ("not interp and not compile and not gpu", {}),
-    "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}),
-    "compile": ("compile and not gpu", {"OMP_NUM_THREADS": "1"}),
+    "plain": ("not interp and not compile and not gpu", {}, []),
+    "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", **ONE_CORE}, []),
+    "compile": ("compile and not gpu", ONE_CORE, []),
 }
+GPU_STAGES = {f"gpu {i + 1} of {SHARDS}": ("gpu", ONE_CORE, [f"--shard={i}/{SHARDS}"]) for i in range(SHARDS)}
 
 
 def start(name: str, args: list[str], report: Path, log: Path | None = None) -> subprocess.Popen[bytes]:
-    marker, extra = STAGES[name]
-    command = [sys.executable, "-m", "pytest", str(ROOT), "-q", "-m", marker, f"--junitxml={report}", *args]
+    marker, extra, more = (STAGES | GPU_STAGES)[name]
+    command = [sys.executable, "-m", "pytest", str(ROOT), "-q", "-m", marker, f"--junitxml={report}", *more, *args]
     stream = None if log is None else log.open("wb")
     return subprocess.Popen(
         command, env={**os.environ, **extra}, cwd=ROOT.parent, stdout=stream, stderr=subprocess.STDOUT if log else None
@@ -63,13 +68,14 @@ def count(report: Path) -> tuple[int, int, int]:
 
 
 def main(args: list[str]) -> int:
+    with_gpu = args[:1] == ["--gpu"]
+    stages, args = (GPU_STAGES, args[1:]) if with_gpu else (STAGES, args)
     with tempfile.TemporaryDirectory() as folder:
-        reports = {name: Path(folder) / f"{name}.xml" for name in STAGES}
-        codes = [alone("plain", args, reports["plain"])]
-        codes += side_by_side(["interpreter", "compile"], args, reports)
-        codes = [
-            0 if code == 5 and args else code for code in codes
-        ]  # 5: nothing selected, as ARGS (say, -k) may cause
+        reports = {name: Path(folder) / f"{name}.xml" for name in stages}
+        codes = [] if with_gpu else [alone("plain", args, reports["plain"])]
+        codes += side_by_side([name for name in stages if name != "plain"], args, reports)
+        if args or with_gpu:  # 5: nothing selected, as ARGS (say, -k) or a shard may cause
+            codes = [0 if code == 5 else code for code in codes]
         passed, failed, skipped = (sum(n) for n in zip(*(count(r) for r in reports.values()), strict=True))
     failed = max(failed, sum(code != 0 for code in codes))  # a crash after the report still counts
     print(f"\n{passed} passed, {failed} failed, {skipped} skipped")

@@ -1,4 +1,4 @@
-"""One seed and two threads for every test; Triton's interpreter made exact where it is on."""
+"""One seed and two threads for every test; Triton's interpreter made exact where it is on; shards of the tests."""
 
 import os
 
@@ -11,6 +11,18 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     from tests import interpreter
 
     interpreter.install()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="of the chosen tests, every N-th from the I-th (0, 1, ...) on")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--shard"):
+        first, step = map(int, config.getoption("--shard").split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % step != first])
+        items[:] = items[first::step]
 
 
 @pytest.fixture(autouse=True)
