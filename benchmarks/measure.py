@@ -62,7 +62,7 @@ class Run:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
         public = self.public
         found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
-        if self.workload.small is not None:
+        if self.workload.small is not None or not self.workload.reference_timed:
             del found["reference"]
         if self.stage in self.workload.compile:
             compiled = torch.compile(self.reference, dynamic=False)

@@ -30,6 +30,7 @@ class Workload:
     rivals      rivals(inputs) -> {name: function of no arguments} doing the same work on the same inputs; what is
                 built outside the functions (masks, index tensors) is not timed. An output must have the shape of
                 ours. "reference" is added by itself; a "compile" of your own replaces the compiled reference
+    reference_timed  False where the reference takes seconds and says little: rivals alone are timed
     grads       arguments that get a gradient: adds the stage "backward"
     mutates     arguments changed in place: they are compared instead of the output
     dtypes      each is a run of its own
@@ -57,6 +58,7 @@ class Workload:
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     small: Callable[[torch.Generator], Inputs] | None = None
+    reference_timed: bool = True
     smoke: bool = False
 
     @property

@@ -187,6 +187,7 @@ def on_gpu(name: str, batch: int, heads: int, tokens: int, width: int) -> Worklo
 
 
 QKV = ("q", "k", "v")
+FEW = {"reference_timed": False}
 RAGGED = (257, 300, 415, 600)
 CONTEXTS = [42 + 37 * i % 135 for i in range(32)]  # 42 to 176 of 256 patches, as multi-block masks leave them
 PREDICTED = [96 + 11 * i % 33 for i in range(64)]  # 96 to 128: a context and one target block
@@ -195,16 +196,16 @@ GPU_CONTEXTS = [75 + 37 * i % 73 for i in range(128)]  # 111 on average
 
 WORKLOADS = (
     workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, smoke=True),
-    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop, dtypes=("bfloat16",)),
-    workload("ijepa_vit_h14_contexts", packed(CONTEXTS, 16, 80), rivals=loop, dtypes=BOTH),
+    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop, dtypes=("bfloat16",), **FEW),
+    workload("ijepa_vit_h14_contexts", packed(CONTEXTS, 16, 80), rivals=loop, dtypes=BOTH, **FEW),
     workload("ijepa_vit_h14_predictor", packed(PREDICTED, 16, 24), rivals=loop_and_padded),
     workload("ijepa_vit_h14_target", dense(2, 16, 256, 80), rivals=whole, grads=(), compile=("forward",)),
-    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, grads=()),
-    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, dtypes=("bfloat16",)),
+    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, grads=(), **FEW),
+    workload("vjepa2_vit_l_target", dense(2, 16, 1024, 64), rivals=whole, dtypes=("bfloat16",), **FEW),
     workload("vjepa2_ac_frames", dense(1, 16, 4 * 258, 64, frame_size=258), rivals=frames_by_torch),
     workload("vjepa2_vit_l_rope", dense(2, 16, 512, 64, rope=True), rivals=turned_before, grads=()),
     workload("vjepa2_vit_l_qkv", one_qkv((503, 512, 488, 510), 16, 64), rivals=views, grads=("qkv",),
-             dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views),
+             dtypes=("bfloat16",), function="masked_attention_qkv", reference=of_views, **FEW),
     on_gpu("ijepa_vit_h14_target_b128", 128, 16, 256, 80),
     workload("ijepa_vit_h14_contexts_b128", packed(GPU_CONTEXTS, 16, 80), small=packed(GPU_CONTEXTS[:8], 16, 80),
              rivals=varlen, dtypes=("bfloat16",), devices=("cuda",)),
