@@ -78,6 +78,11 @@ class Rope:
         """Whether channel i pairs with i + A / 2 rather than with its neighbour."""
         return self.pairing == "half"
 
+    def turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k, token-major [..., T, H, D], turned in plain PyTorch."""
+        turns, k_turns = self.turns(q.shape[-1])
+        return turn(q, turns, self.half), turn(k, k_turns, self.half)
+
     def turns(self, width: int) -> tuple[Tensor, Tensor]:
         """Of queries and of keys, for heads of `width` channels: fp32 [..., 2, R], the cosine and the signed sine of
         each of the R = a A channels that turn."""

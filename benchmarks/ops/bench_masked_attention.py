@@ -11,7 +11,6 @@ import jepa_kernels as jk
 from benchmarks.workload import Inputs, Workload, each, nbytes
 from jepa_kernels import Packing, Rope
 from jepa_kernels.ops.masked_attention import reference
-from jepa_kernels.rotary import turn
 
 GPU_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 BOTH = ("float32", "bfloat16")
@@ -119,8 +118,7 @@ def turned_before(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     q, k, v = (inputs[n] for n in ("q", "k", "v"))
 
     def turned() -> list[torch.Tensor]:
-        tables = inputs["rope"].turns(q.shape[-1])
-        return [turn(x.transpose(1, 2), t, False).transpose(1, 2) for x, t in zip((q, k), tables, strict=True)]
+        return [x.transpose(1, 2) for x in inputs["rope"].turn(q.transpose(1, 2), k.transpose(1, 2))]
 
     return {"rope_then_ours": lambda: jk.masked_attention(*turned(), v), "rope_then_sdpa": lambda: sdpa(*turned(), v)}
 

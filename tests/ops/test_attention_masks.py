@@ -7,6 +7,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing, Rope
+from tests.ops.attention import equal, with_gradients
 
 
 @pytest.fixture(params=("reference", "cpu", "sdpa"))
@@ -77,16 +78,6 @@ def test_ranges_and_frames_intersect(backend):
 def inputs(queries=70, keys=70, heads=(4, 2), width=24, dtype=torch.float32):
     q = torch.randn(1, heads[0], queries, width, dtype=dtype)
     return q, *torch.randn(2, 1, heads[1], keys, width, dtype=dtype).unbind(0)
-
-
-def with_gradients(q, k, v, packing=None, **options):
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = jk.masked_attention(*leaves, packing, backend="cpu", **options)
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -188,8 +179,8 @@ def masked(option, lengths=LENGTHS, dtype=torch.bfloat16):
     return q, k, v, packing, keys, options
 
 
-def run(q, k, v, packing, keys, options):
-    return with_gradients(q, k, v, packing, k_packing=keys, **options)
+def run(q, k, v, packing, keys, options, threads=2):
+    return with_gradients(q, k, v, packing, keys, threads, **options)
 
 
 def part(x, packing, s):
@@ -216,11 +207,7 @@ def test_masked_and_packed_equals_each_sequence_alone_exactly(option):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_masks_and_rope_give_the_same_bits_on_every_run_and_number_of_threads(option):
-    call, before = masked(option), torch.get_num_threads()
+    call = masked(option)
     expected = run(*call)
-    try:
-        for i in range(100):
-            torch.set_num_threads(1 + i % 4)
-            assert equal(run(*call), expected)
-    finally:
-        torch.set_num_threads(before)
+    for i in range(100):
+        assert equal(run(*call, threads=1 + i % 4), expected)

@@ -11,6 +11,7 @@ from jepa_kernels import Packing
 from jepa_kernels._core import select
 from jepa_kernels._core.info import kernels
 from jepa_kernels.testing import poisoned_memory
+from tests.ops.attention import equal, with_gradients
 
 
 @pytest.fixture(params=("reference", "cpu", "sdpa"))
@@ -86,22 +87,6 @@ def test_automatic_choice_takes_sdpa_only_without_gradients(monkeypatch):
         with pytest.warns(jk.BackendWarning, match="sdpa: not automatic"):
             jk.masked_attention(*(q.clone().requires_grad_() for _ in range(3)))
         assert called.call_count == 1
-
-
-def with_gradients(q, k, v, packing=None, k_packing=None, threads=2):
-    """Output and gradients of the cpu kernel for a gradient that depends on the output."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = jk.masked_attention(*leaves, packing, k_packing=k_packing, backend="cpu")
-        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
-    finally:
-        torch.set_num_threads(before)
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 LENGTHS = (0, 1, 63, 64, 65, 130, 301)

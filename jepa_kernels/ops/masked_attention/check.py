@@ -140,11 +140,12 @@ def _check_ranges(
         fail(op, "key_ranges", "be contiguous", f"strides {key_ranges.stride()}", "call .contiguous()")
     if torch.compiler.is_compiling() or key_ranges.is_meta or not (key_ranges.is_cpu or CHECK_DEVICE_VALUES):
         return
-    used, most = key_ranges, torch.tensor(k.shape[2] if packing is None else 0)
+    used = key_ranges
+    most: Tensor | int = k.shape[2]
     if packing is not None and keys is not None:
         used = key_ranges[: packing.cu_seqlens[-1]]
         most = keys.cu_seqlens.diff()[packing.sequence_of_token()[: len(used)], None]
-    outside = (used < 0) | (used > most.to(used.device))
+    outside = (used < 0) | (used > most)
     if outside.any():
         place = tuple(outside.nonzero()[0, :-1].tolist())
         fail(op, "key_ranges", "lie inside the sequence's keys", f"{used[place].tolist()} for query {place[-1]}",

@@ -16,7 +16,7 @@ class Call(NamedTuple):
     needs_lse: bool
     tensors: tuple[Tensor, Tensor, Tensor]  # q, k and v
     lengths: tuple[Any, Any]  # upper bounds of queries and keys in a sequence
-    masks: dict[str, bool]  # those given
+    masks: tuple[Any, Any, Any]  # frame_size, key_ranges and rope; None: not given
 
 
 def gives_no_lse(call: Call) -> str | None:
@@ -36,8 +36,8 @@ def hopper(call: Call) -> str | None:
     capability = _capability(call.tensors[0].get_device())
     if capability != (9, 0):
         return f"needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
-    for name, given in call.masks.items():
-        if given:
+    for name, given in zip(("frame_size", "key_ranges", "rope"), call.masks, strict=True):
+        if given is not None:
             return f"takes no {name}"
     for name, length in zip(("queries", "keys"), call.lengths, strict=True):
         if length > LONGEST:

@@ -12,11 +12,11 @@ from jepa_kernels._core.flops import flop_formula
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.masked_attention import limits, reference, sdpa
 from jepa_kernels.ops.masked_attention.check import check_options, check_qkv
+from jepa_kernels.ops.masked_attention.layout import empty_like, empty_lse, empty_qkv, views
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
 OP = "masked_attention"
-
 
 KERNELS = (
     Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper, automatic=limits.only_named),
@@ -113,7 +113,7 @@ def masked_attention_qkv(
     check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
     if qkv.shape[-3] != 3:
         fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
-    q, k, v = _views(qkv)
+    q, k, v = views(qkv)
     check_qkv(op, q, k, v, packing, None)
     return _attend(q, k, v, packing, None, frame_size, key_ranges, rope, scale, backend, qkv=qkv)[0]
 
@@ -139,8 +139,8 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lengths = _lengths(q, k, packing, k_packing)
-    given_masks = dict(frame_size=frame_size is not None, key_ranges=key_ranges is not None, rope=rope is not None)
-    backend = select(OP, KERNELS, backend, q, limits.Call(needs_grad, needs_lse, (q, k, v), lengths[-2:], given_masks))
+    call = limits.Call(needs_grad, needs_lse, (q, k, v), lengths[-2:], (frame_size, key_ranges, rope))
+    backend = select(OP, KERNELS, backend, q, call)
     if backend in ("reference", "sdpa"):
         given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
         if backend == "sdpa":
@@ -187,31 +187,13 @@ BACKWARD = (
 )
 
 
-def _views(qkv: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, [T, H, D] or [B, H, N, D], of [T, 3, H, D] or [B, N, 3, H, D]."""
-    return qkv.unbind(1) if qkv.dim() == 4 else tuple(x.transpose(1, 2) for x in qkv.unbind(2))
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """[T, H, D], or a [B, H, N, D] view of contiguous [B, N, H, D]: the layout of every output and gradient."""
-    if x.dim() == 3:
-        return x.new_empty(x.shape)
-    batch, heads, tokens, width = x.shape
-    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def _fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return _empty_like(q), q.new_empty(rows, dtype=torch.float32)
+    return empty_like(q), empty_lse(q)
 
 
 def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> list[Tensor]:
     stacked = rest[-2] if isinstance(rest[-1], str) else rest[-1]
-    if not stacked:
-        return [_empty_like(x) for x in (q, k, v)]
-    if q.dim() == 3:
-        return [q.new_empty(q.shape[0], 3, *q.shape[1:])]
-    return [q.new_empty(q.shape[0], q.shape[2], 3, q.shape[1], q.shape[3])]
+    return [empty_qkv(q)] if stacked else [empty_like(x) for x in (q, k, v)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -239,7 +221,7 @@ def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 def _gradient_qkv(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (qkv, out, lse), options = _restored(ctx)
-    return (*_backward(grad, *_views(qkv), out, lse, *options, True, ctx.backend), *(None,) * 13)
+    return (*_backward(grad, *views(qkv), out, lse, *options, True, ctx.backend), *(None,) * 13)
 
 
 _forward = define(OP, "forward", FORWARD, _fake)
@@ -247,11 +229,11 @@ _backward = define(OP, "backward", BACKWARD, _backward_fake)
 
 
 def _forward_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _forward(*_views(qkv), *rest)
+    return _forward(*views(qkv), *rest)
 
 
 def _fake_qkv(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake(_views(qkv)[0])
+    return _fake(views(qkv)[0])
 
 
 _attention = differentiable(OP, _forward, FORWARD, _fake, _setup, _gradient)
@@ -278,4 +260,4 @@ def _pairs(q: Tensor, k: Tensor, cu: Tensor | None, k_cu: Tensor | None, *option
 flop_formula(f"{OP}_forward", _forward_flops)
 flop_formula(f"{OP}_backward", _backward_flops)
 flop_formula(OP, _forward_flops)
-flop_formula(f"{OP}_qkv", lambda qkv, *rest: _forward_flops(*_views(qkv), *rest))
+flop_formula(f"{OP}_qkv", lambda qkv, *rest: _forward_flops(*views(qkv), *rest))

@@ -1,30 +1,18 @@
 """Specification of `masked_attention`: scores, softmax and weighted sum, each product in fp32 or wider."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from jepa_kernels.ops.masked_attention.visible import visible
 from jepa_kernels.packing import Packing
-from jepa_kernels.rotary import Rope, turn
+from jepa_kernels.rotary import Rope
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packing: Packing | None = None,
-    *,
-    k_packing: Packing | None = None,
-    frame_size: int | None = None,
-    key_ranges: Tensor | None = None,
-    rope: Rope | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """softmax(scale * q k^T) v over the keys that each query sees; 0 where it sees none."""
-    out, _ = forward_lse(
-        q, k, v, packing, k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale
-    )
-    return out
+def forward(*inputs: Any, **options: Any) -> Tensor:
+    """softmax(scale * q k^T) v over the keys that each query sees; 0 where it sees none. Arguments: of forward_lse."""
+    return forward_lse(*inputs, **options)[0]
 
 
 def forward_lse(
@@ -39,15 +27,14 @@ def forward_lse(
     rope: Rope | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the logarithm of the sum of exp(scores) of each row: [H, T] or [B, H, N], without a gradient."""
+    """`forward`'s output, and the logarithm of each row's sum of exp(scores): [H, T] or [B, H, N], no gradient."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         seen = visible(q, k, packing, k_packing, frame_size, key_ranges)
         if packing is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if rope is not None:
-            turns, k_turns = rope.turns(q.shape[-1])
-            q, k = turn(q, turns, rope.half), turn(k, k_turns, rope.half)
+            q, k = rope.turn(q, k)
         if packing is None:
             out, lse = _attend(q, k, v, seen, scale)
             return out.contiguous().transpose(1, 2), lse

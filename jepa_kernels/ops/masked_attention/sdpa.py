@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from jepa_kernels.ops.masked_attention.visible import visible
 from jepa_kernels.packing import Packing
-from jepa_kernels.rotary import Rope, turn
+from jepa_kernels.rotary import Rope
 
 
 def forward(
@@ -26,8 +26,7 @@ def forward(
     if packing is None:  # token-major, as packed
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if rope is not None:
-        turns, k_turns = rope.turns(q.shape[-1])
-        q, k = turn(q, turns, rope.half), turn(k, k_turns, rope.half)
+        q, k = rope.turn(q, k)
     if packing is not None:
         k_packing = packing if k_packing is None else k_packing
         q, k, v = packing.pad(q), k_packing.pad(k), k_packing.pad(v)

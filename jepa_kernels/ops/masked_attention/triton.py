@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
+from jepa_kernels.ops.masked_attention.layout import empty_like, empty_lse, empty_qkv
 from jepa_kernels.ops.masked_attention.triton_backward import (
     _masked_attention_backward_kv_kernel,
     _masked_attention_backward_q_kernel,
@@ -113,14 +114,6 @@ def _skip(table: Tensor | None) -> int:
     return table.stride(0) - table.shape[1:].numel()
 
 
-def _like(x: Tensor) -> Tensor:
-    """[T, H, D], or a [B, H, N, D] view of contiguous [B, N, H, D]."""
-    if x.dim() == 3:
-        return x.new_empty(x.shape)
-    batch, heads, tokens, width = x.shape
-    return x.new_empty(batch, tokens, heads, width).transpose(1, 2)
-
-
 def _programs(shape: _Shape, tiles: Tensor | None, tokens: int, heads: int, tile: Tile, tail: bool) -> tuple[int, int]:
     """(programs of a streaming launch, tiles): packed, those of the list, of which half start no tile of 128."""
     count = shape.sequences * triton.cdiv(tokens, tile.rows) if tiles is None else tiles.shape[0]
@@ -136,8 +129,7 @@ def forward(
     """(out, logarithms of the sums). options: those of the schema, from cu_seqlens on."""
     given = _Options(*options)
     shape = _shape(q, k, given.cu_seqlens)
-    out = _like(q)
-    lse = q.new_empty((shape.heads, shape.queries) if shape.packed else q.shape[:3], dtype=torch.float32)
+    out, lse = empty_like(q), empty_lse(q)
     with device_of(q):
         short = longest_short(q)
         if short > 0 and (shape.packed or given.max_keys <= short):
@@ -185,7 +177,7 @@ def _turned(x: Tensor, turns: Tensor | None, half: bool) -> Tensor:
     """A turned copy, for sequences that stream: theirs would be turned again for every tile they meet."""
     if turns is None or x.numel() == 0:
         return x
-    y, unit, heads, width = _like(x), _unit(x), x.shape[1], x.shape[-1]
+    y, unit, heads, width = empty_like(x), _unit(x), x.shape[1], x.shape[-1]
     sequences, tokens = (1, x.shape[0]) if x.dim() == 3 else (x.shape[0], x.shape[2])
     _masked_attention_turn_kernel[(sequences * triton.cdiv(tokens, 64) * heads,)](
         x, y, turns, *_strides(x, unit), _skip(turns), heads * width // 8, tokens, heads,
@@ -209,10 +201,9 @@ def _gradients(q: Tensor, k: Tensor, stacked: bool) -> tuple[list[Tensor], _Grad
     """(what backward returns, its parts)."""
     row, k_row = (x.shape[1] * x.shape[-1] // 8 for x in (q, k))
     if not stacked:
-        dq, dk, dv = _like(q), _like(k), _like(k)
+        dq, dk, dv = empty_like(q), empty_like(k), empty_like(k)
         return [dq, dk, dv], _Gradients(dq, dk, dv, row, k_row, False)
-    shape = (q.shape[0], 3, *q.shape[1:]) if q.dim() == 3 else (q.shape[0], q.shape[2], 3, q.shape[1], q.shape[3])
-    whole = q.new_empty(shape)
+    whole = empty_qkv(q)
     dq, dk, dv = whole.unbind(-3)
     return [whole], _Gradients(dq, dk, dv, 3 * row, 3 * row, True)
 

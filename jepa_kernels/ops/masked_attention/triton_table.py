@@ -36,14 +36,8 @@ FP32 = {32: Tile(64, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(64, 16, 8, 1)}
 SHORT = {80: 256, 128: -1}  # on Hopper, in 16 bits: what fits beside the sums of a tile of queries
 SHORT_FORWARD = Tile(64, 256, 4, 2)
 SHORT_BACKWARD = Tile(64, 128, 8, 2)  # beyond its columns BACKWARD_Q and BACKWARD_KV take turns, in the same program
-KEYS = (
-    (64,),
-    (64, 32),
-    (128,),
-    (128, 32),
-    (128, 64),
-    (256,),
-)  # blocks of keys of SHORT_FORWARD: the first entry that holds them
+# Blocks of keys of SHORT_FORWARD: the first entry that holds them.
+KEYS = ((64,), (64, 32), (128,), (128, 32), (128, 64), (256,))
 
 
 def by_width(table: dict[int, Entry], width: int) -> Entry:
