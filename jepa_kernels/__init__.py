@@ -12,7 +12,7 @@ from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
 from jepa_kernels.packing import Packing, pack
-from jepa_kernels.rotary import Rope
+from jepa_kernels.rotary import Rope, patch_positions
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "masked_attention_qkv",
     "merge_attention",
     "pack",
+    "patch_positions",
     "use_backend",
 ]
 

@@ -120,6 +120,22 @@ class Rope:
         return self.frequencies.to(self.angle_dtype)
 
 
+def patch_positions(ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Frame, row and column of patches: int64 ids [..., K] -> float32 [..., K, 3], in patches, for `Rope`.
+
+    ids: n = (t * Gh + h) * Gw + w for patch (t, h, w) of the grid (Gt, Gh, Gw). Frames past Gt are as good: a
+        predictor may look beyond the clip.
+    Raises ValueError and TypeError for arguments that do not fit.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        actual = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        fail("patch_positions", "ids", "be an int64 tensor", actual, "pass patch numbers", TypeError)
+    if len(grid) != 3 or min(grid) < 1:
+        fail("patch_positions", "grid", "be (Gt, Gh, Gw), each at least 1", grid, "an image has one frame: (1, Gh, Gw)")
+    frame, place = ids // (grid[1] * grid[2]), ids % (grid[1] * grid[2])
+    return torch.stack([frame, place // grid[2], place % grid[2]], -1).float()
+
+
 def _capturing(x: Tensor) -> bool:
     """Whether x is made inside a CUDA graph, whose memory other graphs may not read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
