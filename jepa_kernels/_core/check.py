@@ -107,7 +107,7 @@ def check_kept(op: str, ids: Tensor, packing: Packing | None, images: int, count
     check_ids(op, ids, count, cu_seqlens)
 
 
-def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None) -> None:
+def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None, argument: str = "ids") -> None:
     """Contiguous patch ids lie in [0, count) and increase within each row (or packed sequence).
 
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
@@ -123,7 +123,7 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
     place = _first_bad_id(ids, count, cu_seqlens)
     if place >= 0:
         value = ids.reshape(-1)[place].item()
-        fail(op, "ids", f"lie in [0, {count}) and increase within each row", f"{value} at position {place}",
+        fail(op, argument, f"lie in [0, {count}) and increase within each row", f"{value} at position {place}",
              "sort each row and drop repeated or foreign ids")  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The predictor's sequences of context and mask tokens."""
