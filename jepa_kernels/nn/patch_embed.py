@@ -43,7 +43,13 @@ class PatchEmbed(nn.Module):
         """pixels [B, C, (T,) H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
         weight, bias = self.proj.weight, self.proj.bias
         return jk.embed_patches(
-            pixels, ids, weight, bias, pos_embed, packing=packing, mean=self.mean, std=self.std
+            pixels,
+            ids,
+            weight,
+            bias,
+            pos_embed,
+            packing=packing,
+            **({} if self.mean is None else dict(mean=self.mean, std=self.std)),
         )
 
 

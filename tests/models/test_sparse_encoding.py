@@ -262,7 +262,10 @@ def test_pixels_to_predictions_compile_as_one_graph_for_all_lengths(rectangular)
         (lambda: Encoder(16, 4, 64, 1, 2, tubelet_size=2), "Encoder: rope must be a pairing for videos, got None; "),
         (lambda: Predictor((4, 4), 64, 48, 1, 2, rope="tiled"), "Predictor: grid must be (Gt, Gh, Gw) with rope, got"),
         (lambda: Predictor((2, 4, 4), 64, 48, 1, 2), "Predictor: grid must be (Gh, Gw), got (2, 4, 4); "),
-        (lambda: Encoder(16, 4, 64, 1, 2, rope="spiral"), "Encoder: rope must be interleaved, tiled or None, got 'spiral'; "),
+        (
+            lambda: Encoder(16, 4, 64, 1, 2, rope="spiral"),
+            "Encoder: rope must be interleaved, tiled or None, got 'spiral'; ",
+        ),
         (lambda: Model().encoder(clips(1, (3, 5, 16, 24))), "embed_patches: pixels must "),
         (lambda: Model().encoder(clips(1, (3, 6, 18, 24))), "embed_patches: pixels must "),
         (lambda: Encoder(32, 8, 64, 1, 2)(clips(1, (3, 32, 40))), "embed_patches: pos_embed must have shape (20, 64)"),
