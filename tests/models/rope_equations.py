@@ -3,7 +3,6 @@
 Shares no code with the package. The predictor sorts its tokens by place and returns them to their order, as published.
 """
 
-
 import torch
 
 from tests.models.ijepa_equations import block, linear, norm
