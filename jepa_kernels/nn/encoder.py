@@ -65,7 +65,7 @@ class Encoder(nn.Module):
     def features(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """`forward` without the last norm."""
         x = self.patch_embed(pixels, ids, packing, None if self.pos_embed is None else self.pos_embed[0])
-        rope = None if self.rope is None else self._rope(pixels, ids)
+        rope = self._rope(pixels, ids)
         for block in self.blocks:
             x = block(x, packing, rope)
         return x
@@ -76,7 +76,9 @@ class Encoder(nn.Module):
         frames = pixels.shape[2] // tubelet[0] if pixels.dim() == 5 else 1
         return frames, pixels.shape[-2] // height, pixels.shape[-1] // width
 
-    def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope:
+    def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
+        if self.rope is None:
+            return None
         grid = self.grid_of(pixels)
         if ids is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=pixels.device)

@@ -29,9 +29,12 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.mean, self.std = mean, std
-        sides = (patch_size, patch_size) if tubelet_size is None else (tubelet_size, patch_size, patch_size)
-        convolution = nn.Conv2d if tubelet_size is None else nn.Conv3d
-        self.proj = convolution(in_chans, embed_dim, sides, stride=sides)
+        self.proj: nn.Conv2d | nn.Conv3d
+        if tubelet_size is None:
+            self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        else:
+            sides = (tubelet_size, patch_size, patch_size)
+            self.proj = nn.Conv3d(in_chans, embed_dim, sides, stride=sides)
 
     def forward(
         self,
@@ -42,15 +45,7 @@ class PatchEmbed(nn.Module):
     ) -> Tensor:
         """pixels [B, C, (T,) H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
         weight, bias = self.proj.weight, self.proj.bias
-        return jk.embed_patches(
-            pixels,
-            ids,
-            weight,
-            bias,
-            pos_embed,
-            packing=packing,
-            **({} if self.mean is None else dict(mean=self.mean, std=self.std)),
-        )
+        return jk.embed_patches(pixels, ids, weight, bias, pos_embed, packing=packing, mean=self.mean, std=self.std)
 
 
 def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +96,9 @@ class Predictor(nn.Module):
             target_packing=target_packing,
             packing=packing,
         )
-        x = place(context, token, pos_embed=None if self.rope else self.predictor_pos_embed[0])
+        x = place(context, token, pos_embed=None if self.predictor_pos_embed is None else self.predictor_pos_embed[0])
         rope, target_rope = self._ropes(context_ids, target_ids, pairs, grid)
-        *blocks, last = self.predictor_blocks
+        *blocks, last = (cast(Block, block) for block in self.predictor_blocks)
         for i, block in enumerate(blocks):
             repeated = i == 0 and rope is not None
             x = block(x, packing, rope, place(block.qkv(context), block.qkv(token)) if repeated else None)
@@ -122,7 +123,8 @@ class Predictor(nn.Module):
             ids = torch.cat([context_ids, target_ids], 1)
         else:
             ids = torch.cat([context_ids, target_ids]).index_select(0, pairs.source)
-        positions, targets = (patch_positions(i, grid or self.grid) for i in (ids, target_ids))
+        grid = cast(tuple[int, int, int], self.grid) if grid is None else grid
+        positions, targets = patch_positions(ids, grid), patch_positions(target_ids, grid)
         return Rope(positions, pairing=self.rope), Rope(targets, positions, pairing=self.rope)
 
 
