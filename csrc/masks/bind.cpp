@@ -1,0 +1,153 @@
+// numpy arrays out; the generator's state is bytes in and out, so that nothing of torch is needed.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "masks/masks.h"
+
+namespace jepa {
+
+namespace py = pybind11;
+
+// The two generators of a batch: of the block sizes, and of the places.
+struct Generators {
+  std::unique_ptr<Random> sizes, places;
+  TorchGenerator* torch = nullptr; // places, where it goes on from a state
+
+  Generators(uint64_t seed, uint64_t step, uint32_t stream, const std::optional<py::bytes>& state) {
+    if (!state) {
+      places = std::make_unique<Philox>(seed, step, stream);
+      return;
+    }
+    TorchGenerator::State parsed;
+    const std::string_view bytes = *state;
+    if (bytes.size() != sizeof parsed)
+      throw std::invalid_argument("jepa_kernels: a generator's state must be 5056 bytes, got " +
+                                  std::to_string(bytes.size()) + "; pass that of torch's CPU generator");
+    std::memcpy(&parsed, bytes.data(), sizeof parsed);
+    sizes = std::make_unique<TorchGenerator>(seed + step);
+    auto going_on = std::make_unique<TorchGenerator>(parsed);
+    torch = going_on.get();
+    places = std::move(going_on);
+  }
+
+  template <class Params> Masks run(Masks (*sampler)(const Params&, Random&, Random&), const Params& params) {
+    py::gil_scoped_release nogil;
+    return sampler(params, sizes ? *sizes : *places, *places);
+  }
+
+  py::object state() const {
+    if (!torch) return py::none();
+    return py::bytes(reinterpret_cast<const char*>(&torch->state()), sizeof(TorchGenerator::State));
+  }
+};
+
+// [rows, K] or packed [T]; the vector lives as long as the array.
+static py::array ids_of(MaskRows& rows, bool rectangular) {
+  const auto count = static_cast<py::ssize_t>(rows.lengths.size());
+  const auto total = static_cast<py::ssize_t>(rows.ids.size());
+  auto* const kept = new std::vector<int64_t>(std::move(rows.ids));
+  const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
+  std::vector<py::ssize_t> shape{total};
+  if (rectangular) shape = {count, count ? total / count : 0};
+  return py::array_t<int64_t>(shape, kept->data(), owner);
+}
+
+static py::tuple arrays_of(Masks masks, bool rectangular, const Generators& generators) {
+  const auto lengths = [](const MaskRows& rows) {
+    return py::array_t<int64_t>(static_cast<py::ssize_t>(rows.lengths.size()), rows.lengths.data());
+  };
+  const py::array context = lengths(masks.context), target = lengths(masks.target);
+  return py::make_tuple(ids_of(masks.context, rectangular), context, ids_of(masks.target, rectangular),
+                        target, generators.state());
+}
+
+// Options by the names that the Python classes give them.
+class Options {
+public:
+  explicit Options(const py::dict& options) : options_(options) {}
+  template <class T> T get(const char* name) const { return options_[name].cast<T>(); }
+  Range range(const char* name) const {
+    const auto [least, most] = get<std::pair<double, double>>(name);
+    return {least, most};
+  }
+
+private:
+  const py::dict& options_;
+};
+
+static MultiBlock2dParams params2d(const Options& options, int64_t batch) {
+  const auto [height, width] = options.get<std::pair<int64_t, int64_t>>("grid");
+  const bool upstream = options.get<bool>("upstream");
+  MultiBlock2dParams p{};
+  p.batch = batch;
+  p.grid = {height, width};
+  p.target_scale = options.range("target_scale");
+  p.target_aspect = options.range("target_aspect_ratio");
+  p.context_scale = options.range("context_scale");
+  p.context_aspect = upstream ? 1.0 : static_cast<double>(height) / width;
+  p.num_targets = options.get<int64_t>("num_targets");
+  p.min_keep = options.get<int64_t>("min_keep");
+  p.truncate = options.get<bool>("truncate");
+  p.short_of_edge = upstream;
+  return p;
+}
+
+static MultiBlock3dParams params3d(const Options& options, int64_t batch) {
+  const auto [frames, height, width] = options.get<std::tuple<int64_t, int64_t, int64_t>>("grid");
+  const auto max_keep = options.get<std::optional<int64_t>>("max_keep");
+  MultiBlock3dParams p{};
+  p.batch = batch;
+  p.frames = frames;
+  p.grid = {height, width};
+  p.num_blocks = options.get<int64_t>("num_blocks");
+  p.spatial_scale = options.range("spatial_scale");
+  p.temporal_scale = options.range("temporal_scale");
+  p.aspect = options.range("aspect_ratio");
+  const auto shown = static_cast<int64_t>(frames * options.get<double>("max_context_frames_ratio"));
+  p.context_frames = std::max<int64_t>(shown, 1);
+  p.max_keep = max_keep.value_or(frames * height * width);
+  p.truncate = options.get<bool>("truncate");
+  p.full_complement = options.get<bool>("full_complement");
+  p.pred_full_complement = options.get<bool>("pred_full_complement");
+  p.inv_block = options.get<bool>("inv_block");
+  return p;
+}
+
+// (context ids, context lengths, target ids, target lengths, state); a state, and only one, makes it torch's
+// draw.
+static py::tuple draw2d(const py::dict& options, int64_t batch, uint64_t step,
+                        const std::optional<py::bytes>& state) {
+  const MultiBlock2dParams p = params2d(Options(options), batch);
+  Generators generators(Options(options).get<uint64_t>("seed"), step, 0, state);
+  return arrays_of(generators.run(&multiblock2d, p), p.truncate, generators);
+}
+
+static py::tuple draw3d(const py::dict& options, int64_t batch, uint64_t step, uint32_t stream,
+                        const std::optional<py::bytes>& state) {
+  const MultiBlock3dParams p = params3d(Options(options), batch);
+  Generators generators(Options(options).get<uint64_t>("seed"), step, stream, state);
+  return arrays_of(generators.run(&multiblock3d, p), p.truncate, generators);
+}
+
+static std::pair<int64_t, int64_t> smallest_context(const py::dict& options) {
+  const BlockSize size = params2d(Options(options), 0).context_size(0);
+  return {size.height, size.width};
+}
+
+void bind_masks(py::module_& m) {
+  m.def("multiblock2d", &draw2d);
+  m.def("multiblock2d_smallest_context", &smallest_context);
+  m.def("multiblock3d", &draw3d);
+}
+
+} // namespace jepa
