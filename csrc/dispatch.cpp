@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "assemble_tokens/assemble_tokens.h"
 #include "common/dtype.h"
 #include "ema_update/ema_update.h"
 #include "embed_patches/embed_patches.h"
@@ -81,6 +82,8 @@ bool set_isa(const char* name) {
     }                                                                                                        \
   }
 
+JEPA_DISPATCH(assemble_tokens_forward_cpu, AssembleTokensForwardParams)
+JEPA_DISPATCH(assemble_tokens_backward_cpu, AssembleTokensBackwardParams)
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
 JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
 JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)

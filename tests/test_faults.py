@@ -131,6 +131,20 @@ def boundaries_late(cu_seqlens):
 
 LAST_ROW, LAST_CHANNEL = (..., -1, slice(None)), (..., -1)
 FAULTS = {
+    "assemble_tokens": {
+        "neighbour's context": ("forward", argument(0, lambda context: context.roll(1, 0))),
+        "mask tokens swapped": ("forward", argument(1, lambda token: token.flip(0))),
+        "mask token truncated to bf16": ("forward", argument(1, truncate)),
+        "positions by place, not by id": ("forward", argument(4, given(lambda pos: pos.roll(1, 0)))),
+        "target id off by one": ("forward", argument(3, given(lambda ids: (ids - 1).clamp(min=0)))),
+        "targets one token late": ("forward", argument(6, given(boundaries_late))),
+        "sequences one token late": ("forward", argument(7, given(boundaries_late))),
+        "last row left out": ("forward", result(spoil(LAST_ROW, 0))),
+        "output truncated": ("forward", computed_wide_then_truncated),
+        "gradient of the first row missing": ("backward", argument(0, without_first_row)),
+        "context's gradient of one mask": ("backward", output(0, lambda g: g / 2)),
+        "mask token's gradient in bf16": ("backward", output(1, truncate)),
+    },
     "ema_update": {
         "momentum and its complement swapped": ("forward", argument(3, lambda m: 1 - m)),
         "momentum rounded to bf16": ("forward", argument(3, lambda m: m.bfloat16().to(m.dtype))),

@@ -79,6 +79,7 @@ static inline vf exponent(vf x) { return _mm512_getexp_ps(x); }
 // Past the cache, to aligned addresses; finish with _mm_sfence.
 static inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
+static inline void stream(f16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(x)); }
 
 #else // AVX2 and FMA
 
@@ -159,6 +160,7 @@ static inline vf exponent(vf x) {
 
 static inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
+static inline void stream(f16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(x)); }
 
 #endif
 

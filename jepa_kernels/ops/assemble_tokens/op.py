@@ -14,7 +14,7 @@ from jepa_kernels.packing import Packing
 
 OP = "assemble_tokens"
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS = (Kernel("cpu"),)
 
 Packings = tuple[Packing | None, Packing | None, Packing | None]
 
@@ -108,7 +108,9 @@ def _check_given(packings: Packings) -> None:
 
 
 def _check_table(name: str, table: Tensor, shape: str, context: Tensor) -> None:
-    check_tensor(OP, name, table, shape, dtypes=(context.dtype, torch.float32), device=context.device)
+    own = context.dtype
+    dtypes = (own,) if own == torch.float32 else (own, torch.float32)
+    check_tensor(OP, name, table, shape, dtypes=dtypes, device=context.device)
     if table.shape[1] != context.shape[-1]:
         remedy = "pass tensors of one width"
         fail(OP, name, f"have {context.shape[-1]} channels like context", table.shape[1], remedy)
