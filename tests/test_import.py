@@ -190,15 +190,19 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
     assert said.endswith("); leave it out for the cpu\n") and said.count("\n") == 1
 
 
-def test_the_readme_example_runs_as_written(capsys):
-    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def test_the_readme_examples_run_as_written(capsys):
+    first, encoding = (part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:])
     names: dict = {}
-    exec(block, names)
+    exec(first, names)
     assert names["out"].shape == (300, 16, 64)
     assert capsys.readouterr().out.startswith("masked_attention: ")
     second = [names[letter][70:181] for letter in "qkv"]
     alone = jk.masked_attention(*second, jk.Packing.from_lengths([111]))
     assert torch.equal(names["out"][70:181], alone)
+    exec(encoding, names)
+    masks = names["masks"]
+    assert names["context"].shape == (sum(masks.context_packing.lengths), 384)
+    assert names["predicted"].shape == (len(masks.target_ids), 384) and len(masks.target_packing.lengths) == 6
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])

@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
+from jepa_kernels.masks import MultiBlock2d
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
@@ -242,6 +244,18 @@ def test_a_step_reads_no_value_back(kept):
         with pytest.raises(AssertionError):  # the guard bites
             masks.context_ids.max().item()
     assert model.encoder.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("truncate", [False, True], ids=["packed", "truncated"])
+def test_a_training_step_reads_no_value_back(truncate):
+    sizes = dict(crop_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=2)
+    model = IJEPA(IJEPAConfig(**sizes, predictor_embed_dim=32, predictor_depth=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    masks, before = MultiBlock2d(8, truncate=truncate)(2).to("cpu"), model.predictor.mask_token.clone()
+    # The loss's backward reads its scalar on the CPU, where that waits for nothing: as on a GPU, it must not here.
+    with mock.patch("jepa_kernels.ops.latent_loss.op._graph_is_kept", return_value=True), no_sync():
+        train_step(model, optimizer, torch.randn(2, 3, 32, 32), masks, 0.9)
+    assert not torch.equal(before, model.predictor.mask_token)
 
 
 @pytest.mark.parametrize("rectangular", [False, True], ids=["packed", "rectangular"])
