@@ -13,6 +13,7 @@ void bind_gather_tokens(py::module_&);
 void bind_latent_loss(py::module_&);
 void bind_masked_attention(py::module_&);
 void bind_peaks(py::module_&);
+void bind_rope(py::module_&);
 } // namespace jepa
 
 PYBIND11_MODULE(_C, m) {
@@ -24,4 +25,5 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_latent_loss(m);
   jepa::bind_masked_attention(m);
   jepa::bind_peaks(m);
+  jepa::bind_rope(m);
 }
