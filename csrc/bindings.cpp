@@ -15,6 +15,7 @@ void bind_latent_loss(py::module_&);
 void bind_masked_attention(py::module_&);
 void bind_masks(py::module_&);
 void bind_peaks(py::module_&);
+void bind_rope(py::module_&);
 } // namespace jepa
 
 PYBIND11_MODULE(_C, m) {
@@ -28,4 +29,5 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_masked_attention(m);
   jepa::bind_masks(m);
   jepa::bind_peaks(m);
+  jepa::bind_rope(m);
 }

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
 from jepa_kernels._core.define import define
+from jepa_kernels._core.select import unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
 
@@ -109,7 +110,13 @@ class Rope:
         with torch.no_grad():
             positions = positions.to(self.angle_dtype)
             frequencies = None if self.frequencies is None else self.frequencies.to(self.angle_dtype)
-            return _turns(positions, frequencies, self.theta, self.pairing, width, "reference")
+            return _turns(positions, frequencies, self.theta, self.pairing, width, _maker(positions))
+
+
+def _maker(positions: Tensor) -> str:
+    """Who computes the table: whatever the backend of the op that reads it, so that all read the same."""
+    fits = positions.is_cpu and positions.dtype == torch.float32
+    return "cpu" if fits and unavailable("cpu", "cpu") is None else "reference"
 
 
 def _turns_fake(

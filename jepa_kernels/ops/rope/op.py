@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jepa_kernels._core.check import check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
-from jepa_kernels._core.select import select, short
+from jepa_kernels._core.select import Kernel, select, short
 from jepa_kernels.ops.rope import reference
 from jepa_kernels.ops.rope.reference import tokens_first
 from jepa_kernels.rotary import Rope, rope_of
@@ -16,7 +16,7 @@ from jepa_kernels.rotary import Rope, rope_of
 OP = "rope"
 MAX_WIDTH = 256
 
-KERNELS = ()
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def rope(
