@@ -73,23 +73,22 @@ template <class T> static void pack_weights(const Forward& p) {
   });
 }
 
-template <class T> static const T* position(const Forward& p, int64_t row) {
-  const int64_t id = p.token[row] < 0 ? 0 : p.token[row] % p.layer.at.count;
-  return static_cast<const T*>(p.pos) + id * p.pos_strides[0];
+template <class T> static const T* position(const Forward& p, int64_t id) {
+  return static_cast<const T*>(p.pos) + (id < 0 ? 0 : id) * p.pos_strides[0];
 }
 
-// Adds bias and position to a row of sums, and rounds. A row without a patch is 0.
-template <class T> static void finish(const Forward& p, int64_t row, int64_t column, const float* sums) {
+// Adds bias and position to a row of sums, and rounds. A row without a patch (id < 0) is 0.
+template <class T>
+static void finish(const Forward& p, int64_t row, int64_t id, int64_t column, const float* sums) {
   const int64_t embed_dim = p.layer.embed_dim;
-  const bool empty = p.token[row] < 0;
-  const T *bias = static_cast<const T*>(p.bias), *pos = p.pos ? position<T>(p, row) : nullptr;
+  const T *bias = static_cast<const T*>(p.bias), *pos = p.pos ? position<T>(p, id) : nullptr;
   T* out = static_cast<T*>(p.out) + row * embed_dim;
   for (int64_t e = column; e < column + COLUMNS && e < embed_dim; e += W, sums += W) {
     const int n = part(embed_dim - e);
     vf x = load(sums);
     if (bias) x = add(x, load(bias + e * p.bias_stride, p.bias_stride, n));
     if (pos) x = add(x, load(pos + e * p.pos_strides[1], p.pos_strides[1], n));
-    store_first(out + e, empty ? zero() : x, n);
+    store_first(out + e, id < 0 ? zero() : x, n);
   }
 }
 
@@ -113,11 +112,13 @@ static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int6
   const int64_t depth = p.layer.depth(), panels = panels_of(end - begin, ROWS);
   pack_patches<X>(p, shape, begin, end, scratch, scratch + TILE_ROWS * depth);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
+  int64_t ids[TILE_ROWS];
+  for (int64_t i = begin; i < end; ++i) ids[i - begin] = p.token[i] < 0 ? -1 : p.token[i] % p.layer.at.count;
   for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
     if (p.pos)
-      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, i) + e);
+      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, ids[i - begin]) + e);
     multiply_tile(scratch, panels, p.weights + e * depth, depth, sums);
-    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, e, sums + (i - begin) * COLUMNS);
+    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, ids[i - begin], e, sums + (i - begin) * COLUMNS);
   }
 }
 

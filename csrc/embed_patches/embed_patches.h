@@ -13,7 +13,7 @@ namespace embed_patches {
 constexpr int64_t TILE_ROWS = 48; // rows of the left operand that are multiplied with one panel of the right
 constexpr int64_t MAX_COLUMNS = 32; // the widest right panel
 constexpr int64_t MAX_ROWS = 12;    // the widest left panel
-constexpr int64_t TOKENS = 512; // the most tokens that are multiplied into the weights' gradient at a time
+constexpr int64_t TOKENS = 1024; // the most tokens that are multiplied into the weights' gradient at a time
 
 constexpr int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
