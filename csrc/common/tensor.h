@@ -16,6 +16,9 @@ namespace py = pybind11;
 // The element type of a torch.dtype; `other` for None.
 DType dtype_of(py::handle type);
 
+// Bytes of an element; 0 for `other`.
+int64_t size_of(DType type);
+
 // torch.get_num_threads(): a fresh Python thread's OpenMP default differs from it.
 int torch_threads();
 

@@ -6,8 +6,6 @@
 
 namespace jepa {
 
-static int bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optional<Tensor>& cu) {
   const int64_t channels = x.size(2);
   const Runs runs(cu, ids.numel());
@@ -19,7 +17,7 @@ static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optiona
                                          x.stride(2),
                                          out.data(),
                                          channels,
-                                         bytes_of(x.dtype),
+                                         static_cast<int>(size_of(x.dtype)),
                                          torch_threads()};
   py::gil_scoped_release nogil;
   gather_tokens_forward_cpu(params);
