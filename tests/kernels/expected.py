@@ -97,6 +97,30 @@ def loss_calls() -> Iterator[Call]:
         yield Call(f"channels-{channels}", loss(torch.float32, channels), launches, (), {}, HOPPER)
 
 
+def gather(dtype: torch.dtype, channels: int, packed: bool = True) -> Callable[[], object]:
+    def make() -> Tensor:
+        x, ids = torch.zeros(2, 9, channels, dtype=dtype, requires_grad=True), torch.arange(3).repeat(4, 1)
+        if packed:
+            out = jk.gather_tokens(x, ids.flatten(), Packing.uniform(4, 3), backend="triton")
+        else:
+            out = jk.gather_tokens(x, ids, backend="triton")
+        return torch.autograd.grad(out, x, torch.zeros_like(out))[0]
+
+    return make
+
+
+def gather_calls() -> Iterator[Call]:
+    forward, backward = launches = tuple(f"_gather_tokens_{stage}_kernel" for stage in ("forward", "backward"))
+    # 16 rows of 256 channels on 128 threads: 32 elements each, moved once.
+    once = {d: {k: {r"LDG\.E\.128": 2 * d.itemsize} for k in launches} for d in (torch.float32, torch.bfloat16)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        counts = once.get(dtype, {})
+        yield Call(f"packed-{dtype}", gather(dtype, 1280), (forward, backward), launches, counts, blocks=8)
+    yield Call("rectangular", gather(torch.bfloat16, 1408, False), (forward, backward), launches, {}, HOPPER, blocks=7)
+    for channels in (1, 37):
+        yield Call(f"channels-{channels}", gather(torch.float32, channels), (forward, backward), (), {}, HOPPER)
+
+
 def attention(
     dtype: torch.dtype, width: int, lengths: tuple[int, ...], heads: tuple[int, int] = (2, 2), **options: object
 ) -> Callable[[], object]:
@@ -162,6 +186,7 @@ def long_attention() -> tuple[str, ...]:
 
 CALLS = {
     "ema_update": tuple(ema_calls()),
+    "gather_tokens": tuple(gather_calls()),
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
 }
