@@ -31,7 +31,7 @@ PUBLIC = {
     "Rope": ["positions", "k_positions", "pairing", "theta", "frequencies", "angle_dtype"],
     "available_backends": ["op"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
-    "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "backend"],
+    "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "info": [],

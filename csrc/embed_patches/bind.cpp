@@ -29,7 +29,8 @@ static EmbedPatchesLayer layer_of(const Tensor& pixels, const Maybe& ids, const 
 }
 
 static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& weight, const Maybe& bias,
-                          const Maybe& pos, const Maybe& cu) {
+                          const Maybe& pos, const Maybe& cu, const std::vector<double>&,
+                          const std::vector<double>&) {
   const Runs runs(cu, ids ? ids->numel() : 0);
   const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, scratch_size = forward_scratch(depth);
@@ -54,7 +55,8 @@ static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& 
 }
 
 static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixels, const Maybe& ids,
-                                          const Tensor& weight, const Maybe& cu, std::array<bool, 4> wanted) {
+                                          const Tensor& weight, const Maybe& cu, const std::vector<double>&,
+                                          const std::vector<double>&, std::array<bool, 4> wanted) {
   const Runs runs(cu, ids ? ids->numel() : 0);
   const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, count = layer.at.count;
