@@ -23,7 +23,7 @@ def _images_as_they_are(call: tuple[Tensor, list[float]]) -> str | None:
     return None if plain else "takes images and a weight [E, C, P, P], without mean and std"
 
 
-KERNELS = (Kernel("cpu", limit=_images_as_they_are),)
+KERNELS = (Kernel("triton"), Kernel("cpu", limit=_images_as_they_are))
 
 
 def embed_patches(

@@ -9,24 +9,20 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels._core.triton_rows import row_of, run_bounds, run_of
+from jepa_kernels._core.triton_rows import LENGTHS, LISTS, offset_of, row_of, token_of
 
 ROWS = 16
 CHANNELS = 256  # 16 bytes a lane in bf16; the published widths are multiples of 128
-LENGTHS = ["rows", "runs", "run_length", "steps", "masks", "batch", "count", "tokens"]
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
 def _gather_tokens_forward_kernel(
     x, ids, cu_seqlens, out, rows, runs, run_length, steps, batch, count, channels,
     x_image, x_token, x_channel, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    run = run_of(row, cu_seqlens, runs, run_length, steps)
-    inside = (row < rows) & (run < runs)
-    id = tl.load(ids + row, mask=inside, other=-1)
-    inside &= (id >= 0) & (id < count)
+    run, id, inside = token_of(row, ids, cu_seqlens, rows, runs, run_length, steps, count)
     token = (run % batch).to(tl.int64) * x_image + id * x_token
     there = inside[:, None] & (c < channels)[None, :]
     tile = tl.load(x + token[:, None] + c.to(tl.int64)[None, :] * x_channel, mask=there, other=0.0)
@@ -34,24 +30,19 @@ def _gather_tokens_forward_kernel(
     tl.store(out + at, tile, mask=(row < rows)[:, None] & (c < channels)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
 def _gather_tokens_backward_kernel(
     grad, ids, cu_seqlens, dx, masks, run_length, steps, batch, count, tokens, channels,
-    grad_run, grad_row, grad_channel, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    length, grad_skip, grad_row, grad_channel, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     for mask in range(masks):
         run = mask * batch + token // count
-        begin, end = run_bounds(run, cu_seqlens, run_length, token < tokens)
-        row, chosen = row_of(token % count, ids, begin, end, steps)
-        if cu_seqlens is None:
-            place = run.to(tl.int64) * grad_run + (row - begin).to(tl.int64) * grad_row
-        else:
-            place = row.to(tl.int64) * grad_row
+        row, chosen = row_of(run, token % count, token < tokens, ids, cu_seqlens, run_length, steps)
         there = chosen[:, None] & (c < channels)[None, :]
-        at = place[:, None] + c.to(tl.int64)[None, :] * grad_channel
+        at = offset_of(row, length, grad_skip, grad_row)[:, None] + c.to(tl.int64)[None, :] * grad_channel
         total += tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
     at = token.to(tl.int64)[:, None] * channels + c[None, :]
     tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(token < tokens)[:, None] & (c < channels)[None, :])
@@ -85,7 +76,7 @@ def backward(grad: Tensor, ids: Tensor, cu_seqlens: Tensor | None, batch: int, c
         with device_of(grad):
             _gather_tokens_backward_kernel[triton.cdiv(tokens, ROWS), triton.cdiv(channels, CHANNELS)](
                 grad, ids, cu_seqlens, dx, runs // batch, run_length, min(count, ids.numel()).bit_length(), batch,
-                count, tokens, channels, grad.stride(0), grad.stride(-2), grad.stride(-1),
+                count, tokens, channels, max(grad.shape[-2], 1), grad.stride(0), grad.stride(-2), grad.stride(-1),
                 ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
             )  # fmt: skip
     return dx

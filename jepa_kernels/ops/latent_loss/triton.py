@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels._core.triton_rows import run_of
+from jepa_kernels._core.triton_rows import LENGTHS, LISTS, run_of
 
 MAX_BLOCK = 4096  # channels held in registers at once; wider rows are read in several blocks
 SUM_BLOCK = 8192
@@ -72,7 +72,7 @@ def _compare(x, t, unit, c, channels, weight, beta, inverse_beta, KIND: tl.const
     return _distance(d, beta, inverse_beta, KIND)
 
 
-@triton.jit(do_not_specialize=["row_length", "runs", "steps", "batch", "count"])
+@triton.jit(do_not_specialize=["row_length", *LENGTHS], do_not_specialize_on_alignment=LISTS)
 def _latent_loss_forward_kernel(
     pred, target, ids, cu_seqlens, unit, row_loss,
     row_length, runs, steps, batch, count, channels, width, weight, beta, inverse_beta, eps,
