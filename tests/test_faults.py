@@ -192,6 +192,10 @@ FAULTS = {
         "neighbour's image": ("forward", argument(0, lambda pixels: pixels.roll(1, 0))),
         "output truncated": ("forward", computed_wide_then_truncated),
         "weight gradient misses the last row": ("backward", argument(0, spoil(LAST_ROW, 0))),
+        "shift missing": ("forward", argument(7, lambda shift: [0.0] * len(shift))),
+        "channels share a scale": ("forward", argument(6, lambda scale: scale[:1] * len(scale))),
+        "frames of a tubelet swapped": ("forward", argument(2, lambda w: w.flip(-3) if w.dim() == 5 else w)),
+        "weight gradient of pixels as they are": ("backward", argument(6, lambda shift: [0.0] * len(shift))),
         "bias gradient in bf16": ("backward", output(2, lambda g: truncate(g).to(g.dtype))),
     },
 }

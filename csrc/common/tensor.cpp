@@ -89,7 +89,7 @@ Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {
   }
 }
 
-Tensor Tensor::allocate(const char* method, std::initializer_list<int64_t> shape,
+Tensor Tensor::allocate(const char* method, const std::vector<int64_t>& shape,
                         std::optional<DType> type) const {
   py::tuple dimensions(shape.size());
   size_t i = 0;

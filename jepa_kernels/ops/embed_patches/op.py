@@ -16,14 +16,7 @@ from jepa_kernels.packing import Packing
 
 OP = "embed_patches"
 
-
-def _images_as_they_are(call: tuple[Tensor, list[float]]) -> str | None:
-    weight, scale = call
-    plain = weight.dim() == 4 and not scale
-    return None if plain else "takes images and a weight [E, C, P, P], without mean and std"
-
-
-KERNELS = (Kernel("triton"), Kernel("cpu", limit=_images_as_they_are))
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def embed_patches(
@@ -71,7 +64,7 @@ def embed_patches(
         check_kept(OP, ids, packing, images=pixels.shape[0], count=count, device=pixels.device)
     elif packing is not None:
         fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
-    backend = select(OP, KERNELS, backend, pixels, (weight, scale), weight.dtype)
+    backend = select(OP, KERNELS, backend, pixels, dtype=weight.dtype)
     if backend == "reference":
         return reference.forward(pixels, ids, weight, bias, pos_embed, packing=packing, mean=mean, std=std)
     cu_seqlens = None if packing is None else packing.cu_seqlens

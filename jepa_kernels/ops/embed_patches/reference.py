@@ -40,8 +40,8 @@ def _normalised(pixels: Tensor, dtype: torch.dtype, mean: Sequence[float], std: 
     """(x - mean) / std with x = pixels / 255 for bytes, in fp32 or wider, then rounded to the layer's dtype."""
     x = pixels.to(torch.promote_types(dtype, torch.float32))
     x = x / 255 if pixels.dtype == torch.uint8 else x
-    mean, std = (x.new_tensor(v).view(-1, *(1,) * (x.dim() - 2)) for v in (mean, std))
-    return ((x - mean) / std).to(dtype)
+    centre, width = (x.new_tensor(v).view(-1, *(1,) * (x.dim() - 2)) for v in (mean, std))
+    return ((x - centre) / width).to(dtype)
 
 
 def _patches(pixels: Tensor, sizes: Sequence[int]) -> Tensor:
