@@ -35,19 +35,33 @@ def loss(dtype: torch.dtype, channels: int):
     return 3 * pred.numel() * pred.element_size()
 
 
-# Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, and the
-# modelled time in microseconds that it must stay under on an H200.
+def gather(backward: bool):
+    """Contexts of I-JEPA: 111 of 256 tokens kept. Forward copies them; backward writes every token once."""
+    ids, packing = Packing.from_ids([torch.arange(n) * 2 for n in (100, 122)])
+    x = torch.randn(2, 256, 1280).bfloat16().requires_grad_()
+    out = jk.gather_tokens(x, ids, packing, backend="triton")
+    if backward:
+        TRAFFIC.clear()
+        torch.autograd.grad(out, x, torch.ones_like(out))
+    return 2 * (out.numel() + (x if backward else out).numel())
+
+
+# Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, the bytes over
+# the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
+# backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
 CASES = [
-    ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1770),
-    ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 2065),
-    ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 45),
-    ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 85),
-    ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 53),
+    ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
+    ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
+    ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),
+    ("gather_tokens-vit_h14-backward", lambda: gather(True), 1, (14208 + 32768) * 1280 * 2, 1.12, 34),
+    ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 1.04, 45),
+    ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 1.04, 85),
+    ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 1.04, 53),
 ]
 
 
-@pytest.mark.parametrize("name, call, launches, full, limit", CASES, ids=[c[0] for c in CASES])
-def test_bytes_touched_stay_near_the_floor(name, call, launches, full, limit, record_property):
+@pytest.mark.parametrize("name, call, launches, full, most, limit", CASES, ids=[c[0] for c in CASES])
+def test_bytes_touched_stay_near_the_floor(name, call, launches, full, most, limit, record_property):
     TRAFFIC.clear()
     floor = call()
     ratio = TRAFFIC.total() / floor
@@ -55,7 +69,7 @@ def test_bytes_touched_stay_near_the_floor(name, call, launches, full, limit, re
     record_property("bytes_over_floor", round(ratio, 4))
     record_property("modelled_us", round(modelled, 1))
     print(f"{name}: {ratio:.3f} of the floor's bytes, {modelled:.0f} us modelled")
-    assert 1.0 <= ratio < 1.04 and modelled < limit
+    assert 1.0 <= ratio < most and modelled < limit
 
 
 CONTEXTS = (42, 66, 84, 96, 101, 111, 117, 123, 128, 132, 156, 176)  # of I-JEPA: patches kept, 111 in the mean

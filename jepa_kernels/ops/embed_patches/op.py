@@ -16,7 +16,7 @@ from jepa_kernels.packing import Packing
 
 OP = "embed_patches"
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def embed_patches(
