@@ -24,11 +24,12 @@ def python(code: str) -> str:
 
 
 ATTENTION = ["q", "k", "v", "packing", "k_packing", "frame_size", "key_ranges", "rope", "scale", "backend"]
+ROPE = ["pairing", "theta", "frequencies", "angle_dtype"]
 PUBLIC = {
     "BackendError": None,
     "BackendWarning": None,
     "Packing": None,
-    "Rope": ["positions", "k_positions", "pairing", "theta", "frequencies", "angle_dtype"],
+    "Rope": ["positions", "k_positions", *ROPE],
     "available_backends": ["op"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "backend"],
@@ -41,6 +42,8 @@ PUBLIC = {
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
     "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
+    "rope": ["x", "positions", *ROPE, "backend"],
+    "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "use_backend": ["backend", "per_op"],
 }
 
@@ -115,7 +118,7 @@ def best(call):  # of many short runs: others share the machine
 x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
-pred, rows = torch.zeros(2, 3, 8), torch.zeros(6, 8)
+pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
 raising = best(stop(lambda: None))
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "ema_update": lambda: jk.ema_update([x], [x], 0.5),
@@ -127,6 +130,8 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
+    "rope": lambda: jk.rope(dense, places),
+    "rope of both": lambda: jk.rope_qk(dense, dense, places),
 }.items()}))
 """
 

@@ -35,6 +35,19 @@ def loss(dtype: torch.dtype, channels: int):
     return 3 * pred.numel() * pred.element_size()
 
 
+def rope(stage: str):
+    """Queries and keys of two clips read and written, and the table of each; programs share no heads at full size."""
+    leaves = [torch.randn(2, 40, 22, 64).bfloat16().transpose(1, 2).requires_grad_() for _ in range(2)]
+    table = jk.Rope(torch.rand(2, 40, 3) * 9, pairing="tiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jepa_kernels.ops.rope.triton.PROGRAMS", 1)
+        both = jk.rope_qk(*leaves, table, backend="triton")
+        if stage == "backward":
+            TRAFFIC.clear()
+            torch.autograd.grad(both, leaves, [x.detach() for x in leaves])
+    return 2 * sum(x.numel() * 2 for x in leaves) + table.turns(64)[0].numel() * 4
+
+
 # Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, and the
 # modelled time in microseconds that it must stay under on an H200.
 CASES = [
@@ -42,6 +55,8 @@ CASES = [
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 2065),
     ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 45),
     ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 85),
+    ("rope-vjepa2_g-n2048-forward", lambda: rope("forward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 170),
+    ("rope-vjepa2_g-n2048-backward", lambda: rope("backward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 170),
     ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 53),
 ]
 
