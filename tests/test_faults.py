@@ -123,6 +123,10 @@ def without_last_pixel(weight):
     return torch.cat([rows[:, :-1], torch.zeros_like(rows[:, :1])], 1).view_as(weight)
 
 
+def sines_of_partners(turns):
+    return torch.stack([turns[..., 0, :], turns[..., 1, :].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)], -2)
+
+
 def boundaries_late(cu_seqlens):
     if cu_seqlens is None:
         return None
@@ -197,6 +201,17 @@ FAULTS = {
         "dq not scaled": ("backward", output(0, lambda g: g * 1.5)),
         "dk of the last key missing": ("backward", output(1, spoil((-1,), 0))),
         "dv stale where there are few keys": ("backward", output(2, spoil((0, ..., 0), 0))),
+    },
+    "rope": {
+        "sines of the wrong sign": ("forward", argument(2, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "neighbour's turns": ("forward", argument(2, given(lambda x: x.roll(1, -3)))),
+        "turns in bf16": ("forward", argument(2, truncate)),
+        "pairing swapped": ("forward", argument(4, lambda half: not half)),
+        "last channel stale": ("forward", result(spoil(LAST_CHANNEL, float("nan")))),
+        "last head left out": ("forward", result(spoil(LAST_ROW, 0))),
+        "output truncated": ("forward", computed_wide_then_truncated),
+        "gradient turned the wrong way": ("backward", argument(2, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "gradient by the sines of the wrong channel": ("backward", argument(2, given(sines_of_partners))),
     },
     "embed_patches": {
         "rows and columns of a patch swapped": ("forward", argument(2, lambda w: w.transpose(2, 3).contiguous())),

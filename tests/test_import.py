@@ -24,11 +24,14 @@ def python(code: str) -> str:
 
 
 ATTENTION = ["q", "k", "v", "packing", "k_packing", "frame_size", "key_ranges", "rope", "scale", "backend"]
+PACKINGS = ["context_packing", "target_packing", "packing"]
+ROPE = ["pairing", "theta", "frequencies", "angle_dtype"]
 PUBLIC = {
     "BackendError": None,
     "BackendWarning": None,
     "Packing": None,
-    "Rope": ["positions", "k_positions", "pairing", "theta", "frequencies", "angle_dtype"],
+    "Rope": ["positions", "k_positions", *ROPE],
+    "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
@@ -41,6 +44,9 @@ PUBLIC = {
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
     "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
+    "patch_positions": ["ids", "grid"],
+    "rope": ["x", "positions", *ROPE, "backend"],
+    "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "use_backend": ["backend", "per_op"],
 }
 
@@ -94,7 +100,7 @@ class Chosen(Exception):
     pass
 
 def stop(choose):
-    def chosen(*args):
+    def chosen(*args, **options):
         choose(*args)
         raise Chosen
     return chosen
@@ -115,9 +121,12 @@ def best(call):  # of many short runs: others share the machine
 x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
-pred, rows = torch.zeros(2, 3, 8), torch.zeros(6, 8)
+pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
 raising = best(stop(lambda: None))
+packings = dict(context_packing=packing, target_packing=packing, packing=six)
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
+    "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
+    "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
     "ema_update": lambda: jk.ema_update([x], [x], 0.5),
     "embed_patches": lambda: jk.embed_patches(pixels, ids, weight, bias, pos),
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
@@ -127,6 +136,10 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
+    "rope": lambda: jk.rope(q, turns),
+    "rope of q and k": lambda: jk.rope_qk(q, q, turns),
+    "rope": lambda: jk.rope(dense, places),
+    "rope of both": lambda: jk.rope_qk(dense, dense, places),
 }.items()}))
 """
 

@@ -227,10 +227,43 @@ def long_attention() -> tuple[str, ...]:
     return tuple(f"_masked_attention_{stage}_kernel" for stage in ("forward", "backward_q", "backward_kv"))
 
 
+def rope(dtype: torch.dtype, width: int, axes: int = 3, **options: object) -> Callable[[], object]:
+    """Forward and backward of queries and keys, views of one qkv."""
+
+    def make() -> object:
+        leaves = [x.detach().requires_grad_() for x in torch.zeros(9, 3, 4, width, dtype=dtype).unbind(1)[:2]]
+        both = jk.rope_qk(*leaves, torch.zeros(9, axes), **options, backend="triton")
+        return torch.autograd.grad(both, leaves, [torch.zeros_like(x) for x in both])
+
+    return make
+
+
+def rope_alone() -> Tensor:
+    return jk.rope(torch.zeros(2, 4, 9, 64, dtype=torch.bfloat16), torch.zeros(9, 3), backend="triton")
+
+
+def rope_calls() -> Iterator[Call]:
+    kernel = "_rope_kernel"
+    both = (kernel, kernel)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Call(f"tiled-d64-{dtype}", rope(dtype, 64, pairing="tiled"), both, both, blocks=8)
+    for name, make in (
+        ("d80", rope(torch.bfloat16, 80)),
+        ("d88", rope(torch.float16, 88)),
+        ("d24", rope(torch.bfloat16, 24)),
+        ("d256", rope(torch.float32, 256)),
+        ("half-d128", rope(torch.bfloat16, 128, 1, pairing="half")),
+    ):
+        yield Call(name, make, both, both, capabilities=HOPPER, blocks=4)
+    yield Call("d33", rope(torch.float32, 33), both, capabilities=HOPPER, blocks=4)
+    yield Call("alone", rope_alone, (kernel,), (kernel,), capabilities=HOPPER, blocks=8)
+
+
 CALLS = {
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
+    "rope": tuple(rope_calls()),
 }

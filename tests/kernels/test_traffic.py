@@ -46,6 +46,19 @@ def gather(backward: bool):
     return 2 * (out.numel() + (x if backward else out).numel())
 
 
+def rope(stage: str):
+    """Queries and keys of two clips read and written, and the table of each; programs share no heads at full size."""
+    leaves = [torch.randn(2, 40, 22, 64).bfloat16().transpose(1, 2).requires_grad_() for _ in range(2)]
+    table = jk.Rope(torch.rand(2, 40, 3) * 9, pairing="tiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jepa_kernels.ops.rope.triton.PROGRAMS", 1)
+        both = jk.rope_qk(*leaves, table, backend="triton")
+        if stage == "backward":
+            TRAFFIC.clear()
+            torch.autograd.grad(both, leaves, [x.detach() for x in leaves])
+    return 2 * sum(x.numel() * 2 for x in leaves) + table.turns(64)[0].numel() * 4
+
+
 # Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, the bytes over
 # the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
 # backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
@@ -57,6 +70,8 @@ CASES = [
     ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 1.04, 45),
     ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 1.04, 85),
     ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 1.04, 53),
+    ("rope-vjepa2_g-n2048-forward", lambda: rope("forward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
+    ("rope-vjepa2_g-n2048-backward", lambda: rope("backward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
 ]
 
 

@@ -72,7 +72,10 @@ def rope_qk(
     q: [T, H, D] or [B, H, N, D]. k: [Tk, Hk, D] or [B, Hk, M, D], of q's dtype, with any number of heads. Views of
         one [T, 3, H, D] or [B, N, 3, H, D] are read in place.
     positions: of q, and of k too where k_positions is None. Other arguments, results, gradients and errors: as of
-        `rope`. masked_attention(q, k, v, rope=r) has the bits of masked_attention(*rope_qk(q, k, r), v).
+        `rope`.
+
+    On one backend masked_attention(q, k, v, rope=r) has the bits of masked_attention(*rope_qk(q, k, r), v); for "half"
+    on Triton, where D is a power of two.
     """
     op = "rope_qk"
     turning = rope_of(

@@ -14,8 +14,8 @@ THREADS = 128
 TILE = 1024  # elements of a head's rows at a time: 16 bytes a thread in 16 bits
 PROGRAMS = 2048  # in all, at least, where there are heads to share out
 NUMBERS = [
-    *(f"{x}_{what}" for x in "qk" for what in ("batch", "token", "head", "channel", "tokens", "heads", "turns_batch")),
-    *("batch", "blocks", "shares"),
+    *(f"{x}_{what}" for x in "qk" for what in ("skip", "token", "head", "channel", "tokens", "heads")),
+    *("turns_skip", "k_turns_skip", "batch", "blocks", "shares"),
 ]
 
 
@@ -32,56 +32,73 @@ def _partner(x, c, TURNING: tl.constexpr, HALF: tl.constexpr):
 
 
 @triton.jit
-def _turn_rows(
-    x, y, turns, x_batch, x_token, x_head, x_channel, tokens, heads, turns_batch, batch, block, share, shares,
-    HALF: tl.constexpr, BACK: tl.constexpr, TURNING: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def _turns_of(
+    turns, skip, b, t, there, c, HALF: tl.constexpr, BACK: tl.constexpr, TURNING: tl.constexpr
 ):  # fmt: skip
-    """ROWS tokens from block * ROWS, and the share-th part of their heads. Strides count UNIT elements."""
-    row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b = row // tokens
-    t = row % tokens
-    c = tl.arange(0, COLUMNS)
-    there = (row < batch.to(tl.int64) * tokens)[:, None]
-    at = turns + (b * turns_batch + t * (2 * TURNING))[:, None] + c[None, :]
-    turning = (c < TURNING)[None, :]
-    cos = tl.load(at, mask=there & turning, other=0.0)
-    sin = tl.load(at + TURNING, mask=there & turning, other=0.0)
+    """Cosines and signed sines of tokens t of batch entries b, 0 past the TURNING channels."""
+    at = turns + (b * skip + t * (2 * TURNING))[:, None] + c[None, :]
+    mask = there[:, None] & (c < TURNING)[None, :]
+    cos = tl.load(at, mask=mask, other=0.0)
+    sin = tl.load(at + TURNING, mask=mask, other=0.0)
     if BACK:  # the transpose takes the sine of the partner
         sin = _partner(sin, c, TURNING, HALF)
-    there = there & (c < D)[None, :]
+    return cos, sin
+
+
+@triton.jit
+def _turn_heads(
+    x, y, skip, token, head_stride, channel, heads, row, b, t, there, c, cos, sin, share, shares,
+    HALF: tl.constexpr, TURNING: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The share-th part of the heads of some rows. Strides count UNIT elements."""
+    mask = there[:, None] & (c < D)[None, :]
     if UNIT == 1:
-        x += (b * x_batch + t * x_token)[:, None] + (c * x_channel.to(tl.int64))[None, :]
+        x += (b * skip + t * token)[:, None] + (c * channel.to(tl.int64))[None, :]
     else:  # 16 bytes a thread: the compiler sees that rows start at multiples of UNIT
-        x += ((b * x_batch + t * x_token) * UNIT)[:, None] + c[None, :]
+        x += ((b * skip + t * token) * UNIT)[:, None] + c[None, :]
     y += (row * heads * D)[:, None] + c[None, :]
     for head in range(heads * share // shares, heads * (share + 1) // shares):
-        value = tl.load(x + x_head.to(tl.int64) * (UNIT * head), mask=there, other=0.0)
+        value = tl.load(x + head_stride.to(tl.int64) * (UNIT * head), mask=mask, other=0.0)
         wide = value.to(tl.float32)
         turned = tl.fma(wide, cos, _partner(wide, c, TURNING, HALF) * sin)
-        tl.store(y + head * D, tl.where(turning, turned.to(value.dtype), value), mask=there)
+        tl.store(y + head * D, tl.where((c < TURNING)[None, :], turned.to(value.dtype), value), mask=mask)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def _rope_kernel(
-    q, k, q_out, k_out, turns, k_turns,
-    q_batch, q_token, q_head, q_channel, q_tokens, q_heads, q_turns_batch,
-    k_batch, k_token, k_head, k_channel, k_tokens, k_heads, k_turns_batch, batch, blocks, shares,
-    HALF: tl.constexpr, BACK: tl.constexpr, TURNING: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    q, k, q_out, k_out, turns, k_turns, q_skip, q_token, q_head, q_channel, q_tokens, q_heads, turns_skip,
+    k_skip, k_token, k_head, k_channel, k_tokens, k_heads, k_turns_skip, batch, blocks, shares,
+    TOGETHER: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr, TURNING: tl.constexpr, D: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The first `blocks` programs of an axis take the queries, the others the keys."""
+    """ROWS tokens a program: of queries, and of keys if TOGETHER; else the programs from `blocks` on take keys."""
     block = tl.program_id(0)
     share = tl.program_id(1)
+    c = tl.arange(0, COLUMNS)
     if block < blocks:
-        _turn_rows(
-            q, q_out, turns, q_batch, q_token, q_head, q_channel, q_tokens, q_heads, q_turns_batch,
-            batch, block, share, shares, HALF, BACK, TURNING, D, UNIT, ROWS, COLUMNS,
+        row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        b = row // q_tokens
+        t = row % q_tokens
+        there = b < batch
+        cos, sin = _turns_of(turns, turns_skip, b, t, there, c, HALF, BACK, TURNING)
+        _turn_heads(
+            q, q_out, q_skip, q_token, q_head, q_channel, q_heads, row, b, t, there, c, cos, sin, share, shares,
+            HALF, TURNING, D, UNIT,
         )  # fmt: skip
-    elif k is not None:
-        _turn_rows(
-            k, k_out, k_turns, k_batch, k_token, k_head, k_channel, k_tokens, k_heads, k_turns_batch,
-            batch, block - blocks, share, shares, HALF, BACK, TURNING, D, UNIT, ROWS, COLUMNS,
+        if TOGETHER:
+            _turn_heads(
+                k, k_out, k_skip, k_token, k_head, k_channel, k_heads, row, b, t, there, c, cos, sin, share, shares,
+                HALF, TURNING, D, UNIT,
+            )  # fmt: skip
+    elif k is not None and not TOGETHER:
+        row = (block - blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        b = row // k_tokens
+        t = row % k_tokens
+        there = b < batch
+        cos, sin = _turns_of(k_turns, k_turns_skip, b, t, there, c, HALF, BACK, TURNING)
+        _turn_heads(
+            k, k_out, k_skip, k_token, k_head, k_channel, k_heads, row, b, t, there, c, cos, sin, share, shares,
+            HALF, TURNING, D, UNIT,
         )  # fmt: skip
 
 
@@ -104,20 +121,27 @@ def _run(
     width = q.shape[-1]
     columns = triton.next_power_of_2(width)
     rows = max(TILE // columns, 1)
+    together = k is not None and k_turns is not None and _same(turns, k_turns)
     blocks, k_blocks = (0 if x is None else triton.cdiv(x.shape[:-2].numel(), rows) for x in (q, k))
-    heads = max(x.shape[-2] for x in (q, q if k is None else k))
-    if blocks + k_blocks == 0 or heads == 0:
+    programs = blocks if together else blocks + k_blocks
+    heads = max(q.shape[-2], 0 if k is None else k.shape[-2])
+    if programs == 0 or heads == 0:
         return out, k_out
-    unit = min(_unit(q), 16 if k is None else _unit(k))
-    shares = min(heads, triton.cdiv(PROGRAMS, blocks + k_blocks))
+    unit = min(_unit(q), _unit(q if k is None else k))
+    shares = min(heads, triton.cdiv(PROGRAMS, programs))
     with device_of(q):
-        _rope_kernel[(blocks + k_blocks, shares)](
+        _rope_kernel[(programs, shares)](
             q, k, out, k_out, turns, k_turns, *_numbers(q, turns, unit), *_numbers(k, k_turns, unit),
             q.shape[0] if q.dim() == 4 else 1, blocks, shares,
-            HALF=half, BACK=back, TURNING=turns.shape[-1], D=width, UNIT=unit, ROWS=rows, COLUMNS=columns,
-            num_warps=THREADS // 32,
+            TOGETHER=together, HALF=half, BACK=back, TURNING=turns.shape[-1], D=width, UNIT=unit, ROWS=rows,
+            COLUMNS=columns, num_warps=THREADS // 32,
         )  # fmt: skip
     return out, k_out
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether queries and keys turn by one table."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _unit(x: Tensor) -> int:
