@@ -182,17 +182,12 @@ def test_sizes_come_from_seed_plus_step():
     assert np.array_equal(first.context_ids, second.context_ids)
 
 
-@pytest.mark.parametrize(
-    "generator, error, message",
-    [
-        (5, TypeError, "generator must be a torch.Generator of the CPU, got 5; pass torch.Generator()"),
-        (torch.Generator("meta") if False else object, TypeError, "generator must be a torch.Generator of the CPU, "),
-    ],
-)
-def test_generator_errors(generator, error, message):
-    with pytest.raises(error) as raised:
-        MultiBlock2d(14, upstream=True)(2, generator=generator)
-    assert str(raised.value).startswith("MultiBlock2d: " + message)
+def test_a_generator_is_one_of_torch():
+    with pytest.raises(TypeError) as error:
+        MultiBlock2d(14, upstream=True)(2, generator=5)
+    assert str(error.value) == (
+        "MultiBlock2d: generator must be a torch.Generator of the CPU, got 5; pass torch.Generator()"
+    )
 
 
 def test_a_generator_needs_upstream():

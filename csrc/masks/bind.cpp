@@ -29,7 +29,7 @@ static std::optional<TorchGenerator> torch_generator(const std::optional<py::byt
   return TorchGenerator(parsed);
 }
 
-// draw(sizes, places): as published where there is a generator of the places, else both are the batch's own
+// draw(sizes, places), as published where there is a generator of the places, else with the batch's own
 // stream.
 template <class Draw>
 static auto with_generators(uint64_t seed, uint64_t step, uint32_t stream,
@@ -117,8 +117,7 @@ static MultiBlock3dParams params3d(const Options& options, const Options& spec, 
   return p;
 }
 
-// (context ids, context lengths, target ids, target lengths, state). A state makes the draws torch's, and
-// goes on.
+// (context ids, context lengths, target ids, target lengths, state). With a state the draws are torch's.
 static py::tuple draw2d(const py::dict& options, int64_t batch, uint64_t step,
                         const std::optional<py::bytes>& state) {
   const MultiBlock2dParams p = params2d(Options(options), batch);

@@ -49,8 +49,8 @@ struct MultiBlock2dParams {
   BlockSize context_size(double u) const;
 };
 
-// contexts [B], targets [num_targets * B], mask-major. Sizes of the batch are drawn from `sizes`, places of
-// each image from `places`.
+// contexts [B], targets [num_targets * B], mask-major. `sizes` gives the batch's sizes, `places` each
+// block's.
 Masks multiblock2d(const MultiBlock2dParams&, Random& sizes, Random& places);
 
 struct MultiBlock3dParams {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.check import check_number, fail
 from jepa_kernels.masks.batch import MaskBatch
 from jepa_kernels.masks.sampler import MAX_ASPECT, Range, Sampler, check_count, check_range, native, sides
 
@@ -42,8 +42,9 @@ class Spec3d:
         check_range("Spec3d", "temporal_scale", self.temporal_scale, 1.0, "pass shares of the clip")
         check_range("Spec3d", "aspect_ratio", self.aspect_ratio, MAX_ASPECT, "pass height / width")
         ratio = self.max_context_frames_ratio
-        if not is_number(ratio) or not 0 < ratio <= 1:
-            fail("Spec3d", "max_context_frames_ratio", "be in (0, 1]", repr(ratio), "pass a share of the clip")
+        check_number("Spec3d", "max_context_frames_ratio", ratio)
+        if not 0 < ratio <= 1:
+            fail("Spec3d", "max_context_frames_ratio", "be in (0, 1]", ratio, "pass a share of the clip")
         if self.max_keep is not None:
             check_count("Spec3d", "max_keep", self.max_keep, 1, "pass None to keep all")
         if self.full_complement and self.pred_full_complement:

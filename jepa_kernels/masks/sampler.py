@@ -33,9 +33,7 @@ class Sampler:
     def name(self) -> str:
         return type(self).__name__
 
-    def __call__(
-        self, batch: int, *, step: int | None = None, generator: torch.Generator | None = None
-    ) -> MaskBatch:
+    def __call__(self, batch: int, *, step: int | None = None, generator: torch.Generator | None = None) -> MaskBatch:
         """Masks for `batch` images.
 
         step: overrides, and does not advance, the count of calls.
