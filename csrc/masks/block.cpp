@@ -13,8 +13,8 @@ BlockSize block_size(int64_t patches, double aspect, BlockSize most) {
   return {std::clamp<int64_t>(height, 1, most.height), std::clamp<int64_t>(width, 1, most.width)};
 }
 
-void MaskRows::truncate(int64_t most) {
-  const int64_t length = std::min(most, *std::min_element(lengths.begin(), lengths.end()));
+void MaskRows::truncate() {
+  const int64_t length = *std::min_element(lengths.begin(), lengths.end());
   const int64_t* from = ids.data();
   int64_t* to = ids.data();
   for (int64_t& row : lengths) {

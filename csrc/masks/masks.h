@@ -1,7 +1,6 @@
 // Samplers of block masks, for data-loader workers: one thread, since a forked worker must not enter OpenMP.
 #pragma once
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "masks/random.h"
@@ -22,8 +21,8 @@ struct MaskRows {
     lengths.push_back(length);
   }
 
-  // Keeps the first ids of each row, as many as the shortest row has and no more than `most`.
-  void truncate(int64_t most = std::numeric_limits<int64_t>::max());
+  // Keeps the first ids of each row, as many as the shortest row has.
+  void truncate();
 };
 
 struct Masks {
@@ -50,13 +49,11 @@ struct MultiBlock2dParams {
   BlockSize context_size(double u) const;
 };
 
-// contexts [B], targets [num_targets * B], mask-major. Sizes of the batch are drawn from `sizes`, places of
-// each image from `places`.
+// contexts [B], targets [num_targets * B], mask-major. `sizes` gives the batch's sizes, `places` each
+// block's.
 Masks multiblock2d(const MultiBlock2dParams&, Random& sizes, Random& places);
 
 struct MultiBlock3dParams {
-  static constexpr int64_t MAX_TRIES = 10'000;
-
   int64_t batch, frames;
   BlockSize grid;
   int64_t num_blocks;
@@ -66,7 +63,30 @@ struct MultiBlock3dParams {
   bool truncate, full_complement, pred_full_complement, inv_block;
 };
 
-// contexts [B], targets [B]. Both empty where MAX_TRIES draws left an image no context.
-Masks multiblock3d(const MultiBlock3dParams&, Random& sizes, Random& places);
+// Patches of clips, a byte each: 1 where one is chosen.
+struct Chosen {
+  int64_t clips, frames, frame; // frame: patches in it
+  std::vector<uint8_t> bytes;
+
+  explicit Chosen(const MultiBlock3dParams&);
+  int64_t patches() const { return frames * frame; }
+  uint8_t* clip(int64_t i) { return bytes.data() + i * patches(); }
+  const uint8_t* clip(int64_t i) const { return bytes.data() + i * patches(); }
+  int64_t count(int64_t i) const;
+  Chosen others() const;
+};
+
+// The masks of one spec after another; then the rows of all, contexts [specs * B] and targets [specs * B].
+class MultiBlock3d {
+public:
+  // False where a clip was left no context in MAX_TRIES draws.
+  bool add(const MultiBlock3dParams&, Random& sizes, Random& places);
+  Masks rows() const;
+
+private:
+  static constexpr int MAX_TRIES = 10'000;
+
+  std::vector<Chosen> contexts_, targets_;
+};
 
 } // namespace jepa

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 
@@ -46,38 +44,6 @@ class MaskBatch:
     context_lengths: np.ndarray
     target_ids: np.ndarray
     target_lengths: np.ndarray
-
-    @classmethod
-    def concat(cls, batches: Sequence[MaskBatch]) -> MaskBatch:
-        """Join masks of the same images into one packed batch, for one pass over all of them.
-
-        Contexts follow one another. So do first targets of each context, then second ones, and so on: every target
-        keeps its context. One batch stays as it is. ValueError where images, or targets per context, differ in number.
-        """
-        images = sorted({masks.batch for masks in batches})
-        if len(images) != 1:
-            fail("MaskBatch", "batches", "be masks of the same images", f"masks of {images} images", "sample as many")
-        if len(batches) == 1:
-            return batches[0]
-        groups = [masks._target_groups() for masks in batches]
-        counts = [len(group) for group in groups]
-        if len(set(counts)) != 1:
-            remedy = "sample as many targets, or predict the two apart"
-            fail("MaskBatch", "batches", "have as many targets per context as one another", counts, remedy)
-        targets = [target for alike in zip(*groups, strict=True) for target in alike]
-        return cls(
-            images[0],
-            np.concatenate([masks.context_ids.reshape(-1) for masks in batches]),
-            np.concatenate([masks.context_lengths for masks in batches]),
-            *map(np.concatenate, zip(*targets, strict=True)),
-        )
-
-    def _target_groups(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, lengths) of the first target of every context, of the second, and so on."""
-        contexts = len(self.context_lengths)
-        ends = np.cumsum(self.target_lengths)[contexts - 1 :: contexts]
-        ids, lengths = np.split(self.target_ids.reshape(-1), ends[:-1]), np.split(self.target_lengths, len(ends))
-        return list(zip(ids, lengths, strict=True))
 
     @property
     def packed(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.check import check_number, fail
 from jepa_kernels.masks.batch import MaskBatch
 from jepa_kernels.masks.sampler import MAX_ASPECT, Range, Sampler, check_count, check_range, native, sides
 
@@ -42,8 +42,9 @@ class Spec3d:
         check_range("Spec3d", "temporal_scale", self.temporal_scale, 1.0, "pass shares of the clip")
         check_range("Spec3d", "aspect_ratio", self.aspect_ratio, MAX_ASPECT, "pass height / width")
         ratio = self.max_context_frames_ratio
-        if not is_number(ratio) or not 0 < ratio <= 1:
-            fail("Spec3d", "max_context_frames_ratio", "be in (0, 1]", repr(ratio), "pass a share of the clip")
+        check_number("Spec3d", "max_context_frames_ratio", ratio)
+        if not 0 < ratio <= 1:
+            fail("Spec3d", "max_context_frames_ratio", "be in (0, 1]", ratio, "pass a share of the clip")
         if self.max_keep is not None:
             check_count("Spec3d", "max_keep", self.max_keep, 1, "pass None to keep all")
         if self.full_complement and self.pred_full_complement:
@@ -101,21 +102,18 @@ class MultiBlock3d(Sampler):
     def _check_room(self, spec: Spec3d) -> None:
         """A single block never covers every patch of every frame."""
         frames, height, width = self.grid
-        patches = int(height * width * spec.spatial_scale[1])
+        patches = max(int(height * width * spec.spatial_scale[1]), 1)
         # aspect ratios with which these patches, rounded, reach both sides
-        narrowest, widest = (height - 0.5) ** 2 / max(patches, 1), patches / (width - 0.5) ** 2
+        narrowest, widest = (height - 0.5) ** 2 / patches, patches / (width - 0.5) ** 2
         least, most = spec.aspect_ratio
         if int(frames * spec.temporal_scale[1]) >= frames and max(narrowest, least) <= min(widest, most):
             fail(self.name, "spatial_scale", "leave patches beside a block", spec.spatial_scale, "lower it")
 
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
-        drawn = []
-        for stream, spec in enumerate(self.specs):
-            options = {**vars(self), **vars(spec)}
-            *arrays, state = native(self.name).multiblock3d(options, batch, step, stream, state)
-            masks = MaskBatch(batch, *arrays)
-            if not len(masks.context_lengths):
-                actual = f"{spec.num_blocks} that left none in many draws"
-                fail(self.name, "num_blocks", "leave patches for the context", actual, "lower it or spatial_scale")
-            drawn.append(masks)
-        return MaskBatch.concat(drawn), state
+        specs = [vars(spec) for spec in self.specs]
+        *arrays, state = native(self.name).multiblock3d(vars(self), specs, batch, step, state)
+        masks = MaskBatch(batch, *arrays)
+        if not len(masks.context_lengths):
+            remedy = "lower num_blocks or spatial_scale"
+            fail(self.name, "specs", "leave patches for every context", "none in 10000 draws of a clip", remedy)
+        return masks, state
