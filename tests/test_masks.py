@@ -198,13 +198,13 @@ def test_to_gives_ids_packings_and_pairs():
 def test_pairs_by_hand():
     pairs = Pairs.from_lengths([2, 1], [1, 2, 0, 1])  # c0 c0 t | c1 t t | c0 c0 | c1 t
     assert pairs.packing.lengths == (3, 3, 2, 2)
-    assert pairs.context_rows.tolist() == [[0, 1, 3], [6, 7, 8]]
+    assert pairs.source.tolist() == [0, 1, 3, 2, 4, 5, 0, 1, 2, 6]  # rows of [3 context tokens; 4 target tokens]
     assert pairs.target_rows.tolist() == [2, 4, 5, 9]
 
 
 def test_pairs_of_no_images():
     pairs = Pairs.from_lengths([], [])
-    assert pairs.packing.lengths == () and pairs.context_rows.numel() == pairs.target_rows.numel() == 0
+    assert pairs.packing.lengths == () and pairs.source.numel() == pairs.target_rows.numel() == 0
     with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 0 contexts in number, got 1"):
         Pairs.from_lengths([], [1])
 

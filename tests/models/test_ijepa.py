@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_those_of_the_equations(model, truncate):
 def test_loss_and_gradients_are_within_the_error_budget_of_the_reference(truncate, dtype, runs):
     actual, exact, eager = [], [], []
     for run in range(runs):
-        model, (images, masks) = far_from_its_start(), sample(run, truncate)
+        model, (images, masks) = far_from_its_start(), sample(100 + run, truncate)
         masks = masks.to("cpu")
         with poisoned_memory():
             actual.append(results(model, images, masks, dtype))
