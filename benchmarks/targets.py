@@ -56,6 +56,8 @@ TARGETS = (
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
     ),
+    Target("masks", "multiblock2d_b128", "forward", "published", 50.0, "the published Python collator", "int64"),
+    Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 
