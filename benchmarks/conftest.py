@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import machine, rows
 from benchmarks.encoding import EncodingRun
+from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
@@ -105,7 +106,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun | EncodingRun) -> None:
+    def measured(run: Run | StepRun | EncodingRun | HostRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -136,3 +137,9 @@ def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callab
 def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -> Callable[..., None]:
     """bench_encoding(model, workload, stage, dtype)"""
     return lambda *what: measure(EncodingRun(*what, settings))
+
+
+@pytest.fixture
+def bench_host(settings: Settings, measure: Callable[[HostRun], None]) -> Callable[..., None]:
+    """bench_host(name, workload, stage, dtype)"""
+    return lambda *what: measure(HostRun(*what, settings))

@@ -66,6 +66,8 @@ TARGETS = (
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
     ),
     Target("encoder", "vjepa2_vit_s_two_masks", "backward", "loop", 1.3, "the published loop over masks, per token"),
+    Target("masks", "multiblock2d_b128", "forward", "published", 50.0, "the published Python collator", "int64"),
+    Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.rival_forms.collators import Collator2d, Collator3d, TorchDraws, seeded
+from benchmarks.rival_forms.collators import Collator2d, Collator3d, PhiloxDraws, TorchDraws, seeded
 from jepa_kernels.masks import LONG_RANGE, SHORT_RANGE, MultiBlock2d, MultiBlock3d, Spec3d
 
 
@@ -17,35 +17,6 @@ def rows(ids, lengths):
 def assert_same(masks, contexts, targets):
     assert rows(masks.context_ids, masks.context_lengths) == [row.tolist() for row in contexts]
     assert rows(masks.target_ids, masks.target_lengths) == [row.tolist() for row in targets]
-
-
-class PhiloxDraws:
-    """Philox4x32-10, and unbiased numbers from its words, in Python's integers."""
-
-    def __init__(self, seed, step, stream=0):
-        self.key, self.counter = seed, step << 64 | stream << 32
-        self.words = []
-
-    def block(self):
-        c, key = [self.counter >> 32 * i & 0xFFFFFFFF for i in range(4)], self.key
-        for _ in range(10):
-            a, b, k0, k1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2], key & 0xFFFFFFFF, key >> 32
-            c = [(b >> 32) ^ c[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k1, a & 0xFFFFFFFF]
-            key = (k1 + 0xBB67AE85) % 2**32 << 32 | (k0 + 0x9E3779B9) % 2**32
-        self.counter += 1
-        return c
-
-    def word(self):
-        self.words = self.words or self.block()
-        return self.words.pop(0)
-
-    def uniform(self):
-        return self.word() / 2**32
-
-    def below(self, count):
-        while (word := self.word()) < 2**32 % count:
-            pass
-        return word % count
 
 
 def test_philox_gives_the_published_words():

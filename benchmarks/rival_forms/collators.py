@@ -37,6 +37,35 @@ class TorchDraws:
         return int(torch.randint(0, count, (1,), generator=self.generator))
 
 
+class PhiloxDraws:
+    """Philox4x32-10 (Salmon et al., SC 2011), and unbiased numbers from its words: our own stream of a batch."""
+
+    def __init__(self, seed: int, step: int, stream: int = 0):
+        self.key, self.counter = seed, step << 64 | stream << 32
+        self.words: list[int] = []
+
+    def block(self) -> list[int]:
+        c, key = [self.counter >> 32 * i & 0xFFFFFFFF for i in range(4)], self.key
+        for _ in range(10):
+            a, b, k0, k1 = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2], key & 0xFFFFFFFF, key >> 32
+            c = [(b >> 32) ^ c[1] ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c[3] ^ k1, a & 0xFFFFFFFF]
+            key = (k1 + 0xBB67AE85) % 2**32 << 32 | (k0 + 0x9E3779B9) % 2**32
+        self.counter += 1
+        return c
+
+    def word(self) -> int:
+        self.words = self.words or self.block()
+        return self.words.pop(0)
+
+    def uniform(self) -> float:
+        return self.word() / 2**32
+
+    def below(self, count: int) -> int:
+        while (word := self.word()) < 2**32 % count:
+            pass
+        return word % count
+
+
 def seeded(step: int) -> TorchDraws:
     """Of a batch's block sizes."""
     return TorchDraws(torch.Generator().manual_seed(step))

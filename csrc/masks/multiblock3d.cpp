@@ -10,7 +10,11 @@ namespace jepa {
 Chosen::Chosen(const MultiBlock3dParams& p)
     : clips(p.batch), frames(p.frames), frame(p.grid.height * p.grid.width), bytes(clips * frames * frame) {}
 
-int64_t Chosen::count(int64_t i) const { return std::accumulate(clip(i), clip(i) + patches(), int32_t{0}); }
+static int64_t count(const uint8_t* bytes, int64_t n) {
+  return std::accumulate(bytes, bytes + n, int32_t{0});
+}
+
+int64_t Chosen::count(int64_t i) const { return jepa::count(clip(i), patches()); }
 
 Chosen Chosen::others() const {
   Chosen found(*this);
@@ -77,7 +81,10 @@ void truncate(Chosen& chosen, int64_t most) {
   for (int64_t i = 0; i < chosen.clips; ++i) most = std::min(most, chosen.count(i));
   for (int64_t i = 0; i < chosen.clips; ++i) {
     uint8_t *patch = chosen.clip(i), *const end = patch + chosen.patches();
-    for (int64_t left = most; left > 0; ++patch) left -= *patch;
+    int64_t left = most;
+    for (int64_t whole; patch < end && (whole = count(patch, chosen.frame)) <= left; left -= whole)
+      patch += chosen.frame;
+    for (; left > 0; ++patch) left -= *patch;
     std::fill(patch, end, 0);
   }
 }
