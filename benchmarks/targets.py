@@ -34,6 +34,13 @@ def attention(
     return tuple(Target("masked_attention", workload, p, baseline, least, what, dtype) for p, least in passes)
 
 
+def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, Target]:
+    """In fp32 and in bf16."""
+    dtypes = (("float32", single, ""), ("bfloat16", low, ", bf16"))
+    return tuple(Target("rope", "vjepa2_vit_l_masked", "forward", baseline, least, what + also, dtype)
+                 for dtype, least, also in dtypes)  # fmt: skip
+
+
 TARGETS = (
     Target("ema_update", "vit_s16", "forward", "loop", 2.0, "the published per-parameter loop"),
     Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "_foreach_lerp_"),
@@ -56,6 +63,8 @@ TARGETS = (
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
     ),
+    *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
+    *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 
