@@ -39,6 +39,13 @@ def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Ta
     return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
 
 
+def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, Target]:
+    """In fp32 and in bf16."""
+    dtypes = (("float32", single, ""), ("bfloat16", low, ", bf16"))
+    return tuple(Target("rope", "vjepa2_vit_l_masked", "forward", baseline, least, what + also, dtype)
+                 for dtype, least, also in dtypes)  # fmt: skip
+
+
 TARGETS = (
     Target("ema_update", "vit_s16", "forward", "loop", 2.0, "the published per-parameter loop"),
     Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "_foreach_lerp_"),
@@ -68,6 +75,8 @@ TARGETS = (
     Target("encoder", "vjepa2_vit_s_two_masks", "backward", "loop", 1.3, "the published loop over masks, per token"),
     Target("masks", "multiblock2d_b128", "forward", "published", 50.0, "the published Python collator", "int64"),
     Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
+    *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
+    *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

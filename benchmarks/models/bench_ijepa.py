@@ -33,7 +33,7 @@ def step_flops(config: IJEPAConfig, masks: MaskBatch) -> float:
     context = 3 * encode(c.sum(), (c**2).sum()) + 2 * c.sum() * embed  # no gradient of pixels
     targets = masks.target_lengths.sum()
     predictor = vit_flops(both.sum(), (both**2).sum(), p, config.predictor_depth - 1, 4.0)
-    seen = 2 * both.sum() * p * p * 2 + 4 * ((both - c) * both).sum() * p  # keys and values; scores of the targets alone
+    seen = 2 * both.sum() * p * p * 2 + 4 * ((both - c) * both).sum() * p  # keys, values; scores of targets
     predictor += seen + 2 * targets * p * p * (2 + 2 * 4.0)
     projections = 2 * config.embed_dim * p * (c.sum() + targets)
     return float(target + context + 3 * (predictor + projections))

@@ -68,29 +68,38 @@ def published(x: Tensor, positions: Tensor) -> Tensor:
     return torch.cat([*turned, x[..., AXES * 2 * PAIRS :]], -1).to(x.dtype)
 
 
+def table(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, N, R], once for all heads."""
+    frequencies = 10000.0 ** -(torch.arange(PAIRS, device=positions.device) / PAIRS)
+    angles = (positions[..., None] * frequencies).repeat(1, 1, 1, 2).flatten(-2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    part, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+    even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
+    partner = torch.stack((-odd, even), -1).flatten(-2)
+    return torch.cat([(part * cos + partner * sin).to(x.dtype), rest], -1)
+
+
+def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turn(q, cos, sin), turn(k, cos, sin)
+
+
 def concise(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in as few operations as there are: what a compiler can make one loop of."""
-    frequencies = 10000.0 ** -(torch.arange(PAIRS, device=q.device) / PAIRS)
-    angles = (positions[..., None] * frequencies).repeat(1, 1, 1, 2).flatten(-2)[:, None]  # [B, 1, N, R]
-    cos, sin = angles.cos(), angles.sin()
-
-    def turn(x: Tensor) -> Tensor:
-        part, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
-        even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
-        partner = torch.stack((-odd, even), -1).flatten(-2)
-        return torch.cat([(part * cos + partner * sin).to(x.dtype), rest], -1)
-
-    return turn(q), turn(k)
+    return both(q, k, *table(positions))
 
 
 def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """compile makes cosines anew for each head; compile_turn takes them from a table made apart."""
     q, k, positions = (inputs[n] for n in ("q", "k", "positions"))
     if isinstance(positions, Rope):
         positions = positions.positions[None]
-    compiled = torch.compile(concise, dynamic=False)
+    compiled, compiled_both = (torch.compile(f, dynamic=False) for f in (concise, both))
     return {
         "published": lambda: (published(q, positions), published(k, positions)),
         "compile": lambda: compiled(q, k, positions),
+        "compile_turn": lambda: compiled_both(q, k, *table(positions)),
     }
 
 

@@ -85,6 +85,19 @@ static Pair run_cpu(const Tensor& q, const Options& k, const Tensor& turns, cons
   });
 }
 
+#if JEPA_CUDA
+template <bool back>
+static Pair run_cuda(const Tensor& q, const Options& k, const Tensor& turns, const Options& k_turns,
+                     bool half) {
+  for (const Tensor* t : {&turns, k_turns ? &*k_turns : &turns})
+    require(reinterpret_cast<uintptr_t>(t->address) % 8 == 0 && t->stride(0) % 2 == 0 &&
+                t->stride(-3) % 2 == 0,
+            "turns must begin at multiples of 8 bytes");
+  return run<back>(q, k, turns, k_turns, half,
+                   [&](const RopeParams& params) { rope_cuda(params, q.device_index(), q.stream()); });
+}
+#endif
+
 static RopePairing pairing_of(const std::string& name) {
   if (name == "half") return RopePairing::half;
   return name == "tiled" ? RopePairing::tiled : RopePairing::interleaved;
@@ -133,6 +146,10 @@ void bind_rope(py::module_& m) {
   m.def("rope_forward_cpu", &run_cpu<false>);
   m.def("rope_backward_cpu", &run_cpu<true>);
   m.def("rope_turns_cpu", &turns_cpu);
+#if JEPA_CUDA
+  m.def("rope_forward_cuda", &run_cuda<false>);
+  m.def("rope_backward_cuda", &run_cuda<true>);
+#endif
 }
 
 } // namespace jepa

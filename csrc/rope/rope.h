@@ -28,6 +28,9 @@ struct RopeParams {
 
 JEPA_DECLARE_CPU(rope_cpu, RopeParams)
 
+// On the GPU; turns must begin at multiples of 8 bytes. Throws std::runtime_error where the launch fails.
+void rope_cuda(const RopeParams&, int device, void* stream);
+
 enum class RopePairing { interleaved, tiled, half };
 
 // The table: out[b, t] = cosines, then signed sines, of positions[b, t, axis] * frequencies.

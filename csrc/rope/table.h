@@ -1,46 +1,66 @@
 // Cosines and sines, computed in fp64 and rounded once. Plain loops: the compiler makes vectors of them.
 #pragma once
-#include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace jepa::JEPA_ISA {
 
 constexpr int64_t MOST_PAIRS = 128;
 
-// Of |x| <= pi / 4: Taylor's sums, to 1e-11.
-static inline double sine(double x) {
-  const double u = x * x;
-  return x + x * u * (-1. / 6 + u * (1. / 120 + u * (-1. / 5040 + u * (1. / 362880 + u * (-1. / 39916800)))));
-}
-static inline double cosine(double x) {
-  const double u = x * x;
-  return 1 + u * (-1. / 2 +
-                  u * (1. / 24 + u * (-1. / 720 + u * (1. / 40320 + u * (-1. / 3628800 + u / 479001600)))));
+// Taylor's sums in u = x^2, the last term first: for |x| <= pi / 2 within 1e-13.
+constexpr double SINE[] = {1. / 355687428096000,
+                           -1. / 1307674368000,
+                           1. / 6227020800,
+                           -1. / 39916800,
+                           1. / 362880,
+                           -1. / 5040,
+                           1. / 120,
+                           -1. / 6,
+                           1.};
+constexpr double COSINE[] = {-1. / 6402373705728000,
+                             1. / 20922789888000,
+                             -1. / 87178291200,
+                             1. / 479001600,
+                             -1. / 3628800,
+                             1. / 40320,
+                             -1. / 720,
+                             1. / 24,
+                             -1. / 2,
+                             1.};
+
+template <int terms> static inline double sum_of(const double (&series)[terms], double u) {
+  double sum = 0;
+  for (int i = 0; i < terms; ++i) sum = sum * u + series[i];
+  return sum;
 }
 
-// Of count angles below FAR: quarter turns are taken off, pi / 2 being the sum of two numbers of which the
-// first is short, so that its multiples are exact.
+// Half turns are taken off; pi is the sum of two numbers of which the first is short, so that its multiples
+// are exact. No branches: several angles at a time.
 constexpr float FAR = 1e6f;
-static void near_turns(const float* angles, int64_t count, float* cos, float* sin) {
-  constexpr double HIGH = 1.57079632673412561417, LOW = 6.07710050650619224932e-11;
-  for (int64_t i = 0; i < count; ++i) {
-    const double quarters = __builtin_rint(angles[i] * 0.63661977236758134308);
-    const double rest = angles[i] - quarters * HIGH - quarters * LOW;
-    const double s = sine(rest), c = cosine(rest);
-    const int q = static_cast<int>(quarters);
-    const double a = q & 1 ? s : c, b = q & 1 ? c : s;
-    cos[i] = static_cast<float>((q + 1) & 2 ? -a : a);
-    sin[i] = static_cast<float>(q & 2 ? -b : b);
-  }
+static inline void near_turn(float angle, float& cos, float& sin) {
+  constexpr double HIGH = 3.14159265346825122833, LOW = 1.21542010130123844986e-10;
+  const double halves = __builtin_rint(angle * 0.31830988618379067154);
+  const double odd = halves - 2 * __builtin_rint(halves / 2), sign = 1 - 2 * odd * odd;
+  const double rest = angle - halves * HIGH - halves * LOW;
+  cos = static_cast<float>(sign * sum_of(COSINE, rest * rest));
+  sin = static_cast<float>(sign * rest * sum_of(SINE, rest * rest));
 }
 
-static void turns_of(const float* angles, int64_t count, float* cos, float* sin) {
-  bool near = true;
-  for (int64_t i = 0; i < count; ++i) near &= __builtin_fabsf(angles[i]) < FAR;
-  if (near) return near_turns(angles, count, cos, sin);
-  for (int64_t i = 0; i < count; ++i) { // NaN and infinity too
-    cos[i] = static_cast<float>(__builtin_cos(angles[i]));
-    sin[i] = static_cast<float>(__builtin_sin(angles[i]));
+struct Angles {
+  float at[MOST_PAIRS], cos[MOST_PAIRS], sin[MOST_PAIRS];
+  int64_t count;
+};
+
+static void turn_angles(Angles& a) {
+  float furthest = 0;
+  for (int64_t i = 0; i < a.count; ++i) furthest = __builtin_fabsf(a.at[i]) < FAR ? furthest : FAR;
+  if (furthest < FAR) {
+    for (int64_t i = 0; i < a.count; ++i) near_turn(a.at[i], a.cos[i], a.sin[i]);
+    return;
+  }
+  for (int64_t i = 0; i < a.count; ++i) { // NaN and infinity too
+    a.cos[i] = static_cast<float>(__builtin_cos(a.at[i]));
+    a.sin[i] = static_cast<float>(__builtin_sin(a.at[i]));
   }
 }
 
@@ -58,14 +78,16 @@ static inline Channels channels_of(RopePairing pairing, int64_t j, int64_t pairs
 
 // One axis of one token.
 static void write_axis(const RopeTurnsParams& p, float position, float* cosines, float* sines) {
-  float angles[MOST_PAIRS], cos[MOST_PAIRS], sin[MOST_PAIRS];
-  for (int64_t j = 0; j < p.pairs; ++j) angles[j] = position * p.frequencies[j];
-  turns_of(angles, p.pairs, cos, sin);
+  Angles angles;
+  angles.count = (p.pairs + 7) / 8 * 8; // whole vectors
+  for (int64_t j = p.pairs; j < angles.count; ++j) angles.at[j] = 0;
+  for (int64_t j = 0; j < p.pairs; ++j) angles.at[j] = position * p.frequencies[j];
+  turn_angles(angles);
   for (int64_t j = 0; j < p.pairs; ++j) {
     const Channels at = channels_of(p.pairing, j, p.pairs);
-    cosines[at.first] = cosines[at.second] = cos[j];
-    sines[at.first] = at.first_sign * sin[j];
-    sines[at.second] = at.second_sign * sin[j];
+    cosines[at.first] = cosines[at.second] = angles.cos[j];
+    sines[at.first] = at.first_sign * angles.sin[j];
+    sines[at.second] = at.second_sign * angles.sin[j];
   }
 }
 

@@ -168,3 +168,35 @@ def test_masked_attention_takes_more_than_2_31_elements():
     out = jk.masked_attention_qkv(qkv, packing, backend="triton")
     last = jk.masked_attention_qkv(qkv[-64:], Packing.from_lengths([64], device="cuda"), backend="triton")
     assert torch.equal(out[-64:], last)
+
+
+def rope_inputs(batch=2, tokens=50, heads=4, width=80):
+    qkv = torch.randn(batch, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    q, k, _ = qkv.to("cuda", torch.bfloat16).permute(2, 0, 3, 1, 4)
+    return q.detach().requires_grad_(), k.detach().requires_grad_(), jk.Rope(torch.rand(tokens, 3).cuda())
+
+
+@each_backend
+def test_rope_needs_no_sync_and_has_the_bits_of_the_cpu_kernel(backend):
+    q, k, rope = rope_inputs()
+    rope.turns(80)
+    for sync in (True, False):  # the first run compiles
+        with no_sync() if not sync else torch.enable_grad():
+            both = jk.rope_qk(q, k, rope, backend=backend)
+            grads = torch.autograd.grad(both, (q, k), [q, k])
+    here = rope.to("cpu")
+    here._turns[80] = tuple(x.cpu() for x in rope.turns(80))  # cosines of a GPU differ from the CPU's
+    leaves = [x.detach().cpu().requires_grad_() for x in (q, k)]
+    expected = jk.rope_qk(*leaves, here, backend="cpu")
+    wanted = [*expected, *torch.autograd.grad(expected, leaves, leaves)]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip([*both, *grads], wanted, strict=True))
+
+
+@each_backend
+def test_rope_takes_more_than_2_31_elements(backend):
+    q = torch.randn(1, 2, 130_000, 3, 64, device="cuda", dtype=torch.bfloat16).expand(45, -1, -1, -1, -1)
+    q = q.flatten(0, 1).transpose(1, 2)  # [90, 3, 130000, 64]
+    assert q.numel() > 2**31
+    rope = jk.Rope(torch.rand(130_000, 3, device="cuda"))
+    out = jk.rope(q, rope, backend=backend)
+    assert torch.equal(out[-1, :, -50:], jk.rope(q[-2:], rope, backend=backend)[-1, :, -50:])

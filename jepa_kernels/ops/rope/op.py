@@ -16,7 +16,7 @@ from jepa_kernels.rotary import Rope, rope_of
 OP = "rope"
 MAX_WIDTH = 256
 
-KERNELS = (Kernel("triton"), Kernel("cpu"))
+KERNELS = (Kernel("cuda"), Kernel("triton"), Kernel("cpu"))
 
 
 def rope(
