@@ -108,6 +108,41 @@ def test_latent_loss_needs_no_sync():
     assert loss.item() == pytest.approx(here.item(), rel=1e-6)
 
 
+def patches_inputs(dtype=torch.bfloat16):
+    """Two masks of two images; the layer and its images."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randperm(64, generator=generator)[:n].sort().values for n in (30, 5, 9, 64)]
+    shapes = ((2, 3, 112, 112), (200, 3, 14, 14), (200,), (64, 200))
+    return ids, [torch.randn(s, generator=generator).to("cuda", dtype).requires_grad_() for s in shapes]
+
+
+def patches_step(ids, packing, leaves):
+    out = jk.embed_patches(leaves[0], ids, *leaves[1:], packing=packing, backend="triton")
+    tokens = jk.gather_tokens(leaves[3][None].expand(2, -1, -1), ids, packing, backend="triton")
+    return out, tokens, *torch.autograd.grad([out, tokens], leaves, [torch.ones_like(out), torch.ones_like(tokens)])
+
+
+def test_embed_patches_and_gather_tokens_need_no_sync_and_repeat_their_bits():
+    ids, leaves = patches_inputs()
+    ids, packing = Packing.from_ids(ids, device="cuda")
+    expected = patches_step(ids, packing, leaves)  # compiles
+    for _ in range(100):
+        with no_sync():
+            found = patches_step(ids, packing, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_sequence_is_embedded_as_it_is_alone(dtype):
+    ids, (pixels, *layer) = patches_inputs(dtype)
+    rows, packing = Packing.from_ids(ids, device="cuda")
+    together = packing.split(jk.embed_patches(pixels, rows, *layer, packing=packing, backend="triton"))
+    for i, kept in enumerate(ids):
+        image = pixels[i % 2 : i % 2 + 1]
+        alone = jk.embed_patches(image, kept[None].cuda(), *layer, backend="triton")
+        assert torch.equal(alone[0], together[i])
+
+
 def attention_inputs(lengths=(70, 3, 0, 130), heads=4, width=80):
     packing = Packing.from_lengths(lengths, device="cuda")
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,7 @@
 """Bytes that Triton kernels touch, counted in the interpreter, over the least that have to move."""
 
 import os
+from math import prod
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 BANDWIDTH = 4.3e12  # bytes a second, read and written: what an H200 copies at
 PRODUCTS = 790e12  # bf16 operations a second
 EXPONENTIALS = 3.7e12  # a second
+CACHE = 7.8e12  # bytes a second from the L2 cache: what products in tiles of 128 x 128 at 500e12 operations fetch
 LAUNCH_S = 2e-6
 
 
@@ -142,8 +144,42 @@ def test_attention_stays_near_its_floors(name, lengths, width, sequences, heads,
         assert stage == "backward" or modelled <= 1.35 * max(floors)
 
 
+# Name, kernel of the convolution, rows and E of the published size, the least useful share of issued products forward
+# and backward, and the most modelled microseconds. Tiles fetch pixels, weights and gradients from the L2 cache, once
+# for each 128 rows or channels: that bounds them.
+EMBED = [
+    ("ijepa_vit_h14", (3, 14, 14), 8960, 1280, (0.96, 0.91), (30, 38)),
+    ("vjepa2_vit_g_short", (3, 2, 16, 16), 12192, 1408, (1.0, 1.0), (110, 123)),
+]
+
+
+@pytest.mark.parametrize("name, kernel, rows, embed_dim, shares, limits", EMBED, ids=[c[0] for c in EMBED])
+def test_embed_patches_stays_near_its_floors(name, kernel, rows, embed_dim, shares, limits, record_property):
+    """Products and bytes, forward and for the weight's gradient, scaled from 2048 rows and 128 channels."""
+    size, count = prod(kernel), 8 ** (len(kernel) - 1)
+    pixels = torch.zeros(2048 // count, 3, *[8 * n for n in kernel[1:]], dtype=torch.bfloat16)
+    weight = torch.zeros(128, *kernel, dtype=torch.bfloat16, requires_grad=True)
+    scale, floor = rows * embed_dim / (2048 * 128), rows * embed_dim * size * 2 / PRODUCTS
+    for stage, share, limit in zip(("forward", "backward"), shares, limits, strict=True):
+        TRAFFIC.clear()
+        WORK.clear()
+        if stage == "forward":
+            out = jk.embed_patches(pixels, None, weight, backend="triton")
+        else:
+            torch.autograd.grad(out, weight, torch.ones_like(out))
+        useful = 2048 * 128 * size / WORK["multiply_adds"]
+        modelled = max(floor / useful, scale * TRAFFIC["read"] / CACHE) + LAUNCH_S * (1 if stage == "forward" else 3)
+        record_property(f"{stage}_useful_share", round(useful, 3))
+        record_property(f"{stage}_modelled_us", round(modelled * 1e6, 1))
+        print(
+            f"{name} {stage}: {useful:.2f} of products useful, {scale * TRAFFIC['read'] / 1e6:.0f} MB from the cache, "
+            f"{modelled * 1e6:.0f} us modelled, floor {floor * 1e6:.0f} us"
+        )
+        assert useful >= share and modelled * 1e6 <= limit
+
+
 def test_every_op_with_a_triton_kernel_is_counted():
     from jepa_kernels._core.info import kernels
 
-    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention"}
+    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention", "embed_patches"}
     assert counted == {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}

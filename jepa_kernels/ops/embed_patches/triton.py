@@ -47,7 +47,7 @@ class Tile(NamedTuple):
         return dict(STEP=self.step, num_warps=self.warps, num_stages=self.stages)
 
 
-LOW, FULL = Tile(128, 128, 32, 8, 4), Tile(64, 64, 16, 4, 2)  # tensor cores; fp32, which uses none
+LOW, FULL = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 2)  # tensor cores; fp32, which uses none
 SCATTERED = Tile(64, 128, 32, 8, 3)  # of dpixels, whose stores hold an address for every few pixels
 
 
@@ -229,7 +229,7 @@ def _weight(
 
 def _sum(parts: Tensor, out: Tensor, frames: int = 1, inner: int = 1) -> None:
     """Adds up the first dimension; each `inner` elements appear once for each of `frames` equal frames."""
-    numel = parts[0].numel()
+    numel, inner = parts[0].numel(), inner if frames > 1 else 1
     _embed_patches_backward_sum_kernel[(triton.cdiv(numel, BLOCK),)](
         parts, out, len(parts), numel, COPIES=frames, INNER=inner, PARTS=MOST_PARTS, BLOCK=BLOCK, num_warps=4
     )
