@@ -63,17 +63,17 @@ struct MultiBlock3dParams {
   bool truncate, full_complement, pred_full_complement, inv_block;
 };
 
-// Patches of clips, a byte each: 1 where one is chosen.
-struct Chosen {
-  int64_t clips, frames, frame; // frame: patches in it
-  std::vector<uint8_t> bytes;
+// What each patch of some clips is part of.
+struct Roles {
+  static constexpr uint8_t NEITHER = 0, CONTEXT = 1, TARGET = 2;
 
-  explicit Chosen(const MultiBlock3dParams&);
+  int64_t clips, frames, frame; // frame: patches in it
+  std::vector<uint8_t> roles;   // [clips, frames, frame]
+
+  explicit Roles(const MultiBlock3dParams&);
   int64_t patches() const { return frames * frame; }
-  uint8_t* clip(int64_t i) { return bytes.data() + i * patches(); }
-  const uint8_t* clip(int64_t i) const { return bytes.data() + i * patches(); }
-  int64_t count(int64_t i) const;
-  Chosen others() const;
+  uint8_t* clip(int64_t i) { return roles.data() + i * patches(); }
+  const uint8_t* clip(int64_t i) const { return roles.data() + i * patches(); }
 };
 
 // The masks of one spec after another; then the rows of all, contexts [specs * B] and targets [specs * B].
@@ -86,7 +86,7 @@ public:
 private:
   static constexpr int MAX_TRIES = 10'000;
 
-  std::vector<Chosen> contexts_, targets_;
+  std::vector<Roles> specs_;
 };
 
 } // namespace jepa

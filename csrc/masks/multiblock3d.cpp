@@ -1,28 +1,16 @@
 // V-JEPA's masks: the targets are the union of blocks of patches and frames, the context is the rest.
 #include <algorithm>
-#include <numeric>
-#include <utility>
 
 #include "masks/masks.h"
 
 namespace jepa {
 
-Chosen::Chosen(const MultiBlock3dParams& p)
-    : clips(p.batch), frames(p.frames), frame(p.grid.height * p.grid.width), bytes(clips * frames * frame) {}
-
-static int64_t count(const uint8_t* bytes, int64_t n) {
-  return std::accumulate(bytes, bytes + n, int32_t{0});
-}
-
-int64_t Chosen::count(int64_t i) const { return jepa::count(clip(i), patches()); }
-
-Chosen Chosen::others() const {
-  Chosen found(*this);
-  for (uint8_t& byte : found.bytes) byte ^= 1;
-  return found;
-}
+Roles::Roles(const MultiBlock3dParams& p)
+    : clips(p.batch), frames(p.frames), frame(p.grid.height * p.grid.width), roles(clips * frames * frame) {}
 
 namespace {
+
+constexpr uint8_t NEITHER = Roles::NEITHER, CONTEXT = Roles::CONTEXT, TARGET = Roles::TARGET;
 
 struct Block {
   int64_t frames;
@@ -36,133 +24,179 @@ Block draw_size(const MultiBlock3dParams& p, Random& random) {
   return {std::max<int64_t>(frames, 1), block_size(patches, p.aspect.at(random.uniform()), p.grid)};
 }
 
-// One clip's context.
-class Context {
+// Draws the blocks of one clip.
+class Clip {
 public:
-  Context(const MultiBlock3dParams& p, const Block& block, uint8_t* clip)
-      : p_(p), block_(block), clip_(clip), frame_(p.grid.height * p.grid.width),
-        shown_(clip + p.context_frames * frame_) {}
+  Clip(const MultiBlock3dParams& p, const Block& block, uint8_t* roles)
+      : p_(p), block_(block), frame_(p.grid.height * p.grid.width), roles_(roles),
+        shown_(roles + p.context_frames * frame_) {}
 
-  // False where no block leaves anything.
+  // False where the blocks leave no context.
   bool draw(Random& random) {
-    std::fill(clip_, shown_, 1);
-    for (int64_t i = 0; i < p_.num_blocks; ++i) hide_block(random);
-    std::fill(shown_, clip_ + p_.frames * frame_, 0);
+    std::fill(roles_, shown_, CONTEXT);
+    for (int64_t i = 0; i < p_.num_blocks; ++i) draw_block(random);
+    std::fill(shown_, roles_ + p_.frames * frame_, TARGET);
     if (tubes())
-      for (uint8_t* next = clip_ + frame_; next < shown_; next += frame_) std::copy_n(clip_, frame_, next);
-    return std::find(clip_, shown_, 1) != shown_;
+      for (uint8_t* next = roles_ + frame_; next < shown_; next += frame_) std::copy_n(roles_, frame_, next);
+    return std::find(roles_, shown_, CONTEXT) != shown_;
   }
 
 private:
   // All frames are alike: one is drawn and copied.
   bool tubes() const { return block_.frames == p_.frames; }
 
-  void hide_block(Random& random) {
+  void draw_block(Random& random) {
     const int64_t top = random.below(p_.grid.height - block_.size.height + 1);
     const int64_t left = random.below(p_.grid.width - block_.size.width + 1);
     const int64_t start = random.below(p_.frames - block_.frames + 1);
     for (int64_t t = start; t < start + (tubes() ? 1 : block_.frames); ++t) {
       for (int64_t y = top; y < top + block_.size.height; ++y) {
-        uint8_t* const row = clip_ + t * frame_ + y * p_.grid.width + left;
-        std::fill(row, row + block_.size.width, 0);
+        uint8_t* const row = roles_ + t * frame_ + y * p_.grid.width + left;
+        std::fill(row, row + block_.size.width, TARGET);
       }
     }
   }
 
   const MultiBlock3dParams& p_;
   const Block block_;
-  uint8_t* const clip_;
   const int64_t frame_;
+  uint8_t* const roles_;
   uint8_t* const shown_; // end of the frames that a context may lie in
 };
 
-// The first patches of each clip, as many as the poorest clip has and no more than `most`.
-void truncate(Chosen& chosen, int64_t most) {
-  for (int64_t i = 0; i < chosen.clips; ++i) most = std::min(most, chosen.count(i));
-  for (int64_t i = 0; i < chosen.clips; ++i) {
-    uint8_t *patch = chosen.clip(i), *const end = patch + chosen.patches();
+// Writes every patch, so that it is vectorised.
+void replace(uint8_t* begin, uint8_t* end, uint8_t from, uint8_t to) {
+  std::transform(begin, end, begin, [=](uint8_t role) { return role == from ? to : role; });
+}
+
+// In 8 bits, into which 255 patches fit, the count of a stretch is vectorised.
+int64_t count(const uint8_t* roles, int64_t patches, uint8_t role) {
+  int64_t found = 0;
+  for (int64_t start = 0; start < patches; start += 255) {
+    const int64_t end = std::min<int64_t>(start + 255, patches);
+    uint8_t stretch = 0;
+    for (int64_t i = start; i < end; ++i) stretch += roles[i] == role;
+    found += stretch;
+  }
+  return found;
+}
+
+// Of the patches of a role the first in each clip keep it, as many as the poorest clip has, `most` at most.
+void truncate(Roles& spec, uint8_t role, int64_t most) {
+  for (int64_t i = 0; i < spec.clips; ++i) most = std::min(most, count(spec.clip(i), spec.patches(), role));
+  for (int64_t i = 0; i < spec.clips; ++i) {
+    uint8_t *patch = spec.clip(i), *const end = patch + spec.patches();
     int64_t left = most;
-    for (int64_t whole; patch < end && (whole = count(patch, chosen.frame)) <= left; left -= whole)
-      patch += chosen.frame;
-    for (; left > 0; ++patch) left -= *patch;
-    std::fill(patch, end, 0);
+    for (int64_t whole; patch < end && (whole = count(patch, spec.frame, role)) <= left; left -= whole)
+      patch += spec.frame;
+    for (; left > 0; ++patch) left -= *patch == role;
+    replace(patch, end, role, NEITHER);
   }
 }
 
-// A random choice of at most `most` patches of each clip.
-void thin(Chosen& chosen, int64_t most, Random& random) {
-  for (int64_t i = 0; i < chosen.clips; ++i) {
-    int64_t left = chosen.count(i), wanted = std::min(left, most);
-    for (uint8_t* patch = chosen.clip(i); wanted < left; ++patch) {
-      if (!*patch) continue;
+// Of the context patches of each clip a random choice of `most` remains.
+void thin(Roles& spec, int64_t most, Random& random) {
+  for (int64_t i = 0; i < spec.clips; ++i) {
+    int64_t left = count(spec.clip(i), spec.patches(), CONTEXT), wanted = std::min(left, most);
+    for (uint8_t* patch = spec.clip(i); wanted < left; ++patch) {
+      if (*patch != CONTEXT) continue;
       const bool kept = wanted > 0 && random.below(left) < wanted;
-      *patch = kept;
+      if (!kept) *patch = NEITHER;
       wanted -= kept;
       --left;
     }
   }
 }
 
-void append_rows(const Chosen& chosen, MaskRows& rows) {
-  std::vector<int64_t> ids(chosen.frame); // of one frame, counted from its first patch
-  for (int64_t i = 0; i < chosen.clips; ++i) {
-    const auto before = static_cast<int64_t>(rows.ids.size());
-    const uint8_t* patch = chosen.clip(i);
-    int64_t found = 0;
-    for (int64_t t = 0; t < chosen.frames; ++t, patch += chosen.frame) {
-      if (t == 0 || !std::equal(patch, patch + chosen.frame, patch - chosen.frame)) { // mostly alike
-        found = 0;
-        for (int64_t id = 0; id < chosen.frame; ++id) {
-          ids[found] = id;
-          found += patch[id];
-        }
-      }
-      rows.ids.resize(rows.ids.size() + found);
-      std::transform(ids.begin(), ids.begin() + found, rows.ids.end() - found,
-                     [first = t * chosen.frame](int64_t id) { return first + id; });
-    }
-    rows.lengths.push_back(static_cast<int64_t>(rows.ids.size()) - before);
-  }
-}
+// Turns roles into rows. Frames are mostly like the one before: their ids are those, a frame later.
+class Rows {
+public:
+  Rows(const Roles& spec, Masks& out) : spec_(spec), out_(out), context_(spec.frame), target_(spec.frame) {}
 
-MaskRows rows_of(const std::vector<Chosen>& specs) {
-  int64_t total = 0;
-  for (const Chosen& chosen : specs)
-    for (int64_t i = 0; i < chosen.clips; ++i) total += chosen.count(i);
-  MaskRows rows;
-  rows.ids.reserve(total);
-  for (const Chosen& chosen : specs) append_rows(chosen, rows);
-  return rows;
-}
+  void add(int64_t clip) {
+    const int64_t context = out_.context.ids.size(), target = out_.target.ids.size();
+    const uint8_t* roles = spec_.clip(clip);
+    for (int64_t t = 0; t < spec_.frames; ++t, roles += spec_.frame) {
+      if (t > 0 && std::equal(roles, roles + spec_.frame, roles - spec_.frame))
+        shift();
+      else
+        split(roles, t * spec_.frame);
+      out_.context.ids.insert(out_.context.ids.end(), context_.begin(), context_.begin() + contexts_);
+      out_.target.ids.insert(out_.target.ids.end(), target_.begin(), target_.begin() + targets_);
+    }
+    out_.context.lengths.push_back(out_.context.ids.size() - context);
+    out_.target.lengths.push_back(out_.target.ids.size() - target);
+  }
+
+private:
+  void shift() {
+    for (int64_t i = 0; i < contexts_; ++i) context_[i] += spec_.frame;
+    for (int64_t i = 0; i < targets_; ++i) target_[i] += spec_.frame;
+  }
+
+  void split(const uint8_t* roles, int64_t first) {
+    int64_t *const context = context_.data(), *const target = target_.data();
+    int64_t contexts = 0, targets = 0;
+    for (int64_t i = 0; i < spec_.frame; ++i) {
+      context[contexts] = target[targets] = first + i;
+      contexts += roles[i] == CONTEXT;
+      targets += roles[i] == TARGET;
+    }
+    contexts_ = contexts;
+    targets_ = targets;
+  }
+
+  const Roles& spec_;
+  Masks& out_;
+  std::vector<int64_t> context_, target_; // ids in the present frame
+  int64_t contexts_ = 0, targets_ = 0;
+};
 
 } // namespace
 
 bool MultiBlock3d::add(const MultiBlock3dParams& p, Random& sizes, Random& places) {
   const Block block = draw_size(p, sizes);
-  Chosen context(p);
+  Roles spec(p);
   for (int64_t i = 0; i < p.batch; ++i) {
-    Context clip(p, block, context.clip(i));
+    Clip clip(p, block, spec.clip(i));
     int tries = 0;
     while (!clip.draw(places))
       if (++tries == MAX_TRIES) return false;
   }
-  Chosen target = context.others();
   if (p.truncate) {
-    truncate(context, p.max_keep);
-    truncate(target, target.patches());
+    truncate(spec, CONTEXT, p.max_keep);
+    truncate(spec, TARGET, spec.patches());
   } else {
-    thin(context, p.max_keep, places);
+    thin(spec, p.max_keep, places);
   }
+  uint8_t *const begin = spec.clip(0), *const end = spec.clip(p.batch);
   if (p.full_complement)
-    target = context.others();
+    replace(begin, end, NEITHER, TARGET);
   else if (p.pred_full_complement)
-    context = target.others();
-  if (p.inv_block) std::swap(context, target);
-  contexts_.push_back(std::move(context));
-  targets_.push_back(std::move(target));
+    replace(begin, end, NEITHER, CONTEXT);
+  if (p.inv_block)
+    std::transform(begin, end, begin,
+                   [](uint8_t role) -> uint8_t { return role ? CONTEXT + TARGET - role : NEITHER; });
+  specs_.push_back(std::move(spec));
   return true;
 }
 
-Masks MultiBlock3d::rows() const { return {rows_of(contexts_), rows_of(targets_)}; }
+Masks MultiBlock3d::rows() const {
+  int64_t contexts = 0, targets = 0;
+  for (const Roles& spec : specs_) {
+    for (int64_t i = 0; i < spec.clips; ++i) {
+      contexts += count(spec.clip(i), spec.patches(), CONTEXT);
+      targets += count(spec.clip(i), spec.patches(), TARGET);
+    }
+  }
+  Masks out;
+  out.context.ids.reserve(contexts);
+  out.target.ids.reserve(targets);
+  for (const Roles& spec : specs_) {
+    Rows rows(spec, out);
+    for (int64_t i = 0; i < spec.clips; ++i) rows.add(i);
+  }
+  return out;
+}
 
 } // namespace jepa
