@@ -35,6 +35,22 @@ def loss(dtype: torch.dtype, channels: int):
     return 3 * pred.numel() * pred.element_size()
 
 
+def assembled(backward: bool):
+    """Sequences written, and read back for their gradients; a row of a table for each, from the cache."""
+    packings = [Packing.uniform(*shape) for shape in ((2, 40), (8, 60), (8, 100))]
+    named = dict(zip(("context_packing", "target_packing", "packing"), packings, strict=True))
+    context = torch.zeros(80, 384, dtype=torch.bfloat16, requires_grad=backward)
+    token, pos = torch.zeros(2, 384, dtype=torch.bfloat16, requires_grad=backward), torch.zeros(64, 384).bfloat16()
+    ids = torch.arange(40).repeat(2), torch.arange(60).repeat(8)
+    out = jk.assemble_tokens(context, token, *ids, pos, **named, backend="triton")
+    if not backward:
+        return (3 * 800 * 384) * 2 + 800 * 8
+    TRAFFIC.clear()
+    torch.autograd.grad(out, [context, token], torch.ones_like(out))
+    parts = 800 // 128 + 2  # sums of 128 rows, in fp32, written and read
+    return (800 + 80) * 384 * 2 + 2 * parts * 384 * 4
+
+
 # Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, and the
 # modelled time in microseconds that it must stay under on an H200.
 CASES = [
@@ -42,6 +58,8 @@ CASES = [
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 2065),
     ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 45),
     ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 85),
+    ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 22),
+    ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 24),
     ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 53),
 ]
 
