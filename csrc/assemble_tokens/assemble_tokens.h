@@ -38,7 +38,7 @@ struct AssembleTokensForwardParams {
   int64_t targets;                         // rows of target_ids
   Table mask_token, pos_embed;
   int64_t tokens, count; // rows of the tables
-  float* token_rows;     // workspace [tokens, channels]
+  void* token_rows;      // workspace [tokens, channels] of at most 4 bytes each
   void* out;             // [rows, channels]
   int64_t channels;
   DType dtype; // of context and out

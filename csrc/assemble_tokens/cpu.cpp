@@ -2,14 +2,15 @@
 // row of the gradient once and writes each sum once.
 #include "assemble_tokens/assemble_tokens.h"
 
+#include <type_traits>
+
+#include "common/copy.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 
 namespace jepa::JEPA_ISA {
 
-// Past the last-level cache, stores that bypass it save reading the line they overwrite.
-constexpr int64_t STREAM_BYTES = int64_t{24} << 20;
 constexpr int64_t SERIAL_ELEMENTS = 16384;
 
 template <class T> static const T* row_of(const SequenceRows& rows, int64_t sequence, int64_t row) {
@@ -47,6 +48,8 @@ template <class T> struct Writer {
   }
 
   template <class A> void copy(T* out, const A* a, int64_t stride) const {
+    if constexpr (std::is_same_v<A, T>)
+      if (stride == 1) return copy_row(out, a, channels * sizeof(T), stream_out);
     for (int64_t c = 0; c < channels; c += W) put(out, c, read(a, stride, c));
   }
 
@@ -60,24 +63,22 @@ template <class T> struct Writer {
   }
 };
 
-static bool streams(const void* out, int64_t rows, int64_t channels, int64_t size) {
-  return rows * channels * size > STREAM_BYTES && channels % W == 0 &&
-         reinterpret_cast<uintptr_t>(out) % (W * size) == 0;
-}
-
-static void widen_tokens(const AssembleTokensForwardParams& p) {
-  const Writer<float> writer{p.channels, false};
+// The mask tokens once, as R.
+template <class R> static const R* read_tokens(const AssembleTokensForwardParams& p) {
+  R* rows = static_cast<R*>(p.token_rows);
+  const Writer<R> writer{p.channels, false};
   with_float(p.mask_token.dtype, [&](auto x) {
     for (int64_t g = 0; g < p.tokens; ++g)
-      writer.copy(p.token_rows + g * p.channels, row_of<decltype(x)>(p.mask_token, g),
-                  p.mask_token.stride_channel);
+      writer.copy(rows + g * p.channels, row_of<decltype(x)>(p.mask_token, g), p.mask_token.stride_channel);
   });
+  return rows;
 }
 
-// T: of context and out; P: of the positions.
-template <class T, class P> static void forward(const AssembleTokensForwardParams& p) {
+// T: of context and out; P: of the positions; R: of the mask tokens, fp32 where positions are added to them.
+template <class T, class P, class R> static void forward(const AssembleTokensForwardParams& p) {
   const AssembledRows& at = p.at;
-  const Writer<T> writer{p.channels, streams(p.out, at.rows, p.channels, sizeof(T))};
+  const R* tokens = read_tokens<R>(p);
+  const Writer<T> writer{p.channels, worth_streaming(p.out, at.rows, p.channels * int64_t{sizeof(T)})};
   const int threads = at.rows * p.channels < SERIAL_ELEMENTS ? 1 : p.threads;
   parallel_for(at.rows, threads, [&](int64_t begin, int64_t end) {
     const auto write = [&](T* out, const auto* x, int64_t stride, const int64_t* id) {
@@ -95,7 +96,7 @@ template <class T, class P> static void forward(const AssembleTokensForwardParam
       } else {
         const int64_t target = p.target_ids ? p.target_start[s] + place - kept : p.targets;
         const int64_t* id = target < p.targets ? p.target_ids + target : nullptr;
-        write(out, p.token_rows + s / at.sequences_per_token * p.channels, 1, id);
+        write(out, tokens + s / at.sequences_per_token * p.channels, 1, id);
       }
     });
     if (behind < end)
@@ -105,10 +106,12 @@ template <class T, class P> static void forward(const AssembleTokensForwardParam
 }
 
 void assemble_tokens_forward_cpu(const AssembleTokensForwardParams& p) {
-  widen_tokens(p);
   with_float(p.dtype, [&](auto x) {
     using T = decltype(x);
-    with_float(p.pos_embed.dtype, [&](auto y) { forward<T, decltype(y)>(p); });
+    if (p.pos_embed.data)
+      with_float(p.pos_embed.dtype, [&](auto y) { forward<T, decltype(y), float>(p); });
+    else
+      forward<T, T, T>(p);
   });
 }
 
@@ -120,6 +123,8 @@ template <class T> static void context_gradient(const AssembleTokensBackwardPara
     T* all = static_cast<T*>(p.dcontext);
     const auto sum = [&](int64_t c, int64_t place) {
       T* out = all + (at.context_start[c] + place) * p.channels;
+      if (at.sequences == at.contexts && p.grad.stride_channel == 1 && place < length(at.start, c))
+        return copy_row(out, row_of<T>(p.grad, c, place), p.channels * sizeof(T), false);
       for (int64_t i = 0; i < p.channels; i += W) {
         const int n = p.channels - i < W ? static_cast<int>(p.channels - i) : W;
         vf total = zero();

@@ -2,6 +2,7 @@
 // chose it in row order, in fp32, so that the result does not depend on threads.
 #include "gather_tokens/gather_tokens.h"
 
+#include "common/copy.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -23,28 +24,13 @@ static int64_t run_of(const KeptRows& at, int64_t row) {
   return low;
 }
 
-// Past the last-level cache, stores that bypass it save reading the line they overwrite.
-constexpr int64_t STREAM_BYTES = int64_t{24} << 20;
-
-static void copy_row(char* out, const char* in, int64_t bytes, bool stream) {
-#if defined(__AVX512F__)
-  if (stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && bytes % 64 == 0) {
-    for (int64_t i = 0; i < bytes; i += 64)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
-    return;
-  }
-#endif
-  (void)stream;
-  std::memcpy(out, in, bytes);
-}
-
 static void copy_strided(char* out, const char* in, int64_t channels, int64_t stride, int size) {
   for (int64_t c = 0; c < channels; ++c) std::memcpy(out + c * size, in + c * stride * size, size);
 }
 
 void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
   const int64_t bytes = p.channels * p.element_size;
-  const bool stream = p.at.rows * bytes > STREAM_BYTES;
+  const bool stream = p.stride_channel == 1 && worth_streaming(p.out, p.at.rows, bytes);
   const int threads = p.at.rows * bytes < 65536 ? 1 : p.threads;
   parallel_for(p.at.rows, threads, [&](int64_t begin, int64_t end) {
     int64_t run = run_of(p.at, begin);

@@ -259,7 +259,41 @@ def rope_calls() -> Iterator[Call]:
     yield Call("alone", rope_alone, (kernel,), (kernel,), capabilities=HOPPER, blocks=8)
 
 
+def assembled(
+    dtype: torch.dtype, channels: int, *, pos: torch.dtype | None = None, packed: bool = True
+) -> Callable[[], object]:
+    def make() -> object:
+        names, lengths = ("context_packing", "target_packing", "packing"), ((5, 3), (4, 4, 4, 4), (9, 7, 9, 7))
+        packings = {n: Packing.from_lengths(x) for n, x in zip(names, lengths, strict=True)} if packed else {}
+        context = torch.zeros(*((8,) if packed else (2, 4)), channels, dtype=dtype)
+        ids = torch.arange(4).repeat(2, 1), torch.arange(4).repeat(4, 1)
+        if packed:
+            ids = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]), ids[1].flatten()
+        leaves = [context.requires_grad_(), torch.zeros(2, channels, dtype=pos or dtype, requires_grad=True)]
+        table = None if pos is None else torch.zeros(9, channels, dtype=pos)
+        out = jk.assemble_tokens(*leaves, *ids, table, **packings, backend="triton")
+        return torch.autograd.grad(out, leaves, torch.zeros_like(out))
+
+    return make
+
+
+def assembled_calls() -> Iterator[Call]:
+    launches = tuple(f"_assemble_tokens_{stage}_kernel" for stage in ("forward", "backward", "sum"))
+    wide = launches[:2]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield Call(f"packed-{dtype}", assembled(dtype, 384, pos=dtype), launches, wide)
+    for name, make in (
+        ("fp32-tables", assembled(torch.bfloat16, 384, pos=torch.float32)),
+        ("rectangular", assembled(torch.bfloat16, 384, pos=torch.bfloat16, packed=False)),
+        ("qkv-rows", assembled(torch.bfloat16, 1152)),
+    ):
+        yield Call(name, make, launches, wide, {}, HOPPER)
+    for channels in (1, 37):
+        yield Call(f"channels-{channels}", assembled(torch.float32, channels), launches, (), {}, HOPPER)
+
+
 CALLS = {
+    "assemble_tokens": tuple(assembled_calls()),
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),

@@ -61,10 +61,28 @@ def rope(stage: str):
     return 2 * sum(x.numel() * 2 for x in leaves) + table.turns(64)[0].numel() * 4
 
 
+def assembled(backward: bool):
+    """Sequences written, and read back for their gradients; a row of a table for each, from the cache."""
+    packings = [Packing.uniform(*shape) for shape in ((2, 40), (8, 60), (8, 100))]
+    named = dict(zip(("context_packing", "target_packing", "packing"), packings, strict=True))
+    context = torch.zeros(80, 384, dtype=torch.bfloat16, requires_grad=backward)
+    token, pos = torch.zeros(2, 384, dtype=torch.bfloat16, requires_grad=backward), torch.zeros(64, 384).bfloat16()
+    ids = torch.arange(40).repeat(2), torch.arange(60).repeat(8)
+    out = jk.assemble_tokens(context, token, *ids, pos, **named, backend="triton")
+    if not backward:
+        return (3 * 800 * 384) * 2 + 800 * 8
+    TRAFFIC.clear()
+    torch.autograd.grad(out, [context, token], torch.ones_like(out))
+    parts = 800 // 128 + 2  # sums of 128 rows, in fp32, written and read
+    return (800 + 80) * 384 * 2 + 2 * parts * 384 * 4
+
+
 # Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, the bytes over
 # the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
 # backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
 CASES = [
+    ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
+    ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
     ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
     ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),

@@ -14,7 +14,7 @@ from jepa_kernels.packing import Packing
 
 OP = "assemble_tokens"
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 Packings = tuple[Packing | None, Packing | None, Packing | None]
 

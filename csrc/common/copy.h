@@ -1,0 +1,40 @@
+// Rows copied as bytes.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+
+namespace jepa::JEPA_ISA {
+
+// Past the last-level cache, stores that bypass it save reading the line they overwrite.
+constexpr int64_t STREAM_BYTES = int64_t{24} << 20;
+
+#if defined(__AVX512F__)
+constexpr int64_t STREAM_STEP = 64;
+static inline void stream_step(char* out, const char* in) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
+}
+#else
+constexpr int64_t STREAM_STEP = 32;
+static inline void stream_step(char* out, const char* in) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out),
+                      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+}
+#endif
+
+// Whether rows of `bytes` from `out` on can be streamed, and are worth it. Finish with _mm_sfence.
+static inline bool worth_streaming(const void* out, int64_t rows, int64_t bytes) {
+  return rows * bytes > STREAM_BYTES && bytes % STREAM_STEP == 0 &&
+         reinterpret_cast<uintptr_t>(out) % STREAM_STEP == 0;
+}
+
+static inline void copy_row(void* out, const void* in, int64_t bytes, bool stream) {
+  if (!stream) {
+    std::memcpy(out, in, bytes);
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += STREAM_STEP)
+    stream_step(static_cast<char*>(out) + i, static_cast<const char*>(in) + i);
+}
+
+} // namespace jepa::JEPA_ISA
