@@ -121,7 +121,7 @@ def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: An
 
 
 WORKLOADS = (
-    workload("vjepa2_vit_l_masked", masked(4, 503, 16), dtypes=("float32", "bfloat16"), smoke=True),
+    workload("vjepa2_vit_l_masked", masked(4, 503, 16), dtypes=("float32", "bfloat16")),
     workload("vjepa2_vit_g_clip_b24", whole(24, 22), small=whole(1, 2), dtypes=("bfloat16",), devices=("cuda",)),
 )
 

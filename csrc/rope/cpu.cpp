@@ -92,11 +92,10 @@ void rope_turns_cpu(const RopeTurnsParams& p) {
   const int64_t rows = p.batch * p.tokens, row = 2 * p.axes * 2 * p.pairs;
   const int threads = rows * row < WORTH_A_THREAD ? 1 : p.threads;
   parallel_for(rows, threads, [&](int64_t begin, int64_t end) {
-    const float* before = nullptr;
+    Kept kept;
     for (int64_t i = begin; i < end; ++i) {
       const float* positions = p.positions + i / p.tokens * p.stride_batch + i % p.tokens * p.stride_token;
-      write_row(p, positions, before, p.out + i * row);
-      before = positions;
+      write_row(p, positions, kept, p.out + i * row);
     }
   });
 }

@@ -10,7 +10,7 @@
 
 namespace jepa {
 
-constexpr int THREADS = 256;
+constexpr unsigned THREADS = 256;
 constexpr int64_t BLOCKS = 1024; // in all, at least, where there are heads to share out
 
 __device__ float widen(float x) { return x; }
@@ -195,7 +195,7 @@ static void launch(const RopeParams& p, cudaStream_t stream) {
   const int64_t heads = std::max(p.rows[0].heads, p.rows[1].heads);
   dim3 threads(static_cast<unsigned>((channels + count - 1) / count));
   threads.y = static_cast<unsigned>(std::min<int64_t>(heads, std::max(32u / threads.x, 1u)));
-  threads.z = THREADS / (threads.x * threads.y);
+  threads.z = std::min(THREADS / (threads.x * threads.y), 64u); // the most of that dimension
   const auto blocks_of = [&](const RopeRows& r) {
     return r.heads ? (p.batch * r.tokens + threads.z - 1) / threads.z : 0;
   };

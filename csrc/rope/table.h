@@ -76,7 +76,7 @@ static inline Channels channels_of(RopePairing pairing, int64_t j, int64_t pairs
   return {j, j + pairs, j % 2 ? 1.f : -1.f, (j + pairs) % 2 ? 1.f : -1.f};
 }
 
-// One axis of one token.
+// The channels of an axis at one position.
 static void write_axis(const RopeTurnsParams& p, float position, float* cosines, float* sines) {
   Angles angles;
   angles.count = (p.pairs + 7) / 8 * 8; // whole vectors
@@ -91,18 +91,27 @@ static void write_axis(const RopeTurnsParams& p, float position, float* cosines,
   }
 }
 
-// Neighbours mostly share their frame and row: what is equal is copied.
-static void write_row(const RopeTurnsParams& p, const float* positions, const float* before, float* row) {
-  const int64_t channels = 2 * p.pairs, turning = p.axes * channels;
-  for (int64_t axis = 0; axis < p.axes; ++axis) {
-    const float position = positions[axis * p.stride_axis];
-    float* cosines = row + axis * channels;
-    if (before && before[axis * p.stride_axis] == position) {
-      std::memcpy(cosines, cosines - 2 * turning, channels * sizeof(float));
-      std::memcpy(cosines + turning, cosines - turning, channels * sizeof(float));
-    } else {
-      write_axis(p, position, cosines, cosines + turning);
-    }
+// Patches share few frames, rows and columns: what was computed last for each is kept.
+struct Kept {
+  static constexpr int PLACES = 32;
+  float position[PLACES], cos[PLACES][2 * MOST_PAIRS], sin[PLACES][2 * MOST_PAIRS];
+
+  Kept() {
+    for (float& p : position) p = __builtin_nanf("");
+  }
+  int place(const RopeTurnsParams& p, float wanted) {
+    const int at = __builtin_fabsf(wanted) < FAR ? static_cast<int>(wanted) & (PLACES - 1) : 0;
+    if (position[at] != wanted) write_axis(p, position[at] = wanted, cos[at], sin[at]);
+    return at;
+  }
+};
+
+static void write_row(const RopeTurnsParams& p, const float* positions, Kept& kept, float* row) {
+  const int64_t channels = 2 * p.pairs, bytes = channels * static_cast<int64_t>(sizeof(float));
+  for (int64_t axis = 0; axis < p.axes; ++axis, row += channels) {
+    const int at = kept.place(p, positions[axis * p.stride_axis] + 0.f); // -0 counts as 0
+    std::memcpy(row, kept.cos[at], bytes);
+    std::memcpy(row + p.axes * channels, kept.sin[at], bytes);
   }
 }
 

@@ -85,6 +85,11 @@ def test_has_the_bits_of_the_cpu_kernel(dtype, width, pairing, axes):
         assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_one_narrow_head():
+    x, places = torch.randn(700, 1, 2), torch.rand(700, 1)
+    assert torch.equal(jk.rope(x, places, backend="cuda"), jk.rope(x, places, backend="cpu"))
+
+
 def test_rows_that_begin_anywhere():
     whole = torch.randn(4 * 3 * 64 + 1)
     x, places = whole[1:].view(4, 3, 64), torch.rand(4, 3)

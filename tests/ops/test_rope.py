@@ -322,6 +322,25 @@ def test_the_pair_compiles_once_static_and_once_dynamic(compiler):
     assert counter.frame_count <= 2
 
 
+def test_opcheck_of_the_pair():
+    q, k, turns = torch.randn(5, 4, 32), torch.randn(5, 2, 32), ROPE.turns(32)[0]
+    torch.library.opcheck(torch.ops.jepa_kernels.rope_forward.default, (q, k, turns, turns, False, "cpu"))
+    leaves = [x.requires_grad_() for x in (q, k)]
+    torch.library.opcheck(torch.ops.jepa_kernels.rope.default, (*leaves, turns, turns, False, "cpu"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_rope_made_before_serves_compiled_code(given):
+    torch._dynamo.reset()
+    function = torch.compile(lambda x, rope: jk.rope(x, rope, backend="cpu"), fullgraph=True, backend="aot_eager")
+    for tokens in (4, 6, 9):
+        x, rope = torch.randn(tokens, 2, 12), Rope(torch.rand(tokens, 3) * 30, pairing="tiled")
+        if given:
+            rope.turns(12)
+        with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+            assert torch.equal(function(x, rope), jk.rope(x, rope, backend="cpu"))
+
+
 def test_explain_knows_the_pair():
     q = torch.zeros(3, 2, 8)
     assert jk.explain("rope_qk", q, q, torch.zeros(3, 1)).splitlines()[0] == "rope_qk: cpu (automatic)"

@@ -25,7 +25,9 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 // The launch kernel<<<grid, block, 0, stream>>>(argument).
 template <class Argument>
 void launch_threads(void (*kernel)(Argument), dim3 grid, dim3 block, const Argument& argument) {
-  if (block.x * block.y * block.z > 1024) throw std::runtime_error("more than 1024 threads in a block");
+  const bool small = block.x <= 1024 && block.y <= 1024 && block.z <= 64;
+  if (!small || block.x * block.y * block.z > 1024 || grid.y > 65535)
+    throw std::runtime_error("a launch beyond CUDA's limits");
   gridDim = grid;
   blockDim = block;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
