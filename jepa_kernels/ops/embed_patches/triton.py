@@ -170,13 +170,13 @@ def backward(
     gradient = (grad, grad.shape[-2], grad.stride(0), grad.stride(-2), grad.stride(-1), embed_dim)
     factors = (tuple(scale) or None, tuple(shift) or None)
     with device_of(pixels):
-        if wanted[0]:
+        if dpixels.numel():
             _pixels(gradient, at, _folded(weight, layer), factors[0], dpixels, layer)
-        if wanted[1] or wanted[2]:
+        if dweight.numel() or dbias.numel():
             places = _places(gradient, at, clips, layer, dbias if wanted[2] else None)
-        if wanted[1]:
+        if dweight.numel():
             _weight(gradient, at.rows, clips, places, factors, dweight, layer)
-        if wanted[3]:
+        if dpos.numel():
             _embed_patches_backward_pos_kernel[at.count, triton.cdiv(embed_dim, BLOCK)](
                 *gradient, ids, cu_seqlens, at.runs, at.run_length, at.search, dpos,
                 RUNS=RUNS, CHANNELS=BLOCK, num_warps=4,
@@ -200,7 +200,7 @@ def _places(gradient: Gradient, at: Kept, clips: Tensor, layer: Layer, dbias: Te
     sums = None if dbias is None else grad.new_empty(parts, embed_dim, dtype=torch.float32)
     _embed_patches_backward_rows_kernel[parts, programs](
         *gradient, *at, at.runs.bit_length(), image, *strides, places, sums, *layer[1:],
-        ROWS=ROWS, CHANNELS=ROWS, num_warps=4,
+        ROWS=ROWS, CHANNELS=ROWS, num_warps=8,
     )  # fmt: skip
     if sums is not None and dbias is not None:
         _sum(sums, dbias)

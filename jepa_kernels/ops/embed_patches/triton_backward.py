@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from jepa_kernels._core.triton_rows import LISTS, offset_of, row_of
-from jepa_kernels.ops.embed_patches.triton_tiles import NUMBERS, of_channel, patch_of, patches, pixel_of, place_of
+from jepa_kernels.ops.embed_patches.triton_tiles import (
+    NOWHERE,
+    NUMBERS,
+    of_channel,
+    patch_of,
+    patches,
+    pixel_of,
+    place_of,
+)
 
 
 @triton.jit
@@ -21,14 +29,14 @@ def _embed_patches_backward_rows_kernel(
     image, frame, line, column, places, parts,
     PT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Where the patch of each row begins, -1 for rows without one; parts of dbias, each the sum over ROWS rows."""
+    """Where the patch of each row begins, or NOWHERE; parts of dbias, each the sum over ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, _, inside = place_of(
         row, ids, cu_seqlens, rows, runs, run_length, batch, count, grid_h, grid_w, steps,
         image, frame, line, column, PT, P, 1,
     )  # fmt: skip
     if tl.program_id(1) == 0:
-        tl.store(places + row, tl.where(inside, first, -1), mask=row < rows)
+        tl.store(places + row, tl.where(inside, first, NOWHERE), mask=row < rows)
     if parts is not None:
         e = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
@@ -52,7 +60,7 @@ def _embed_patches_backward_weight_kernel(
     begin = tl.program_id(1) * rows_of_part
     for start in range(begin, tl.minimum(begin + rows_of_part, rows), STEP):
         row = start + tl.arange(0, STEP)
-        first = tl.load(places + row, mask=row < rows, other=-ALIGN)
+        first = tl.load(places + row, mask=row < rows, other=NOWHERE)
         inside = first >= 0
         first = tl.multiple_of(first, ALIGN)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
