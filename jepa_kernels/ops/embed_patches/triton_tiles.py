@@ -19,7 +19,7 @@ NOWHERE = tl.constexpr(-16)  # where the patch of a row without one begins: a mu
 def patch_of(id, grid_h, grid_w, frame, line, column, PT: tl.constexpr, P: tl.constexpr):
     """Offset within an image of the first pixel of patch `id`."""
     plane = grid_h * grid_w
-    return id // plane * PT * frame + id % plane // grid_w * P * line + id % grid_w * P * column
+    return id // plane * frame * PT + id % plane // grid_w * line * P + id % grid_w * column * P
 
 
 @triton.jit
