@@ -179,7 +179,7 @@ def backward(
             _weight(gradient, at.rows, clips, places, factors, dweight, layer)
         if dpos.numel():
             _embed_patches_backward_pos_kernel[at.count, triton.cdiv(embed_dim, WIDTH)](
-                *gradient, ids, cu_seqlens, at.runs, at.run_length, at.search, dpos,
+                *gradient, ids, cu_seqlens, at.rows, at.runs, at.run_length, at.search, dpos,
                 RUNS=RUNS, CHANNELS=WIDTH, num_warps=4,
             )  # fmt: skip
     return dpixels, dweight, dbias, dpos

@@ -89,7 +89,7 @@ def _embed_patches_backward_sum_kernel(
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _embed_patches_backward_pos_kernel(
     grad, length, grad_skip, grad_row, grad_channel, embed_dim,
-    ids, cu_seqlens, runs, run_length, steps, dpos, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ids, cu_seqlens, rows, runs, run_length, steps, dpos, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dpos_embed of one patch: the sum over the runs that keep it."""
     id = tl.program_id(0)
@@ -97,7 +97,7 @@ def _embed_patches_backward_pos_kernel(
     total = tl.zeros([CHANNELS], tl.float32)
     for start in range(0, runs, RUNS):
         run = start + tl.arange(0, RUNS)
-        row, kept = row_of(run, id, run < runs, ids, cu_seqlens, run_length, steps)
+        row, kept = row_of(run, id, run < runs, ids, cu_seqlens, rows, run_length, steps)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, kept, e)
         total += tl.sum(g.to(tl.float32), 0)
     tl.store(dpos + id.to(tl.int64) * embed_dim + e, total.to(dpos.dtype.element_ty), mask=e < embed_dim)
@@ -116,10 +116,9 @@ def _embed_patches_backward_pixels_kernel(
     token = tl.program_id(0) // tl.cdiv(K, PIXELS) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(0) % tl.cdiv(K, PIXELS) * PIXELS + tl.arange(0, PIXELS)
     total = tl.zeros([TOKENS, PIXELS], tl.float32)
-    for run in range(0, runs, batch):
-        row, kept = row_of(
-            run + token // count, token % count, token < batch * count, ids, cu_seqlens, run_length, steps
-        )
+    for mask in range(runs // batch):
+        run = mask * batch + token // count
+        row, kept = row_of(run, token % count, token < batch * count, ids, cu_seqlens, rows, run_length, steps)
         for start in range(0, embed_dim, STEP):
             e = start + tl.arange(0, STEP)
             g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, kept, e)
