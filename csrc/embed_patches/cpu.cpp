@@ -36,12 +36,23 @@ static Patch weight_shape(const Layer& at) {
   return {at.channels, at.tubelet, at.patch, at.weight_strides + 1};
 }
 
-// The pixels of a token's patch.
-template <class X> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
+// The first pixel of a token's patch.
+template <class X> static const X* pixels_of(const Layer& at, int64_t token) {
   const Place place(at, token);
   const int64_t* stride = at.pixel_strides;
-  const X* first = static_cast<const X*>(at.pixels) + place.image * stride[0] + place.frame * stride[2] +
-                   place.line * stride[3] + place.column * stride[4];
+  return static_cast<const X*>(at.pixels) + place.image * stride[0] + place.frame * stride[2] +
+         place.line * stride[3] + place.column * stride[4];
+}
+
+template <class X> static void prefetch_token(const Layer& at, const Patch& shape, int64_t token) {
+  each_line(pixels_of<X>(at, token), shape, [&](const X* line, int64_t) {
+    prefetch(line);
+    prefetch(line + (shape.length - 1) * shape.step);
+  });
+}
+
+template <class X> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
+  const X* first = pixels_of<X>(at, token);
   if (at.scale)
     read_patch(first, shape, at.scale, at.shift, row);
   else
@@ -98,6 +109,8 @@ static void pack_patches(const Forward& p, const Patch& shape, int64_t begin, in
                          float* rows) {
   const int64_t depth = p.layer.depth(), width = row_size(depth);
   for (; begin < end; begin += ROWS, left += depth * ROWS) {
+    for (int64_t i = ROWS; i < 2 * ROWS && begin + i < end; ++i)
+      if (p.token[begin + i] >= 0) prefetch_token<X>(p.layer, shape, p.token[begin + i]);
     for (int64_t i = 0; i < ROWS; ++i)
       if (begin + i < end && p.token[begin + i] >= 0)
         read_token<X>(p.layer, shape, p.token[begin + i], rows + i * width);
@@ -151,24 +164,37 @@ template <class T> static void read_grad(const Backward& p, int64_t token, float
   while (++row < last) add_line(grad_row<T>(p, *row), step, embed_dim, sum);
 }
 
-template <class T> static void bias_and_position_gradients(const Backward& p) {
-  constexpr int64_t BLOCK = 128; // channels that a thread sums at a time
+// dpos of channels [e, e + n) sums the rows of each id; dbias sums those, GROUP ids at a time: one long chain
+// would round worse.
+template <class T>
+static void sum_channels(const Backward& p, int64_t e, int64_t n, float* sum, float* group, float* total) {
+  constexpr int64_t GROUP = 32;
   const Layer& at = p.layer;
-  const int64_t count = at.at.count, step = p.grad_strides[2];
-  parallel_for(panels_of(at.embed_dim, BLOCK), at.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin * BLOCK; e < end * BLOCK; e += BLOCK) {
-      const int64_t n = at.embed_dim - e < BLOCK ? at.embed_dim - e : BLOCK;
-      float sum[BLOCK], total[BLOCK] = {};
-      for (int64_t id = 0; id < count; ++id) {
-        std::memset(sum, 0, sizeof(sum));
-        for (int64_t token = id; token < at.at.batch * count; token += count)
-          for (int32_t i = p.first[token]; i < p.first[token + 1]; ++i)
-            add_line(grad_row<T>(p, p.source[i]) + e * step, step, n, sum);
-        if (p.dpos) write_line(sum, n, static_cast<T*>(p.dpos) + id * at.embed_dim + e);
-        add_line(sum, 1, n, total);
-      }
-      if (p.dbias) write_line(total, n, static_cast<T*>(p.dbias) + e);
+  const int64_t count = at.at.count, tokens = at.at.batch * count, step = p.grad_strides[2];
+  for (int64_t id = 0; id < count; ++id) {
+    std::memset(sum, 0, n * sizeof(float));
+    for (int64_t token = id; token < tokens; token += count)
+      for (int32_t i = p.first[token]; i < p.first[token + 1]; ++i)
+        add_line(grad_row<T>(p, p.source[i]) + e * step, step, n, sum);
+    if (p.dpos) write_line(sum, n, static_cast<T*>(p.dpos) + id * at.embed_dim + e);
+    if (!p.dbias) continue;
+    if (id % GROUP == 0) {
+      add_line(group, 1, n, total);
+      std::memset(group, 0, n * sizeof(float));
     }
+    add_line(sum, 1, n, group);
+  }
+  add_line(group, 1, n, total);
+  if (p.dbias) write_line(total, n, static_cast<T*>(p.dbias) + e);
+}
+
+template <class T> static void bias_and_position_gradients(const Backward& p) {
+  const int64_t embed_dim = p.layer.embed_dim, width = row_size(embed_dim);
+  parallel_for(panels_of(embed_dim, W), p.layer.threads, [&](int64_t begin, int64_t end) {
+    float* rows = p.scratch + omp_get_thread_num() * p.scratch_size;
+    std::memset(rows, 0, 3 * width * sizeof(float));
+    const int64_t last = end * W < embed_dim ? end * W : embed_dim;
+    sum_channels<T>(p, begin * W, last - begin * W, rows, rows + width, rows + 2 * width);
   });
 }
 
@@ -179,6 +205,7 @@ template <class T, class X> static void pack_tokens(const Backward& p, int64_t b
   parallel_for(end - begin, at.threads, [&](int64_t from, int64_t to) {
     float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
     for (int64_t k = from; k < to; ++k) {
+      if (k + 1 < to) prefetch_token<X>(at, shape, p.token[begin + k + 1]);
       read_token<X>(at, shape, p.token[begin + k], row);
       cut<COLUMNS>(row, at.depth(), k, end - begin, p.right);
       read_grad<T>(p, p.token[begin + k], row);

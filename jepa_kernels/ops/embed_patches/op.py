@@ -64,7 +64,7 @@ def embed_patches(
         check_kept(OP, ids, packing, images=pixels.shape[0], count=count, device=pixels.device)
     elif packing is not None:
         fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
-    backend = select(OP, KERNELS, backend, pixels, dtype=weight.dtype)
+    backend = select(OP, KERNELS, backend, pixels, None, weight.dtype)
     if backend == "reference":
         return reference.forward(pixels, ids, weight, bias, pos_embed, packing=packing, mean=mean, std=std)
     cu_seqlens = None if packing is None else packing.cu_seqlens
