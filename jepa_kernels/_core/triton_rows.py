@@ -42,17 +42,17 @@ def token_of(row, ids, cu_seqlens, rows, runs, run_length, steps, count):
 
 
 @triton.jit
-def row_of(run, id, there, ids, cu_seqlens, run_length, steps):
+def row_of(run, id, there, ids, cu_seqlens, rows, run_length, steps):
     """(row, found): the row of a run that stands for token `id`, searched in its increasing ids where `there`.
 
-    steps: bits of the longest run.
+    A run that would end past `rows` ends there. steps: bits of the longest run.
     """
     if cu_seqlens is None:
         begin = run * run_length
         end = begin + run_length
     else:
-        begin = tl.load(cu_seqlens + run, mask=there, other=0)
-        end = tl.load(cu_seqlens + run + 1, mask=there, other=0)
+        begin = tl.maximum(tl.load(cu_seqlens + run, mask=there, other=0), 0)
+        end = tl.minimum(tl.load(cu_seqlens + run + 1, mask=there, other=0), rows)
     if ids is None:
         low = begin + id
         found = there & (low < end)

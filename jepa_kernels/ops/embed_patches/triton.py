@@ -25,7 +25,8 @@ from jepa_kernels.ops.embed_patches.triton_forward import _embed_patches_fold_ke
 Gradient = tuple[Tensor, int, int, int, int, int]  # itself, rows in a run, strides of run, row and channel, channels
 Factors = tuple[float, ...] | None
 
-BLOCK, RUNS = 256, 32
+FOLD, SUM = 1024, 512  # elements of a program
+RUNS, WIDTH = 32, 256  # of dpos_embed: runs at a time, channels
 ROWS = 128  # of a part of dbias
 PART, MOST_PARTS = 2048, 16  # rows of a part of dweight, until there are too many parts
 
@@ -117,8 +118,8 @@ def _folded(weight: Tensor, layer: Layer) -> Tensor:
     if weight.numel() == numel and weight.is_contiguous():
         return weight
     out = weight.new_empty(weight.shape[0], layer.size)
-    _embed_patches_fold_kernel[(triton.cdiv(numel, BLOCK),)](
-        clips, out, numel, *clips.stride(), *layer, COPIES=clips.shape[2] // layer.PT, BLOCK=BLOCK, num_warps=4
+    _embed_patches_fold_kernel[(triton.cdiv(numel, FOLD),)](
+        clips, out, numel, *clips.stride(), *layer, COPIES=clips.shape[2] // layer.PT, BLOCK=FOLD, num_warps=4
     )
     return out
 
@@ -170,16 +171,16 @@ def backward(
     gradient = (grad, grad.shape[-2], grad.stride(0), grad.stride(-2), grad.stride(-1), embed_dim)
     factors = (tuple(scale) or None, tuple(shift) or None)
     with device_of(pixels):
-        if wanted[0]:
+        if dpixels.numel():
             _pixels(gradient, at, _folded(weight, layer), factors[0], dpixels, layer)
-        if wanted[1] or wanted[2]:
+        if dweight.numel() or dbias.numel():
             places = _places(gradient, at, clips, layer, dbias if wanted[2] else None)
-        if wanted[1]:
+        if dweight.numel():
             _weight(gradient, at.rows, clips, places, factors, dweight, layer)
-        if wanted[3]:
-            _embed_patches_backward_pos_kernel[at.count, triton.cdiv(embed_dim, BLOCK)](
-                *gradient, ids, cu_seqlens, at.runs, at.run_length, at.search, dpos,
-                RUNS=RUNS, CHANNELS=BLOCK, num_warps=4,
+        if dpos.numel():
+            _embed_patches_backward_pos_kernel[at.count, triton.cdiv(embed_dim, WIDTH)](
+                *gradient, ids, cu_seqlens, at.rows, at.runs, at.run_length, at.search, dpos,
+                RUNS=RUNS, CHANNELS=WIDTH, num_warps=4,
             )  # fmt: skip
     return dpixels, dweight, dbias, dpos
 
@@ -200,7 +201,7 @@ def _places(gradient: Gradient, at: Kept, clips: Tensor, layer: Layer, dbias: Te
     sums = None if dbias is None else grad.new_empty(parts, embed_dim, dtype=torch.float32)
     _embed_patches_backward_rows_kernel[parts, programs](
         *gradient, *at, at.runs.bit_length(), image, *strides, places, sums, *layer[1:],
-        ROWS=ROWS, CHANNELS=ROWS, num_warps=4,
+        ROWS=ROWS, CHANNELS=ROWS, num_warps=8,
     )  # fmt: skip
     if sums is not None and dbias is not None:
         _sum(sums, dbias)
@@ -230,6 +231,6 @@ def _weight(
 def _sum(parts: Tensor, out: Tensor, frames: int = 1, inner: int = 1) -> None:
     """Adds up the first dimension; each `inner` elements appear once for each of `frames` equal frames."""
     numel, inner = parts[0].numel(), inner if frames > 1 else 1
-    _embed_patches_backward_sum_kernel[(triton.cdiv(numel, BLOCK),)](
-        parts, out, len(parts), numel, COPIES=frames, INNER=inner, PARTS=MOST_PARTS, BLOCK=BLOCK, num_warps=4
+    _embed_patches_backward_sum_kernel[(triton.cdiv(numel, SUM),)](
+        parts, out, len(parts), numel, COPIES=frames, INNER=inner, PARTS=MOST_PARTS, BLOCK=SUM, num_warps=8
     )

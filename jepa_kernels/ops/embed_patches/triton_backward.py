@@ -4,7 +4,15 @@ import triton
 import triton.language as tl
 
 from jepa_kernels._core.triton_rows import LISTS, offset_of, row_of
-from jepa_kernels.ops.embed_patches.triton_tiles import NUMBERS, of_channel, patch_of, patches, pixel_of, place_of
+from jepa_kernels.ops.embed_patches.triton_tiles import (
+    NOWHERE,
+    NUMBERS,
+    of_channel,
+    patch_of,
+    patches,
+    pixel_of,
+    place_of,
+)
 
 
 @triton.jit
@@ -21,14 +29,14 @@ def _embed_patches_backward_rows_kernel(
     image, frame, line, column, places, parts,
     PT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Where the patch of each row begins, -1 for rows without one; parts of dbias, each the sum over ROWS rows."""
+    """Where the patch of each row begins, or NOWHERE; parts of dbias, each the sum over ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, _, inside = place_of(
         row, ids, cu_seqlens, rows, runs, run_length, batch, count, grid_h, grid_w, steps,
         image, frame, line, column, PT, P, 1,
     )  # fmt: skip
     if tl.program_id(1) == 0:
-        tl.store(places + row, tl.where(inside, first, -1), mask=row < rows)
+        tl.store(places + row, tl.where(inside, first, NOWHERE), mask=row < rows)
     if parts is not None:
         e = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
@@ -52,7 +60,7 @@ def _embed_patches_backward_weight_kernel(
     begin = tl.program_id(1) * rows_of_part
     for start in range(begin, tl.minimum(begin + rows_of_part, rows), STEP):
         row = start + tl.arange(0, STEP)
-        first = tl.load(places + row, mask=row < rows, other=-ALIGN)
+        first = tl.load(places + row, mask=row < rows, other=NOWHERE)
         inside = first >= 0
         first = tl.multiple_of(first, ALIGN)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
@@ -81,7 +89,7 @@ def _embed_patches_backward_sum_kernel(
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _embed_patches_backward_pos_kernel(
     grad, length, grad_skip, grad_row, grad_channel, embed_dim,
-    ids, cu_seqlens, runs, run_length, steps, dpos, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
+    ids, cu_seqlens, rows, runs, run_length, steps, dpos, RUNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dpos_embed of one patch: the sum over the runs that keep it."""
     id = tl.program_id(0)
@@ -89,7 +97,7 @@ def _embed_patches_backward_pos_kernel(
     total = tl.zeros([CHANNELS], tl.float32)
     for start in range(0, runs, RUNS):
         run = start + tl.arange(0, RUNS)
-        row, kept = row_of(run, id, run < runs, ids, cu_seqlens, run_length, steps)
+        row, kept = row_of(run, id, run < runs, ids, cu_seqlens, rows, run_length, steps)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, kept, e)
         total += tl.sum(g.to(tl.float32), 0)
     tl.store(dpos + id.to(tl.int64) * embed_dim + e, total.to(dpos.dtype.element_ty), mask=e < embed_dim)
@@ -108,10 +116,9 @@ def _embed_patches_backward_pixels_kernel(
     token = tl.program_id(0) // tl.cdiv(K, PIXELS) * TOKENS + tl.arange(0, TOKENS)
     k = tl.program_id(0) % tl.cdiv(K, PIXELS) * PIXELS + tl.arange(0, PIXELS)
     total = tl.zeros([TOKENS, PIXELS], tl.float32)
-    for run in range(0, runs, batch):
-        row, kept = row_of(
-            run + token // count, token % count, token < batch * count, ids, cu_seqlens, run_length, steps
-        )
+    for mask in range(runs // batch):
+        run = mask * batch + token // count
+        row, kept = row_of(run, token % count, token < batch * count, ids, cu_seqlens, rows, run_length, steps)
         for start in range(0, embed_dim, STEP):
             e = start + tl.arange(0, STEP)
             g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, kept, e)

@@ -12,13 +12,14 @@ from jepa_kernels._core.triton_rows import LENGTHS, token_of
 
 # Arguments that kernels aren't compiled for.
 NUMBERS = [*LENGTHS, "grid_h", "grid_w"]
+NOWHERE = tl.constexpr(-16)  # where the patch of a row without one begins: a multiple of any ALIGN, too
 
 
 @triton.jit
 def patch_of(id, grid_h, grid_w, frame, line, column, PT: tl.constexpr, P: tl.constexpr):
     """Offset within an image of the first pixel of patch `id`."""
     plane = grid_h * grid_w
-    return id // plane * (PT * frame) + id % plane // grid_w * (P * line) + id % grid_w * (P * column)
+    return id // plane * frame * PT + id % plane // grid_w * line * P + id % grid_w * column * P
 
 
 @triton.jit

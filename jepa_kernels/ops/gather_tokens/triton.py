@@ -32,7 +32,7 @@ def _gather_tokens_forward_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
 def _gather_tokens_backward_kernel(
-    grad, ids, cu_seqlens, dx, masks, run_length, steps, batch, count, tokens, channels,
+    grad, ids, cu_seqlens, dx, rows, masks, run_length, steps, batch, count, tokens, channels,
     length, grad_skip, grad_row, grad_channel, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -40,7 +40,7 @@ def _gather_tokens_backward_kernel(
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     for mask in range(masks):
         run = mask * batch + token // count
-        row, chosen = row_of(run, token % count, token < tokens, ids, cu_seqlens, run_length, steps)
+        row, chosen = row_of(run, token % count, token < tokens, ids, cu_seqlens, rows, run_length, steps)
         there = chosen[:, None] & (c < channels)[None, :]
         at = offset_of(row, length, grad_skip, grad_row)[:, None] + c.to(tl.int64)[None, :] * grad_channel
         total += tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
@@ -69,13 +69,13 @@ def forward(x: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def backward(grad: Tensor, ids: Tensor, cu_seqlens: Tensor | None, batch: int, count: int) -> Tensor:
     """[B, N, E]; a token that several masks chose gets their sum in fp32."""
-    channels, tokens = grad.shape[-1], batch * count
+    channels, tokens, rows = grad.shape[-1], batch * count, ids.numel()
     runs, run_length = _runs(ids, cu_seqlens)
     dx = grad.new_empty(batch, count, channels)
     if dx.numel():
         with device_of(grad):
             _gather_tokens_backward_kernel[triton.cdiv(tokens, ROWS), triton.cdiv(channels, CHANNELS)](
-                grad, ids, cu_seqlens, dx, runs // batch, run_length, min(count, ids.numel()).bit_length(), batch,
+                grad, ids, cu_seqlens, dx, rows, runs // batch, run_length, min(count, rows).bit_length(), batch,
                 count, tokens, channels, max(grad.shape[-2], 1), grad.stride(0), grad.stride(-2), grad.stride(-1),
                 ROWS=ROWS, CHANNELS=CHANNELS, num_warps=4,
             )  # fmt: skip
