@@ -154,7 +154,7 @@ def test_the_number_of_workers_does_not_change_the_masks(sampler, workers, start
         assert np.array_equal(masks.target_ids, expected.target_ids)
 
 
-@pytest.mark.parametrize("sampler, batch", [(SAMPLERS[0], 400_000), (SAMPLERS[1], 150_000)], ids=["2d", "3d"])
+@pytest.mark.parametrize("sampler, batch", [(SAMPLERS[0], 60_000), (SAMPLERS[1], 30_000)], ids=["2d", "3d"])
 def test_other_threads_run_meanwhile(sampler, batch):
     seen, bounds = [], []
 
