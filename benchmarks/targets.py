@@ -49,6 +49,16 @@ def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, T
 TARGETS = (
     Target("ema_update", "vit_s16", "forward", "loop", 2.0, "the published per-parameter loop"),
     Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "_foreach_lerp_"),
+    Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "repeat", 10.0, "torch.gather, index repeated, batch 32"),
+    Target("gather_tokens", "ijepa_vit_h14_b32", "backward", "repeat", 5.0, "torch.gather, index repeated, batch 32"),
+    Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "index_select", 1.0, "index_select, batch 32"),
+    Target("gather_tokens", "ijepa_vit_h14_b32", "backward", "index_select", 1.5, "index_select, batch 32"),
+    Target(
+        "assemble_tokens", "vjepa2_both_masks", "forward", "published", 10.0, "repeat, gather, cat and sort, 2 masks"
+    ),
+    Target("assemble_tokens", "ijepa_b32", "forward", "published", 5.0, "repeat, gather and cat, 4 masks"),
+    Target("assemble_tokens", "ijepa_b32_packed", "forward", "index_copy", 1.5, "gathered positions and index_copy"),
+    Target("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy", 1.5, "gathered positions and index_copy"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "published", 6.0, "the eager chain, batch 32"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),

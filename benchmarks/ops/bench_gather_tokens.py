@@ -32,12 +32,19 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
         "embedding": lambda: F.embedding(flat, x.flatten(0, 1)).view(shape),
     }
     if "packing" not in inputs:
-        found["expand"] = lambda: expand(x, ids.split(x.shape[0]))
+        masks = ids.split(x.shape[0])
+        found["repeat"] = lambda: repeat(x, masks)
+        found["expand"] = lambda: expand(x, masks)
     return found
 
 
+def repeat(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
+    """The published form: one gather per mask, its index repeated for every channel, in memory."""
+    return torch.cat([x.gather(1, ids[..., None].repeat(1, 1, x.shape[2])) for ids in masks])
+
+
 def expand(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
-    """The published form without its copy of the index: one gather per mask."""
+    """The same without the copies of the index."""
     return torch.cat([x.gather(1, ids[..., None].expand(-1, -1, x.shape[2])) for ids in masks])
 
 

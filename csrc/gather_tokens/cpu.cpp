@@ -30,7 +30,7 @@ static void copy_strided(char* out, const char* in, int64_t channels, int64_t st
 
 void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
   const int64_t bytes = p.channels * p.element_size;
-  const bool stream = p.stride_channel == 1 && worth_streaming(p.out, p.at.rows, bytes);
+  const bool streamed = p.stride_channel == 1 && worth_streaming(p.out, p.at.rows, bytes);
   const int threads = p.at.rows * bytes < 65536 ? 1 : p.threads;
   parallel_for(p.at.rows, threads, [&](int64_t begin, int64_t end) {
     int64_t run = run_of(p.at, begin);
@@ -45,11 +45,11 @@ void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
       const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
       const char* in = static_cast<const char*>(p.x) + offset * p.element_size;
       if (p.stride_channel == 1)
-        copy_row(out, in, bytes, stream);
+        copy_row(out, in, bytes, streamed);
       else
         copy_strided(out, in, p.channels, p.stride_channel, p.element_size);
     }
-    if (stream) _mm_sfence();
+    if (streamed) _mm_sfence();
   });
 }
 
@@ -62,12 +62,14 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
   };
   const int64_t tokens = p.at.batch * p.at.count;
   const int threads = tokens * p.channels < 16384 ? 1 : p.threads;
+  const int64_t bytes = p.channels * sizeof(T);
+  const bool streamed = worth_streaming(p.dx, tokens, bytes);
   parallel_for(tokens, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       T* out = static_cast<T*>(p.dx) + token * p.channels;
       const int32_t *row = p.source + p.first[token], *last = p.source + p.first[token + 1];
       if (last - row == 1 && p.stride_channel == 1) {
-        std::memcpy(out, grad(*row), p.channels * sizeof(T));
+        copy_row(out, grad(*row), bytes, streamed);
         continue;
       }
       for (int64_t c = 0; c < p.channels; c += W) {
@@ -75,9 +77,13 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
         vf sum = zero();
         for (const int32_t* r = row; r < last; ++r)
           sum = add(sum, load(grad(*r) + c * p.stride_channel, p.stride_channel, n));
-        store_first(out + c, sum, n);
+        if (streamed)
+          stream(out + c, sum);
+        else
+          store_first(out + c, sum, n);
       }
     }
+    if (streamed) _mm_sfence();
   });
 }
 
