@@ -30,7 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--budget", type=float, help="seconds of timing per run (default 1, smoke 0.3)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
-    parser.add_argument("paths", nargs="*", default=["benchmarks/ops", "benchmarks/models"])
+    parser.add_argument("paths", nargs="*", default=["benchmarks/ops", "benchmarks/masks", "benchmarks/models"])
     return parser.parse_args(argv)
 
 

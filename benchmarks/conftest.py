@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from benchmarks import machine, rows
+from benchmarks.encoding import EncodingRun
+from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
@@ -99,12 +101,12 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[
 
 @pytest.fixture
 def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callable[[Any], None]:
-    """Measures a Run or a StepRun: parity, then time against every rival; fails where parity is red."""
+    """Measures a run of any kind: parity, then time against every rival; fails where parity is red."""
 
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun) -> None:
+    def measured(run: Run | StepRun | EncodingRun | HostRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -129,3 +131,15 @@ def bench(settings: Settings, measure: Callable[[Run], None]) -> Callable[..., N
 def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callable[..., None]:
     """bench_step(model, workload, stage, dtype)"""
     return lambda *what: measure(StepRun(*what, settings))
+
+
+@pytest.fixture
+def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -> Callable[..., None]:
+    """bench_encoding(model, workload, stage, dtype)"""
+    return lambda *what: measure(EncodingRun(*what, settings))
+
+
+@pytest.fixture
+def bench_host(settings: Settings, measure: Callable[[HostRun], None]) -> Callable[..., None]:
+    """bench_host(name, workload, stage, dtype)"""
+    return lambda *what: measure(HostRun(*what, settings))

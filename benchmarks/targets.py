@@ -34,6 +34,18 @@ def attention(
     return tuple(Target("masked_attention", workload, p, baseline, least, what, dtype) for p, least in passes)
 
 
+def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Target, Target]:
+    """Of both passes."""
+    return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
+
+
+def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, Target]:
+    """In fp32 and in bf16."""
+    dtypes = (("float32", single, ""), ("bfloat16", low, ", bf16"))
+    return tuple(Target("rope", "vjepa2_vit_l_masked", "forward", baseline, least, what + also, dtype)
+                 for dtype, least, also in dtypes)  # fmt: skip
+
+
 TARGETS = (
     Target("ema_update", "vit_s16", "forward", "loop", 2.0, "the published per-parameter loop"),
     Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "_foreach_lerp_"),
@@ -49,8 +61,12 @@ TARGETS = (
     Target("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy", 1.5, "gathered positions and index_copy"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "published", 6.0, "the eager chain, batch 32"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
-    Target("embed_patches", "ijepa_vit_h14_27", "forward", "conv", 3.0, "dense convolution + gather, 27 % kept"),
-    Target("embed_patches", "ijepa_vit_h14_27", "forward", "unfold", 1.0, "unfold + index + linear, 27 % kept"),
+    *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),
+    *embedding("ijepa_vit_h14_27", "unfold", 1.15, "unfold + index + linear, 27 % kept"),
+    *embedding("ijepa_vit_h14_27_uint8", "float", 1.0, "our own on float pixels"),
+    *embedding("vjepa2_vit_l_31", "conv", 5.0, "two dense convolutions + gathers, 31 % kept"),
+    *embedding("vjepa2_vit_l_31", "unfold", 1.15, "unfold + index + linear, 31 % kept"),
+    *embedding("vjepa2_vit_l_31_uint8", "float", 1.0, "our own on float pixels"),
     *attention("ragged_1572", "loop", 1.2, 1.2, "a loop of SDPA, four sequences"),
     *attention("ragged_1572", "sdpa_mask", 2.5, 2.5, "SDPA with a block-diagonal mask"),
     *attention("ragged_1572", "loop", 1.8, 2.2, "a loop of SDPA, four sequences", "bfloat16"),
@@ -66,6 +82,11 @@ TARGETS = (
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
     ),
+    Target("encoder", "vjepa2_vit_s_two_masks", "backward", "loop", 1.3, "the published loop over masks, per token"),
+    Target("masks", "multiblock2d_b128", "forward", "published", 50.0, "the published Python collator", "int64"),
+    Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
+    *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
+    *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

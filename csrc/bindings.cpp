@@ -13,7 +13,9 @@ void bind_embed_patches(py::module_&);
 void bind_gather_tokens(py::module_&);
 void bind_latent_loss(py::module_&);
 void bind_masked_attention(py::module_&);
+void bind_masks(py::module_&);
 void bind_peaks(py::module_&);
+void bind_rope(py::module_&);
 } // namespace jepa
 
 PYBIND11_MODULE(_C, m) {
@@ -25,5 +27,7 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_gather_tokens(m);
   jepa::bind_latent_loss(m);
   jepa::bind_masked_attention(m);
+  jepa::bind_masks(m);
   jepa::bind_peaks(m);
+  jepa::bind_rope(m);
 }

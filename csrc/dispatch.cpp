@@ -14,6 +14,7 @@
 #include "latent_loss/latent_loss.h"
 #include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
+#include "rope/rope.h"
 
 namespace jepa {
 
@@ -94,3 +95,5 @@ JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
 JEPA_DISPATCH(masked_attention_forward_cpu, MaskedAttentionForwardParams)
 JEPA_DISPATCH(masked_attention_backward_cpu, MaskedAttentionBackwardParams)
 JEPA_DISPATCH(peaks_cpu, PeaksParams)
+JEPA_DISPATCH(rope_cpu, RopeParams)
+JEPA_DISPATCH(rope_turns_cpu, RopeTurnsParams)

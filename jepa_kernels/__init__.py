@@ -12,8 +12,9 @@ from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
+from jepa_kernels.ops.rope.op import rope, rope_qk
 from jepa_kernels.packing import Packing, pack
-from jepa_kernels.rotary import Rope
+from jepa_kernels.rotary import Rope, patch_positions
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,9 @@ __all__ = [
     "masked_attention_qkv",
     "merge_attention",
     "pack",
+    "patch_positions",
+    "rope",
+    "rope_qk",
     "use_backend",
 ]
 

@@ -15,44 +15,42 @@ from jepa_kernels.packing import Packing
 
 @dataclass(frozen=True)
 class Pairs:
-    """Where the tokens of B contexts and masks * B targets lie in the sequences [context | target].
+    """The sequences [context | target] of targets that each look at one context: target s at context s % contexts.
 
-    packing: the masks * B sequences, mask-major: [context b | target (mask, b)].
-    context_rows: int64 [masks, T context], the row of every context token in the sequences of each mask.
-    target_rows: int64 [T target], the row of every target token.
+    I-JEPA: B contexts, masks * B targets. V-JEPA: one context for each target, masks * B of both.
+
+    packing: one sequence for each target, in the targets' order.
+    source: int64 [T], which row of [all contexts; all targets] stands at each row of these sequences.
+    target_rows: int64 [T target], the row of every target token; rising.
     """
 
     packing: Packing
-    context_rows: Tensor
+    source: Tensor
     target_rows: Tensor
 
     @classmethod
     def from_lengths(
         cls, context: Sequence[int], target: Sequence[int], *, device: torch.device | str | None = None
     ) -> Pairs:
-        """Build from the lengths of the B contexts and of the masks * B targets, on the host."""
-        batch = len(context)
-        if len(target) % batch if batch else len(target):
-            fail(
-                "Pairs",
-                "target lengths",
-                f"be a multiple of the {batch} contexts in number",
-                len(target),
-                "pack the targets mask-major, one per mask and image",
-            )
+        """Build from the lengths of the contexts and of the targets, on the host."""
         c, t = np.asarray(context, dtype=np.int64), np.asarray(target, dtype=np.int64)
-        masks = len(t) // batch if batch else 1
-        both = np.tile(c, masks) + t
-        start = np.cumsum(both) - both
-        context_rows = _rows(start, np.tile(c, masks)).reshape(masks, -1)
-        target_rows = _rows(start + np.tile(c, masks), t)
-        rows = torch.from_numpy(np.concatenate([context_rows.reshape(-1), target_rows]))
+        if len(t) % len(c) if len(c) else len(t):
+            requirement = f"be a multiple of the {len(c)} contexts in number"
+            remedy = "pack the targets mask-major, one per mask and image"
+            fail("Pairs", "target lengths", requirement, len(t), remedy)
+        uses = len(t) // len(c) if len(c) else 1
+        before = np.tile(c, uses)
+        start = np.cumsum(before + t) - before - t
+        target_rows = _rows(start + before, t)
+        source = np.empty(int((before + t).sum()), dtype=np.int64)
+        source[_rows(start, before)] = np.tile(np.arange(c.sum()), uses)
+        source[target_rows] = c.sum() + np.arange(t.sum())
+        rows = torch.from_numpy(np.concatenate([source, target_rows]))
         if device is not None and torch.device(device).type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=True)
-        split = context_rows.size
-        packing = Packing.from_lengths(both.tolist(), device=device)
-        return cls(packing, rows[:split].view(masks, -1), rows[split:])
+        packing = Packing.from_lengths((before + t).tolist(), device=device)
+        return cls(packing, rows[: len(source)], rows[len(source) :])
 
 
 def _rows(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
+from jepa_kernels._core.define import define
+from jepa_kernels._core.select import unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
 
 
 class Rope:
-    """The rotation of queries and keys by their positions, for `masked_attention(..., rope=)`. Immutable.
+    """The rotation of queries and keys by their positions, for `masked_attention(..., rope=)` and `rope`. Immutable.
 
     Of D channels each of a axes turns A = 2 ((D // a) // 2), in order; the rest stay. With frequencies
     w[j] = theta ** (-j / (A / 2)), j in 0..A/2-1, and p the token's position on the channel's axis:
@@ -101,23 +103,78 @@ class Rope:
         return turns, turns if self.k_positions is None else self._table(self.k_positions, width)
 
     def _table(self, positions: Tensor, width: int) -> Tensor:
-        half, tiled = width // positions.shape[-1] // 2, self.pairing != "interleaved"  # half: A / 2
-        with torch.no_grad():
-            angles = positions.to(self.angle_dtype)[..., None] * self._frequencies(half, positions.device)
-            angles = torch.cat([angles, angles], -1) if tiled else angles.repeat_interleave(2, -1)
-            cos, sin = angles.cos().flatten(-2), angles.sin().flatten(-2)
-            channel = torch.arange(cos.shape[-1], device=cos.device)
-            sin = torch.where(channel < half if self.half else channel % 2 == 0, -sin, sin)
-            return torch.stack([cos, sin], -2).float()
-
-    def _frequencies(self, half: int, device: torch.device) -> Tensor:
-        if self.frequencies is None:
-            exponents = torch.arange(half, device=device, dtype=torch.float64) / max(half, 1)
-            return (self.theta**-exponents).float().to(self.angle_dtype)
-        if self.frequencies.shape[0] != half:
-            wanted = f"hold A / 2 = {half} numbers for these heads"
+        pairs = width // positions.shape[-1] // 2  # A / 2
+        if self.frequencies is not None and self.frequencies.shape[0] != pairs:
+            wanted = f"hold A / 2 = {pairs} numbers for these heads"
             fail("Rope", "frequencies", wanted, self.frequencies.shape[0], "pass one for each pair of an axis")
-        return self.frequencies.to(self.angle_dtype)
+        with torch.no_grad():
+            positions = positions.to(self.angle_dtype)
+            frequencies = None if self.frequencies is None else self.frequencies.to(self.angle_dtype)
+            return _turns(positions, frequencies, self.theta, self.pairing, width, _maker(positions))
+
+
+def _maker(positions: Tensor) -> str:
+    """Who computes the table: whatever the backend of the op that reads it, so that all read the same."""
+    fits = positions.is_cpu and positions.dtype == torch.float32
+    return "cpu" if fits and unavailable("cpu", "cpu") is None else "reference"
+
+
+def _turns_fake(
+    positions: Tensor, frequencies: Tensor | None, theta: float, pairing: str, width: int, backend: str
+) -> Tensor:
+    axes = positions.shape[-1]
+    return positions.new_empty(*positions.shape[:-1], 2, axes * (width // axes // 2) * 2, dtype=torch.float32)
+
+
+# A torch op, so that compiled code holds the same bits: a compiler's cosines differ from torch's.
+_turns = define(
+    "rope",
+    "turns",
+    "(Tensor positions, Tensor? frequencies, float theta, str pairing, SymInt width, str backend) -> Tensor",
+    _turns_fake,
+)
+
+
+def rope_of(
+    op: str,
+    positions: Tensor | Rope,
+    k_positions: Tensor | None = None,
+    *,
+    pairing: str = "interleaved",
+    theta: float = 10000.0,
+    frequencies: Tensor | None = None,
+    angle_dtype: torch.dtype = torch.float32,
+) -> Rope:
+    """The Rope of an op's arguments, of which `positions` may be one already: then the others must be left out."""
+    if not isinstance(positions, Rope):
+        return Rope(positions, k_positions, pairing=pairing, theta=theta, frequencies=frequencies,
+                    angle_dtype=angle_dtype)  # fmt: skip
+    for name, left_out in (
+        ("k_positions", k_positions is None),
+        ("pairing", pairing == "interleaved"),
+        ("theta", theta == 10000.0),
+        ("frequencies", frequencies is None),
+        ("angle_dtype", angle_dtype == torch.float32),
+    ):
+        if not left_out:
+            fail(op, name, "be left out where positions is a Rope", "one", f"give it to Rope({name}=...)")
+    return positions
+
+
+def patch_positions(ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """Frame, row and column of patches: int64 ids [..., K] -> float32 [..., K, 3], in patches, for `Rope`.
+
+    ids: n = (t * Gh + h) * Gw + w for patch (t, h, w) of the grid (Gt, Gh, Gw). Frames past Gt are as good: a
+        predictor may look beyond the clip.
+    Raises ValueError and TypeError for arguments that do not fit.
+    """
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        actual = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        fail("patch_positions", "ids", "be an int64 tensor", actual, "pass patch numbers", TypeError)
+    if len(grid) != 3 or min(grid) < 1:
+        fail("patch_positions", "grid", "be (Gt, Gh, Gw), each at least 1", grid, "an image has one frame: (1, Gh, Gw)")
+    frame, place = ids // (grid[1] * grid[2]), ids % (grid[1] * grid[2])
+    return torch.stack([frame, place // grid[2], place % grid[2]], -1).float()
 
 
 def _capturing(x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels as jk
 from benchmarks import __main__ as front
 from benchmarks import readme, report, rows, stats, step, targets, text, timing
+from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
 from benchmarks.models import bench_ijepa
 from benchmarks.workload import Workload
@@ -242,6 +243,17 @@ def test_step_flops_are_those_that_torch_counts():
     with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         step.gradients(run.model(), run.pixels, run.masks)
     assert run.common({})["flops"] == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("expected, status", [((1, 2), "ok"), ((2, 1), "failed")])
+def test_host_code_has_a_number_only_where_its_result_is_equal(expected, status):
+    workload = Host(
+        "small", lambda: [1, 2], lambda: expected, tuple, {"loop": lambda: None, "other": lambda: None}, 8.0
+    )
+    found = HostRun("masks", workload, "forward", "int64", QUICK).rows()
+    assert [(r["baseline"], r["status"]) for r in found] == [("loop", status), ("other", status)]
+    assert rows.problems(document(*found)) == [] and all((r["ratio"] is None) == (status == "failed") for r in found)
+    assert found[0]["repro"].startswith("python -m benchmarks --row masks/small/forward/int64/loop ")
 
 
 def test_schema_is_the_published_one():

@@ -123,6 +123,10 @@ def without_last_pixel(weight):
     return torch.cat([rows[:, :-1], torch.zeros_like(rows[:, :1])], 1).view_as(weight)
 
 
+def sines_of_partners(turns):
+    return torch.stack([turns[..., 0, :], turns[..., 1, :].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)], -2)
+
+
 def boundaries_late(cu_seqlens):
     if cu_seqlens is None:
         return None
@@ -198,6 +202,17 @@ FAULTS = {
         "dk of the last key missing": ("backward", output(1, spoil((-1,), 0))),
         "dv stale where there are few keys": ("backward", output(2, spoil((0, ..., 0), 0))),
     },
+    "rope": {
+        "sines of the wrong sign": ("forward", argument(2, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "neighbour's turns": ("forward", argument(2, given(lambda x: x.roll(1, -3)))),
+        "turns in bf16": ("forward", argument(2, truncate)),
+        "pairing swapped": ("forward", argument(4, lambda half: not half)),
+        "last channel stale": ("forward", result(spoil(LAST_CHANNEL, float("nan")))),
+        "last head left out": ("forward", result(spoil(LAST_ROW, 0))),
+        "output truncated": ("forward", computed_wide_then_truncated),
+        "gradient turned the wrong way": ("backward", argument(2, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
+        "gradient by the sines of the wrong channel": ("backward", argument(2, given(sines_of_partners))),
+    },
     "embed_patches": {
         "rows and columns of a patch swapped": ("forward", argument(2, lambda w: w.transpose(2, 3).contiguous())),
         "last pixel of a patch left out": ("forward", argument(2, without_last_pixel)),
@@ -206,6 +221,10 @@ FAULTS = {
         "neighbour's image": ("forward", argument(0, lambda pixels: pixels.roll(1, 0))),
         "output truncated": ("forward", computed_wide_then_truncated),
         "weight gradient misses the last row": ("backward", argument(0, spoil(LAST_ROW, 0))),
+        "shift missing": ("forward", argument(7, lambda shift: [0.0] * len(shift))),
+        "channels share a scale": ("forward", argument(6, lambda scale: scale[:1] * len(scale))),
+        "frames of a tubelet swapped": ("forward", argument(2, lambda w: w.flip(-3) if w.dim() == 5 else w)),
+        "weight gradient of pixels as they are": ("backward", argument(6, lambda shift: [0.0] * len(shift))),
         "bias gradient in bf16": ("backward", output(2, lambda g: truncate(g).to(g.dtype))),
     },
 }

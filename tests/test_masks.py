@@ -1,10 +1,16 @@
 """MultiBlock2d: the published shapes, hand-checked cases, coverage, reproducibility, errors."""
 
+import pickle
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from jepa_kernels.masks import MultiBlock2d
+import jepa_kernels as jk
+from jepa_kernels._core import extension
+from jepa_kernels.masks import MultiBlock2d, MultiBlock3d
 from jepa_kernels.pairs import Pairs
 
 
@@ -13,22 +19,24 @@ def rows(ids, lengths):
 
 
 @pytest.mark.parametrize(
-    "grid, batch, context, least, most, target, targets",
+    "grid, batch, context, target, targets",
     [
-        (16, 128, 68.2, 42, 99, 44.2, (35, 54)),
-        (28, 16, 271, 184, 360, 137.7, (108, 154)),
-        (14, 16, 60.6, 47, 82, 33.4, (30, 40)),
+        (16, 128, 68.2, 44.2, (35, 54)),
+        (16, 32, 77.6, 44, (35, 54)),
+        (28, 16, 271, 137.7, (108, 154)),
+        (14, 16, 60.6, 33.4, (30, 40)),
     ],
 )
-def test_truncated_lengths_are_the_published_ones(grid, batch, context, least, most, target, targets):
-    sampler = MultiBlock2d(grid, truncate=True, seed=1)
-    masks = [sampler(batch) for _ in range(200)]
+def test_upstream_lengths_are_the_published_ones(grid, batch, context, target, targets):
+    sampler, generator = MultiBlock2d(grid, upstream=True), torch.Generator().manual_seed(1)
+    masks = [sampler(batch, generator=generator) for _ in range(400)]
     lengths = np.array([m.context_ids.shape[1] for m in masks])
     sizes = np.array([m.target_ids.shape[1] for m in masks])
-    assert lengths.mean() == pytest.approx(context, rel=0.05)
-    assert least * 0.75 <= lengths.min() and lengths.max() <= most * 1.15
-    assert sizes.mean() == pytest.approx(target, rel=0.04)
+    assert lengths.mean() == pytest.approx(context, rel=0.02)
+    assert sizes.mean() == pytest.approx(target, rel=0.02)
     assert (sizes.min(), sizes.max()) == targets
+    if batch == 128:
+        assert np.quantile(lengths, (0.05, 0.95)) == pytest.approx((54, 81), abs=5)
 
 
 def test_packed_lengths_are_the_published_ones():
@@ -89,6 +97,19 @@ def test_every_patch_is_chosen_equally_often_on_opposite_sides():
         assert max(edges) < 1.15 * min(edges)
 
 
+def test_upstream_never_sees_the_last_row_and_column_and_rarely_the_bottom():
+    sampler, generator = MultiBlock2d(16, upstream=True), torch.Generator().manual_seed(1)
+    context, target = np.zeros((16, 16)), np.zeros((16, 16))
+    for _ in range(100):
+        masks = sampler(128, generator=generator)
+        context += np.bincount(masks.context_ids.ravel(), minlength=256).reshape(16, 16)
+        target += np.bincount(masks.target_ids.ravel(), minlength=256).reshape(16, 16)
+    for counts in (context, target):
+        assert not counts[-1].any() and not counts[:, -1].any() and counts[:-1, :-1].min() > 0
+    rows = context.mean(1) / (100 * 128)  # share of images whose context holds a patch of the row
+    assert rows[0] == pytest.approx(0.78, abs=0.02) and rows[14] == pytest.approx(0.02, abs=0.01)
+
+
 def test_targets_are_respected_unless_too_few_patches_remain():
     # The targets leave at most 7 of 16 patches: they are given up, the last first, until 8 remain.
     scales = {"target_scale": (0.75, 0.8), "context_scale": (0.6, 0.6)}
@@ -115,13 +136,51 @@ class Collate:
         return self.sampler(len(samples))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_number_of_workers_does_not_change_the_masks(workers):
+SAMPLERS = [MultiBlock2d(14), MultiBlock3d((4, 7, 7))]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["2d", "3d"])
+@pytest.mark.parametrize("workers, start", [(0, None), (2, "fork"), (1, "spawn")])
+def test_the_number_of_workers_does_not_change_the_masks(sampler, workers, start):
+    tokens, ids = torch.ones(64, 256, 64), torch.arange(200).expand(64, 200).contiguous()
+    jk.gather_tokens(tokens, ids)  # starts the parent's threads: a forked child that wants them waits for ever
     loader = torch.utils.data.DataLoader(
-        range(10), batch_size=2, num_workers=workers, collate_fn=Collate(MultiBlock2d(14))
-    )
+        range(10), batch_size=2, num_workers=workers, collate_fn=Collate(pickle.loads(pickle.dumps(sampler))),
+        multiprocessing_context=start, timeout=60 if workers else 0,
+    )  # fmt: skip
     for step, masks in enumerate(loader):
-        assert np.array_equal(masks.context_ids, MultiBlock2d(14)(2, step=step).context_ids)
+        expected = sampler(2, step=step)
+        assert np.array_equal(masks.context_ids, expected.context_ids)
+        assert np.array_equal(masks.target_ids, expected.target_ids)
+
+
+@pytest.mark.parametrize("sampler, batch", [(SAMPLERS[0], 400_000), (SAMPLERS[1], 150_000)], ids=["2d", "3d"])
+def test_other_threads_run_meanwhile(sampler, batch):
+    seen, bounds = [], []
+
+    def draw():
+        bounds.append(time.perf_counter())
+        sampler(batch, step=0)
+        bounds.append(time.perf_counter())
+
+    worker = threading.Thread(target=draw)
+    worker.start()
+    while worker.is_alive():
+        seen.append(time.perf_counter())
+        time.sleep(0.002)
+    begin, end = bounds
+    assert any(begin + 0.2 * (end - begin) < t < begin + 0.8 * (end - begin) for t in seen)
+
+
+@pytest.mark.parametrize("name, build", [("MultiBlock2d", lambda: MultiBlock2d(14)),
+                                         ("MultiBlock3d", lambda: MultiBlock3d((8, 14, 14)))])  # fmt: skip
+def test_without_the_compiled_module_the_remedy_is_named(name, build, monkeypatch):
+    monkeypatch.setitem(extension._state, "C", "jepa_kernels._C is not built")
+    with pytest.raises(jk.BackendError) as error:
+        build()
+    assert str(error.value) == (
+        f"{name}: the compiled module must be there, got jepa_kernels._C is not built; build it with `pip install .`"
+    )
 
 
 def test_to_gives_ids_packings_and_pairs():
@@ -139,13 +198,13 @@ def test_to_gives_ids_packings_and_pairs():
 def test_pairs_by_hand():
     pairs = Pairs.from_lengths([2, 1], [1, 2, 0, 1])  # c0 c0 t | c1 t t | c0 c0 | c1 t
     assert pairs.packing.lengths == (3, 3, 2, 2)
-    assert pairs.context_rows.tolist() == [[0, 1, 3], [6, 7, 8]]
+    assert pairs.source.tolist() == [0, 1, 3, 2, 4, 5, 0, 1, 2, 6]  # rows of [3 context tokens; 4 target tokens]
     assert pairs.target_rows.tolist() == [2, 4, 5, 9]
 
 
 def test_pairs_of_no_images():
     pairs = Pairs.from_lengths([], [])
-    assert pairs.packing.lengths == () and pairs.context_rows.numel() == pairs.target_rows.numel() == 0
+    assert pairs.packing.lengths == () and pairs.source.numel() == pairs.target_rows.numel() == 0
     with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 0 contexts in number, got 1"):
         Pairs.from_lengths([], [1])
 
@@ -162,6 +221,12 @@ def test_pairs_of_no_images():
         ({"min_keep": -5}, "MultiBlock2d: min_keep must be at least 0, got -5; the published value is 10"),
         ({"seed": -1}, "MultiBlock2d: seed must be at least 0, got -1; pass any such number"),
         ({"num_targets": 0}, "num_targets must be at least 1, got 0"),
+        ({"seed": 2**63}, "MultiBlock2d: seed must be at most 9223372036854775807, got 9223372036854775808; pass any"),
+        (
+            {"grid": 2000},
+            r"MultiBlock2d: grid must have at most 1048576 patches, got \(2000, 2000\); use larger",
+        ),
+        ({"num_targets": 2**20 + 1}, "num_targets must be at most 1048576, got 1048577; the published value is 4"),
         ({"grid": 3}, "min_keep must be less than the smallest context block, 2 x 2 patches, got 10; "),
     ],
 )
@@ -202,5 +267,7 @@ def test_batch_and_pairs_errors():
         MultiBlock2d(8, min_keep=2)(2.5)
     with pytest.raises(ValueError, match="MultiBlock2d: step must be at least 0, got -1; leave it out to count calls"):
         MultiBlock2d(14)(2, step=-1)
+    with pytest.raises(ValueError, match="MultiBlock2d: batch must be at most 1048576, got 1048577; pass the"):
+        MultiBlock2d(14)(2**20 + 1)
     with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 2 contexts in num"):
         Pairs.from_lengths([1, 2], [1, 2, 3])

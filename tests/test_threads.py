@@ -26,7 +26,8 @@ def large(op, name, grads, make, *arguments, dtypes=DTYPES, **options):
     return [pytest.param(op, case, dtype, id=f"{op}-{name}-{short(dtype)}") for dtype in dtypes]
 
 
-IMAGES = op_module("embed_patches", "cases").Images(4, 3, (10, 10), 14, 130)
+EMBED = op_module("embed_patches", "cases")
+IMAGES, CLIPS = EMBED.Images(4, 3, (10, 10), 14, 130), EMBED.Images(4, 3, (3, 6, 6), 8, 70, tubelet=2, uint8=True)
 EMA = Case("shards", ema_update, mutates=("target", "shadow"), keep=("target",))
 LENGTHS = (60, 0, 100, 41, 75, 100, 1, 90)  # two masks of four images
 WIDE, ROWS, LOW_ROWS = 1024, 6_301, 12_301  # rows of which fp32 and bf16 outputs are streamed
@@ -35,11 +36,13 @@ LOW = (torch.float32, torch.bfloat16)
 EACH = [
     *(pytest.param("ema_update", EMA, dtype, id=f"ema_update-{short(dtype)}") for dtype in DTYPES),
     *large("embed_patches", "packed", ("pixels", "weight", "bias", "pos_embed"), "packed", IMAGES, LENGTHS, 480),
+    *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
     *large("gather_tokens", "packed", ("x",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),
+    *large("rope", "packed", ("x",), "packed", 700, 3, 64, pairing="tiled"),
 ]
 
 

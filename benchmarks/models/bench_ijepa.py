@@ -31,8 +31,11 @@ def step_flops(config: IJEPAConfig, masks: MaskBatch) -> float:
     encode = partial(vit_flops, dim=config.embed_dim, depth=config.depth, mlp_ratio=config.mlp_ratio)
     target = masks.batch * (patches * embed + encode(patches, patches**2))
     context = 3 * encode(c.sum(), (c**2).sum()) + 2 * c.sum() * embed  # no gradient of pixels
-    predictor = vit_flops(both.sum(), (both**2).sum(), p, config.predictor_depth, 4.0)
-    projections = 2 * config.embed_dim * p * (c.sum() + masks.target_lengths.sum())
+    targets = masks.target_lengths.sum()
+    predictor = vit_flops(both.sum(), (both**2).sum(), p, config.predictor_depth - 1, 4.0)
+    seen = 2 * both.sum() * p * p * 2 + 4 * ((both - c) * both).sum() * p  # keys, values; scores of targets
+    predictor += seen + 2 * targets * p * p * (2 + 2 * 4.0)
+    projections = 2 * config.embed_dim * p * (c.sum() + targets)
     return float(target + context + 3 * (predictor + projections))
 
 

@@ -1,5 +1,6 @@
-"""embed_patches at I-JEPA's shapes: the context's kept patches, and every patch for the target encoder."""
+"""embed_patches at the shapes of I-JEPA and V-JEPA 2: the contexts' kept patches, and every patch for the target."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,23 +8,73 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import jepa_kernels as jk
 from benchmarks.workload import Inputs, Workload, each, nbytes
-from jepa_kernels.ops.embed_patches.cases import Images, rectangular, whole
+from jepa_kernels.ops.embed_patches.cases import Images, packed, rectangular, whole
 
 VIT_H14 = (3, (16, 16), 14, 1280)  # channels, grid, patch size, embedding: 224 pixels
 VIT_S16 = (3, (14, 14), 16, 384)
+VIT_L16_CLIP, VIT_G16_CLIP = ((3, (8, 16, 16), 16, width) for width in (1024, 1408))  # 16 frames of 256 pixels
+MASKS = (512, 128)  # kept tokens of a clip's two contexts, of 2048
+
+
+def clips(batch: int, shape: tuple[Any, ...], **options: Any) -> Callable[[torch.Generator], Inputs]:
+    """Both masks of each clip in one call."""
+    return packed(Images(batch, *shape, tubelet=2, **options), [n for n in MASKS for _ in range(batch)])
+
+
+def places(inputs: Inputs) -> tuple[Tensor, ...]:
+    """Image, (frame,) row and column of each kept patch, in patches."""
+    ids, batch = inputs["ids"], len(inputs["pixels"])
+    if inputs.get("packing") is None:
+        image = torch.arange(len(ids), device=ids.device)[:, None] % batch
+    else:
+        image = inputs["packing"].sequence_of_token() % batch
+    return (image, *torch.unravel_index(ids, grid_of(inputs["pixels"], inputs["weight"])))
+
+
+def grid_of(pixels: Tensor, weight: Tensor) -> tuple[int, ...]:
+    sizes = weight.shape[2 - pixels.dim() :]
+    return tuple(side // size for side, size in zip(pixels.shape[2:], sizes, strict=True))
 
 
 def unfolded(
-    pixels: Tensor, ids: Tensor | None, image: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor
+    pixels: Tensor, place: tuple[Tensor, ...] | None, ids: Tensor | None, weight: Tensor, bias: Tensor, pos: Tensor
 ) -> Tensor:
-    """The best plain PyTorch: only the kept patches (ids of each image; None: all) are copied and multiplied."""
-    channels, size = weight.shape[1:3]
-    rows, across = pixels.shape[2] // size, pixels.shape[3] // size
-    patches = pixels.view(-1, channels, rows, size, across, size).permute(0, 2, 4, 1, 3, 5)
+    """The best plain PyTorch: only the kept patches (None: all) are copied and multiplied."""
+    axes, patches = weight.dim() - 2, pixels
+    for axis, size in enumerate(weight.shape[2:], 2):
+        patches = patches.unfold(axis, size, size)
+    patches = patches.movedim(1, 1 + axes)  # [B, (Gt,) Gh, Gw, C, (Pt,) P, P]
+    if place is None:
+        return F.linear(patches.flatten(1 + axes).flatten(1, axes), weight.flatten(1), bias) + pos
+    return F.linear(patches[place].flatten(ids.dim()), weight.flatten(1), bias) + pos[ids]
+
+
+def convolved(inputs: Inputs) -> Callable[[], Tensor]:
+    """The published PatchEmbed and apply_masks: everything embedded, then gathered; once more for each mask."""
+    pixels, ids, weight, bias, pos = (inputs[n] for n in ("pixels", "ids", "weight", "bias", "pos_embed"))
+    convolve, size, batch = F.conv3d if weight.dim() == 5 else F.conv2d, weight.shape[2:], len(pixels)
+
+    def dense() -> Tensor:
+        return convolve(pixels, weight, bias, stride=size).flatten(2).transpose(1, 2) + pos
+
     if ids is None:
-        return F.linear(patches.reshape(len(pixels), rows * across, -1), weight.flatten(1), bias) + pos
-    return F.linear(patches[image, ids // across, ids % across].flatten(2), weight.flatten(1), bias) + pos[ids]
+        return dense
+    if inputs.get("packing") is None:
+        index = ids[..., None].expand(-1, -1, len(weight))
+        return lambda: dense().gather(1, index)
+    rows = ids.split([batch * n for n in inputs["packing"].lengths[::batch]])
+    masks = [row.view(batch, -1, 1).expand(-1, -1, len(weight)) for row in rows]
+    return lambda: torch.cat([dense().gather(1, index).flatten(0, 1) for index in masks])
+
+
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    pixels, ids, *layer = (inputs[n] for n in ("pixels", "ids", "weight", "bias", "pos_embed"))
+    place = None if ids is None else places(inputs)
+    found = {"unfold": lambda: unfolded(pixels, place, ids, *layer)}
+    # PyTorch's bf16 convolution takes a second a call where the processor has no bf16 instructions.
+    return found if pixels.dtype == torch.bfloat16 and pixels.is_cpu else {"conv": convolved(inputs), **found}
 
 
 compiled = torch.compile(unfolded, dynamic=False)
@@ -31,74 +82,86 @@ compiled = torch.compile(unfolded, dynamic=False)
 
 def compiled_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """For one workload: each stage takes five seconds to compile."""
-    pixels, ids, weight, bias, pos = (inputs[n] for n in ("pixels", "ids", "weight", "bias", "pos_embed"))
-    image = torch.arange(len(ids), device=ids.device)[:, None] % len(pixels)
-    return {**rivals(inputs), "compile": lambda: compiled(pixels, ids, image, weight, bias, pos)}
+    pixels, ids, *layer = (inputs[n] for n in ("pixels", "ids", "weight", "bias", "pos_embed"))
+    place = places(inputs)
+    return {**rivals(inputs), "compile": lambda: compiled(pixels, place, ids, *layer)}
 
 
-def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    pixels, ids, weight, bias, pos = (inputs[n] for n in ("pixels", "ids", "weight", "bias", "pos_embed"))
-    image, index = None, None
-    if ids is not None:
-        image = torch.arange(len(ids), device=ids.device)[:, None] % len(pixels)
-        index = ids[..., None].expand(-1, -1, len(weight))
-
-    def conv() -> Tensor:  # I-JEPA's PatchEmbed and apply_masks
-        tokens = F.conv2d(pixels, weight, bias, stride=weight.shape[2]).flatten(2).transpose(1, 2) + pos
-        return tokens if ids is None else tokens.gather(1, index)
-
-    def unfold() -> Tensor:
-        return unfolded(pixels, ids, image, weight, bias, pos)
-
-    # PyTorch's bf16 convolution takes a second a call where the processor has no bf16 instructions.
-    return {"unfold": unfold} if pixels.dtype == torch.bfloat16 else {"conv": conv, "unfold": unfold}
+def normalised(inputs: Inputs) -> Tensor:
+    shape = (-1, *(1,) * (inputs["pixels"].dim() - 2))
+    mean, std = (torch.tensor(inputs[n], device=inputs["pixels"].device).view(shape) for n in ("mean", "std"))
+    return ((inputs["pixels"] / 255 - mean) / std).to(inputs["weight"].dtype)
 
 
-def _shape(inputs: Inputs) -> tuple[int, int, int, int]:
-    """Rows, pixels of a patch, embedding, bytes of an element."""
+def of_floats(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """Our own floats, normalised before the timing; and everything normalised first, then unfolded."""
+    floats, place = {**inputs, "pixels": normalised(inputs), "mean": None, "std": None}, places(inputs)
+    ids, *layer = (inputs[n] for n in ("ids", "weight", "bias", "pos_embed"))
+    return {
+        "float": lambda: jk.embed_patches(**floats),
+        "convert": lambda: unfolded(normalised(inputs), place, ids, *layer),
+    }
+
+
+def repeated(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """An image as the published models show it to a layer for clips."""
+    pixels, weight = inputs["pixels"], inputs["weight"]
+    repeats = (1, 1, weight.shape[2], 1, 1)
+    return {"repeat": lambda: convolved({**inputs, "pixels": pixels.unsqueeze(2).repeat(repeats)})()}
+
+
+def _shape(inputs: Inputs) -> tuple[int, int, int]:
+    """Rows, pixels of a patch, embedding."""
     pixels, ids, weight = inputs["pixels"], inputs["ids"], inputs["weight"]
-    depth = weight[0].numel()
-    rows = pixels.numel() // depth if ids is None else ids.numel()
-    return rows, depth, weight.shape[0], weight.element_size()
+    count = math.prod(grid_of(pixels, weight))
+    depth = pixels[0].numel() // count
+    return len(pixels) * count if ids is None else ids.numel(), depth, weight.shape[0]
 
 
 def moved(inputs: Inputs, stage: str) -> float:
-    rows, depth, embed_dim, size = _shape(inputs)
-    layer = nbytes(inputs["weight"], inputs["bias"], inputs["pos_embed"])
-    ids = 0 if inputs["ids"] is None else nbytes(inputs["ids"])
-    once = rows * (depth + embed_dim) * size + layer + ids
+    """Each kept patch once, the layer, ids and the output; backward reads and writes as much again."""
+    rows, depth, embed_dim = _shape(inputs)
+    pixels, weight, ids = inputs["pixels"], inputs["weight"], inputs["ids"]
+    layer = nbytes(weight, inputs["bias"], inputs["pos_embed"]) + (0 if ids is None else nbytes(ids))
+    tokens = (
+        rows if ids is None else len(torch.stack(torch.broadcast_tensors(*places(inputs))).flatten(1).unique(dim=1).T)
+    )
+    once = tokens * depth * pixels.element_size() + rows * embed_dim * weight.element_size() + layer
     return once if stage == "forward" else 2 * once
 
 
 def flops(inputs: Inputs, stage: str) -> float:
-    rows, depth, embed_dim, _ = _shape(inputs)
+    rows, depth, embed_dim = _shape(inputs)
     return 2 * rows * depth * embed_dim * (1 if stage == "forward" else 2)
 
 
-def workload(
-    name: str,
-    make: Callable[[torch.Generator], Inputs],
-    dtypes: tuple[str, ...] = ("float32",),
-    rivals: Any = rivals,
-    smoke: bool = False,
-) -> Workload:
-    return Workload(
-        name,
-        make,
-        bytes=moved,
-        flops=flops,
-        rivals=rivals,
-        grads=("weight", "bias", "pos_embed"),
-        dtypes=dtypes,
-        smoke=smoke,
-    )
+def workload(name: str, make: Callable[[torch.Generator], Inputs], rivals: Any = rivals, **options: Any) -> Workload:
+    layer = ("weight", "bias", "pos_embed")
+    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=layer, **options)
 
 
+GPU = dict(dtypes=("bfloat16",), devices=("cuda",))
 WORKLOADS = (
-    workload("ijepa_vit_h14_27_b4", rectangular(Images(4, *VIT_H14), 1, 69), ("float32", "bfloat16"), smoke=True),
-    workload("ijepa_vit_h14_27_b8", rectangular(Images(8, *VIT_H14), 1, 69), rivals=compiled_rivals),
+    workload(
+        "ijepa_vit_h14_27_b4",
+        rectangular(Images(4, *VIT_H14), 1, 69),
+        dtypes=("float32", "bfloat16"),
+        smoke=True,
+    ),
+    workload("ijepa_vit_h14_27_b8", rectangular(Images(8, *VIT_H14), 1, 69), compiled_rivals),
+    workload("ijepa_vit_h14_27_uint8", rectangular(Images(4, *VIT_H14, uint8=True), 1, 69), of_floats),
     workload("ijepa_vit_h14_all_b4", whole(Images(4, *VIT_H14))),
     workload("ijepa_vit_s16_27_b32", rectangular(Images(32, *VIT_S16), 1, 53)),
+    workload("vjepa2_vit_l_31_b1", clips(1, VIT_L16_CLIP), reference_timed=False),
+    workload("vjepa2_vit_l_31_uint8", clips(1, VIT_L16_CLIP, uint8=True), of_floats, reference_timed=False),
+    workload("vjepa2_vit_l_image_b4", whole(Images(4, 3, (16, 16), 16, 1024, tubelet=2)), repeated),
+    workload(
+        "ijepa_vit_h14_27_b128",
+        rectangular(Images(128, *VIT_H14), 1, 70),
+        small=rectangular(Images(4, *VIT_H14), 1, 70),
+        **GPU,
+    ),
+    workload("vjepa2_vit_g_31_b24", clips(24, VIT_G16_CLIP), small=clips(1, VIT_G16_CLIP), **GPU),
 )
 
 

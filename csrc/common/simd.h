@@ -46,6 +46,11 @@ static inline vf load(const bf16* p, int n) {
   return _mm512_castsi512_ps(widen(_mm256_maskz_loadu_epi16(first(n), p)));
 }
 static inline vf load(const f16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+static inline vf from_bytes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)); }
+static inline vf load(const uint8_t* p) {
+  return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline vf load(const uint8_t* p, int n) { return from_bytes(_mm_maskz_loadu_epi8(first(n), p)); }
 
 // Round to nearest even; NaN stays NaN.
 static inline __m256i to_bf16(vf x) {
@@ -123,8 +128,11 @@ static inline vf load(const bf16* p) {
 static inline vf load(const f16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+static inline vf load(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 static inline vf load(const float* p, int n) { return _mm256_maskload_ps(p, lanes(n)); }
-// AVX2 has no masked 16-bit access: partial rows go through the stack.
+// AVX2 has no masked access to narrower elements: partial rows go through the stack.
 template <class T> static inline vf load(const T* p, int n) {
   alignas(16) T padded[W] = {};
   std::memcpy(padded, p, n * sizeof(T));

@@ -112,7 +112,7 @@ static void ask_for_large_pages(const Tensor& fresh, int64_t bytes) {
 #endif
 }
 
-Tensor Tensor::allocate(const char* method, std::initializer_list<int64_t> shape,
+Tensor Tensor::allocate(const char* method, const std::vector<int64_t>& shape,
                         std::optional<DType> type) const {
   py::tuple dimensions(shape.size());
   size_t i = 0;

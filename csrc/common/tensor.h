@@ -1,7 +1,6 @@
 // torch tensors as bind.cpp sees them: read by attribute, so nothing of torch is needed to build or to link.
 #pragma once
 #include <array>
-#include <initializer_list>
 #include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -40,6 +39,7 @@ struct Tensor {
   int dim() const { return dims; }
   int64_t size(int i) const { return sizes[i < 0 ? i + dims : i]; }
   int64_t stride(int i) const { return strides[i < 0 ? i + dims : i]; }
+  std::vector<int64_t> shape() const { return {sizes.begin(), sizes.begin() + dims}; }
   int64_t numel() const {
     int64_t n = 1;
     for (int i = 0; i < dims; ++i) n *= sizes[i];
@@ -57,15 +57,15 @@ struct Tensor {
 
   // Allocated by torch, on this tensor's device, through the Python method (so poisoned memory reaches us
   // too).
-  Tensor new_empty(std::initializer_list<int64_t> shape, std::optional<DType> type = {}) const {
+  Tensor new_empty(const std::vector<int64_t>& shape, std::optional<DType> type = {}) const {
     return allocate("new_empty", shape, type);
   }
-  Tensor new_zeros(std::initializer_list<int64_t> shape, std::optional<DType> type = {}) const {
+  Tensor new_zeros(const std::vector<int64_t>& shape, std::optional<DType> type = {}) const {
     return allocate("new_zeros", shape, type);
   }
 
 private:
-  Tensor allocate(const char* method, std::initializer_list<int64_t> shape, std::optional<DType> type) const;
+  Tensor allocate(const char* method, const std::vector<int64_t>& shape, std::optional<DType> type) const;
 };
 
 // Where runs start on a packed axis of `rows` rows, copied from cu_seqlens: from 0, never falling, never past

@@ -8,35 +8,66 @@ namespace jepa {
 
 using namespace embed_patches;
 using Maybe = std::optional<Tensor>;
+using Numbers = std::vector<double>;
+
+// One number a channel, in the kernels' precision; null where there is none.
+class Channels {
+public:
+  Channels(const Numbers& values, int64_t channels) : values_(values.begin(), values.end()) {
+    if (!values_.empty()) values_.resize(channels);
+  }
+  const float* data() const { return values_.empty() ? nullptr : values_.data(); }
+
+private:
+  std::vector<float> values_;
+};
+
+// Strides of [outer, channel, (frame,) row, column], an image being a clip of one frame.
+static void clip_strides(const Tensor& x, int64_t* strides) {
+  const int frame = x.dim() - 3;
+  for (int i = 0; i < 2; ++i) strides[i] = x.stride(i);
+  strides[2] = frame == 2 ? x.stride(2) : 0;
+  for (int i = -2; i < 0; ++i) strides[5 + i] = x.stride(i);
+}
 
 static EmbedPatchesLayer layer_of(const Tensor& pixels, const Maybe& ids, const Tensor& weight,
-                                  const Runs& runs) {
-  const int64_t patch = weight.size(2), grid_w = pixels.size(3) / patch;
-  EmbedPatchesLayer layer{kept_rows(ids, runs, pixels.size(0), pixels.size(2) / patch * grid_w),
+                                  const Runs& runs, const Channels& scale, const Channels& shift) {
+  const bool clip = pixels.dim() == 5, tubes = weight.dim() == 5;
+  const int64_t patch = weight.size(-1), tubelet = clip ? weight.size(2) : 1;
+  const int64_t grid_t = clip ? pixels.size(2) / tubelet : 1;
+  const int64_t grid_h = pixels.size(-2) / patch, grid_w = pixels.size(-1) / patch;
+  EmbedPatchesLayer layer{kept_rows(ids, runs, pixels.size(0), grid_t * grid_h * grid_w),
                           weight.size(1),
+                          tubelet,
                           patch,
+                          grid_h,
                           grid_w,
                           weight.size(0),
                           pixels.data(),
                           {},
                           weight.data(),
                           {},
+                          tubes && !clip ? weight.size(2) : 1,
+                          scale.data(),
+                          shift.data(),
+                          weight.dtype,
                           pixels.dtype,
                           torch_threads()};
-  std::copy_n(pixels.strides.begin(), 4, layer.pixel_strides);
-  std::copy_n(weight.strides.begin(), 4, layer.weight_strides);
+  clip_strides(pixels, layer.pixel_strides);
+  clip_strides(weight, layer.weight_strides);
   return layer;
 }
 
 static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& weight, const Maybe& bias,
-                          const Maybe& pos, const Maybe& cu) {
+                          const Maybe& pos, const Maybe& cu, const Numbers& scale, const Numbers& shift) {
   const Runs runs(cu, ids ? ids->numel() : 0);
-  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
+  const Channels scales(scale, weight.size(1)), shifts(shift, weight.size(1));
+  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs, scales, shifts);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, scratch_size = forward_scratch(depth);
-  const Tensor out = cu ? pixels.new_empty({layer.at.rows, embed_dim})
-                        : pixels.new_empty({layer.at.sequences, layer.at.run_length, embed_dim});
-  const Tensor weights = pixels.new_empty({padded(embed_dim, MAX_COLUMNS) * depth}, DType::f32);
-  const Tensor scratch = pixels.new_empty({layer.threads * scratch_size}, DType::f32);
+  const Tensor out = cu ? weight.new_empty({layer.at.rows, embed_dim})
+                        : weight.new_empty({layer.at.sequences, layer.at.run_length, embed_dim});
+  const Tensor weights = weight.new_empty({padded(embed_dim, MAX_COLUMNS) * depth}, DType::f32);
+  const Tensor scratch = weight.new_empty({layer.threads * scratch_size}, DType::f32);
   std::vector<int64_t> token(layer.at.rows);
   const EmbedPatchesForwardParams params{layer,
                                          bias ? bias->data() : nullptr,
@@ -54,17 +85,18 @@ static Tensor forward_cpu(const Tensor& pixels, const Maybe& ids, const Tensor& 
 }
 
 static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixels, const Maybe& ids,
-                                          const Tensor& weight, const Maybe& cu, std::array<bool, 4> wanted) {
+                                          const Tensor& weight, const Maybe& cu, const Numbers& scale,
+                                          const Numbers& shift, std::array<bool, 4> wanted) {
   const Runs runs(cu, ids ? ids->numel() : 0);
-  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs);
+  const Channels scales(scale, weight.size(1)), shifts(shift, weight.size(1));
+  const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs, scales, shifts);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, count = layer.at.count;
   const Tensor none = grad.new_empty({0});
   const std::array<Tensor, 4> found{
-      wanted[0] ? grad.new_zeros({layer.at.batch, pixels.size(1), pixels.size(2), pixels.size(3)}) : none,
-      wanted[1] ? grad.new_empty({embed_dim, layer.channels, layer.patch, layer.patch}) : none,
+      wanted[0] ? grad.new_zeros(pixels.shape()) : none, wanted[1] ? grad.new_empty(weight.shape()) : none,
       wanted[2] ? grad.new_empty({embed_dim}) : none, wanted[3] ? grad.new_empty({count, embed_dim}) : none};
-  const bool rounded = wanted[1] && layer.dtype != DType::f32;
-  const Tensor sum = rounded ? grad.new_empty({embed_dim * depth}, DType::f32) : found[1];
+  const bool apart = wanted[1] && (layer.dtype != DType::f32 || layer.copies > 1);
+  const Tensor sum = apart ? grad.new_empty({embed_dim * depth}, DType::f32) : found[1];
   const Tensor left = grad.new_empty({padded(embed_dim, TILE_ROWS) * TOKENS}, DType::f32);
   const Tensor right = grad.new_empty({padded(depth, MAX_COLUMNS) * std::max(TOKENS, embed_dim)}, DType::f32);
   const int64_t scratch_size = backward_scratch(depth, embed_dim);

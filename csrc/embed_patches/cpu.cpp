@@ -19,23 +19,47 @@ using embed_patches::TOKENS;
 
 static int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
 
-// The first pixel of a token's patch.
-template <class T> static const T* pixels_of(const Layer& at, int64_t token) {
-  const int64_t image = token / at.at.count, id = token % at.at.count;
-  const int64_t y = id / at.grid_w * at.patch, x = id % at.grid_w * at.patch;
-  const int64_t* stride = at.pixel_strides;
-  return static_cast<const T*>(at.pixels) + image * stride[0] + y * stride[2] + x * stride[3];
+// Where a token's patch begins.
+struct Place {
+  int64_t image, frame, line, column;
+
+  Place(const Layer& at, int64_t token)
+      : image(token / at.at.count), frame(token % at.at.count / (at.grid_w * at.grid_h) * at.tubelet),
+        line(token % at.at.count / at.grid_w % at.grid_h * at.patch),
+        column(token % at.at.count % at.grid_w * at.patch) {}
+};
+
+static Patch pixel_shape(const Layer& at) {
+  return {at.channels, at.tubelet, at.patch, at.pixel_strides + 1};
+}
+static Patch weight_shape(const Layer& at) {
+  return {at.channels, at.tubelet, at.patch, at.weight_strides + 1};
 }
 
+// The pixels of a token's patch.
+template <class X> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
+  const Place place(at, token);
+  const int64_t* stride = at.pixel_strides;
+  const X* first = static_cast<const X*>(at.pixels) + place.image * stride[0] + place.frame * stride[2] +
+                   place.line * stride[3] + place.column * stride[4];
+  if (at.scale)
+    read_patch(first, shape, at.scale, at.shift, row);
+  else
+    read_patch(first, shape, row);
+}
+
+// The weights of one output, summed over the frames that show the same image.
 template <class T> static void read_weights(const Layer& at, const Patch& shape, int64_t e, float* row) {
-  read_patch(static_cast<const T*>(at.weight) + e * at.weight_strides[0], shape, row);
+  const T* first = static_cast<const T*>(at.weight) + e * at.weight_strides[0];
+  read_patch(first, shape, row);
+  for (int64_t i = 1; i < at.copies; ++i) add_patch(first + i * at.weight_strides[2], shape, row);
 }
 
 // W^T [depth, embed_dim] as right panels.
 template <class T> static void pack_weights(const Forward& p) {
   const Layer& at = p.layer;
   const int64_t depth = at.depth(), width = row_size(depth);
-  const Patch shape(at.channels, at.patch, at.weight_strides + 1);
+  const Patch shape = weight_shape(at);
   parallel_for(panels_of(at.embed_dim, COLUMNS), at.threads, [&](int64_t begin, int64_t end) {
     float* rows = p.scratch + omp_get_thread_num() * p.scratch_size;
     for (int64_t e = begin * COLUMNS; e < end * COLUMNS; e += COLUMNS) {
@@ -49,65 +73,66 @@ template <class T> static void pack_weights(const Forward& p) {
   });
 }
 
-template <class T> static const T* position(const Forward& p, int64_t row) {
-  const int64_t id = p.token[row] < 0 ? 0 : p.token[row] % p.layer.at.count;
-  return static_cast<const T*>(p.pos) + id * p.pos_strides[0];
+template <class T> static const T* position(const Forward& p, int64_t id) {
+  return static_cast<const T*>(p.pos) + (id < 0 ? 0 : id) * p.pos_strides[0];
 }
 
-// Adds bias and position to a row of sums, and rounds. A row without a patch is 0.
-template <class T> static void finish(const Forward& p, int64_t row, int64_t column, const float* sums) {
+// Adds bias and position to a row of sums, and rounds. A row without a patch (id < 0) is 0.
+template <class T>
+static void finish(const Forward& p, int64_t row, int64_t id, int64_t column, const float* sums) {
   const int64_t embed_dim = p.layer.embed_dim;
-  const bool empty = p.token[row] < 0;
-  const T *bias = static_cast<const T*>(p.bias), *pos = p.pos ? position<T>(p, row) : nullptr;
+  const T *bias = static_cast<const T*>(p.bias), *pos = p.pos ? position<T>(p, id) : nullptr;
   T* out = static_cast<T*>(p.out) + row * embed_dim;
   for (int64_t e = column; e < column + COLUMNS && e < embed_dim; e += W, sums += W) {
     const int n = part(embed_dim - e);
     vf x = load(sums);
     if (bias) x = add(x, load(bias + e * p.bias_stride, p.bias_stride, n));
     if (pos) x = add(x, load(pos + e * p.pos_strides[1], p.pos_strides[1], n));
-    store_first(out + e, empty ? zero() : x, n);
+    store_first(out + e, id < 0 ? zero() : x, n);
   }
 }
 
 // The patches of rows [begin, end), at most TILE_ROWS, as left panels.
-template <class T>
+template <class X>
 static void pack_patches(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* left,
                          float* rows) {
   const int64_t depth = p.layer.depth(), width = row_size(depth);
   for (; begin < end; begin += ROWS, left += depth * ROWS) {
     for (int64_t i = 0; i < ROWS; ++i)
       if (begin + i < end && p.token[begin + i] >= 0)
-        read_patch(pixels_of<T>(p.layer, p.token[begin + i]), shape, rows + i * width);
+        read_token<X>(p.layer, shape, p.token[begin + i], rows + i * width);
       else
         std::memset(rows + i * width, 0, depth * sizeof(float));
     interleave<ROWS>(rows, width, depth, left);
   }
 }
 
-template <class T>
+template <class T, class X>
 static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* scratch) {
   const int64_t depth = p.layer.depth(), panels = panels_of(end - begin, ROWS);
-  pack_patches<T>(p, shape, begin, end, scratch, scratch + TILE_ROWS * depth);
+  pack_patches<X>(p, shape, begin, end, scratch, scratch + TILE_ROWS * depth);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
+  int64_t ids[TILE_ROWS];
+  for (int64_t i = begin; i < end; ++i) ids[i - begin] = p.token[i] < 0 ? -1 : p.token[i] % p.layer.at.count;
   for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
     if (p.pos)
-      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, i) + e);
+      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, ids[i - begin]) + e);
     multiply_tile(scratch, panels, p.weights + e * depth, depth, sums);
-    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, e, sums + (i - begin) * COLUMNS);
+    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, ids[i - begin], e, sums + (i - begin) * COLUMNS);
   }
 }
 
-template <class T> static void forward(const Forward& p) {
+template <class T, class X> static void forward(const Forward& p) {
   const KeptRows& at = p.layer.at;
   for (int64_t row = 0; row < at.rows; ++row) p.token[row] = -1;
   each_kept(at, [&](int64_t token, int64_t row) { p.token[row] = token; });
   pack_weights<T>(p);
-  const Patch shape(p.layer.channels, p.layer.patch, p.layer.pixel_strides + 1);
+  const Patch shape = pixel_shape(p.layer);
   parallel_for(panels_of(at.rows, ROWS), p.layer.threads, [&](int64_t begin, int64_t end) {
     float* scratch = p.scratch + omp_get_thread_num() * p.scratch_size;
     const int64_t last = end * ROWS < at.rows ? end * ROWS : at.rows;
     for (int64_t row = begin * ROWS; row < last; row += TILE_ROWS)
-      embed_tile<T>(p, shape, row, row + TILE_ROWS < last ? row + TILE_ROWS : last, scratch);
+      embed_tile<T, X>(p, shape, row, row + TILE_ROWS < last ? row + TILE_ROWS : last, scratch);
   });
 }
 
@@ -148,13 +173,13 @@ template <class T> static void bias_and_position_gradients(const Backward& p) {
 }
 
 // Patches of tokens [begin, end) as right panels, their gradients as left panels.
-template <class T> static void pack_tokens(const Backward& p, int64_t begin, int64_t end) {
+template <class T, class X> static void pack_tokens(const Backward& p, int64_t begin, int64_t end) {
   const Layer& at = p.layer;
-  const Patch shape(at.channels, at.patch, at.pixel_strides + 1);
+  const Patch shape = pixel_shape(at);
   parallel_for(end - begin, at.threads, [&](int64_t from, int64_t to) {
     float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
     for (int64_t k = from; k < to; ++k) {
-      read_patch(pixels_of<T>(at, p.token[begin + k]), shape, row);
+      read_token<X>(at, shape, p.token[begin + k], row);
       cut<COLUMNS>(row, at.depth(), k, end - begin, p.right);
       read_grad<T>(p, p.token[begin + k], row);
       cut<ROWS>(row, at.embed_dim, k, end - begin, p.left);
@@ -185,20 +210,25 @@ static void multiply_tokens(const Backward& p, int64_t tokens, bool add_to) {
   });
 }
 
+// Rounded, and the same for every frame of a weight that an image was shown to.
+template <class T> static void write_weight_gradient(const Backward& p) {
+  const Layer& at = p.layer;
+  const int64_t line = at.depth() / at.channels;
+  parallel_for(at.embed_dim * at.channels, at.threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * at.copies; i < end * at.copies; ++i)
+      write_line(p.dweight_sum + i / at.copies * line, line, static_cast<T*>(p.dweight) + i * line);
+  });
+}
+
 // dW = sum over tokens of gradient x patch, some tokens at a time: how many depends on their number alone.
-template <class T> static void weight_gradient(const Backward& p, int64_t tokens) {
+template <class T, class X> static void weight_gradient(const Backward& p, int64_t tokens) {
   const int64_t chunks = tokens > TOKENS ? panels_of(tokens, TOKENS) : 1;
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = tokens * i / chunks, end = tokens * (i + 1) / chunks;
-    pack_tokens<T>(p, begin, end);
+    pack_tokens<T, X>(p, begin, end);
     multiply_tokens(p, end - begin, i > 0);
   }
-  if (p.dweight == p.dweight_sum) return;
-  const int64_t depth = p.layer.depth();
-  parallel_for(p.layer.embed_dim, p.layer.threads, [&](int64_t begin, int64_t end) {
-    write_line(p.dweight_sum + begin * depth, (end - begin) * depth,
-               static_cast<T*>(p.dweight) + begin * depth);
-  });
+  if (p.dweight != p.dweight_sum) write_weight_gradient<T>(p);
 }
 
 // Gradients of tokens [begin, end), at most TILE_ROWS, times W: their patches of dpixels.
@@ -221,19 +251,21 @@ template <class T> static void pixel_tile(const Backward& p, int64_t begin, int6
     for (int64_t i = 0; i < end - begin; ++i)
       std::memcpy(patches + i * width + k, sums + i * COLUMNS, COLUMNS * sizeof(float));
   }
-  const int64_t line = at.grid_w * at.patch, channel = at.at.count * at.patch * at.patch;
-  const int64_t strides[3] = {channel, line, 1};
-  const Patch shape(at.channels, at.patch, strides);
+  const int64_t line = at.grid_w * at.patch, frame = at.grid_h * at.patch * line;
+  const int64_t channel = at.at.count / (at.grid_h * at.grid_w) * at.tubelet * frame;
+  const int64_t strides[4] = {channel, frame, line, 1};
+  const Patch shape(at.channels, at.tubelet, at.patch, strides);
   for (int64_t i = 0; i < end - begin; ++i) {
-    const int64_t image = p.token[begin + i] / at.at.count, id = p.token[begin + i] % at.at.count;
-    T* out = static_cast<T*>(p.dpixels) + image * at.channels * channel;
-    write_patch(patches + i * width, shape, out + (id / at.grid_w * line + id % at.grid_w) * at.patch);
+    const Place place(at, p.token[begin + i]);
+    T* out = static_cast<T*>(p.dpixels) + place.image * at.channels * channel;
+    write_patch(patches + i * width, shape, at.scale,
+                out + place.frame * frame + place.line * line + place.column);
   }
 }
 
 template <class T> static void pixel_gradient(const Backward& p, int64_t tokens) {
   const Layer& at = p.layer;
-  const Patch shape(at.channels, at.patch, at.weight_strides + 1);
+  const Patch shape = weight_shape(at);
   const auto scratch = [&] { return p.scratch + omp_get_thread_num() * p.scratch_size; };
   parallel_for(at.embed_dim, at.threads, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
@@ -248,23 +280,33 @@ template <class T> static void pixel_gradient(const Backward& p, int64_t tokens)
   });
 }
 
-template <class T> static void backward(const Backward& p) {
+template <class T, class X> static void backward(const Backward& p) {
   const KeptRows& at = p.layer.at;
   sort_rows(at, p.first, p.source);
   int64_t tokens = 0;
   for (int64_t token = 0; token < at.batch * at.count; ++token)
     if (p.first[token + 1] > p.first[token]) p.token[tokens++] = token;
   if (p.dbias || p.dpos) bias_and_position_gradients<T>(p);
-  if (p.dweight) weight_gradient<T>(p, tokens);
+  if (p.dweight) weight_gradient<T, X>(p, tokens);
   if (p.dpixels) pixel_gradient<T>(p, tokens);
 }
 
+// body(element of the layer, element of the pixels)
+template <class Body> static void with_types(const Layer& at, Body body) {
+  with_float(at.dtype, [&](auto x) {
+    if (at.pixel_dtype == DType::u8)
+      body(x, uint8_t{});
+    else
+      body(x, x);
+  });
+}
+
 void embed_patches_forward_cpu(const Forward& p) {
-  with_float(p.layer.dtype, [&](auto x) { forward<decltype(x)>(p); });
+  with_types(p.layer, [&](auto x, auto pixel) { forward<decltype(x), decltype(pixel)>(p); });
 }
 
 void embed_patches_backward_cpu(const Backward& p) {
-  with_float(p.layer.dtype, [&](auto x) { backward<decltype(x)>(p); });
+  with_types(p.layer, [&](auto x, auto pixel) { backward<decltype(x), decltype(pixel)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA

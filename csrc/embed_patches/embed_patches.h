@@ -13,7 +13,7 @@ namespace embed_patches {
 constexpr int64_t TILE_ROWS = 48; // rows of the left operand that are multiplied with one panel of the right
 constexpr int64_t MAX_COLUMNS = 32; // the widest right panel
 constexpr int64_t MAX_ROWS = 12;    // the widest left panel
-constexpr int64_t TOKENS = 512; // the most tokens that are multiplied into the weights' gradient at a time
+constexpr int64_t TOKENS = 1024; // the most tokens that are multiplied into the weights' gradient at a time
 
 constexpr int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -26,17 +26,20 @@ constexpr int64_t backward_scratch(int64_t depth, int64_t embed_dim) {
 }
 } // namespace embed_patches
 
+// A patch is channels x tubelet x patch x patch pixels of one image or clip; an image is a clip of one frame.
 struct EmbedPatchesLayer {
   KeptRows at;
-  int64_t channels, patch, grid_w, embed_dim;
+  int64_t channels, tubelet, patch, grid_h, grid_w, embed_dim;
   const void* pixels;
-  int64_t pixel_strides[4]; // image, channel, row, column
+  int64_t pixel_strides[5]; // clip, channel, frame, row, column
   const void* weight;
-  int64_t weight_strides[4]; // embedding, channel, row, column
-  DType dtype;
+  int64_t weight_strides[5];  // embedding, channel, frame, row, column
+  int64_t copies;             // frames of the weight that are summed into one: an image shown as a clip
+  const float *scale, *shift; // a channel's pixels x are read as scale x + shift; null: as they are
+  DType dtype, pixel_dtype;   // pixel_dtype: dtype or u8
   int threads;
 
-  int64_t depth() const { return channels * patch * patch; } // the pixels of a patch
+  int64_t depth() const { return channels * tubelet * patch * patch; } // the pixels of a patch
 };
 
 struct EmbedPatchesForwardParams {
@@ -57,7 +60,7 @@ struct EmbedPatchesBackwardParams {
   const void* grad;
   int64_t grad_strides[3];                // run (where runs have one length), row, embedding
   void *dpixels, *dweight, *dbias, *dpos; // contiguous; null where not wanted; dpixels is full of zeros
-  float* dweight_sum;                     // [embed_dim, depth]: dweight itself where that is fp32
+  float* dweight_sum;                     // [embed_dim, depth]: dweight itself where that is it
   int32_t* first;                         // workspace [batch * count + 1], see sort_rows
   int32_t* source;                        // workspace [rows]
   int64_t* token;                         // workspace [rows]

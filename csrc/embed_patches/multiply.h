@@ -1,11 +1,13 @@
 // The matrix product: panels of both operands, and the tile of registers that multiplies them.
 //
-// Each element of the result is one chain of multiply-adds in the order of k, cut every DEPTH terms, wherever
-// it lies in its tile: it does not depend on the rows beside it, nor on the number of threads.
+// Each element of the result is one chain of multiply-adds in the order of k, cut into equal slices of at
+// most DEPTH terms, wherever it lies in its tile: it does not depend on the rows beside it, nor on the number
+// of threads.
 #pragma once
 #include <cstring>
 
 #include "common/simd.h"
+#include "common/transpose.h"
 #include "embed_patches/embed_patches.h"
 
 namespace jepa::JEPA_ISA {
@@ -20,16 +22,16 @@ constexpr int ROWS = 12;
 constexpr int ROWS = 6;
 #endif
 constexpr int COLUMNS = 2 * W;
-constexpr int64_t DEPTH = 256; // a slice of a right panel stays in L1 while the tile's left panels pass
+constexpr int64_t DEPTH = 320; // a slice of a right panel stays in L1 while the tile's left panels pass
 static_assert(TILE_ROWS % ROWS == 0 && embed_patches::MAX_COLUMNS % COLUMNS == 0);
 
-// c [ROWS, COLUMNS] += a [depth, ROWS]^T b [depth, COLUMNS]
-static void multiply(const float* a, const float* b, int64_t depth, float* c) {
+// c [ROWS, COLUMNS] += a [depth, ROWS]^T b [depth, COLUMNS]. What lies `ahead` of b comes next.
+static void multiply(const float* a, const float* b, int64_t depth, int64_t ahead, float* c) {
   vf sum[ROWS][2];
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r) sum[r][0] = sum[r][1] = zero();
   for (int64_t k = 0; k < depth; ++k, a += ROWS, b += COLUMNS) {
-    _mm_prefetch(reinterpret_cast<const char*>(b + DEPTH * COLUMNS), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(b + ahead), _MM_HINT_T1);
     const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 12
     for (int r = 0; r < ROWS; ++r) {
@@ -48,16 +50,19 @@ static void multiply(const float* a, const float* b, int64_t depth, float* c) {
 // c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
 static void multiply_tile(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
   std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
-  for (int64_t k = 0; k < depth; k += DEPTH)
+  const int64_t slices = (depth + DEPTH - 1) / DEPTH, slice = slices ? (depth + slices - 1) / slices : 0;
+  for (int64_t k = 0; k < depth; k += slice)
     for (int64_t i = 0; i < panels; ++i)
-      multiply(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < DEPTH ? depth - k : DEPTH,
-               c + i * ROWS * COLUMNS);
+      multiply(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < slice ? depth - k : slice,
+               slice * COLUMNS, c + i * ROWS * COLUMNS);
 }
 
 // LANES rows of the operand, `width` apart, become one panel [depth, LANES].
 template <int LANES> static void interleave(const float* rows, int64_t width, int64_t depth, float* panel) {
-  for (int64_t k = 0; k < depth; ++k, panel += LANES)
-    for (int lane = 0; lane < LANES; ++lane) panel[lane] = rows[lane * width + k];
+  const int64_t whole = LANES % 8 == 0 ? depth / 8 * 8 : 0;
+  if (whole > 0) transpose(rows, width, LANES, whole, panel, LANES);
+  for (int64_t k = whole; k < depth; ++k)
+    for (int lane = 0; lane < LANES; ++lane) panel[k * LANES + lane] = rows[lane * width + k];
 }
 
 // Row k of the operand is cut: LANES of its columns to each panel, zeros behind the last one.

@@ -1,14 +1,16 @@
-"""Multi-head self-attention."""
+"""Multi-head attention."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
 
 
 class Attention(nn.Module):
-    """proj(softmax(q k^T / sqrt(D)) v), inside each sequence.
+    """proj(softmax(q k^T / sqrt(D)) v), inside each sequence; `rope` turns q and k by their positions.
 
     The output of `qkv` is [3, H, D] per token; q, k and v are read in place, and get one gradient.
     """
@@ -21,8 +23,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
         """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        out = jk.masked_attention_qkv(qkv, packing)
+        return self.attend(self.qkv(x), packing, rope)
+
+    def attend(self, qkv: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
+        """What follows the first product: qkv [..., 3 E] -> [..., E]."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
+        return self._project(jk.masked_attention_qkv(qkv, packing, rope=rope), packing)
+
+    def cross(
+        self,
+        x: Tensor,
+        context: Tensor,
+        packing: Packing | None = None,
+        context_packing: Packing | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """Queries of x alone, keys and values of context: x [..., E] -> the same shape."""
+        parts = [x.shape[-1], 2 * x.shape[-1]]
+        (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
+        q = F.linear(x, q_weight, q_bias).unflatten(-1, (self.num_heads, -1))
+        k, v = F.linear(context, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        if packing is None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return self._project(jk.masked_attention(q, k, v, packing, k_packing=context_packing, rope=rope), packing)
+
+    def _project(self, out: Tensor, packing: Packing | None) -> Tensor:
         return self.proj((out if packing is not None else out.transpose(1, 2)).flatten(-2))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from jepa_kernels.nn.attention import Attention
 from jepa_kernels.packing import Packing
+from jepa_kernels.rotary import Rope
 
 NORM_EPS = 1e-6
 
@@ -31,9 +32,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
-        """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
-        x = x + self.attn(self.norm1(x), packing)
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None, qkv: Tensor | None = None
+    ) -> Tensor:
+        """x [B, N, E], or packed [T, E] with `packing` -> the same shape. qkv: what `self.qkv(x)` gives, if known."""
+        if qkv is None:
+            x = x + self.attn(self.norm1(x), packing, rope)
+        else:
+            x = x + self.attn.attend(qkv, packing, rope)
+        return x + self.mlp(self.norm2(x))
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """The block's first product, of each token by itself: x [..., E] -> [..., 3 E]."""
+        return self.attn.qkv(self.norm1(x))
+
+    def cross(
+        self,
+        x: Tensor,
+        context: Tensor,
+        packing: Packing | None = None,
+        context_packing: Packing | None = None,
+        rope: Rope | None = None,
+    ) -> Tensor:
+        """`forward` at the rows x of the sequences `context` alone: the others are only looked at."""
+        x = x + self.attn.cross(self.norm1(x), self.norm1(context), packing, context_packing, rope)
         return x + self.mlp(self.norm2(x))
 
 
@@ -42,7 +64,7 @@ def init_weights(module: nn.Module) -> None:
 
     Source: I-JEPA; its rescaling of the residual branches by depth is overwritten again before training.
     """
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

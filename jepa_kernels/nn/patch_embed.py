@@ -1,5 +1,7 @@
 """Patch embedding and the sine-cosine position tables."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,11 +11,30 @@ from jepa_kernels.packing import Packing
 
 
 class PatchEmbed(nn.Module):
-    """A convolution with stride = kernel = patch_size, evaluated at the kept patches only."""
+    """A convolution with stride = kernel, evaluated at the kept patches only.
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+    tubelet_size: frames of a video's patch; None: images. mean, std: of each channel, applied to pixels on the way in
+    (see `embed_patches`); uint8 pixels need them.
+    """
+
+    def __init__(
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        tubelet_size: int | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.mean, self.std = mean, std
+        self.proj: nn.Conv2d | nn.Conv3d
+        if tubelet_size is None:
+            self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        else:
+            sides = (tubelet_size, patch_size, patch_size)
+            self.proj = nn.Conv3d(in_chans, embed_dim, sides, stride=sides)
 
     def forward(
         self,
@@ -22,8 +43,9 @@ class PatchEmbed(nn.Module):
         packing: Packing | None = None,
         pos_embed: Tensor | None = None,
     ) -> Tensor:
-        """pixels [B, C, H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
-        return jk.embed_patches(pixels, ids, self.proj.weight, self.proj.bias, pos_embed, packing=packing)
+        """pixels [B, C, (T,) H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
+        weight, bias = self.proj.weight, self.proj.bias
+        return jk.embed_patches(pixels, ids, weight, bias, pos_embed, packing=packing, mean=self.mean, std=self.std)
 
 
 def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:

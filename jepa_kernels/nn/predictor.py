@@ -1,6 +1,8 @@
 """The predictor: from the context's latents to those at the target places."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -8,33 +10,52 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.encoder import frozen_table
+from jepa_kernels.nn.encoder import check_rope, frozen_table
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
+from jepa_kernels.rotary import Rope, patch_positions
 
 
 class Predictor(nn.Module):
     """A narrow ViT over [context | mask tokens], one sequence per target mask and image.
 
-    Targets of different masks do not see one another.
+    Targets of different masks do not see one another. Three shortcuts change no number beyond rounding: tokens are
+    written once, in their place, and never sorted; with `rope` the first block's product is computed once for all
+    copies of a context or of a mask token; the last block computes the target rows alone.
+
+    grid: (Gh, Gw), or with `rope` (Gt, Gh, Gw), of the patches.
+    rope: as of `Encoder`; None: I-JEPA's table of positions, of `grid` alone.
+    num_mask_tokens: None: one mask token, `mask_token`, as I-JEPA's; else so many in the list `mask_tokens`, 0 at the
+        start, as V-JEPA's.
     """
 
     def __init__(
         self,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         embed_dim: int,
         predictor_embed_dim: int,
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        *,
+        rope: str | None = None,
+        num_mask_tokens: int | None = None,
     ) -> None:
         super().__init__()
         dim = predictor_embed_dim
         if dim % 4:
             fail("Predictor", "predictor_embed_dim", "be a multiple of 4", dim, "position tables have four parts")
+        check_rope("Predictor", rope)
+        if len(grid) != (2 if rope is None else 3):
+            wanted = "be (Gh, Gw)" if rope is None else "be (Gt, Gh, Gw) with rope"
+            fail("Predictor", "grid", wanted, grid, "pass the encoder's grid")
+        self.grid, self.rope = tuple(grid), rope
         self.predictor_embed = nn.Linear(embed_dim, dim)
-        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
-        self.predictor_pos_embed = frozen_table(grid, dim)
+        if num_mask_tokens is None:
+            self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        else:
+            self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, dim) for _ in range(num_mask_tokens))
+        self.predictor_pos_embed = frozen_table((grid[0], grid[1]), dim) if rope is None else None
         self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.predictor_proj = nn.Linear(dim, embed_dim)
@@ -48,63 +69,65 @@ class Predictor(nn.Module):
         context_packing: Packing | None = None,
         target_packing: Packing | None = None,
         pairs: Pairs | None = None,
+        *,
+        grid: tuple[int, int, int] | None = None,
+        mask_index: int | Sequence[int] = 0,
     ) -> Tensor:
-        """Predict the latents at `target_ids`.
+        """Predict the latents at `target_ids`, which look at one context each: target s at context s % contexts.
 
-        Rectangular: context [B, Kc, E], context_ids [B, Kc], target_ids [masks * B, Kt] -> [masks * B, Kt, E].
-        Packed: context [Tc, E], context_ids [Tc], target_ids [Tt], mask-major, with their packings -> [Tt, E].
+        Rectangular: context [S, Kc, E], context_ids [S, Kc], target_ids [M, Kt], S divides M -> [M, Kt, E].
+        Packed: context [Tc, E], context_ids [Tc], target_ids [Tt], with their packings -> [Tt, E].
         pairs: built from the packings' lengths when left out; pass it in compiled code.
+        grid: (Gt, Gh, Gw) of these ids, with rope; None: the constructor's.
+        mask_index: which of `mask_tokens` stands at the targets: one for all, or one for each group of consecutive
+            sequences (masks).
         """
-        context = self.predictor_embed(context) + self._positions(context_ids, context_packing)
-        target = self.mask_token.view(-1) + self._positions(target_ids, target_packing)
-        if context_packing is None or target_packing is None:
-            return self._rectangular(context, target)
-        if pairs is None:
+        token = self._tokens(mask_index)
+        context = self.predictor_embed(context).to(token.dtype)  # under autocast the blocks add up in full precision
+        if context_packing is not None and target_packing is not None and pairs is None:
             lengths = context_packing.lengths, target_packing.lengths
             pairs = Pairs.from_lengths(*lengths, device=context.device)
-        x = _Assemble.apply(context, target, pairs.context_rows, pairs.target_rows)
-        for block in self.predictor_blocks:
-            x = block(x, pairs.packing)
-        return self._project(x.index_select(0, pairs.target_rows))
+        packing = None if pairs is None else pairs.packing
+        place = partial(
+            jk.assemble_tokens,
+            context_ids=context_ids,
+            target_ids=target_ids,
+            context_packing=context_packing,
+            target_packing=target_packing,
+            packing=packing,
+        )
+        x = place(context, token, pos_embed=None if self.predictor_pos_embed is None else self.predictor_pos_embed[0])
+        rope, target_rope = self._ropes(context_ids, target_ids, pairs, grid)
+        *blocks, last = (cast(Block, block) for block in self.predictor_blocks)
+        for i, block in enumerate(blocks):
+            repeated = i == 0 and rope is not None
+            x = block(x, packing, rope, place(block.qkv(context), block.qkv(token)) if repeated else None)
+        targets = x[:, context_ids.shape[-1] :] if pairs is None else _take(x, pairs.target_rows)
+        targets = last.cross(targets, x, target_packing, packing, target_rope)
+        return self.predictor_proj(self.predictor_norm(targets))
 
-    def _rectangular(self, context: Tensor, target: Tensor) -> Tensor:
-        masks, kept = target.shape[0] // max(context.shape[0], 1), context.shape[1]
-        x = torch.cat([context.repeat(masks, 1, 1), target], 1)
-        for block in self.predictor_blocks:
-            x = block(x)
-        return self._project(x[:, kept:])
+    def _tokens(self, index: int | Sequence[int]) -> Tensor:
+        """[groups, dim]: the mask token of each group of target sequences."""
+        if hasattr(self, "mask_token"):
+            return self.mask_token[0]
+        return torch.cat([self.mask_tokens[i][0] for i in ([index] if isinstance(index, int) else index)])
 
-    def _positions(self, ids: Tensor, packing: Packing | None) -> Tensor:
-        return jk.gather_tokens(self.predictor_pos_embed, ids, packing)
+    def _ropes(
+        self, context_ids: Tensor, target_ids: Tensor, pairs: Pairs | None, grid: tuple[int, int, int] | None
+    ) -> tuple[Rope | None, Rope | None]:
+        """Of the sequences, and of their target rows as queries to the whole sequences."""
+        if self.rope is None:
+            return None, None
+        if pairs is None:
+            context_ids = context_ids.repeat(target_ids.shape[0] // max(context_ids.shape[0], 1), 1)
+            ids = torch.cat([context_ids, target_ids], 1)
+        else:
+            ids = torch.cat([context_ids, target_ids]).index_select(0, pairs.source)
+        grid = cast(tuple[int, int, int], self.grid) if grid is None else grid
+        positions, targets = patch_positions(ids, grid), patch_positions(target_ids, grid)
+        return Rope(positions, pairing=self.rope), Rope(targets, positions, pairing=self.rope)
 
-    def _project(self, x: Tensor) -> Tensor:
-        return self.predictor_proj(self.predictor_norm(x))
 
-
-class _Assemble(torch.autograd.Function):
-    """Write contexts (once per mask) and targets to their rows of the packed sequences.
-
-    The rows are distinct and cover everything, so that no buffer is cleared and the backward only reads: a chain
-    of index_copy would copy the whole gradient once per mask, an index_select would add with atomics.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, context: Tensor, target: Tensor, context_rows: Tensor, target_rows: Tensor) -> Tensor:
-        dtype = torch.promote_types(context.dtype, target.dtype)
-        x = target.new_empty((context_rows.numel() + target.shape[0], target.shape[1]), dtype=dtype)
-        x.index_copy_(0, target_rows, target.to(dtype))
-        for rows in context_rows:
-            x.index_copy_(0, rows, context.to(dtype))
-        ctx.save_for_backward(context_rows, target_rows)
-        ctx.dtypes = context.dtype, target.dtype
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        context_rows, target_rows = ctx.saved_tensors
-        total = torch.promote_types(grad.dtype, torch.float32)
-        d_context = grad.index_select(0, context_rows[0]).to(total)
-        for rows in context_rows[1:]:
-            d_context += grad.index_select(0, rows)
-        d_target = grad.index_select(0, target_rows)
-        return d_context.to(ctx.dtypes[0]), d_target.to(ctx.dtypes[1]), None, None
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, E] at rising rows; the backward writes each row of its gradient once."""
+    return jk.gather_tokens(x[None], rows[None])[0]

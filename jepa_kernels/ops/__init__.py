@@ -1,5 +1,5 @@
 """The ops, one folder each. Import them from `jepa_kernels` itself."""
 
 # Public forms of an op that have a name of their own; `explain` knows them too.
-FORMS = ("masked_attention_lse", "masked_attention_qkv")
-OPS = ("assemble_tokens", "ema_update", "embed_patches", "gather_tokens", "latent_loss", "masked_attention")
+FORMS = ("masked_attention_lse", "masked_attention_qkv", "rope_qk")
+OPS = ("assemble_tokens", "ema_update", "embed_patches", "gather_tokens", "latent_loss", "masked_attention", "rope")

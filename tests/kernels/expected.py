@@ -97,6 +97,73 @@ def loss_calls() -> Iterator[Call]:
         yield Call(f"channels-{channels}", loss(torch.float32, channels), launches, (), {}, HOPPER)
 
 
+def embed(
+    dtype: torch.dtype, size: int, embed_dim: int, *, tubelet: int = 0, uint8: bool = False, whole: bool = False
+) -> Callable[[], object]:
+    """Forward, and every gradient that there is."""
+
+    def make() -> object:
+        sides, kernel = (4, 2 * size, 2 * size)[not tubelet :], (tubelet, size, size)[not tubelet :]
+        pixels = torch.zeros(2, 3, *sides, dtype=torch.uint8 if uint8 else dtype, requires_grad=not uint8)
+        weight = torch.zeros(embed_dim, 3, *kernel, dtype=dtype, requires_grad=True)
+        count = 4 * (4 // tubelet if tubelet else 1)
+        bias, pos = (torch.zeros(*n, embed_dim, dtype=dtype, requires_grad=True) for n in ((), (count,)))
+        rows = dict(ids=None) if whole else dict(ids=torch.arange(3).repeat(4), packing=Packing.uniform(4, 3))
+        statistics = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3)) if uint8 else {}
+        out = jk.embed_patches(pixels, weight=weight, bias=bias, pos_embed=pos, **rows, **statistics, backend="triton")
+        return torch.autograd.grad(out, [pixels, weight, bias, pos][uint8:], torch.zeros_like(out))
+
+    return make
+
+
+def embed_calls() -> Iterator[Call]:
+    forward = "_embed_patches_forward_kernel"
+    pixels, rows, total, weight, pos = (
+        f"_embed_patches_backward_{stage}_kernel" for stage in ("pixels", "rows", "sum", "weight", "pos")
+    )
+    layer, gather = (forward, rows, total, weight, total, pos), ("LDGSTS.*",)
+    every, wide = (forward, pixels, *layer[1:]), (forward, rows, weight)
+    held = {forward: ("HGMMA.*", *gather), pixels: ("HGMMA.*",), weight: ("HGMMA.*", *gather)}
+    for size in (14, 16):
+        # Patches of 14 pixels begin at multiples of 2 only: copied by 4 bytes, asynchronously too.
+        make = embed(torch.bfloat16, size, 1280)
+        yield Call(f"p{size}-elsewhere", make, every, wide if size == 16 else (), {}, (80, 100), blocks=1)
+        yield Call(f"p{size}", make, every, wide if size == 16 else (), {}, HOPPER, held)
+        yield Call(f"p{size}-uint8", embed(torch.bfloat16, size, 1280, uint8=True), layer, (), {}, HOPPER, blocks=1)
+    for name, make, launches in (
+        ("float16", embed(torch.float16, 16, 1024), every),
+        ("float32", embed(torch.float32, 14, 1280), every),
+        ("clips", embed(torch.bfloat16, 16, 1408, tubelet=2), every),
+        ("every-patch", embed(torch.bfloat16, 16, 768, whole=True), every),
+    ):
+        yield Call(name, make, launches, (), {}, HOPPER)
+    yield Call("odd", embed(torch.float32, 5, 33), every, (), {}, HOPPER, blocks=1)
+
+
+def gather(dtype: torch.dtype, channels: int, packed: bool = True) -> Callable[[], object]:
+    def make() -> Tensor:
+        x, ids = torch.zeros(2, 9, channels, dtype=dtype, requires_grad=True), torch.arange(3).repeat(4, 1)
+        if packed:
+            out = jk.gather_tokens(x, ids.flatten(), Packing.uniform(4, 3), backend="triton")
+        else:
+            out = jk.gather_tokens(x, ids, backend="triton")
+        return torch.autograd.grad(out, x, torch.zeros_like(out))[0]
+
+    return make
+
+
+def gather_calls() -> Iterator[Call]:
+    forward, backward = launches = tuple(f"_gather_tokens_{stage}_kernel" for stage in ("forward", "backward"))
+    # 16 rows of 256 channels on 128 threads: 32 elements each, moved once.
+    once = {d: {k: {r"LDG\.E\.128": 2 * d.itemsize} for k in launches} for d in (torch.float32, torch.bfloat16)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        counts = once.get(dtype, {})
+        yield Call(f"packed-{dtype}", gather(dtype, 1280), (forward, backward), launches, counts, blocks=8)
+    yield Call("rectangular", gather(torch.bfloat16, 1408, False), (forward, backward), launches, {}, HOPPER, blocks=7)
+    for channels in (1, 37):
+        yield Call(f"channels-{channels}", gather(torch.float32, channels), (forward, backward), (), {}, HOPPER)
+
+
 def attention(
     dtype: torch.dtype, width: int, lengths: tuple[int, ...], heads: tuple[int, int] = (2, 2), **options: object
 ) -> Callable[[], object]:
@@ -160,6 +227,38 @@ def long_attention() -> tuple[str, ...]:
     return tuple(f"_masked_attention_{stage}_kernel" for stage in ("forward", "backward_q", "backward_kv"))
 
 
+def rope(dtype: torch.dtype, width: int, axes: int = 3, **options: object) -> Callable[[], object]:
+    """Forward and backward of queries and keys, views of one qkv."""
+
+    def make() -> object:
+        leaves = [x.detach().requires_grad_() for x in torch.zeros(9, 3, 4, width, dtype=dtype).unbind(1)[:2]]
+        both = jk.rope_qk(*leaves, torch.zeros(9, axes), **options, backend="triton")
+        return torch.autograd.grad(both, leaves, [torch.zeros_like(x) for x in both])
+
+    return make
+
+
+def rope_alone() -> Tensor:
+    return jk.rope(torch.zeros(2, 4, 9, 64, dtype=torch.bfloat16), torch.zeros(9, 3), backend="triton")
+
+
+def rope_calls() -> Iterator[Call]:
+    kernel = "_rope_kernel"
+    both = (kernel, kernel)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Call(f"tiled-d64-{dtype}", rope(dtype, 64, pairing="tiled"), both, both, blocks=8)
+    for name, make in (
+        ("d80", rope(torch.bfloat16, 80)),
+        ("d88", rope(torch.float16, 88)),
+        ("d24", rope(torch.bfloat16, 24)),
+        ("d256", rope(torch.float32, 256)),
+        ("half-d128", rope(torch.bfloat16, 128, 1, pairing="half")),
+    ):
+        yield Call(name, make, both, both, capabilities=HOPPER, blocks=4)
+    yield Call("d33", rope(torch.float32, 33), both, capabilities=HOPPER, blocks=4)
+    yield Call("alone", rope_alone, (kernel,), (kernel,), capabilities=HOPPER, blocks=8)
+
+
 def assembled(
     dtype: torch.dtype, channels: int, *, pos: torch.dtype | None = None, packed: bool = True
 ) -> Callable[[], object]:
@@ -196,6 +295,9 @@ def assembled_calls() -> Iterator[Call]:
 CALLS = {
     "assemble_tokens": tuple(assembled_calls()),
     "ema_update": tuple(ema_calls()),
+    "embed_patches": tuple(embed_calls()),
+    "gather_tokens": tuple(gather_calls()),
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
+    "rope": tuple(rope_calls()),
 }

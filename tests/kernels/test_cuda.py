@@ -47,6 +47,14 @@ def attention(binary: Binary) -> None:
         assert binary.count(r"LDG\.E\.128.*") >= 2
 
 
+def turning(binary: Binary) -> None:
+    """Where channels are taken 16 bytes at a time: two such loads in flight, no 16-byte word split."""
+    if "Lb1E" in binary.name:
+        assert binary.count(r"LDG\.E.*\.128.*") >= 2 and binary.count(r"STG\.E.*\.128") >= 2, binary.instructions
+        assert not binary.count(r"STG\.E(\.U16)?"), binary.instructions
+    assert binary.count("FFMA.*") > 0 and not binary.count(r"(LD|ST)\.E.*"), "generic addressing"
+
+
 @dataclass(frozen=True)
 class Expected:
     """Of one source: kernels in it, threads a block, what machine code must hold, blocks that registers must allow."""
@@ -61,6 +69,7 @@ EXPECTED = {
     "ema_update/cuda.cu": Expected(36, 256, quads),
     "masked_attention/cuda_backward_sm90a.cu": Expected(32, 128, attention, lambda b: 3 if width(b) <= 32 else 2),
     "masked_attention/cuda_forward_sm90a.cu": Expected(32, 256, attention, lambda b: 2 if width(b) <= 96 else 1),
+    "rope/cuda.cu": Expected(12, 256, turning, lambda b: 3 if "Halves" in b.name else 4),
 }
 
 

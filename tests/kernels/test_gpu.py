@@ -108,6 +108,41 @@ def test_latent_loss_needs_no_sync():
     assert loss.item() == pytest.approx(here.item(), rel=1e-6)
 
 
+def patches_inputs(dtype=torch.bfloat16):
+    """Two masks of two images; the layer and its images."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randperm(64, generator=generator)[:n].sort().values for n in (30, 5, 9, 64)]
+    shapes = ((2, 3, 112, 112), (200, 3, 14, 14), (200,), (64, 200))
+    return ids, [torch.randn(s, generator=generator).to("cuda", dtype).requires_grad_() for s in shapes]
+
+
+def patches_step(ids, packing, leaves):
+    out = jk.embed_patches(leaves[0], ids, *leaves[1:], packing=packing, backend="triton")
+    tokens = jk.gather_tokens(leaves[3][None].expand(2, -1, -1), ids, packing, backend="triton")
+    return out, tokens, *torch.autograd.grad([out, tokens], leaves, [torch.ones_like(out), torch.ones_like(tokens)])
+
+
+def test_embed_patches_and_gather_tokens_need_no_sync_and_repeat_their_bits():
+    ids, leaves = patches_inputs()
+    ids, packing = Packing.from_ids(ids, device="cuda")
+    expected = patches_step(ids, packing, leaves)  # compiles
+    for _ in range(100):
+        with no_sync():
+            found = patches_step(ids, packing, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_sequence_is_embedded_as_it_is_alone(dtype):
+    ids, (pixels, *layer) = patches_inputs(dtype)
+    rows, packing = Packing.from_ids(ids, device="cuda")
+    together = packing.split(jk.embed_patches(pixels, rows, *layer, packing=packing, backend="triton"))
+    for i, kept in enumerate(ids):
+        image = pixels[i % 2 : i % 2 + 1]
+        alone = jk.embed_patches(image, kept[None].cuda(), *layer, backend="triton")
+        assert torch.equal(alone[0], together[i])
+
+
 def attention_inputs(lengths=(70, 3, 0, 130), heads=4, width=80):
     packing = Packing.from_lengths(lengths, device="cuda")
     generator = torch.Generator().manual_seed(0)
@@ -168,3 +203,35 @@ def test_masked_attention_takes_more_than_2_31_elements():
     out = jk.masked_attention_qkv(qkv, packing, backend="triton")
     last = jk.masked_attention_qkv(qkv[-64:], Packing.from_lengths([64], device="cuda"), backend="triton")
     assert torch.equal(out[-64:], last)
+
+
+def rope_inputs(batch=2, tokens=50, heads=4, width=80):
+    qkv = torch.randn(batch, tokens, 3, heads, width, generator=torch.Generator().manual_seed(0))
+    q, k, _ = qkv.to("cuda", torch.bfloat16).permute(2, 0, 3, 1, 4)
+    return q.detach().requires_grad_(), k.detach().requires_grad_(), jk.Rope(torch.rand(tokens, 3).cuda())
+
+
+@each_backend
+def test_rope_needs_no_sync_and_has_the_bits_of_the_cpu_kernel(backend):
+    q, k, rope = rope_inputs()
+    rope.turns(80)
+    for sync in (True, False):  # the first run compiles
+        with no_sync() if not sync else torch.enable_grad():
+            both = jk.rope_qk(q, k, rope, backend=backend)
+            grads = torch.autograd.grad(both, (q, k), [q, k])
+    here = rope.to("cpu")
+    here._turns[80] = tuple(x.cpu() for x in rope.turns(80))  # cosines of a GPU differ from the CPU's
+    leaves = [x.detach().cpu().requires_grad_() for x in (q, k)]
+    expected = jk.rope_qk(*leaves, here, backend="cpu")
+    wanted = [*expected, *torch.autograd.grad(expected, leaves, leaves)]
+    assert all(torch.equal(a.cpu(), b) for a, b in zip([*both, *grads], wanted, strict=True))
+
+
+@each_backend
+def test_rope_takes_more_than_2_31_elements(backend):
+    q = torch.randn(1, 2, 130_000, 3, 64, device="cuda", dtype=torch.bfloat16).expand(45, -1, -1, -1, -1)
+    q = q.flatten(0, 1).transpose(1, 2)  # [90, 3, 130000, 64]
+    assert q.numel() > 2**31
+    rope = jk.Rope(torch.rand(130_000, 3, device="cuda"))
+    out = jk.rope(q, rope, backend=backend)
+    assert torch.equal(out[-1, :, -50:], jk.rope(q[-2:], rope, backend=backend)[-1, :, -50:])

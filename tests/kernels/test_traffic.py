@@ -1,6 +1,7 @@
 """Bytes that Triton kernels touch, counted in the interpreter, over the least that have to move."""
 
 import os
+from math import prod
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 BANDWIDTH = 4.3e12  # bytes a second, read and written: what an H200 copies at
 PRODUCTS = 790e12  # bf16 operations a second
 EXPONENTIALS = 3.7e12  # a second
+CACHE = 7.8e12  # bytes a second from the L2 cache: what products in tiles of 128 x 128 at 500e12 operations fetch
 LAUNCH_S = 2e-6
 
 
@@ -35,6 +37,30 @@ def loss(dtype: torch.dtype, channels: int):
     return 3 * pred.numel() * pred.element_size()
 
 
+def gather(backward: bool):
+    """Contexts of I-JEPA: 111 of 256 tokens kept. Forward copies them; backward writes every token once."""
+    ids, packing = Packing.from_ids([torch.arange(n) * 2 for n in (100, 122)])
+    x = torch.randn(2, 256, 1280).bfloat16().requires_grad_()
+    out = jk.gather_tokens(x, ids, packing, backend="triton")
+    if backward:
+        TRAFFIC.clear()
+        torch.autograd.grad(out, x, torch.ones_like(out))
+    return 2 * (out.numel() + (x if backward else out).numel())
+
+
+def rope(stage: str):
+    """Queries and keys of two clips read and written, and the table of each; programs share no heads at full size."""
+    leaves = [torch.randn(2, 40, 22, 64).bfloat16().transpose(1, 2).requires_grad_() for _ in range(2)]
+    table = jk.Rope(torch.rand(2, 40, 3) * 9, pairing="tiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jepa_kernels.ops.rope.triton.PROGRAMS", 1)
+        both = jk.rope_qk(*leaves, table, backend="triton")
+        if stage == "backward":
+            TRAFFIC.clear()
+            torch.autograd.grad(both, leaves, [x.detach() for x in leaves])
+    return 2 * sum(x.numel() * 2 for x in leaves) + table.turns(64)[0].numel() * 4
+
+
 def assembled(backward: bool):
     """Sequences written, and read back for their gradients; a row of a table for each, from the cache."""
     packings = [Packing.uniform(*shape) for shape in ((2, 40), (8, 60), (8, 100))]
@@ -51,21 +77,26 @@ def assembled(backward: bool):
     return (800 + 80) * 384 * 2 + 2 * parts * 384 * 4
 
 
-# Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, and the
-# modelled time in microseconds that it must stay under on an H200.
+# Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, the bytes over
+# the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
+# backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
 CASES = [
-    ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1770),
-    ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 2065),
-    ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 45),
-    ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 85),
-    ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 22),
-    ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 24),
-    ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 53),
+    ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
+    ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
+    ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
+    ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
+    ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),
+    ("gather_tokens-vit_h14-backward", lambda: gather(True), 1, (14208 + 32768) * 1280 * 2, 1.12, 34),
+    ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 1.04, 45),
+    ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 1.04, 85),
+    ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 1.04, 53),
+    ("rope-vjepa2_g-n2048-forward", lambda: rope("forward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
+    ("rope-vjepa2_g-n2048-backward", lambda: rope("backward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
 ]
 
 
-@pytest.mark.parametrize("name, call, launches, full, limit", CASES, ids=[c[0] for c in CASES])
-def test_bytes_touched_stay_near_the_floor(name, call, launches, full, limit, record_property):
+@pytest.mark.parametrize("name, call, launches, full, most, limit", CASES, ids=[c[0] for c in CASES])
+def test_bytes_touched_stay_near_the_floor(name, call, launches, full, most, limit, record_property):
     TRAFFIC.clear()
     floor = call()
     ratio = TRAFFIC.total() / floor
@@ -73,7 +104,7 @@ def test_bytes_touched_stay_near_the_floor(name, call, launches, full, limit, re
     record_property("bytes_over_floor", round(ratio, 4))
     record_property("modelled_us", round(modelled, 1))
     print(f"{name}: {ratio:.3f} of the floor's bytes, {modelled:.0f} us modelled")
-    assert 1.0 <= ratio < 1.04 and modelled < limit
+    assert 1.0 <= ratio < most and modelled < limit
 
 
 CONTEXTS = (42, 66, 84, 96, 101, 111, 117, 123, 128, 132, 156, 176)  # of I-JEPA: patches kept, 111 in the mean
@@ -131,8 +162,42 @@ def test_attention_stays_near_its_floors(name, lengths, width, sequences, heads,
         assert stage == "backward" or modelled <= 1.35 * max(floors)
 
 
+# Name, kernel of the convolution, rows and E of the published size, the least useful share of issued products forward
+# and backward, and the most modelled microseconds. Tiles fetch pixels, weights and gradients from the L2 cache, once
+# for each 128 rows or channels: that bounds them.
+EMBED = [
+    ("ijepa_vit_h14", (3, 14, 14), 8960, 1280, (0.96, 0.91), (30, 38)),
+    ("vjepa2_vit_g_short", (3, 2, 16, 16), 12192, 1408, (1.0, 1.0), (110, 123)),
+]
+
+
+@pytest.mark.parametrize("name, kernel, rows, embed_dim, shares, limits", EMBED, ids=[c[0] for c in EMBED])
+def test_embed_patches_stays_near_its_floors(name, kernel, rows, embed_dim, shares, limits, record_property):
+    """Products and bytes, forward and for the weight's gradient, scaled from 2048 rows and 128 channels."""
+    size, count = prod(kernel), 8 ** (len(kernel) - 1)
+    pixels = torch.zeros(2048 // count, 3, *[8 * n for n in kernel[1:]], dtype=torch.bfloat16)
+    weight = torch.zeros(128, *kernel, dtype=torch.bfloat16, requires_grad=True)
+    scale, floor = rows * embed_dim / (2048 * 128), rows * embed_dim * size * 2 / PRODUCTS
+    for stage, share, limit in zip(("forward", "backward"), shares, limits, strict=True):
+        TRAFFIC.clear()
+        WORK.clear()
+        if stage == "forward":
+            out = jk.embed_patches(pixels, None, weight, backend="triton")
+        else:
+            torch.autograd.grad(out, weight, torch.ones_like(out))
+        useful = 2048 * 128 * size / WORK["multiply_adds"]
+        modelled = max(floor / useful, scale * TRAFFIC["read"] / CACHE) + LAUNCH_S * (1 if stage == "forward" else 3)
+        record_property(f"{stage}_useful_share", round(useful, 3))
+        record_property(f"{stage}_modelled_us", round(modelled * 1e6, 1))
+        print(
+            f"{name} {stage}: {useful:.2f} of products useful, {scale * TRAFFIC['read'] / 1e6:.0f} MB from the cache, "
+            f"{modelled * 1e6:.0f} us modelled, floor {floor * 1e6:.0f} us"
+        )
+        assert useful >= share and modelled * 1e6 <= limit
+
+
 def test_every_op_with_a_triton_kernel_is_counted():
     from jepa_kernels._core.info import kernels
 
-    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention"}
+    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention", "embed_patches"}
     assert counted == {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import jepa_kernels as jk
+from jepa_kernels import Packing
 from jepa_kernels._core.info import kernels
 from jepa_kernels.ops import OPS
 from tests.kernels.expected import CALLS
@@ -40,12 +41,30 @@ def test_machine_code(target, capability, call):
     assert tuple(target.launches) == 2 * call.launches, "the second call must launch what the first compiled"
 
 
-def test_lengths_that_change_compile_nothing_new(target):
+def loss_of(ids):
+    pred = torch.zeros(*ids.shape, 64, requires_grad=True)
+    out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, backend="triton")
+    torch.autograd.grad(out, pred, torch.tensor(2.0))
+
+
+def tokens_of(ids):
+    x, packing = torch.zeros(2, 50, 64, requires_grad=True), Packing.uniform(*ids.shape)
+    out = jk.gather_tokens(x, ids.flatten(), packing, backend="triton")
+    torch.autograd.grad(out, x, torch.ones_like(out))
+
+
+def patches_of(ids):
+    leaves = [torch.zeros(s, requires_grad=True) for s in ((2, 3, 80, 160), (64, 3, 16, 16), (64,), (50, 64))]
+    out = jk.embed_patches(leaves[0], ids, *leaves[1:], backend="triton")
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+@pytest.mark.parametrize(
+    "op, call", [("latent_loss", loss_of), ("gather_tokens", tokens_of), ("embed_patches", patches_of)]
+)
+def test_lengths_that_change_compile_nothing_new(target, op, call):
     target.reset(90)
-    for kept in (5, 7, 16, 48, 3):
-        ids = torch.arange(kept).expand(4, kept).contiguous()
-        pred = torch.zeros(4, kept, 64, requires_grad=True)
-        out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, backend="triton")
-        torch.autograd.grad(out, pred, torch.tensor(2.0))
+    for kept in (5, 7, 16, 48, 3, 1):
+        call(torch.arange(kept).expand(4, kept).contiguous())
     names = [binary.name for binary in target.binaries]
-    assert "_latent_loss_forward_kernel" in names and len(names) == len(set(names)), f"compiled again: {names}"
+    assert f"_{op}_forward_kernel" in names and len(names) == len(set(names)), f"compiled again: {names}"

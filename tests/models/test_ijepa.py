@@ -54,13 +54,10 @@ def results(model, images, masks, dtype=None):
     return {"loss": loss.detach(), **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
 
 
-def stacked(runs):
-    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck."""
-    return {name: torch.stack([run[name] for run in runs]) for name in runs[0]}
-
-
 def failures(actual, exact, eager):
-    parity = [compare(name, actual[name], exact[name], eager[name]) for name in exact]
+    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck."""
+    sides = [[torch.cat([run[name].flatten() for run in runs]) for runs in (actual, exact, eager)] for name in exact[0]]
+    parity = [compare(name, *side) for name, side in zip(exact[0], sides, strict=True)]
     return [str(p) for p in parity if not p.ok]
 
 
@@ -84,31 +81,33 @@ def test_loss_and_gradients_are_those_of_the_equations(model, truncate):
 def test_loss_and_gradients_are_within_the_error_budget_of_the_reference(truncate, dtype, runs):
     actual, exact, eager = [], [], []
     for run in range(runs):
-        model, (images, masks) = far_from_its_start(), sample(run, truncate)
+        model, (images, masks) = far_from_its_start(), sample(100 + run, truncate)
         masks = masks.to("cpu")
         with poisoned_memory():
             actual.append(results(model, images, masks, dtype))
         with jk.use_backend("reference"):
             eager.append(results(model, images, masks, dtype))
             exact.append(results(model.double(), images.double(), masks))
-    assert not failures(stacked(actual), stacked(exact), stacked(eager))
+    assert not failures(actual, exact, eager)
 
 
-def test_packed_equals_the_same_masks_one_by_one(model):
-    images, masks = sample(0, truncate=False)
-    contexts, targets = rows(masks.context_ids, masks.context_lengths), rows(masks.target_ids, masks.target_lengths)
-
-    def one_by_one(model, images):
+def test_packed_equals_the_same_masks_one_by_one():
+    def one_by_one(model, images, masks):
+        contexts, targets = rows(masks.context_ids, masks.context_lengths), rows(masks.target_ids, masks.target_lengths)
         pairs = [(s % len(images), ids) for s, ids in enumerate(targets)]
         single = [(images[b, None], (contexts[b][None], ids[None])) for b, ids in pairs]
-        losses = stacked([results(model, *call) for call in single])
-        predicted = torch.cat([model(*call).detach()[0] for call in single])
-        return {"predicted": predicted, **{name: value.mean(0) for name, value in losses.items()}}
+        losses = [results(model, *call) for call in single]
+        mean = {name: torch.stack([found[name] for found in losses]).mean(0) for name in losses[0]}
+        return {"predicted": torch.cat([model(*call).detach()[0] for call in single]), **mean}
 
-    packed = masks.to("cpu")
-    actual = {"predicted": model(images, packed).detach(), **results(model, images, packed)}
-    with jk.use_backend("reference"):
-        exact, eager = one_by_one(copy.deepcopy(model).double(), images.double()), one_by_one(model, images)
+    actual, exact, eager = [], [], []
+    for run in range(4):
+        model, (images, masks) = far_from_its_start(), sample(run, truncate=False)
+        packed = masks.to("cpu")
+        actual.append({"predicted": model(images, packed).detach(), **results(model, images, packed)})
+        with jk.use_backend("reference"):
+            eager.append(one_by_one(model, images, masks))
+            exact.append(one_by_one(model.double(), images.double(), masks))
     assert not failures(actual, exact, eager)
 
 
@@ -179,7 +178,7 @@ def test_the_loss_compiles_as_one_graph_for_all_lengths(truncate):
     model = IJEPA(replace(CONFIG, depth=1, predictor_depth=1))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.loss, fullgraph=True, backend=counter)
-    for step in (0, 2, 3):  # no length of step 0 comes again in step 2: from there on all are dynamic
+    for step in (0, 1, 4):  # no length of step 0 comes again in step 1: from there on all are dynamic
         images, masks = sample(step, truncate)
         loss, eager = compiled(images, masks.to("cpu")), model.loss(images, masks.to("cpu"))
         assert torch.equal(loss, eager)

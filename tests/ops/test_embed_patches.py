@@ -8,9 +8,16 @@ import jepa_kernels as jk
 from jepa_kernels import Packing
 from jepa_kernels.testing import compare
 
+TRITON = pytest.param("triton", marks=pytest.mark.interp)
 
-@pytest.fixture(params=("reference", "cpu"))
+
+@pytest.fixture(params=["reference", "cpu", TRITON])
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["cpu", TRITON])
+def kernel(request):
     return request.param
 
 
@@ -39,7 +46,7 @@ def test_packed_rows_past_the_end_are_zero_and_have_no_gradient(backend):
     out = jk.embed_patches(torch.ones(2, 1, 4, 4), ids, weight, packing=packing, backend=backend)
     assert out.flatten().tolist() == [4, 4, 4, 0, 0]
     grad = torch.tensor([1.0, 2, 3, float("nan"), float("nan")])[:, None]
-    if backend == "cpu":
+    if backend != "reference":
         assert torch.autograd.grad(out, weight, grad)[0].flatten().tolist() == [6] * 4
 
 
@@ -115,44 +122,44 @@ def test_large_gradients_are_within_the_error_budget():
         assert parity.ok, parity
 
 
-def test_repeated_gradients_are_summed_in_fp32():
+def test_repeated_gradients_are_summed_in_fp32(kernel):
     # 300 masks choose one patch: bf16 sums would stop growing at 256
     leaves = [torch.zeros(s, dtype=torch.bfloat16, requires_grad=True) for s in ((1, 1, 2, 2), (3, 1, 2, 2), (1, 3))]
     pixels, weight, pos = leaves
     with torch.no_grad():
         pixels.fill_(1), weight.fill_(1)
-    out = jk.embed_patches(pixels, torch.zeros(300, 1, dtype=torch.long), weight, None, pos, backend="cpu")
+    out = jk.embed_patches(pixels, torch.zeros(300, 1, dtype=torch.long), weight, None, pos, backend=kernel)
     dpixels, dweight, dpos = torch.autograd.grad(out, leaves, torch.ones_like(out))
     assert dpixels.eq(900).all() and dweight.eq(300).all() and dpos.eq(300).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_channels_last_and_cropped_pixels_give_the_same_bits(dtype):
+def test_channels_last_and_cropped_pixels_give_the_same_bits(dtype, kernel):
     wide = torch.randn(2, 3, 50, 61).to(dtype)
     cropped, (weight, ids) = wide[..., 3:45, 5:61], (torch.randn(20, 3, 14, 14).to(dtype), some_ids(1, 2, 12, 5))
-    expected = jk.embed_patches(cropped.contiguous(), ids, weight, backend="cpu")
-    assert torch.equal(jk.embed_patches(cropped, ids, weight, backend="cpu"), expected)
+    expected = jk.embed_patches(cropped.contiguous(), ids, weight, backend=kernel)
+    assert torch.equal(jk.embed_patches(cropped, ids, weight, backend=kernel), expected)
     last = [x.to(memory_format=torch.channels_last) for x in (cropped, weight)]
-    assert torch.equal(jk.embed_patches(last[0], ids, last[1], backend="cpu"), expected)
+    assert torch.equal(jk.embed_patches(last[0], ids, last[1], backend=kernel), expected)
 
 
-def test_dropped_patches_are_never_read():
+def test_dropped_patches_are_never_read(kernel):
     pixels = torch.full((1, 1, 4, 4), float("nan"))
     pixels[..., :2, 2:] = 1.0
     pixels.requires_grad_()
     weight, ids = torch.ones(1, 1, 2, 2, requires_grad=True), torch.tensor([[1]])
-    out = jk.embed_patches(pixels, ids, weight, backend="cpu")
+    out = jk.embed_patches(pixels, ids, weight, backend=kernel)
     dpixels, dweight = torch.autograd.grad(out, (pixels, weight), torch.ones_like(out))
     assert out.item() == 4 and dweight.eq(1).all()
     assert dpixels.view(4, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
-def test_ids_out_of_range_read_nothing_when_unchecked():
+def test_ids_out_of_range_read_nothing_when_unchecked(kernel):
     pixels, weight, ids = torch.ones(1, 1, 4, 4), torch.ones(3, 1, 2, 2), torch.tensor([[0, 4, -1]])
-    out = torch.ops.jepa_kernels.embed_patches_forward(pixels, ids, weight, None, None, None, "cpu")
+    out = torch.ops.jepa_kernels.embed_patches_forward(pixels, ids, weight, None, None, None, [], [], kernel)
     assert out[0].tolist() == [[4] * 3, [0] * 3, [0] * 3]
     backward = torch.ops.jepa_kernels.embed_patches_backward
-    dpixels, dweight, dbias, dpos = backward(out + 1, pixels, ids, weight, None, [True] * 4, "cpu")
+    dpixels, dweight, dbias, dpos = backward(out + 1, pixels, ids, weight, None, [], [], [True] * 4, kernel)
     assert dweight.eq(5).all() and dbias.eq(5).all() and dpos[:, 0].tolist() == [5, 0, 0, 0]
     assert dpixels.view(4, 4)[:2, :2].eq(15).all() and dpixels.sum() == 60
 

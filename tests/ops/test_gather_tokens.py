@@ -6,9 +6,16 @@ import torch
 import jepa_kernels as jk
 from jepa_kernels import Packing
 
+TRITON = pytest.param("triton", marks=pytest.mark.interp)
 
-@pytest.fixture(params=("reference", "cpu"))
+
+@pytest.fixture(params=["reference", "cpu", TRITON])
 def backend(request):
+    return request.param
+
+
+@pytest.fixture(params=["cpu", TRITON])
+def kernel(request):
     return request.param
 
 
@@ -34,10 +41,10 @@ def test_equals_torch_gather_exactly(dtype, backend):
     assert torch.equal(jk.gather_tokens(x, ids, backend=backend), x.gather(1, ids[..., None].expand(-1, -1, 37)))
 
 
-def test_repeated_gradients_are_summed_in_fp32():
+def test_repeated_gradients_are_summed_in_fp32(kernel):
     # 300 masks choose one token: bf16 sums would stop growing at 256
     x = torch.zeros(1, 1, 16, dtype=torch.bfloat16, requires_grad=True)
-    out = jk.gather_tokens(x, torch.zeros(300, 1, dtype=torch.long), backend="cpu")
+    out = jk.gather_tokens(x, torch.zeros(300, 1, dtype=torch.long), backend=kernel)
     assert torch.autograd.grad(out, x, torch.ones_like(out))[0].eq(300).all()
 
 
@@ -58,11 +65,11 @@ def test_large_gradients_take_the_streaming_path():
         assert dx.dtype == dtype and dx.float().eq(expected[..., None]).all()
 
 
-def test_ids_out_of_range_read_nothing_when_unchecked():
+def test_ids_out_of_range_read_nothing_when_unchecked(kernel):
     forward = torch.ops.jepa_kernels.gather_tokens_forward
-    out = forward(torch.ones(1, 4, 3), torch.tensor([[0, 4, -1]]), None, "cpu")
+    out = forward(torch.ones(1, 4, 3), torch.tensor([[0, 4, -1]]), None, kernel)
     assert out[0].tolist() == [[1] * 3, [0] * 3, [0] * 3]
-    dx = torch.ops.jepa_kernels.gather_tokens_backward(out + 1, torch.tensor([[0, 4, -1]]), None, 1, 4, "cpu")
+    dx = torch.ops.jepa_kernels.gather_tokens_backward(out + 1, torch.tensor([[0, 4, -1]]), None, 1, 4, kernel)
     assert dx[0, :, 0].tolist() == [2, 0, 0, 0]
 
 

@@ -12,7 +12,7 @@ from jepa_kernels.packing import Packing
 
 OP = "gather_tokens"
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def gather_tokens(x: Tensor, ids: Tensor, packing: Packing | None = None, *, backend: str | None = None) -> Tensor:

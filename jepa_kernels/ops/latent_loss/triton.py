@@ -10,23 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
+from jepa_kernels._core.triton_rows import LENGTHS, LISTS, run_of
 
 MAX_BLOCK = 4096  # channels held in registers at once; wider rows are read in several blocks
 SUM_BLOCK = 8192
 SCALE_BLOCK = 1024
-
-
-@triton.jit
-def _run_of(row, cu_seqlens, runs, steps):
-    """The run that holds `row`: the first that ends behind it; `runs` where none does. steps: bits of `runs`."""
-    low = 0
-    high = runs
-    for _ in range(steps):
-        middle = (low + high) // 2
-        behind = tl.load(cu_seqlens + middle + 1, mask=low < high, other=0) <= row
-        low = tl.where((low < high) & behind, middle + 1, low)
-        high = tl.where(behind, high, middle)
-    return low
 
 
 @triton.jit
@@ -84,7 +72,7 @@ def _compare(x, t, unit, c, channels, weight, beta, inverse_beta, KIND: tl.const
     return _distance(d, beta, inverse_beta, KIND)
 
 
-@triton.jit(do_not_specialize=["row_length", "runs", "steps", "batch", "count"])
+@triton.jit(do_not_specialize=["row_length", *LENGTHS], do_not_specialize_on_alignment=LISTS)
 def _latent_loss_forward_kernel(
     pred, target, ids, cu_seqlens, unit, row_loss,
     row_length, runs, steps, batch, count, channels, width, weight, beta, inverse_beta, eps,
@@ -92,12 +80,11 @@ def _latent_loss_forward_kernel(
     KIND: tl.constexpr, NORMALIZE: tl.constexpr, PER_MASK: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
+    run = run_of(row, cu_seqlens, runs, row_length, steps)
     if cu_seqlens is None:  # runs of `row_length` rows, all of one weight
-        run = row // row_length
         inside = row % row_length
         pred += run.to(tl.int64) * pred_run + inside.to(tl.int64) * pred_row
     else:
-        run = _run_of(row, cu_seqlens, runs, steps)
         weight = tl.div_rn(tl.full([], 1.0, tl.float32), _tokens(run, cu_seqlens, runs, batch, PER_MASK) * width)
         pred += row.to(tl.int64) * pred_row
     if ids is None:

@@ -1,0 +1,141 @@
+"""A masked encoder into rows: every mask of a batch in one packed pass, against a loop over truncated masks."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import jepa_kernels as jk
+from benchmarks import timing
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict, with_backward
+from benchmarks.memory import peak_bytes
+from benchmarks.rows import Row, failed, key, repro, timed_row
+from jepa_kernels import testing
+from jepa_kernels.masks import MaskBatch
+from jepa_kernels.nn import Encoder
+
+Loop = Callable[[Encoder, Tensor, list[Tensor]], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Forward and backward of an encoder over all masks of some clips.
+
+    name        as in the row, e.g. "vjepa2_vit_s_two_masks"
+    model       model() -> the encoder; every contestant has the same weights
+    pixels      pixels() -> the clips, float32 [B, C, T, H, W]
+    packed      the masks as they are drawn; truncated: cut to rectangles, as published
+    masks       how many each clip has
+    loop        loop(encoder, pixels, ids) -> what the published code computes, ids [B, K] mask by mask
+    flops       flops(context_lengths), a multiply-add being two
+    """
+
+    name: str
+    model: Callable[[], Encoder]
+    pixels: Callable[[], Tensor]
+    packed: Callable[[], MaskBatch]
+    truncated: Callable[[], MaskBatch]
+    masks: int
+    loop: Loop
+    flops: Callable[[Any], float]
+    smoke: bool = False
+    stages: ClassVar[tuple[str, ...]] = ("backward",)
+    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+
+class EncodingRun:
+    """One (model, workload). The loop's time is scaled to our number of tokens: it processes fewer."""
+
+    def __init__(self, name: str, workload: Encoding, stage: str, dtype: str, settings: Settings):
+        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
+        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        self.lengths = workload.packed().context_lengths
+        self.masks = workload.packed().to(settings.device)
+        cut = workload.truncated()
+        rows = torch.from_numpy(cut.context_ids).flatten().to(settings.device).split(cut.context_lengths.tolist())
+        batch = cut.batch
+        self.ids = [torch.stack(rows[j * batch : (j + 1) * batch]) for j in range(workload.masks)]
+        self.pixels = workload.pixels().to(settings.device)
+        self.encoder = workload.model().to(settings.device)
+
+    def gradients(self, encoder: Encoder, pixels: Tensor, *masks: Any) -> dict[str, Tensor]:
+        """The latents, and every gradient of their mean square."""
+        trained = {n: p for n, p in encoder.named_parameters() if p.requires_grad}
+        out = encoder(pixels, *masks)
+        found = torch.autograd.grad(out.square().mean(), list(trained.values()))
+        return {"out": out.detach(), **{f"d{n}": g for n, g in zip(trained, found, strict=True)}}
+
+    def parity(self) -> dict[str, Any]:
+        """Latents and gradients, within the error budget of plain PyTorch."""
+        masks = self.masks.context_ids, self.masks.context_packing
+        ours = self.gradients(self.encoder, self.pixels, *masks)
+        with jk.use_backend("reference"):
+            eager = self.gradients(self.encoder, self.pixels, *masks)
+            exact = self.gradients(copy.deepcopy(self.encoder).double(), self.pixels.double(), *masks)
+        return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
+
+    def rival_error(self) -> str | None:
+        """Why the loop's time would mean nothing: on its own masks it gives other latents than our encoder."""
+        with torch.no_grad():
+            found = self.workload.loop(self.encoder, self.pixels, self.ids)
+            wanted = [self.encoder(self.pixels, ids) for ids in self.ids]
+        for j, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            error = (a - b).norm() / b.norm()
+            if not error <= RIVAL_TOLERANCE[a.dtype]:
+                return f"mask {j} differs by {error:.2g} of its norm"
+        return None
+
+    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
+        """Measure. A red parity, or a loop that computes something else, times nothing."""
+        s, common = self.settings, self.common(self.parity())
+        if not common["parity"]["pass"]:
+            return [self.finish(failed(common, "loop", "parity: outside the error budget"))]
+        error = self.rival_error()
+        if error:
+            return [self.finish(failed(common, "loop", error))]
+        leaves = [p for p in self.encoder.parameters() if p.requires_grad]
+        masks = self.masks.context_ids, self.masks.context_packing
+        functions = {
+            OURS: with_backward(lambda: self.encoder(self.pixels, *masks), leaves),
+            "loop": with_backward(lambda: self.workload.loop(self.encoder, self.pixels, self.ids), leaves),
+        }
+        clock = timing.Clock(s.device)
+        times = timing.interleave(functions, budget_s=4 * s.budget_s, rounds=(5, 50), clock=clock, drive=drive)
+        row = self.row(common, times)
+        if times.interrupted:
+            raise Interrupted([row])
+        memory = {n: peak_bytes(f, s.device) for n, f in functions.items()}
+        return [{**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["loop"]}]
+
+    def row(self, common: Row, times: timing.Times) -> Row:
+        share = common["tokens"] / sum(ids.numel() for ids in self.ids)
+        row = timed_row(common, "loop", times.of(OURS), times.of("loop") * share, times.interrupted)
+        if row["ours_us"] is not None and self.settings.peaks and self.settings.device == "cpu":
+            rate = common["flops"] / row["ours_us"]["p50"] / 1e3
+            row["share_of_peak"] = rate / self.settings.peaks["fma_gflops"]["float32"]
+        return self.finish(row)
+
+    def common(self, parity: dict[str, Any]) -> Row:
+        return {
+            "kind": "encoder",
+            "name": self.name,
+            "workload": self.workload.name,
+            "pass": self.stage,
+            "dtype": self.dtype,
+            "device": self.settings.device,
+            "backend": "automatic",
+            "parity": parity,
+            "bytes": None,
+            "flops": self.workload.flops(self.lengths),
+            "threads": self.settings.threads,
+            "tokens": int(self.lengths.sum()),
+            "baseline_tokens": sum(ids.numel() for ids in self.ids),
+        }
+
+    def finish(self, row: Row) -> Row:
+        s = self.settings
+        return {"share_of_peak": None, "peak_bytes": None, **row, "repro": repro(key(row), s.device, s.threads)}

@@ -1,0 +1,131 @@
+"""rope of queries and keys, at V-JEPA 2's shapes: masked clips, each with positions of its own, and whole clips."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels import Rope
+from jepa_kernels.ops.rope import reference
+
+GRID = (8, 16, 16)  # frames, rows and columns of patches
+WIDTH, AXES = 64, 3
+PAIRS = WIDTH // AXES // 2
+
+
+def positions_of(ids: Tensor) -> Tensor:
+    """Frame, row and column of patches, fp32 [..., 3]."""
+    _, rows, columns = GRID
+    return torch.stack([ids // (rows * columns), ids // columns % rows, ids % columns], -1).float()
+
+
+def heads_of_qkv(generator: torch.Generator, batch: int, tokens: int, heads: int) -> dict[str, Tensor]:
+    """q and k where a qkv product leaves them."""
+    qkv = torch.randn(batch, tokens, 3, heads, WIDTH, generator=generator, dtype=torch.float64)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    return dict(q=q, k=k)
+
+
+def masked(batch: int, tokens: int, heads: int) -> Callable[[torch.Generator], Inputs]:
+    """The patches that a mask keeps of each clip."""
+
+    def make(generator: torch.Generator) -> Inputs:
+        count = GRID[0] * GRID[1] * GRID[2]
+        ids = [torch.randperm(count, generator=generator)[:tokens].sort().values for _ in range(batch)]
+        heads_first = heads_of_qkv(generator, batch, tokens, heads)
+        return dict(**heads_first, positions=positions_of(torch.stack(ids)), pairing="tiled")
+
+    return make
+
+
+def whole(batch: int, heads: int) -> Callable[[torch.Generator], Inputs]:
+    """Every patch, by the table that all layers share."""
+
+    def make(generator: torch.Generator) -> Inputs:
+        ids = torch.arange(GRID[0] * GRID[1] * GRID[2])
+        return dict(
+            **heads_of_qkv(generator, batch, len(ids), heads), positions=Rope(positions_of(ids), pairing="tiled")
+        )
+
+    return make
+
+
+def published(x: Tensor, positions: Tensor) -> Tensor:
+    """As the published models compute it: an axis at a time, with angles for every head."""
+    turned = []
+    for axis in range(AXES):
+        part = x[..., axis * 2 * PAIRS : (axis + 1) * 2 * PAIRS]
+        frequencies = torch.arange(PAIRS, dtype=torch.float32, device=x.device)
+        frequencies = 1.0 / 10000 ** (frequencies / PAIRS)
+        place = positions[..., None, :, axis].expand(x.shape[:-1])
+        angles = torch.einsum("...n,j->...nj", place, frequencies)
+        sin, cos = angles.sin().repeat(1, 1, 1, 2), angles.cos().repeat(1, 1, 1, 2)
+        even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
+        partner = torch.stack((-odd, even), -1).flatten(-2)
+        turned.append(part * cos + partner * sin)
+    return torch.cat([*turned, x[..., AXES * 2 * PAIRS :]], -1).to(x.dtype)
+
+
+def table(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, N, R], once for all heads."""
+    frequencies = 10000.0 ** -(torch.arange(PAIRS, device=positions.device) / PAIRS)
+    angles = (positions[..., None] * frequencies).repeat(1, 1, 1, 2).flatten(-2)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    part, rest = x[..., : cos.shape[-1]].float(), x[..., cos.shape[-1] :]
+    even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
+    partner = torch.stack((-odd, even), -1).flatten(-2)
+    return torch.cat([(part * cos + partner * sin).to(x.dtype), rest], -1)
+
+
+def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turn(q, cos, sin), turn(k, cos, sin)
+
+
+def concise(q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return both(q, k, *table(positions))
+
+
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """compile makes cosines anew for each head; compile_turn takes them from a table made apart."""
+    q, k, positions = (inputs[n] for n in ("q", "k", "positions"))
+    if isinstance(positions, Rope):
+        positions = positions.positions[None]
+    compiled, compiled_both = (torch.compile(f, dynamic=False) for f in (concise, both))
+    return {
+        "published": lambda: (published(q, positions), published(k, positions)),
+        "compile": lambda: compiled(q, k, positions),
+        "compile_turn": lambda: compiled_both(q, k, *table(positions)),
+    }
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    """q and k in and out, and the table of cosines and sines; backward the same of gradients."""
+    positions = inputs["positions"]
+    places = positions.positions if isinstance(positions, Rope) else positions
+    table = 4 * 2 * AXES * 2 * PAIRS * places.shape[:-1].numel()
+    return (2 * nbytes(inputs["q"], inputs["k"]) + table) * (2 if stage == "backward" else 1)
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return 3 * (inputs["q"].numel() + inputs["k"].numel()) * (2 if stage == "backward" else 1)
+
+
+def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: Any) -> Workload:
+    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=("q", "k"), function="rope_qk",
+                    reference=reference.forward_qk, keep=("positions",), **options)  # fmt: skip
+
+
+WORKLOADS = (
+    workload("vjepa2_vit_l_masked", masked(4, 503, 16), dtypes=("float32", "bfloat16"), smoke=True),
+    workload("vjepa2_vit_g_clip_b24", whole(24, 22), small=whole(1, 2), dtypes=("bfloat16",), devices=("cuda",)),
+)
+
+
+@each("rope", WORKLOADS)
+def test_rope(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

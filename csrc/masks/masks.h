@@ -1,0 +1,92 @@
+// Samplers of block masks, for data-loader workers: one thread, since a forked worker must not enter OpenMP.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "masks/random.h"
+
+namespace jepa {
+
+struct Range {
+  double least, most;
+  double at(double u) const { return least + u * (most - least); }
+};
+
+// Rows of ids, one after another.
+struct MaskRows {
+  std::vector<int64_t> ids, lengths;
+
+  void add(const std::vector<int64_t>& row, int64_t length) {
+    ids.insert(ids.end(), row.begin(), row.begin() + length);
+    lengths.push_back(length);
+  }
+
+  // Keeps the first ids of each row, as many as the shortest row has.
+  void truncate();
+};
+
+struct Masks {
+  MaskRows context, target;
+};
+
+struct BlockSize {
+  int64_t height, width;
+};
+
+// Sides of a block of `patches` patches with height / width = aspect: at least 1, at most `most`.
+BlockSize block_size(int64_t patches, double aspect, BlockSize most);
+
+struct MultiBlock2dParams {
+  int64_t batch;
+  BlockSize grid;
+  Range target_scale, target_aspect, context_scale;
+  double context_aspect;
+  int64_t num_targets, min_keep;
+  bool truncate;
+  bool short_of_edge; // as published: no block touches the last row or column
+
+  BlockSize target_size(double u) const;
+  BlockSize context_size(double u) const;
+};
+
+// contexts [B], targets [num_targets * B], mask-major. `sizes` gives the batch's sizes, `places` each
+// block's.
+Masks multiblock2d(const MultiBlock2dParams&, Random& sizes, Random& places);
+
+struct MultiBlock3dParams {
+  int64_t batch, frames;
+  BlockSize grid;
+  int64_t num_blocks;
+  Range spatial_scale, temporal_scale, aspect;
+  int64_t context_frames; // later frames belong to the targets
+  int64_t max_keep;       // patches of a context
+  bool truncate, full_complement, pred_full_complement, inv_block;
+};
+
+// What each patch of some clips is part of.
+struct Roles {
+  static constexpr uint8_t NEITHER = 0, CONTEXT = 1, TARGET = 2;
+
+  int64_t clips, frames, frame; // frame: patches in it
+  std::vector<uint8_t> roles;   // [clips, frames, frame]
+
+  explicit Roles(const MultiBlock3dParams&);
+  int64_t patches() const { return frames * frame; }
+  uint8_t* clip(int64_t i) { return roles.data() + i * patches(); }
+  const uint8_t* clip(int64_t i) const { return roles.data() + i * patches(); }
+};
+
+// The masks of one spec after another; then the rows of all, contexts [specs * B] and targets [specs * B].
+class MultiBlock3d {
+public:
+  // False where a clip was left no context in MAX_TRIES draws.
+  bool add(const MultiBlock3dParams&, Random& sizes, Random& places);
+  Masks rows() const;
+
+private:
+  static constexpr int MAX_TRIES = 10'000;
+
+  std::vector<Roles> specs_;
+};
+
+} // namespace jepa

@@ -1,0 +1,119 @@
+// The generators that masks are drawn from.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <cstring>
+
+namespace jepa {
+
+class Random {
+public:
+  virtual ~Random() = default;
+  virtual double uniform() = 0;             // in [0, 1)
+  virtual int64_t below(int64_t range) = 0; // in [0, range), for a range in [1, 2^32)
+};
+
+// Every batch has a stream of its own: word i is a function of (seed, step, stream, i) alone. Philox4x32-10
+// of Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+class Philox final : public Random {
+public:
+  Philox(uint64_t seed, uint64_t step, uint32_t stream) : seed_(seed), step_(step), stream_(stream) {}
+
+  double uniform() override { return word() * 0x1p-32; }
+
+  int64_t below(int64_t range) override {
+    const uint32_t n = static_cast<uint32_t>(range);
+    const uint32_t surplus = -n % n; // 2^32 mod n words would make the first numbers likelier than the others
+    uint32_t drawn = word();
+    while (drawn < surplus) drawn = word();
+    return drawn % n;
+  }
+
+private:
+  using Words = std::array<uint32_t, 4>;
+
+  uint32_t word() {
+    const uint32_t place = drawn_++ % 4;
+    if (place == 0) block_ = encrypt(static_cast<uint32_t>(drawn_ / 4));
+    return block_[place];
+  }
+
+  Words encrypt(uint32_t index) const {
+    Words c{index, stream_, static_cast<uint32_t>(step_), static_cast<uint32_t>(step_ >> 32)};
+    uint32_t key0 = static_cast<uint32_t>(seed_), key1 = static_cast<uint32_t>(seed_ >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t{0xD2511F53} * c[0], b = uint64_t{0xCD9E8D57} * c[2];
+      c = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ key0, static_cast<uint32_t>(b),
+           static_cast<uint32_t>(a >> 32) ^ c[3] ^ key1, static_cast<uint32_t>(a)};
+      key0 += 0x9E3779B9;
+      key1 += 0xBB67AE85;
+    }
+    return c;
+  }
+
+  uint64_t seed_, step_, drawn_ = 0;
+  uint32_t stream_;
+  Words block_{};
+};
+
+// torch's CPU generator: the Mersenne Twister of Matsumoto and Nishimura (1998), torch.rand and
+// torch.randint.
+class TorchGenerator final : public Random {
+public:
+  // What torch.get_rng_state() gives. Only the fields that numbers are drawn from change; the rest, a normal
+  // number kept for the next call, passes through.
+  struct State {
+    uint64_t seed;
+    int32_t left; // words until the next twist, counting the one about to be drawn
+    int32_t seeded;
+    uint64_t next;
+    uint64_t words[624];
+    unsigned char normal[40];
+  };
+  static_assert(sizeof(State) == 5056);
+
+  explicit TorchGenerator(const State& state) : state_(state) {}
+
+  explicit TorchGenerator(uint64_t seed) { // torch.manual_seed
+    state_ = {};
+    state_.seed = seed;
+    state_.seeded = state_.left = 1;
+    uint32_t word = static_cast<uint32_t>(seed);
+    for (uint32_t i = 0; i < N; ++i) {
+      if (i > 0) word = 1812433253u * (word ^ (word >> 30)) + i;
+      state_.words[i] = word;
+    }
+  }
+
+  const State& state() const { return state_; }
+
+  double uniform() override { return (word() & 0xFFFFFF) * 0x1p-24; } // torch.rand(1), in float32
+  int64_t below(int64_t range) override { return word() % range; }    // torch.randint(0, range, (1,))
+
+private:
+  static constexpr uint32_t N = 624, M = 397;
+
+  uint32_t word() {
+    if (--state_.left <= 0 || state_.next >= N)
+      twist(); // a state made by hand reads nothing beyond the words
+    uint32_t y = static_cast<uint32_t>(state_.words[state_.next++]);
+    y ^= y >> 11;
+    y ^= (y << 7) & 0x9D2C5680;
+    y ^= (y << 15) & 0xEFC60000;
+    return y ^ (y >> 18);
+  }
+
+  void twist() {
+    uint64_t* const w = state_.words;
+    for (uint32_t i = 0; i < N; ++i) {
+      const uint32_t joined = (w[i] & 0x80000000) | (w[(i + 1) % N] & 0x7FFFFFFF);
+      w[i] = w[(i + M) % N] ^ (joined >> 1) ^ (joined & 1 ? 0x9908B0DF : 0);
+    }
+    state_.left = N;
+    state_.next = 0;
+  }
+
+  State state_;
+};
+
+} // namespace jepa

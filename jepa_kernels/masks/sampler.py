@@ -1,0 +1,110 @@
+"""What the samplers share: the count of batches, the generator of the published code, checks."""
+
+from __future__ import annotations
+
+import numbers
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.utils.data
+
+from jepa_kernels._core import extension
+from jepa_kernels._core.check import fail
+from jepa_kernels._core.select import BackendError
+from jepa_kernels.masks.batch import MaskBatch
+
+MAX_ASPECT = 1000.0  # far beyond any grid
+MAX_COUNT = 2**20  # of images, blocks and patches per side or block: products of three fit into 64 bits
+MAX_SEED = 2**63 - 1
+
+Range = tuple[float, float]
+
+
+class Sampler:
+    """Masks as a function of (seed, step), or of (seed + step, a torch generator) as the published code has it."""
+
+    def __init__(self, truncate: bool, upstream: bool, seed: int) -> None:
+        check_count(self.name, "seed", seed, 0, "pass any such number", MAX_SEED)
+        self.truncate, self.upstream, self.seed = truncate or upstream, upstream, seed
+        self.step = 0
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __call__(self, batch: int, *, step: int | None = None, generator: torch.Generator | None = None) -> MaskBatch:
+        """Masks for `batch` images.
+
+        step: overrides, and does not advance, the count of calls.
+        generator: of the places, with `upstream=True`: a CPU generator, left in the state in which the published code
+            leaves it. None is torch's global one.
+        """
+        check_count(self.name, "batch", batch, 1, "pass the number of images")
+        step = self._next_step() if step is None else step
+        check_count(self.name, "step", step, 0, "leave it out to count calls", MAX_SEED)
+        if self.upstream:
+            return self._draw_with(torch.default_generator if generator is None else generator, batch, step)
+        if generator is not None:
+            fail(self.name, "generator", "be None without upstream=True", "a generator", "set seed and step instead")
+        return self._draw(batch, step, None)[0]
+
+    def _draw_with(self, generator: torch.Generator, batch: int, step: int) -> MaskBatch:
+        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+            actual = getattr(generator, "device", repr(generator))
+            fail(self.name, "generator", "be a torch.Generator of the CPU", actual, "pass torch.Generator()", TypeError)
+        masks, state = self._draw(batch, step, generator.get_state().numpy().tobytes())
+        generator.set_state(torch.frombuffer(bytearray(state or b""), dtype=torch.uint8))
+        return masks
+
+    def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
+        """The masks, and the state of torch's generator after they were drawn from it."""
+        raise NotImplementedError
+
+    def _next_step(self) -> int:
+        worker = torch.utils.data.get_worker_info()
+        step = self.step if worker is None else self.step + worker.id
+        self.step += 1 if worker is None else worker.num_workers
+        return step
+
+
+def native(name: str) -> ModuleType:
+    """The compiled module; BackendError where there is none."""
+    module = extension.load()
+    if isinstance(module, str):
+        fail(name, "the compiled module", "be there", module, "build it with `pip install .`", BackendError)
+    return module
+
+
+def sides(name: str, grid: Any, axes: str) -> tuple[int, ...]:
+    """Patches per side; one number stands for both of two axes."""
+    count = len(axes.split())
+    found = tuple(grid) if isinstance(grid, tuple | list) else (grid,) * 2
+    if len(found) != count or not all(map(_whole, found)):
+        short = "G or " if count == 2 else ""
+        requirement = f"be patches per side, {short}({axes})"
+        fail(name, "grid", requirement, repr(grid), "pass integers", TypeError)
+    if max(found) > MAX_COUNT or torch.Size(found).numel() > MAX_COUNT:
+        fail(name, "grid", f"have at most {MAX_COUNT} patches", found, "use larger patches")
+    return tuple(int(side) for side in found)
+
+
+def check_count(name: str, argument: str, value: Any, least: int, remedy: str, most: int = MAX_COUNT) -> None:
+    if not _whole(value):
+        fail(name, argument, "be an int", repr(value), remedy, TypeError)
+    if value < least:
+        fail(name, argument, f"be at least {least}", value, remedy)
+    if value > most:
+        fail(name, argument, f"be at most {most}", value, remedy)
+
+
+def check_range(name: str, argument: str, bounds: Any, limit: float, remedy: str) -> None:
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+    if not (pair and all(isinstance(b, numbers.Real) for b in bounds)):
+        fail(name, argument, "be two numbers (least, most)", repr(bounds), remedy, TypeError)
+    if not 0 < bounds[0] <= bounds[1] <= limit:
+        fail(name, argument, f"satisfy 0 < least <= most <= {limit:g}", bounds, remedy)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,85 @@
+"""Argument checks of `embed_patches`."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.check import FLOATING, check_tensor, fail, is_number
+
+PIXELS = (*FLOATING, torch.uint8)
+PASS_STATISTICS = "pass mean and std, a number a channel in units of 0..1, ImageNet's (0.485, ...) and (0.229, ...)"
+
+
+def check_layer(op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> int:
+    """The number of patches of an image or a clip."""
+    clip = getattr(pixels, "ndim", 4) == 5
+    check_tensor(op, "pixels", pixels, "B C T H W" if clip else "B C H W", dtypes=PIXELS)
+    layer, device = FLOATING if pixels.dtype == torch.uint8 else (pixels.dtype,), pixels.device
+    tubes = clip or getattr(weight, "ndim", 4) == 5
+    check_tensor(op, "weight", weight, "E C Pt P P" if tubes else "E C P P", dtypes=layer, device=device)
+    if weight.shape[1] != pixels.shape[1]:
+        remedy = "pass images of one kind"
+        fail(op, "weight", f"have {pixels.shape[1]} channels like pixels", weight.shape[1], remedy)
+    count, embed_dim, same = _patches(op, pixels, weight), weight.shape[0], (weight.dtype,)
+    if bias is not None:
+        check_tensor(op, "bias", bias, "E", dtypes=same, device=device)
+        if bias.shape[0] != embed_dim:
+            fail(op, "bias", f"have shape ({embed_dim},) like weight", tuple(bias.shape), "pass one value a channel")
+    if pos_embed is not None:
+        check_tensor(op, "pos_embed", pos_embed, "N E", dtypes=same, device=device)
+        if pos_embed.shape != (count, embed_dim):
+            remedy = "interpolate the table to the grid of these pixels"
+            fail(op, "pos_embed", f"have shape {(count, embed_dim)}", tuple(pos_embed.shape), remedy)
+    return count
+
+
+def _patches(op: str, pixels: Tensor, weight: Tensor) -> int:
+    """Pixels are cut into whole square patches, clips into whole tubelets."""
+    (height, width), (size, across) = pixels.shape[-2:], weight.shape[-2:]
+    if size != across or 0 in weight.shape[2:]:
+        kind, actual = "[E, C, Pt, P, P]" if weight.dim() == 5 else "[E, C, P, P]", tuple(weight.shape[2:])
+        fail(op, "weight", "have square patches of at least one pixel", actual, f"pass {kind}")
+    if height % size or width % size:
+        down, right = height - height % size, width - width % size
+        remedy = f"crop to {down} x {right}: pixels[..., :{down}, :{right}]"
+        fail(op, "pixels", f"have sides divisible by the patch size {size}", f"{height} x {width}", remedy)
+    count = (height // size) * (width // size)
+    if pixels.dim() == 4:
+        return count
+    frames, tubelet = pixels.shape[2], weight.shape[2]
+    if frames % tubelet:
+        whole = frames - frames % tubelet
+        remedy = f"cut the clip: pixels[:, :, :{whole}]" if whole else "pass a lone frame as an image, pixels[:, :, 0]"
+        fail(op, "pixels", f"have frames divisible by the tubelet size {tubelet}", frames, remedy)
+    return frames // tubelet * count
+
+
+def normalisation(
+    op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[list[float], list[float]]:
+    """scale and shift of each channel: (pixel / unit - mean) / std = scale * pixel + shift. None: two empty lists."""
+    for name, values, other in (("mean", mean, std), ("std", std, mean)):
+        if values is None and pixels.dtype == torch.uint8:
+            fail(op, name, "be given with uint8 pixels", "None", PASS_STATISTICS, TypeError)
+        if values is None and other is not None:
+            fail(op, name, f"be given with {'std' if name == 'mean' else 'mean'}", "None", "pass both", TypeError)
+    if mean is None or std is None:
+        return [], []
+    _check_statistics(op, "mean", mean, pixels.shape[1])
+    _check_statistics(op, "std", std, pixels.shape[1])
+    if min(std, default=1.0) <= 0:
+        fail(op, "std", "be positive", tuple(std), "leave out channels that never vary")
+    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
+    return [1.0 / (unit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+def _check_statistics(op: str, name: str, values: Sequence[float], channels: int) -> None:
+    if not isinstance(values, (tuple, list)) or not all(is_number(v) for v in values):
+        actual = type(values).__name__
+        fail(op, name, "be a tuple of numbers", actual, "convert it with tuple(x.tolist()) once", TypeError)
+    if len(values) != channels:
+        fail(op, name, f"hold {channels} numbers, one a channel", len(values), "pass one of each channel of pixels")
+    if not all(math.isfinite(v) for v in values):
+        fail(op, name, "be finite", tuple(values), "compute it again")

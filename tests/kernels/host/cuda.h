@@ -1,0 +1,80 @@
+// What kernels without shared memory and barriers need of CUDA, on the host: their threads run one after
+// another.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+
+#include "common/dtype.h"
+
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace jepa {
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// The launch kernel<<<grid, block, 0, stream>>>(argument).
+template <class Argument>
+void launch_threads(void (*kernel)(Argument), dim3 grid, dim3 block, const Argument& argument) {
+  if (block.x * block.y * block.z > 1024) throw std::runtime_error("more than 1024 threads in a block");
+  gridDim = grid;
+  blockDim = block;
+  for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
+    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+      for (threadIdx.z = 0; threadIdx.z < block.z; ++threadIdx.z)
+        for (threadIdx.y = 0; threadIdx.y < block.y; ++threadIdx.y)
+          for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x) kernel(argument);
+}
+
+// A vector access faults where its address is no multiple of its size.
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+template <class T> T* aligned_address(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) throw std::runtime_error("misaligned address");
+  return static_cast<T*>(const_cast<void*>(p));
+}
+inline uint4 __ldcs(const uint4* p) { return *aligned_address<uint4>(p); }
+
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 x) {
+  const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &wide, sizeof(y));
+  return y;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  if (x != x) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+using __half = _Float16;
+inline float __half2float(__half x) { return static_cast<float>(x); }
+inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+
+using cudaStream_t = void*;
+inline int cudaGetLastError() { return 0; }
+struct OnDevice {
+  OnDevice(const char*, int) {}
+  void check(int) const {}
+};
+
+} // namespace jepa
