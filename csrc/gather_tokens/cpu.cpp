@@ -62,14 +62,12 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
   };
   const int64_t tokens = p.at.batch * p.at.count;
   const int threads = tokens * p.channels < 16384 ? 1 : p.threads;
-  const int64_t bytes = p.channels * sizeof(T);
-  const bool streamed = worth_streaming(p.dx, tokens, bytes);
   parallel_for(tokens, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       T* out = static_cast<T*>(p.dx) + token * p.channels;
       const int32_t *row = p.source + p.first[token], *last = p.source + p.first[token + 1];
       if (last - row == 1 && p.stride_channel == 1) {
-        copy_row(out, grad(*row), bytes, streamed);
+        std::memcpy(out, grad(*row), p.channels * sizeof(T));
         continue;
       }
       for (int64_t c = 0; c < p.channels; c += W) {
@@ -77,13 +75,9 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
         vf sum = zero();
         for (const int32_t* r = row; r < last; ++r)
           sum = add(sum, load(grad(*r) + c * p.stride_channel, p.stride_channel, n));
-        if (streamed)
-          stream(out + c, sum);
-        else
-          store_first(out + c, sum, n);
+        store_first(out + c, sum, n);
       }
     }
-    if (streamed) _mm_sfence();
   });
 }
 
