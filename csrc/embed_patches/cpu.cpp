@@ -53,7 +53,7 @@ template <class X> static void prefetch_token(const Layer& at, const Patch& shap
 
 template <class X> static void read_token(const Layer& at, const Patch& shape, int64_t token, float* row) {
   const X* first = pixels_of<X>(at, token);
-  if (at.scale)
+  if (at.scale && at.shift)
     read_patch(first, shape, at.scale, at.shift, row);
   else
     read_patch(first, shape, row);

@@ -156,6 +156,14 @@ def test_bytes_as_a_decoder_lays_them_out_give_the_same_bits():
     assert torch.equal(jk.embed_patches(clip, ids, weight, **options), expected)
 
 
+def test_images_further_apart_than_32_bits_reach():
+    memory = torch.empty(2**31 + 4, dtype=torch.uint8)  # reserved; only its ends are touched
+    images = memory.as_strided((2, 1, 2, 2), (2**31, 4, 2, 1))
+    images[0], images[1] = 1, 2
+    out = jk.embed_patches(images, None, torch.ones(1, 1, 2, 2), mean=(0.0,), std=(1 / 255,), backend="cpu")
+    assert out.flatten().tolist() == [4, 8]
+
+
 def test_dropped_tubelets_are_never_read():
     clip = torch.full((1, 1, 4, 2, 4), float("nan"))
     clip[:, :, 2:, :, :2] = 1.0

@@ -47,7 +47,7 @@ def embed_patches(
         clips: each is shown as Pt equal frames, which is the weight summed over Pt, in fp32, and 1 / Pt of the work.
     pos_embed: [N, E], one position per patch.
     mean, std: C numbers each, std positive, in units of 0..1 for uint8 pixels (which must have them) and of the pixels
-        for floating ones. The rounding is of fp32 or finer.
+        for floating ones; applied in fp32.
     Floating tensors share a dtype; autocast casts them all to its own.
 
     Returns [M, K, E], [T, E] or [B, N, E], contiguous, in weight's dtype, accumulated in fp32; rows past the packing's
