@@ -38,10 +38,13 @@ class Encoder(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        crop = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
+        crop = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+        if patch_size < 1 or len(crop) != 2:
+            sizes = f"crop_size {crop_size} and patch_size {patch_size}"
+            fail("Encoder", "sizes", "be a side or (height, width), and at least 1", sizes, "pass pixels")
         if crop[0] % patch_size or crop[1] % patch_size:
             fail("Encoder", "crop_size", f"be a multiple of patch_size {patch_size}", crop_size, "crop to a multiple")
-        if embed_dim % 4:
+        if rope is None and embed_dim % 4:
             fail("Encoder", "embed_dim", "be a multiple of 4", embed_dim, "position tables have four parts")
         if tubelet_size is not None and rope is None:
             fail("Encoder", "rope", "be a pairing for videos", rope, "the published one is 'tiled'")

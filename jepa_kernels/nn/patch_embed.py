@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
+from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
 
 
@@ -28,7 +29,12 @@ class PatchEmbed(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        self.mean, self.std = mean, std
+        if (mean is None) != (std is None):
+            fail("PatchEmbed", "mean and std", "be given together", f"mean={mean}, std={std}", "pass both or neither")
+        if mean is not None and std is not None and not len(mean) == len(std) == in_chans:
+            wanted = f"hold {in_chans} numbers like the channels"
+            fail("PatchEmbed", "mean and std", wanted, f"{len(mean)} and {len(std)}", "pass one for each channel")
+        self.mean, self.std = (None if v is None else tuple(map(float, v)) for v in (mean, std))
         self.proj: nn.Conv2d | nn.Conv3d
         if tubelet_size is None:
             self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)

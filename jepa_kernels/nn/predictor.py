@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
-from jepa_kernels._core.check import fail
+from jepa_kernels._core.check import INT64, check_ids, check_tensor, fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
 from jepa_kernels.nn.encoder import check_rope, frozen_table
 from jepa_kernels.packing import Packing
@@ -43,12 +43,15 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         dim = predictor_embed_dim
-        if dim % 4:
+        if rope is None and dim % 4:
             fail("Predictor", "predictor_embed_dim", "be a multiple of 4", dim, "position tables have four parts")
         check_rope("Predictor", rope)
         if len(grid) != (2 if rope is None else 3):
             wanted = "be (Gh, Gw)" if rope is None else "be (Gt, Gh, Gw) with rope"
             fail("Predictor", "grid", wanted, grid, "pass the encoder's grid")
+        for name, count in (("depth", depth), ("num_mask_tokens", num_mask_tokens)):
+            if count is not None and count < 1:
+                fail("Predictor", name, "be at least 1", count, "the published predictors have 12 blocks")
         self.grid, self.rope = tuple(grid), rope
         self.predictor_embed = nn.Linear(embed_dim, dim)
         if num_mask_tokens is None:
@@ -78,11 +81,12 @@ class Predictor(nn.Module):
         Rectangular: context [S, Kc, E], context_ids [S, Kc], target_ids [M, Kt], S divides M -> [M, Kt, E].
         Packed: context [Tc, E], context_ids [Tc], target_ids [Tt], with their packings -> [Tt, E].
         pairs: built from the packings' lengths when left out; pass it in compiled code.
-        grid: (Gt, Gh, Gw) of these ids, with rope; None: the constructor's.
+        grid: (Gt, Gh, Gw) of these ids, with rope; None: the constructor's. It may go on after the clip's last frame.
         mask_index: which of `mask_tokens` stands at the targets: one for all, or one for each group of consecutive
             sequences (masks).
         """
         token = self._tokens(mask_index)
+        checked = self._checked(grid, context, (context_ids, context_packing), (target_ids, target_packing))
         context = self.predictor_embed(context).to(token.dtype)  # under autocast the blocks add up in full precision
         if context_packing is not None and target_packing is not None and pairs is None:
             lengths = context_packing.lengths, target_packing.lengths
@@ -97,7 +101,7 @@ class Predictor(nn.Module):
             packing=packing,
         )
         x = place(context, token, pos_embed=None if self.predictor_pos_embed is None else self.predictor_pos_embed[0])
-        rope, target_rope = self._ropes(context_ids, target_ids, pairs, grid)
+        rope, target_rope = self._ropes(context_ids, target_ids, pairs, checked)
         *blocks, last = (cast(Block, block) for block in self.predictor_blocks)
         for i, block in enumerate(blocks):
             repeated = i == 0 and rope is not None
@@ -108,12 +112,36 @@ class Predictor(nn.Module):
 
     def _tokens(self, index: int | Sequence[int]) -> Tensor:
         """[groups, dim]: the mask token of each group of target sequences."""
-        if hasattr(self, "mask_token"):
-            return self.mask_token[0]
-        return torch.cat([self.mask_tokens[i][0] for i in ([index] if isinstance(index, int) else index)])
+        tokens = [self.mask_token] if hasattr(self, "mask_token") else list(self.mask_tokens)
+        wanted = [index] if type(index) is int else index
+        if not (isinstance(wanted, list | tuple) and wanted and all(type(i) is int for i in wanted)):
+            fail("Predictor", "mask_index", "be an int or a list of ints", repr(index), "0 is the first", TypeError)
+        if not all(0 <= i < len(tokens) for i in wanted):
+            fail("Predictor", "mask_index", f"lie in [0, {len(tokens)})", index, "set num_mask_tokens for more")
+        return torch.cat([tokens[i][0] for i in wanted])
+
+    def _checked(
+        self, grid: tuple[int, ...] | None, context: Tensor, *given: tuple[Tensor, Packing | None]
+    ) -> tuple[int, ...]:
+        """The grid of ids that are checked where no table of positions is: `assemble_tokens` reads those of a table."""
+        if self.rope is None:
+            if grid is not None:
+                fail("Predictor", "grid", "be None without rope", grid, "the table of positions has one grid")
+            return self.grid
+        grid = self.grid if grid is None else grid
+        count = grid[0] * grid[1] * grid[2]
+        for name, (ids, packing) in zip(("context_ids", "target_ids"), given, strict=True):
+            check_tensor("Predictor", name, ids, "S K" if packing is None else "T", dtypes=INT64, device=context.device)
+            shape = context.shape[:-1] if name == "context_ids" else ids.shape if packing is None else (packing.tokens,)
+            if ids.shape != shape:
+                fail("Predictor", name, f"have shape {tuple(shape)}", tuple(ids.shape), "pass the id of every token")
+            if not ids.is_contiguous():
+                fail("Predictor", name, "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
+            check_ids("Predictor", ids, count, None if packing is None else packing.cu_seqlens, name)
+        return grid
 
     def _ropes(
-        self, context_ids: Tensor, target_ids: Tensor, pairs: Pairs | None, grid: tuple[int, int, int] | None
+        self, context_ids: Tensor, target_ids: Tensor, pairs: Pairs | None, grid: tuple[int, ...]
     ) -> tuple[Rope | None, Rope | None]:
         """Of the sequences, and of their target rows as queries to the whole sequences."""
         if self.rope is None:
@@ -123,8 +151,8 @@ class Predictor(nn.Module):
             ids = torch.cat([context_ids, target_ids], 1)
         else:
             ids = torch.cat([context_ids, target_ids]).index_select(0, pairs.source)
-        grid = cast(tuple[int, int, int], self.grid) if grid is None else grid
-        positions, targets = patch_positions(ids, grid), patch_positions(target_ids, grid)
+        shape = cast(tuple[int, int, int], grid)
+        positions, targets = patch_positions(ids, shape), patch_positions(target_ids, shape)
         return Rope(positions, pairing=self.rope), Rope(targets, positions, pairing=self.rope)
 
 

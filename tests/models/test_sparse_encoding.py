@@ -145,7 +145,7 @@ def packed_tokens(predictor, masks):
             context, token, masks.context_ids, masks.target_ids, packing=masks.pairs.packing, **given
         )
 
-    ropes = predictor._ropes(masks.context_ids, masks.target_ids, masks.pairs, None)
+    ropes = predictor._ropes(masks.context_ids, masks.target_ids, masks.pairs, GRID)
     return context, token, place, ropes
 
 
@@ -214,11 +214,14 @@ def test_only_networks_with_a_table_have_one_in_their_state():
     assert table.pos_embed.shape == (1, 16, 16) and "pos_embed" in table.state_dict()
 
 
+READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "repeat_interleave")
+
+
 class NoSync(TorchDispatchMode):
     """Refuses what waits for a device to read a value or a shape."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+        assert func.overloadpacket.__name__ not in READS
         return func(*args, **(kwargs or {}))
 
 
@@ -273,16 +276,43 @@ def test_pixels_to_predictions_compile_as_one_graph_for_all_lengths(rectangular)
     assert counter.frame_count == 2
 
 
+def predict(model=None, **changes):
+    """The predictor of two rectangular masks a clip, some of its arguments changed."""
+    m = Masks(2, kept=(11, 17))
+    given = dict(context=torch.zeros(4, 11, WIDTH), context_ids=m.context_ids, target_ids=m.target_ids)
+    return (Model().predictor if model is None else model)(**{**given, **changes})
+
+
+def with_table(**options):
+    return Predictor((9, 8), WIDTH, NARROW, 1, HEADS, **options)
+
+
+FIRST = torch.arange(17).repeat(4, 1)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: Encoder(16, 4, 64, 1, 2, tubelet_size=2), "Encoder: rope must be a pairing for videos, got None; "),
+        (lambda: Encoder(16, 4, 64, 1, 2, rope="spiral"), "Encoder: rope must be interleaved, tiled or None, got 'spi"),
+        (lambda: Encoder((16, 4, 4), 4, 64, 1, 2), "Encoder: sizes must be a side or (height, width), and at least 1"),
+        (lambda: Encoder(16, 0, 64, 1, 2), "Encoder: sizes must be a side or (height, width), and at least 1, got"),
+        (lambda: Encoder(16, 4, 64, 1, 2, mean=(0.5,) * 3), "PatchEmbed: mean and std must be given together, got"),
+        (lambda: Encoder(16, 4, 64, 1, 2, mean=[1], std=[1]), "PatchEmbed: mean and std must hold 3 numbers like the"),
         (lambda: Predictor((4, 4), 64, 48, 1, 2, rope="tiled"), "Predictor: grid must be (Gt, Gh, Gw) with rope, got"),
         (lambda: Predictor((2, 4, 4), 64, 48, 1, 2), "Predictor: grid must be (Gh, Gw), got (2, 4, 4); "),
-        (
-            lambda: Encoder(16, 4, 64, 1, 2, rope="spiral"),
-            "Encoder: rope must be interleaved, tiled or None, got 'spiral'; ",
-        ),
+        (lambda: Predictor((4, 4), 64, 48, 0, 2), "Predictor: depth must be at least 1, got 0; "),
+        (lambda: with_table(num_mask_tokens=0), "Predictor: num_mask_tokens must be at least 1, got 0; "),
+        (lambda: predict(with_table(), grid=GRID), "Predictor: grid must be None without rope, got (3, 4, 6); "),
+        (lambda: predict(with_table(), mask_index=1), "Predictor: mask_index must lie in [0, 1), got 1; "),
+        (lambda: predict(mask_index=(0, -1)), "Predictor: mask_index must lie in [0, 3), got (0, -1); "),
+        (lambda: predict(mask_index=(0, 1, 2)), "assemble_tokens: mask_token must hold a divisor of the 4 sequences"),
+        (lambda: predict(target_ids=FIRST - 1), "Predictor: target_ids must lie in [0, 72) and increase within each"),
+        (lambda: predict(target_ids=FIRST + 60), "Predictor: target_ids must lie in [0, 72) and increase within each"),
+        (lambda: predict(target_ids=FIRST.flip(1)), "Predictor: target_ids must lie in [0, 72) and increase within"),
+        (lambda: predict(target_ids=FIRST * 0), "Predictor: target_ids must lie in [0, 72) and increase within each"),
+        (lambda: predict(target_ids=FIRST[:, ::2]), "Predictor: target_ids must be contiguous, got strides (17, 2); "),
+        (lambda: predict(context_ids=FIRST), "Predictor: context_ids must have shape (4, 11), got (4, 17); "),
         (lambda: Model().encoder(clips(1, (3, 5, 16, 24))), "embed_patches: pixels must "),
         (lambda: Model().encoder(clips(1, (3, 6, 18, 24))), "embed_patches: pixels must "),
         (lambda: Encoder(32, 8, 64, 1, 2)(clips(1, (3, 32, 40))), "embed_patches: pos_embed must have shape (20, 64)"),
@@ -292,6 +322,12 @@ def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError) as error:
         make()
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("index", [True, 1.0, (), torch.tensor(0), "0"])
+def test_a_mask_index_is_an_int_or_ints(index):
+    with pytest.raises(TypeError, match=r"^Predictor: mask_index must be an int or a list of ints, got "):
+        predict(mask_index=index)
 
 
 def test_positions_of_patches_by_hand():
