@@ -128,7 +128,9 @@ class Predictor(nn.Module):
             if grid is not None:
                 fail("Predictor", "grid", "be None without rope", grid, "the table of positions has one grid")
             return self.grid
-        grid = self.grid if grid is None else grid
+        grid = self.grid if grid is None else tuple(grid)
+        if len(grid) != 3:
+            fail("Predictor", "grid", "be (Gt, Gh, Gw) with rope", grid, "pass the encoder's grid_of(pixels)")
         count = grid[0] * grid[1] * grid[2]
         for name, (ids, packing) in zip(("context_ids", "target_ids"), given, strict=True):
             check_tensor("Predictor", name, ids, "S K" if packing is None else "T", dtypes=INT64, device=context.device)

@@ -305,6 +305,7 @@ FIRST = torch.arange(17).repeat(4, 1)
         (lambda: with_table(num_mask_tokens=0), "Predictor: num_mask_tokens must be at least 1, got 0; "),
         (lambda: predict(with_table(), grid=GRID), "Predictor: grid must be None without rope, got (3, 4, 6); "),
         (lambda: predict(with_table(), mask_index=1), "Predictor: mask_index must lie in [0, 1), got 1; "),
+        (lambda: predict(grid=(4, 6)), "Predictor: grid must be (Gt, Gh, Gw) with rope, got (4, 6); "),
         (lambda: predict(mask_index=(0, -1)), "Predictor: mask_index must lie in [0, 3), got (0, -1); "),
         (lambda: predict(mask_index=(0, 1, 2)), "assemble_tokens: mask_token must hold a divisor of the 4 sequences"),
         (lambda: predict(target_ids=FIRST - 1), "Predictor: target_ids must lie in [0, 72) and increase within each"),
