@@ -12,8 +12,7 @@ template <class T> __device__ const T* gradient(const Params& p, int row, int e)
          e * p.grad_strides[2];
 }
 
-template <class T>
-__global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS)
     embed_patches_backward_places_cuda_kernel(const __grid_constant__ Params p) {
   const int row = blockIdx.x * THREADS + threadIdx.x;
   if (row < p.layer.at.rows) p.places[row] = place_of(p.layer, row).first;
@@ -30,11 +29,10 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
     embed_patches_backward_weight_cuda_kernel(const __grid_constant__ WeightArgs args) {
   using Gradients = Tile<T, T, TILE, width>;
   using Pixels = Tile<T, P, TILE, width>;
-  using Sums = Product<T, wmma::col_major, wmma::row_major>;
+  using Sums = Product<T, Lines::across, Lines::across>;
   __shared__ Pixel table[TILE];
-  alignas(32) __shared__ T left[Gradients::size];
-  alignas(32) __shared__ T right[Pixels::size];
-  alignas(32) __shared__ float stage[THREADS / 32 * Sums::stage_size];
+  alignas(16) __shared__ T left[Gradients::size];
+  alignas(16) __shared__ T right[Pixels::size];
 
   const Params& p = args.p;
   const EmbedPatchesCudaLayer& l = p.layer;
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
   };
   Sums sums;
   multiply(sums, static_cast<int>(tiles_of(count, STEP)), left, right, load, store);
-  sums.each(stage, [&](int m, int n, float sum) {
+  sums.each([&](int m, int n, float sum) {
     const int e = first_e + m, k = first_k + n;
     if (e < embed_dim && k < depth) p.weight_sums[(int64_t{part} * embed_dim + e) * depth + k] = sum;
   });
@@ -137,11 +135,10 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
     embed_patches_backward_pixels_cuda_kernel(const __grid_constant__ Params p) {
   using Gradients = Tile<T, T, STEP, width>;
   using Weights = Tile<T, T, TILE, width>;
-  using Sums = Product<T, wmma::row_major, wmma::row_major>;
+  using Sums = Product<T, Lines::along, Lines::across>;
   __shared__ int rows[TILE];
-  alignas(32) __shared__ T left[Gradients::size];
-  alignas(32) __shared__ T right[Weights::size];
-  alignas(32) __shared__ float stage[THREADS / 32 * Sums::stage_size];
+  alignas(16) __shared__ T left[Gradients::size];
+  alignas(16) __shared__ T right[Weights::size];
 
   const EmbedPatchesCudaLayer& l = p.layer;
   const KeptRows& at = l.at;
@@ -175,7 +172,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
     __syncthreads();
     multiply(sums, static_cast<int>(tiles_of(embed_dim, STEP)), left, right, load, store);
   }
-  sums.each(stage, [&](int m, int n, float sum) {
+  sums.each([&](int m, int n, float sum) {
     const int64_t patch = first + m;
     const int k = first_k + n;
     if (patch >= patches || k >= depth) return;
@@ -233,7 +230,7 @@ template <class T> static void pixel_gradient(const Params& p) {
 template <class T> static void launch_type(const Params& p) {
   const int64_t rows = p.layer.at.rows, embed_dim = p.layer.embed_dim, tiles = tiles_of(embed_dim, THREADS);
   if (p.dweight || p.dbias)
-    launch_blocks(embed_patches_backward_places_cuda_kernel<T>, tiles_of(rows, THREADS), p, p);
+    launch_blocks(embed_patches_backward_places_cuda_kernel, tiles_of(rows, THREADS), p, p);
   if (p.dpixels) pixel_gradient<T>(p);
   if (p.dweight && p.layer.pixel_dtype == DType::u8) weight_gradient<T, uint8_t>(p);
   if (p.dweight && p.layer.pixel_dtype != DType::u8) weight_gradient<T, T>(p);

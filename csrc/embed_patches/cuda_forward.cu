@@ -8,12 +8,11 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
     embed_patches_forward_cuda_kernel(const __grid_constant__ EmbedPatchesCudaForwardParams p) {
   using Pixels = Tile<T, P, STEP, width>;
   using Weights = Tile<T, T, STEP, width>;
-  using Sums = Product<T, wmma::row_major, wmma::col_major>;
+  using Sums = Product<T, Lines::along, Lines::along>;
   __shared__ Place places[TILE];
   __shared__ Pixel table[2][STEP];
-  alignas(32) __shared__ T left[Pixels::size];
-  alignas(32) __shared__ T right[Weights::size];
-  alignas(32) __shared__ float stage[THREADS / 32 * Sums::stage_size];
+  alignas(16) __shared__ T left[Pixels::size];
+  alignas(16) __shared__ T right[Weights::size];
 
   // Blocks of the same rows run side by side: their pixels come from the L2 cache.
   const EmbedPatchesCudaLayer& l = p.layer;
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(THREADS, blocks_of(width))
   };
   Sums sums;
   multiply(sums, static_cast<int>(tiles_of(depth, STEP)), left, right, load, store);
-  sums.each(stage, [&](int m, int n, float sum) {
+  sums.each([&](int m, int n, float sum) {
     const int e = begin + n;
     if (first_row + m >= l.at.rows || e >= embed_dim) return;
     const Place place = places[m];

@@ -4,15 +4,13 @@
 #include <cstring>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <mma.h>
 #include <type_traits>
 
 #include "common/hopper_host.cuh"
+#include "common/mma.cuh"
 #include "embed_patches/embed_patches.h"
 
 namespace jepa::embed_patches {
-
-namespace wmma = nvcuda::wmma;
 
 constexpr int THREADS = 256, TILE = 128, STEP = 32, CHUNK = 8;
 
@@ -155,64 +153,62 @@ template <class T, class From, int columns, int width> struct Tile {
   }
 };
 
-// Sums of a block: each of its 8 warps holds 32 x 64 of them. Left [m, k] and right [k, n] lie in shared
-// memory by the layouts of these names.
-template <class T, class Left, class Right> struct Product {
-  static constexpr bool rows = std::is_same_v<Left, wmma::row_major>;
-  static constexpr bool columns = std::is_same_v<Right, wmma::col_major>;
-  static constexpr int left_stride = (rows ? STEP : TILE) + CHUNK;
-  static constexpr int right_stride = (columns ? STEP : TILE) + CHUNK;
-  static constexpr int stage_stride = 20, stage_size = 16 * stage_stride; // floats of a warp
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[2][4];
+// How an operand lies in shared memory: its lines along the summed dimension, or across it.
+enum class Lines { along, across };
 
-  __device__ Product() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) wmma::fill_fragment(sums[i / 4][i % 4], 0.f);
-  }
+// Sums [m, n] of a block: each of its 8 warps holds 32 x 64 of them.
+template <class T, Lines left_lines, Lines right_lines> struct Product {
+  static constexpr bool left_across = left_lines == Lines::across,
+                        right_across = right_lines == Lines::across;
+  static constexpr int left_stride = (left_across ? TILE : STEP) + CHUNK;
+  static constexpr int right_stride = (right_across ? TILE : STEP) + CHUNK;
+  float sums[2][8][4] = {};
+
   static __device__ int row() { return threadIdx.x / 32 / 2 * 32; }
   static __device__ int column() { return threadIdx.x / 32 % 2 * 64; }
 
   __device__ void add(const T* left, const T* right) {
+    // Where this lane's line of 16 x 16 elements begins: see load_matrices.
+    const int low = threadIdx.x % 16, high = threadIdx.x % 32 / 16 * 8;
+    const int inner = threadIdx.x % 8 + high, outer = threadIdx.x / 8 % 2 * 8;
 #pragma unroll 1 // else more operands are read ahead than there are registers
     for (int k = 0; k < STEP; k += 16) {
-      wmma::fragment<wmma::matrix_a, 16, 16, 16, T, Left> a[2];
+      uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int m = row() + 16 * i;
-        wmma::load_matrix_sync(a[i], left + (rows ? m * left_stride + k : k * left_stride + m), left_stride);
+        load_matrices<left_across>(a[i], left_across ? left + (k + inner) * left_stride + m + outer
+                                                     : left + (m + low) * left_stride + k + high);
       }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int n = column() + 16 * j;
-        wmma::fragment<wmma::matrix_b, 16, 16, 16, T, Right> b;
-        wmma::load_matrix_sync(b, right + (columns ? n * right_stride + k : k * right_stride + n),
-                               right_stride);
+      for (int j = 0; j < 8; j += 2) {
+        const int n = column() + 8 * j;
+        uint32_t b[4];
+        load_matrices<right_across>(b, right_across ? right + (k + low) * right_stride + n + high
+                                                    : right + (n + inner) * right_stride + k + outer);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) wmma::mma_sync(sums[i][j], a[i], b, sums[i][j]);
+        for (int i = 0; i < 4; ++i)
+          multiply_add<T>(sums[i / 2][j + i % 2], a[i / 2], b[i % 2 * 2], b[i % 2 * 2 + 1]);
       }
     }
   }
 
-  // visit(m, n, sum), 16 neighbours in n by 16 threads; stage: stage_size floats of each warp.
-  template <class Visit> __device__ void each(float* stage, const Visit& visit) const {
-    const int lane = threadIdx.x % 32;
-    float* own = stage + threadIdx.x / 32 * stage_size;
+  // visit(m, n, sum)
+  template <class Visit> __device__ void each(const Visit& visit) const {
+    const int m = row() + threadIdx.x % 32 / 4, n = column() + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      wmma::store_matrix_sync(own, sums[i / 4][i % 4], stage_stride, wmma::mem_row_major);
-      __syncwarp();
-      const int m = row() + 16 * (i / 4) + lane / 16, n = column() + 16 * (i % 4) + lane % 16;
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int r = 0; r < 16; r += 2) visit(m + r, n, own[(r + lane / 16) * stage_stride + lane % 16]);
-      __syncwarp();
-    }
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) visit(m + 16 * i + k / 2 * 8, n + 8 * j + k % 2, sums[i][j][k]);
   }
 };
 
 // The next step's operands are read while this step's are multiplied.
-template <class T, class Left, class Right, class Load, class Store>
-__device__ void multiply(Product<T, Left, Right>& product, int steps, const T* left, const T* right,
-                         const Load& load, const Store& store) {
+template <class T, Lines left_lines, Lines right_lines, class Load, class Store>
+__device__ void multiply(Product<T, left_lines, right_lines>& product, int steps, const T* left,
+                         const T* right, const Load& load, const Store& store) {
   if (steps > 0) load(0);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {

@@ -1,6 +1,6 @@
 """The CUDA kernels of embed_patches with no GPU: their own sources and binding, built for the host.
 
-tests/kernels/emulation stands in for CUDA: threads that change over at barriers, and products of 16 x 16 tiles. Loads
+tests/kernels/emulation stands in for CUDA: threads that change over at barriers, and products by warps. Loads
 that are not aligned fault. Memory is poisoned, so that an element that no thread writes shows.
 """
 
@@ -110,7 +110,9 @@ def transpose(_, x):
 
 
 @pytest.mark.parametrize("layout", [spread, transpose])
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("packed_p16", "clips_normalised")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("packed_p16", "clips_normalised")], ids=lambda c: c.name
+)
 def test_strided_tensors_have_the_bits_of_contiguous_ones(case, layout):
     plain = run(public(OP, "cuda"), draw(case), case)
     assert same(plain, run(public(OP, "cuda"), map_tensors(draw(case), layout), case))
