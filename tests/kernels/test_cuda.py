@@ -55,6 +55,21 @@ def turning(binary: Binary) -> None:
     assert binary.count("FFMA.*") > 0 and not binary.count(r"(LD|ST)\.E.*"), "generic addressing"
 
 
+def patches(binary: Binary) -> None:
+    """Products on tensor cores, all operands by ldmatrix; elements read together where the kernel is built for it."""
+    assert not binary.count(r"(LD|ST)\.E.*"), "generic addressing"
+    tiles = width_of_loads(binary)
+    assert (binary.count(r"HMMA\.16816\.F32.*"), binary.count("LDSM.*")) == ((16, 6) if tiles else (0, 0))
+    if tiles == 8:
+        assert binary.count(r"LDG\.E\.128\.CONSTANT") >= 4, binary.instructions
+
+
+def width_of_loads(binary: Binary) -> int:
+    """Elements that a kernel of tiles reads as one; 0 for the small kernels beside them."""
+    found = re.search(r"embed_patches_\w+Li(\d)E", binary.name)
+    return int(found[1]) if found else 0
+
+
 @dataclass(frozen=True)
 class Expected:
     """Of one source: kernels in it, threads a block, what machine code must hold, blocks that registers must allow."""
@@ -67,6 +82,8 @@ class Expected:
 
 EXPECTED = {
     "ema_update/cuda.cu": Expected(36, 256, quads),
+    "embed_patches/cuda_backward.cu": Expected(25, 256, patches, lambda b: (8, 1, 2)[min(width_of_loads(b), 2)]),
+    "embed_patches/cuda_forward.cu": Expected(14, 256, patches, lambda b: (8, 1, 2)[min(width_of_loads(b), 2)]),
     "masked_attention/cuda_backward_sm90a.cu": Expected(32, 128, attention, lambda b: 3 if width(b) <= 32 else 2),
     "masked_attention/cuda_forward_sm90a.cu": Expected(32, 256, attention, lambda b: 2 if width(b) <= 96 else 1),
     "rope/cuda.cu": Expected(12, 256, turning, lambda b: 3 if "Halves" in b.name else 4),

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "common/dtype.h"
+#include "types.h"
 
 #define __device__
 #define __global__
@@ -52,25 +53,6 @@ inline uint4 __ldcs(const uint4* p) { return *aligned_address<uint4>(p); }
 
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
-
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &wide, sizeof(y));
-  return y;
-}
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  if (x != x) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-using __half = _Float16;
-inline float __half2float(__half x) { return static_cast<float>(x); }
-inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
 
 using cudaStream_t = void*;
 inline int cudaGetLastError() { return 0; }
