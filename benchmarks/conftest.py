@@ -77,8 +77,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         device=device,
         threads=threads,
-        budget_s=option("--budget") or (0.3 if smoke else 1.0),
-        min_rounds=5 if smoke else 9,
+        budget_s=option("--budget") or (0.3 if smoke else 0.6),
+        min_rounds=5 if smoke else 7,
         baseline=names.pop() if len(names) == 1 else None,
         peaks=peaks,
     )

@@ -24,8 +24,9 @@ Loop = Callable[[Encoder, Tensor, list[Tensor]], tuple[Tensor, ...]]
 class Encoding:
     """Forward and backward of an encoder over all masks of some clips.
 
-    name        as in the row, e.g. "vjepa2_vit_s_two_masks"
-    model       model() -> the encoder; every contestant has the same weights
+    name        as in the row, e.g. "vjepa2_vit_s_two_masks_per_token": its times are those of one token
+    model       model() -> the encoder that is timed; every contestant has the same weights
+    shallow     shallow() -> one of fewer layers, on which parity is checked: in float64 all of them take many seconds
     pixels      pixels() -> the clips, float32 [B, C, T, H, W]
     packed      the masks as they are drawn; truncated: cut to rectangles, as published
     masks       how many each clip has
@@ -35,6 +36,7 @@ class Encoding:
 
     name: str
     model: Callable[[], Encoder]
+    shallow: Callable[[], Encoder]
     pixels: Callable[[], Tensor]
     packed: Callable[[], MaskBatch]
     truncated: Callable[[], MaskBatch]
@@ -48,7 +50,12 @@ class Encoding:
 
 
 class EncodingRun:
-    """One (model, workload). The loop's time is scaled to our number of tokens: it processes fewer."""
+    """One (model, workload).
+
+    The truncated masks of the loop have fewer tokens than ours, so every time in a row is the measured time of a call
+    divided by the tokens of that call: `ours_us` by `tokens`, `baseline_us` by `baseline_tokens`. `flops` too is that
+    of one token; `peak_bytes` is a call's.
+    """
 
     def __init__(self, name: str, workload: Encoding, stage: str, dtype: str, settings: Settings):
         self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
@@ -60,7 +67,8 @@ class EncodingRun:
         batch = cut.batch
         self.ids = [torch.stack(rows[j * batch : (j + 1) * batch]) for j in range(workload.masks)]
         self.pixels = workload.pixels().to(settings.device)
-        self.encoder = workload.model().to(settings.device)
+        self.encoder, self.shallow = (build().to(settings.device) for build in (workload.model, workload.shallow))
+        self.tokens, self.loop_tokens = int(self.lengths.sum()), sum(ids.numel() for ids in self.ids)
 
     def gradients(self, encoder: Encoder, pixels: Tensor, *masks: Any) -> dict[str, Tensor]:
         """The latents, and every gradient of their mean square."""
@@ -72,17 +80,17 @@ class EncodingRun:
     def parity(self) -> dict[str, Any]:
         """Latents and gradients, within the error budget of plain PyTorch."""
         masks = self.masks.context_ids, self.masks.context_packing
-        ours = self.gradients(self.encoder, self.pixels, *masks)
+        ours = self.gradients(self.shallow, self.pixels, *masks)
         with jk.use_backend("reference"):
-            eager = self.gradients(self.encoder, self.pixels, *masks)
-            exact = self.gradients(copy.deepcopy(self.encoder).double(), self.pixels.double(), *masks)
+            eager = self.gradients(self.shallow, self.pixels, *masks)
+            exact = self.gradients(copy.deepcopy(self.shallow).double(), self.pixels.double(), *masks)
         return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
 
     def rival_error(self) -> str | None:
         """Why the loop's time would mean nothing: on its own masks it gives other latents than our encoder."""
         with torch.no_grad():
-            found = self.workload.loop(self.encoder, self.pixels, self.ids)
-            wanted = [self.encoder(self.pixels, ids) for ids in self.ids]
+            found = self.workload.loop(self.shallow, self.pixels, self.ids)
+            wanted = [self.shallow(self.pixels, ids) for ids in self.ids]
         for j, (a, b) in enumerate(zip(found, wanted, strict=True)):
             error = (a - b).norm() / b.norm()
             if not error <= RIVAL_TOLERANCE[a.dtype]:
@@ -112,8 +120,8 @@ class EncodingRun:
         return [{**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["loop"]}]
 
     def row(self, common: Row, times: timing.Times) -> Row:
-        share = common["tokens"] / sum(ids.numel() for ids in self.ids)
-        row = timed_row(common, "loop", times.of(OURS), times.of("loop") * share, times.interrupted)
+        ours, loop = times.of(OURS) / self.tokens, times.of("loop") / self.loop_tokens
+        row = timed_row(common, "loop", ours, loop, times.interrupted)
         if row["ours_us"] is not None and self.settings.peaks and self.settings.device == "cpu":
             rate = common["flops"] / row["ours_us"]["p50"] / 1e3
             row["share_of_peak"] = rate / self.settings.peaks["fma_gflops"]["float32"]
@@ -130,10 +138,10 @@ class EncodingRun:
             "backend": "automatic",
             "parity": parity,
             "bytes": None,
-            "flops": self.workload.flops(self.lengths),
+            "flops": self.workload.flops(self.lengths) / self.tokens,
             "threads": self.settings.threads,
-            "tokens": int(self.lengths.sum()),
-            "baseline_tokens": sum(ids.numel() for ids in self.ids),
+            "tokens": self.tokens,
+            "baseline_tokens": self.loop_tokens,
         }
 
     def finish(self, row: Row) -> Row:

@@ -82,7 +82,7 @@ TARGETS = (
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
     ),
-    Target("encoder", "vjepa2_vit_s_two_masks", "backward", "loop", 1.3, "the published loop over masks, per token"),
+    Target("encoder", "vjepa2_vit_s_two_masks_per_token", "backward", "loop", 1.3, "the published loop over masks"),
     Target("masks", "multiblock2d_b128", "forward", "published", 50.0, "the published Python collator", "int64"),
     Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
     *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels as jk
 from benchmarks import __main__ as front
 from benchmarks import readme, report, rows, stats, step, targets, text, timing
+from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_ijepa
+from benchmarks.models import bench_encoder, bench_ijepa
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
 from jepa_kernels.models.ijepa import vit_tiny
@@ -243,6 +244,17 @@ def test_step_flops_are_those_that_torch_counts():
     with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         step.gradients(run.model(), run.pixels, run.masks)
     assert run.common({})["flops"] == counter.get_total_flops()
+
+
+def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
+    run = EncodingRun("encoder", bench_encoder.WORKLOADS[-1], "backward", "float32", QUICK)
+    times = timing.Times({"ours": [2.0] * 3, "loop": [3.0] * 3})
+    found = run.row(run.common({"pass": True}), times)
+    assert found["tokens"] > found["baseline_tokens"] > 0, "truncation drops tokens"
+    assert found["ours_us"]["p50"] * found["tokens"] == pytest.approx(2e6)
+    assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
+    assert found["share_of_peak"] == pytest.approx(run.workload.flops(run.lengths) / 2.0 / 200e9)
+    assert rows.problems(document(found)) == [] and "_per_token/" in rows.key(found)
 
 
 @pytest.mark.parametrize("expected, status", [((1, 2), "ok"), ((2, 1), "failed")])

@@ -64,6 +64,7 @@ def workload(name: str, batch: int, depth: int, **options: Any) -> Encoding:
     return Encoding(
         name,
         model=partial(build, depth),
+        shallow=partial(build, 1),
         pixels=partial(clips, batch),
         packed=partial(MultiBlock3d(GRID), batch, step=0),
         truncated=partial(MultiBlock3d(GRID, truncate=True), batch, step=0),
@@ -75,8 +76,8 @@ def workload(name: str, batch: int, depth: int, **options: Any) -> Encoding:
 
 
 WORKLOADS = (
-    workload("vjepa2_vit_s_two_masks", batch=2, depth=DEPTH),
-    workload("smoke_two_masks", batch=2, depth=1, smoke=True),
+    workload("vjepa2_vit_s_two_masks_per_token", batch=2, depth=DEPTH),
+    workload("smoke_two_masks_per_token", batch=2, depth=1, smoke=True),
 )
 
 
