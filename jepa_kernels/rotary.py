@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
+from jepa_kernels._core.check import check_number, check_tensor, fail
 from jepa_kernels._core.define import define
-from jepa_kernels._core.select import unavailable
+from jepa_kernels._core.select import FLOATS, unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
 
@@ -28,7 +28,8 @@ class Rope:
     positions: [T, a] packed, [N, a] or [B, N, a] dense, a in 1..3 (frame, row, column); integers or fractions.
     k_positions: of the keys, likewise; None: the same as of the queries.
     theta: > 0. frequencies: fp32 [A / 2], overrides theta: low-precision or scaled variants.
-    angle_dtype: the type in which positions and frequencies are multiplied and their cosines and sines kept.
+    angle_dtype: the type in which positions and frequencies are multiplied and their cosines and sines kept: float32,
+        bfloat16 or float16.
 
     No gradient to positions or frequencies, which must not change afterwards: the table of cosines and sines is
     computed once for all layers. Raises ValueError and TypeError for arguments that do not fit.
@@ -54,8 +55,8 @@ class Rope:
         check_number("Rope", "theta", theta)
         if not 0 < theta < float("inf"):
             fail("Rope", "theta", "be finite and greater than 0", theta, "10000 is usual")
-        if angle_dtype not in FLOATING:
-            wanted = "be float32, float64, bfloat16 or float16"
+        if angle_dtype not in FLOATS:
+            wanted = "be float32, bfloat16 or float16"
             fail("Rope", "angle_dtype", wanted, angle_dtype, "leave it out for float32", TypeError)
         if frequencies is not None:
             check_tensor("Rope", "frequencies", frequencies, "A/2", device=positions.device)
