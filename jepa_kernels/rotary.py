@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
+from jepa_kernels._core.check import check_number, check_tensor, fail
 from jepa_kernels._core.define import define
-from jepa_kernels._core.select import unavailable
+from jepa_kernels._core.select import FLOATS, unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
 
@@ -28,7 +28,8 @@ class Rope:
     positions: [T, a] packed, [N, a] or [B, N, a] dense, a in 1..3 (frame, row, column); integers or fractions.
     k_positions: of the keys, likewise; None: the same as of the queries.
     theta: > 0. frequencies: fp32 [A / 2], overrides theta: low-precision or scaled variants.
-    angle_dtype: the type in which positions and frequencies are multiplied and their cosines and sines kept.
+    angle_dtype: the type in which positions and frequencies are multiplied and their cosines and sines kept: float32,
+        bfloat16 or float16.
 
     No gradient to positions or frequencies, which must not change afterwards: the table of cosines and sines is
     computed once for all layers. Raises ValueError and TypeError for arguments that do not fit.
@@ -54,14 +55,14 @@ class Rope:
         check_number("Rope", "theta", theta)
         if not 0 < theta < float("inf"):
             fail("Rope", "theta", "be finite and greater than 0", theta, "10000 is usual")
-        if angle_dtype not in FLOATING:
-            wanted = "be float32, float64, bfloat16 or float16"
+        if angle_dtype not in FLOATS:
+            wanted = "be float32, bfloat16 or float16"
             fail("Rope", "angle_dtype", wanted, angle_dtype, "leave it out for float32", TypeError)
         if frequencies is not None:
             check_tensor("Rope", "frequencies", frequencies, "A/2", device=positions.device)
         self.positions, self.k_positions, self.pairing = positions, k_positions, pairing
         self.theta, self.frequencies, self.angle_dtype = float(theta), frequencies, angle_dtype
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        self._turns: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def to(self, device: torch.device | str) -> Rope:
         """The same Rope with its tensors on another device."""
@@ -81,28 +82,29 @@ class Rope:
         return self.pairing == "half"
 
     def turn(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k, token-major [..., T, H, D], turned in plain PyTorch."""
-        turns, k_turns = self.turns(q.shape[-1])
+        """q and k, token-major [..., T, H, D], turned in plain PyTorch, which computes the table too."""
+        turns, k_turns = self.turns(q.shape[-1], plain=True)
         return turn(q, turns, self.half), turn(k, k_turns, self.half)
 
-    def turns(self, width: int) -> tuple[Tensor, Tensor]:
+    def turns(self, width: int, *, plain: bool = False) -> tuple[Tensor, Tensor]:
         """Of queries and of keys, for heads of `width` channels: fp32 [..., 2, R], the cosine and the signed sine of
-        each of the R = a A channels that turn."""
+        each of the R = a A channels that turn. plain: computed by plain PyTorch, for the reference; else by the kernel
+        that there is, one for all backends."""
         if torch.compiler.is_compiling():  # the compiler computes equal tables once
-            return self._both(width)
-        if width in self._turns:
-            return self._turns[width]
+            return self._both(width, plain)
+        if (width, plain) in self._turns:
+            return self._turns[width, plain]
         with torch.inference_mode(False):  # a table made while evaluating serves training too
-            turns = self._both(width)
+            turns = self._both(width, plain)
         if type(turns[0]) is Tensor and not _capturing(turns[0]):
-            self._turns[width] = turns
+            self._turns[width, plain] = turns
         return turns
 
-    def _both(self, width: int) -> tuple[Tensor, Tensor]:
-        turns = self._table(self.positions, width)
-        return turns, turns if self.k_positions is None else self._table(self.k_positions, width)
+    def _both(self, width: int, plain: bool) -> tuple[Tensor, Tensor]:
+        turns = self._table(self.positions, width, plain)
+        return turns, turns if self.k_positions is None else self._table(self.k_positions, width, plain)
 
-    def _table(self, positions: Tensor, width: int) -> Tensor:
+    def _table(self, positions: Tensor, width: int, plain: bool) -> Tensor:
         pairs = width // positions.shape[-1] // 2  # A / 2
         if self.frequencies is not None and self.frequencies.shape[0] != pairs:
             wanted = f"hold A / 2 = {pairs} numbers for these heads"
@@ -110,11 +112,12 @@ class Rope:
         with torch.no_grad():
             positions = positions.to(self.angle_dtype)
             frequencies = None if self.frequencies is None else self.frequencies.to(self.angle_dtype)
-            return _turns(positions, frequencies, self.theta, self.pairing, width, _maker(positions))
+            backend = "reference" if plain else _maker(positions)
+            return _turns(positions, frequencies, self.theta, self.pairing, width, backend)
 
 
 def _maker(positions: Tensor) -> str:
-    """Who computes the table: whatever the backend of the op that reads it, so that all read the same."""
+    """Who computes the table of every kernel."""
     fits = positions.is_cpu and positions.dtype == torch.float32
     return "cpu" if fits and unavailable("cpu", "cpu") is None else "reference"
 

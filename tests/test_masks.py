@@ -1,5 +1,6 @@
 """MultiBlock2d: the published shapes, hand-checked cases, coverage, reproducibility, errors."""
 
+import copy
 import pickle
 import threading
 import time
@@ -152,6 +153,48 @@ def test_the_number_of_workers_does_not_change_the_masks(sampler, workers, start
         expected = sampler(2, step=step)
         assert np.array_equal(masks.context_ids, expected.context_ids)
         assert np.array_equal(masks.target_ids, expected.target_ids)
+
+
+class CollateStep:
+    """Stands for the masks: their number, by which they are drawn."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __call__(self, samples):
+        return self.sampler._steps.take()
+
+
+def epochs(sampler, workers, start=None, persistent=False, count=3):
+    loader = torch.utils.data.DataLoader(
+        range(6), batch_size=2, num_workers=workers, collate_fn=CollateStep(sampler), persistent_workers=persistent,
+        multiprocessing_context=start, timeout=60 if workers else 0,
+    )  # fmt: skip
+    return [list(loader) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers, start", [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
+def test_steps_run_on_from_epoch_to_epoch(workers, start):
+    sampler = pickle.loads(pickle.dumps(MultiBlock2d(14, upstream=workers == 1)))
+    assert epochs(sampler, workers, start, count=2) == [[0, 1, 2], [3, 4, 5]] and sampler.step == 6
+    if start != "spawn":  # slow to start
+        sampler.step = 2
+        assert epochs(sampler, workers, start, count=1) == [[2, 3, 4]]
+
+
+def test_persistent_workers_never_repeat_a_step():
+    sampler = MultiBlock2d(14)
+    first, *rest = epochs(sampler, 2, "fork", persistent=True)
+    steps = [*first, *rest[0], *rest[1]]
+    assert first == [0, 1, 2] and len(set(steps)) == 9 and sampler.step == max(steps) + 1
+
+
+def test_a_copy_counts_for_itself():
+    sampler = MultiBlock2d(14)
+    sampler(1)
+    other = copy.deepcopy(sampler)
+    other(1)
+    assert (sampler.step, other.step) == (1, 2)
 
 
 @pytest.mark.parametrize("sampler, batch", [(SAMPLERS[0], 60_000), (SAMPLERS[1], 30_000)], ids=["2d", "3d"])

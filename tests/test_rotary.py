@@ -95,7 +95,8 @@ def test_tables_are_computed_once_for_all_layers():
         (dict(positions=torch.zeros(3, 2), pairing="half"), ValueError, "positions must have one axis .+, got 2"),
         (dict(theta=0.0), ValueError, "theta must be finite and greater than 0, got 0.0; 10000 is usual"),
         (dict(theta="x"), TypeError, "theta must be a number, got str"),
-        (dict(angle_dtype=torch.int32), TypeError, "angle_dtype must be float32, .+, got torch.int32; leave"),
+        (dict(angle_dtype=torch.int32), TypeError, "angle_dtype must be float32, bfloat16 .+, got torch.int32; leave"),
+        (dict(angle_dtype=torch.float64), TypeError, "angle_dtype must be float32, .+ or float16, got torch.float64"),
         (dict(frequencies=torch.zeros(2, 2)), ValueError, r"frequencies must have shape \[A/2\], got \(2, 2\)"),
     ],
 )

@@ -63,10 +63,11 @@ static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixe
   const Channels scales(scale, weight.size(1)), shifts(shift, weight.size(1));
   const EmbedPatchesLayer layer = layer_of(pixels, ids, weight, runs, scales, shifts);
   const int64_t depth = layer.depth(), embed_dim = layer.embed_dim, count = layer.at.count;
-  const Tensor none = grad.new_empty({0});
-  const std::array<Tensor, 4> found{
-      wanted[0] ? grad.new_zeros(pixels.shape()) : none, wanted[1] ? grad.new_empty(weight.shape()) : none,
-      wanted[2] ? grad.new_empty({embed_dim}) : none, wanted[3] ? grad.new_empty({count, embed_dim}) : none};
+  const auto none = [&] { return grad.new_empty({0}); }; // a new one each time: outputs must not alias
+  const std::array<Tensor, 4> found{wanted[0] ? grad.new_zeros(pixels.shape()) : none(),
+                                    wanted[1] ? grad.new_empty(weight.shape()) : none(),
+                                    wanted[2] ? grad.new_empty({embed_dim}) : none(),
+                                    wanted[3] ? grad.new_empty({count, embed_dim}) : none()};
   const bool apart = wanted[1] && (layer.dtype != DType::f32 || layer.copies > 1);
   const Tensor sum = apart ? grad.new_empty({embed_dim * depth}, DType::f32) : found[1];
   const Tensor left = grad.new_empty({padded(embed_dim, TILE_ROWS) * TOKENS}, DType::f32);

@@ -27,8 +27,10 @@ class MultiBlock2d(Sampler):
         places from torch's global one, or from the `generator` of a call. (Target blocks of `min_keep` or fewer
         patches, of which that code finds none, are taken.)
     seed: masks depend on (seed, step) alone: counter-based Philox4x32-10, unbiased in every range. `step` counts
-        calls; in the workers of a DataLoader with one call per batch it is the batch's number, whatever the number
-        of workers. Set it to resume.
+        calls. In the workers of a DataLoader with one call per batch it is the batch's number, whatever the number
+        of workers, and runs on from epoch to epoch; set it to resume, or after an epoch that was left early. With
+        persistent workers the numbers of later epochs are new ones too, but depend on how many workers there are, and
+        setting it has no effect once they run.
 
     Source: Assran et al., Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture
     (arXiv:2301.08243), section 3 and appendix A.

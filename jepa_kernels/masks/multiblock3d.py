@@ -72,8 +72,10 @@ class MultiBlock3d(Sampler):
         generator of its own, all seeded with seed + step, and places from torch's global one, or from the `generator`
         of a call, one spec after another.
     seed: masks depend on (seed, step) alone, and specs draw independently: counter-based Philox4x32-10, unbiased in
-        every range. `step` counts calls; in the workers of a DataLoader with one call per batch it is the batch's
-        number, whatever the number of workers. Set it to resume.
+        every range. `step` counts calls. In the workers of a DataLoader with one call per batch it is the batch's
+        number, whatever the number of workers, and runs on from epoch to epoch; set it to resume, or after an epoch
+        that was left early. With persistent workers the numbers of later epochs are new ones too, but depend on how
+        many workers there are, and setting it has no effect once they run.
 
     Source: Bardes et al., Revisiting Feature Prediction for Learning Visual Representations from Video
     (arXiv:2404.08471), section 3; Assran et al., V-JEPA 2 (arXiv:2506.09985).

@@ -1,4 +1,4 @@
-"""What the samplers share: the count of batches, the generator of the published code, checks."""
+"""What the samplers share: the generator of the published code, checks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils.data
 
 from jepa_kernels._core import extension
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import BackendError
 from jepa_kernels.masks.batch import MaskBatch
+from jepa_kernels.masks.steps import Steps
 
 MAX_ASPECT = 1000.0  # far beyond any grid
 MAX_COUNT = 2**20  # of images, blocks and patches per side or block: products of three fit into 64 bits
@@ -27,11 +27,21 @@ class Sampler:
     def __init__(self, truncate: bool, upstream: bool, seed: int) -> None:
         check_count(self.name, "seed", seed, 0, "pass any such number", MAX_SEED)
         self.truncate, self.upstream, self.seed = truncate or upstream, upstream, seed
-        self.step = 0
+        self._steps = Steps()
 
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    @property
+    def step(self) -> int:
+        """Number of the next batch: how many were drawn, by the workers of a DataLoader too. Set it to resume."""
+        return self._steps.next
+
+    @step.setter
+    def step(self, step: int) -> None:
+        check_count(self.name, "step", step, 0, "pass the number of the next batch", MAX_SEED)
+        self._steps.next = step
 
     def __call__(self, batch: int, *, step: int | None = None, generator: torch.Generator | None = None) -> MaskBatch:
         """Masks for `batch` images.
@@ -41,7 +51,7 @@ class Sampler:
             leaves it. None is torch's global one.
         """
         check_count(self.name, "batch", batch, 1, "pass the number of images")
-        step = self._next_step() if step is None else step
+        step = self._steps.take() if step is None else step
         check_count(self.name, "step", step, 0, "leave it out to count calls", MAX_SEED)
         if self.upstream:
             return self._draw_with(torch.default_generator if generator is None else generator, batch, step)
@@ -60,12 +70,6 @@ class Sampler:
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
         """The masks, and the state of torch's generator after they were drawn from it."""
         raise NotImplementedError
-
-    def _next_step(self) -> int:
-        worker = torch.utils.data.get_worker_info()
-        step = self.step if worker is None else self.step + worker.id
-        self.step += 1 if worker is None else worker.num_workers
-        return step
 
 
 def native(name: str) -> ModuleType:

@@ -220,7 +220,7 @@ def test_rope_needs_no_sync_and_has_the_bits_of_the_cpu_kernel(backend):
             both = jk.rope_qk(q, k, rope, backend=backend)
             grads = torch.autograd.grad(both, (q, k), [q, k])
     here = rope.to("cpu")
-    here._turns[80] = tuple(x.cpu() for x in rope.turns(80))  # cosines of a GPU differ from the CPU's
+    here._turns[80, False] = tuple(x.cpu() for x in rope.turns(80))  # cosines of a GPU differ from the CPU's
     leaves = [x.detach().cpu().requires_grad_() for x in (q, k)]
     expected = jk.rope_qk(*leaves, here, backend="cpu")
     wanted = [*expected, *torch.autograd.grad(expected, leaves, leaves)]

@@ -218,3 +218,12 @@ BAD = [
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match="embed_patches: " + message):
         jk.embed_patches(**{**dict(pixels=PIXELS, ids=IDS, weight=WEIGHT), **change})
+
+
+def test_gradients_that_are_not_wanted_share_no_tensor(kernel):
+    pixels, weight = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4)
+    grad, wanted = torch.randn(2, 4, 5), [False, True, False, False]
+    backward = torch.ops.jepa_kernels.embed_patches_backward
+    found = backward(grad, pixels, None, weight, None, [], [], wanted, kernel)
+    assert [x.numel() for x in found] == [0, weight.numel(), 0, 0]
+    assert len({x.untyped_storage()._cdata for x in found}) == 4

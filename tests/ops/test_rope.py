@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
 from jepa_kernels import _C, Packing, Rope
+from jepa_kernels._core.define import _implementations
 
 LEVELS = [level for level in ("avx2", "avx512", "avx512_bf16") if _C.set_isa(level)]
 _C.set_isa("best")
@@ -260,28 +261,52 @@ def test_dense_attention_with_a_rope_equals_attention_behind_rope_exactly(backen
     assert torch.equal(fused, jk.masked_attention(*jk.rope_qk(q, k, rope, backend=backend), v, backend=backend))
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "pairing, axes, width", [("interleaved", 3, 64), ("tiled", 3, 80), ("tiled", 3, 33), ("half", 1, 40)]
 )
-def test_the_table_holds_rounded_cosines_and_sines(pairing, axes, width):
-    places = torch.cat([torch.randint(0, 300, (60, axes)).float(), torch.rand(40, axes) * 1e5 - 5e4])
+def test_the_table_of_the_kernel_holds_rounded_cosines_and_sines(level, pairing, axes, width):
+    places = torch.cat([torch.randint(0, 300, (60, axes)).float(), torch.rand(400, axes) * 2e5 - 1e5])
     places[::7] = places[0]  # positions that repeat
-    (cos, sin), pairs = Rope(places, pairing=pairing).turns(width)[0].double().unbind(1), width // axes // 2
+    _C.set_isa(level)
+    table = torch.ops.jepa_kernels.rope_turns(places, None, 10000.0, pairing, width, "cpu")
+    _C.set_isa("best")
+    (cos, sin), pairs = table.double().unbind(1), width // axes // 2
     frequencies = torch.tensor([10000.0 ** -(j / pairs) for j in range(pairs)])
     i = torch.arange(2 * pairs)
     angles = (places[..., None] * frequencies[i // 2 if pairing == "interleaved" else i % pairs]).flatten(1).double()
     sign = torch.where(i < pairs if pairing == "half" else i % 2 == 0, -1.0, 1.0).repeat(axes)
-    half_ulp = torch.finfo(torch.float32).eps / 4  # of numbers in 1/2..1
-    assert (cos - angles.cos()).abs().max() < 1.001 * half_ulp
-    assert (sin - sign * angles.sin()).abs().max() < 1.001 * half_ulp
+    for found, exact in ((cos, angles.cos()), (sin, sign * angles.sin())):
+        half_ulp = 2.0 ** (exact.frexp().exponent - 25)
+        assert ((found - exact).abs() <= half_ulp + 1e-12).all()
 
 
-def test_the_table_of_no_kernel_is_within_an_ulp(monkeypatch):
+def test_the_plain_table_is_within_an_ulp():
     rope = Rope(torch.rand(50, 3) * 100, pairing="tiled")
-    expected = rope.turns(32)[0]
-    monkeypatch.setattr("jepa_kernels.rotary._maker", lambda positions: "reference")
-    found = Rope(rope.positions, pairing="tiled").turns(32)[0]
-    assert (found - expected).abs().max() <= 6e-8
+    assert (rope.turns(32, plain=True)[0] - rope.turns(32)[0]).abs().max() <= 6e-8
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_reference_computes_its_table_in_plain_pytorch(monkeypatch, compiled):
+    x, rope = torch.randn(1, 2, 4, 16), Rope(torch.rand(4, 3), torch.rand(4, 3))
+    kernels = torch.stack(rope.turns(16))  # a table that the kernels have left
+
+    def refuse(*_):
+        raise AssertionError("the reference must call no kernel")
+
+    def call():
+        rotated = (
+            jk.rope(x, rope),
+            *jk.rope_qk(x, x, rope),
+            *jk.rope_qk(x, x, rope.positions, k_positions=rope.k_positions),
+        )
+        return *rotated, jk.masked_attention(x, x, x, rope=rope)
+
+    monkeypatch.setitem(_implementations, ("rope", "turns", "cpu"), refuse)
+    rope._turns[16, False] = tuple(torch.full_like(kernels, math.nan))
+    with jk.use_backend("reference"):
+        found = torch.compile(call, backend="aot_eager", fullgraph=True)() if compiled else call()
+    assert all(y.isfinite().all() for y in found)
 
 
 def test_angles_that_are_no_numbers_or_very_large(backend):

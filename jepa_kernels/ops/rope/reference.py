@@ -11,7 +11,7 @@ from jepa_kernels.rotary import Rope, rope_of, turn
 def forward(x: Tensor, positions: Tensor | Rope, **options: Any) -> Tensor:
     """x [T, H, D] or [B, H, N, D] turned by its positions; options: of `Rope`."""
     rope = rope_of("rope", positions, **options)
-    return tokens_first(turn(tokens_first(x), rope.turns(x.shape[-1])[0], rope.half))
+    return tokens_first(turn(tokens_first(x), rope.turns(x.shape[-1], plain=True)[0], rope.half))
 
 
 def forward_qk(
