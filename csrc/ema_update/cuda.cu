@@ -8,6 +8,8 @@
 #include <string>
 #include <type_traits>
 
+#include "common/floats.cuh"
+
 namespace jepa {
 
 constexpr int THREADS = 256;
@@ -26,13 +28,6 @@ template <EmaForm form> __device__ float mix(float target, float online, Factors
     return __fadd_rn(__fmul_rn(f.keep, target), __fmul_rn(f.step, online));
   return __fmaf_rn(f.step, online, __fmul_rn(f.keep, target));
 }
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ void narrow(float x, float& out) { out = x; }
-__device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 struct None {}; // no shadow
 

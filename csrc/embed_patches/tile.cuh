@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <type_traits>
 
+#include "common/floats.cuh"
 #include "common/hopper_host.cuh"
 #include "common/mma.cuh"
 #include "embed_patches/embed_patches.h"
@@ -17,11 +18,8 @@ constexpr int THREADS = 256, TILE = 128, STEP = 32, CHUNK = 8;
 // A multiprocessor's blocks that registers must allow, where so many elements are read as one.
 constexpr int blocks_of(int width) { return width > 1 ? 2 : 1; }
 
+using jepa::widen;
 __device__ inline float widen(uint8_t x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 constexpr int64_t tiles_of(int64_t n, int64_t size = TILE) { return (n + size - 1) / size; }
 

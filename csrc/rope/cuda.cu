@@ -6,19 +6,13 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/floats.cuh"
 #include "common/hopper_host.cuh"
 
 namespace jepa {
 
 constexpr unsigned THREADS = 256;
 constexpr int64_t BLOCKS = 1024; // in all, at least, where there are heads to share out
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ void narrow(float x, float& out) { out = x; }
-__device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
 
 // Channels c..c+count-1 of a row: 16 bytes, or one by one.
 template <class T, bool wide> struct Chunk {
