@@ -33,7 +33,10 @@ LENGTHS = (60, 0, 100, 41, 75, 100, 1, 90)  # two masks of four images
 WIDE, ROWS, LOW_ROWS = 1024, 6_301, 12_301  # rows of which fp32 and bf16 outputs are streamed
 STREAMED = 24 << 20  # bytes; of fewer, none are
 LOW = (torch.float32, torch.bfloat16)
+ASSEMBLED, MANY = ("context", "mask_token"), (75, 900, 1, 90) * 3
 EACH = [
+    *large("assemble_tokens", "packed", ASSEMBLED, "packed", LENGTHS[:4], MANY, 130, count=1000, groups=3, unused=9),
+    *large("assemble_tokens", "streamed", ASSEMBLED, "packed", (1000, 2000), (5000, 4500), WIDE, dtypes=LOW),
     *(pytest.param("ema_update", EMA, dtype, id=f"ema_update-{short(dtype)}") for dtype in DTYPES),
     *large("embed_patches", "packed", ("pixels", "weight", "bias", "pos_embed"), "packed", IMAGES, LENGTHS, 480),
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
