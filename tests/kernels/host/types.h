@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#define __device__
+
 namespace jepa {
 
 struct __nv_bfloat16 {
