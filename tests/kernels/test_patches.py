@@ -43,7 +43,7 @@ def build(folder: Path) -> Path:
         for s in SOURCES
     ]
     assert not any([process.wait() for process in started])
-    module = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    module = folder / f"patches{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(["g++", "-shared", *folder.glob("*.o"), "-o", module], check=True)
     return module
 
@@ -52,7 +52,7 @@ def build(folder: Path) -> Path:
 def emulated(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on PATH: the kernels are not built for the host here")
-    spec = importlib.util.spec_from_file_location("emulated", build(tmp_path_factory.mktemp("patches")))
+    spec = importlib.util.spec_from_file_location("patches", build(tmp_path_factory.mktemp("patches")))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

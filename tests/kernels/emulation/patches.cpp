@@ -9,4 +9,4 @@ void refuse(DType) { throw std::runtime_error("a type that no kernel is built fo
 
 } // namespace jepa
 
-PYBIND11_MODULE(emulated, m) { jepa::bind_embed_patches_cuda(m); }
+PYBIND11_MODULE(patches, m) { jepa::bind_embed_patches_cuda(m); }
