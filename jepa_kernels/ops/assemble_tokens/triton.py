@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
+from jepa_kernels._core.triton_rows import run_of
 
 MAX_BLOCK = 1024  # channels of a program
 TILE_BYTES = 8192  # of a program's rows, at least one row
@@ -20,28 +21,13 @@ SUM_ROWS, SUM_BLOCK = 32, 64  # parts added at once, and channels
 
 
 @triton.jit
-def _sequence_of(row, cu_seqlens, sequences, steps):
-    """The sequence that holds each row: the first that ends behind it; `sequences` where none does."""
-    low = row * 0
-    high = low + sequences
-    for _ in range(steps):
-        middle = (low + high) // 2
-        behind = tl.load(cu_seqlens + middle + 1, mask=low < high, other=0) <= row
-        low = tl.where((low < high) & behind, middle + 1, low)
-        high = tl.where(behind, high, middle)
-    return low
-
-
-@triton.jit
 def _place_of(row, cu_seqlens, sequences, steps, length):
     """Each row's sequence, place in it, and whether it is in one. length: of each, where there is no packing."""
+    s = run_of(row, cu_seqlens, sequences, length, steps)
+    inside = s < sequences
     if cu_seqlens is None:
-        s = row // length
-        inside = s < sequences
         start = s * length
     else:
-        s = _sequence_of(row, cu_seqlens, sequences, steps)
-        inside = s < sequences
         start = tl.load(cu_seqlens + s, mask=inside, other=0)
     return s, row - start, inside
 
