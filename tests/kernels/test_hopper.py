@@ -6,76 +6,39 @@ publishes or no barrier orders, an accumulator read before its wait, a copy that
 for ever.
 """
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-from types import SimpleNamespace
-
-import pybind11
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
-from jepa_kernels._core import define, select
 from jepa_kernels._core.case import Case
 from jepa_kernels.ops.masked_attention import limits
 from jepa_kernels.ops.masked_attention.cases import CASES, GRADS, dense, packed
 from jepa_kernels.testing import cast, check_case, map_tensors, poisoned_memory, public
+from tests.kernels.on_host import CSRC, HERE, build, take_for_cuda
 
 pytestmark = pytest.mark.compile
 OP = "masked_attention"
-HERE, CSRC = Path(__file__).parent / "emulation", Path(__file__).parents[2] / "csrc"
+EMULATION = HERE / "emulation"
 SOURCES = {  # optimised where it pays within a minute
-    HERE / "module.cpp": "-O1",
+    EMULATION / "module.cpp": "-O1",
     CSRC / "masked_attention" / "cuda_backward_sm90a.cu": "-O1",
     CSRC / "masked_attention" / "cuda_forward_sm90a.cu": "-O1",
-    HERE / "matrix.cpp": "-O3",
+    EMULATION / "matrix.cpp": "-O3",
 }
 LENGTHS = (0, 1, 63, 64, 65, 111, 130, 256)
 WIDTHS = (16, 24, 32, 64, 80, 88, 96, 104, 128)
 
 
-def build(folder: Path) -> Path:
-    """All sources at once, then one module."""
-    includes = [f"-I{folder}" for folder in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *includes]
-    started = [
-        subprocess.Popen(
-            ["g++", *flags, level, "-x", "c++", "-c", source, "-o", folder / f"{source.stem}.o"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for source, level in SOURCES.items()
-    ]
-    for process in started:
-        errors = process.communicate()[1]
-        assert process.returncode == 0 and not errors, errors
-    module = folder / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *folder.glob("*.o"), "-o", module], check=True)
-    return module
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH: the kernels are not built for the host here")
-    spec = importlib.util.spec_from_file_location("emulated", build(tmp_path_factory.mktemp("emulated")))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return build(tmp_path_factory.mktemp("emulated"), "emulated", EMULATION, SOURCES, "-Wall", "-Wextra")
 
 
 @pytest.fixture(autouse=True)
 def _cuda_backend_on_the_host(emulated, monkeypatch):
-    for stage in ("forward", "backward"):
-        kernel = getattr(emulated, f"{OP}_{stage}_cuda")
-        monkeypatch.setitem(define._implementations, (OP, stage, "cuda"), kernel)
-    monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
+    take_for_cuda(monkeypatch, OP, emulated)
     monkeypatch.setitem(limits._capabilities, -1, (9, 0))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
 
 
 def draw(make, dtype=torch.bfloat16):

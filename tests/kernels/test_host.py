@@ -4,26 +4,19 @@ tests/kernels/host stands in for CUDA; vector accesses that are not aligned faul
 channel that no thread writes shows.
 """
 
-import importlib.util
 import re
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-from types import SimpleNamespace
 
-import pybind11
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Rope
-from jepa_kernels._core import define, select
 from jepa_kernels.ops.rope.cases import CASES
 from jepa_kernels.testing import DTYPES, check_case, poisoned_memory
+from tests.kernels.on_host import CSRC, HERE, build, take_for_cuda
 
 pytestmark = pytest.mark.compile
-HERE, CSRC = Path(__file__).parent / "host", Path(__file__).parents[2] / "csrc"
+HEADERS = HERE / "host"
 
 
 def host_source(source: str) -> str:
@@ -37,26 +30,16 @@ def host_source(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH: the kernels are not built for the host here")
     folder = tmp_path_factory.mktemp("host")
-    (folder / "rope.cpp").write_text(host_source((CSRC / "rope" / "cuda.cu").read_text()))
-    path = folder / f"host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = [f"-I{place}" for place in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-mfma", "-w"]
-    subprocess.run(["g++", *flags, *includes, folder / "rope.cpp", HERE / "module.cpp", "-o", path], check=True)
-    spec = importlib.util.spec_from_file_location("host", path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    source = folder / "rope.cpp"
+    source.write_text(host_source((CSRC / "rope" / "cuda.cu").read_text()))
+    sources = dict.fromkeys((source, HEADERS / "module.cpp"), "-O1")
+    return build(folder, "host", HEADERS, sources, "-ffp-contract=off", "-mfma", "-w")
 
 
 @pytest.fixture(autouse=True)
 def _cuda_backend_on_the_host(module, monkeypatch):
-    for stage in ("forward", "backward"):
-        monkeypatch.setitem(define._implementations, ("rope", stage, "cuda"), getattr(module, f"rope_{stage}_cuda"))
-    monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    take_for_cuda(monkeypatch, "rope", module)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -4,66 +4,37 @@ tests/kernels/emulation stands in for CUDA: threads that change over at barriers
 that are not aligned fault. Memory is poisoned, so that an element that no thread writes shows.
 """
 
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
-from types import SimpleNamespace
-
-import pybind11
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
-from jepa_kernels._core import define, select
 from jepa_kernels._core.case import Case
 from jepa_kernels.ops.embed_patches.cases import CASES, EVERY, LAYER, Images, packed, rectangular
 from jepa_kernels.testing import cast, check_case, map_tensors, poisoned_memory, public, run
+from tests.kernels.on_host import CSRC, HERE, build, take_for_cuda
 
 pytestmark = pytest.mark.compile
 OP = "embed_patches"
-HERE, CSRC = Path(__file__).parent / "emulation", Path(__file__).parents[2] / "csrc"
+EMULATION = HERE / "emulation"
 SOURCES = (
-    HERE / "patches.cpp",
-    HERE / "matrix.cpp",
+    EMULATION / "patches.cpp",
+    EMULATION / "matrix.cpp",
     CSRC / OP / "cuda_backward.cu",
     CSRC / OP / "cuda_forward.cu",
 )
 LOW = (torch.bfloat16, torch.float16)
 
 
-def build(folder: Path) -> Path:
-    """All sources at once, then one module."""
-    includes = [f"-I{folder}" for folder in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    flags = ["-std=c++17", "-O2", "-mf16c", "-mfma", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", *includes]
-    started = [
-        subprocess.Popen(["g++", *flags, "-Wno-unknown-pragmas", "-x", "c++", "-c", s, "-o", folder / f"{s.stem}.o"])
-        for s in SOURCES
-    ]
-    assert not any([process.wait() for process in started])
-    module = folder / f"patches{sysconfig.get_config_var('EXT_SUFFIX')}"
-    subprocess.run(["g++", "-shared", *folder.glob("*.o"), "-o", module], check=True)
-    return module
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not on PATH: the kernels are not built for the host here")
-    spec = importlib.util.spec_from_file_location("patches", build(tmp_path_factory.mktemp("patches")))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    flags = ("-mf16c", "-mfma", "-ffp-contract=off")
+    return build(tmp_path_factory.mktemp("patches"), "patches", EMULATION, dict.fromkeys(SOURCES, "-O2"), *flags)
 
 
 @pytest.fixture(autouse=True)
 def _cuda_backend_on_the_host(emulated, monkeypatch):
-    for stage in ("forward", "backward"):
-        monkeypatch.setitem(define._implementations, (OP, stage, "cuda"), getattr(emulated, f"{OP}_{stage}_cuda"))
-    monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    take_for_cuda(monkeypatch, OP, emulated)
 
 
 def draw(case, dtype=torch.bfloat16):
