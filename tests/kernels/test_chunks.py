@@ -1,9 +1,9 @@
-"""The table of chunks that ema_update's GPU kernels read: covers every element once, is built once."""
+"""The table of chunks that the GPU kernels of lists read: covers every element once, is built once."""
 
 import pytest
 import torch
 
-from jepa_kernels.ops.ema_update import chunks
+from jepa_kernels import chunks
 
 
 @pytest.fixture(autouse=True)
@@ -11,46 +11,76 @@ def _no_tables():
     chunks._kept.clear()
 
 
-def covered(group, size):
-    """{address of target: count} of all elements of `size` bytes."""
-    return {a + size * i for a, _, _, n in group.table.tolist() for i in range(n)}
+def groups(*lists):
+    return chunks.groups("op", lists)
+
+
+def covered(table, size):
+    """{address in the first list: count} of all elements of `size` bytes."""
+    return {row[0] + size * i for row in table.tolist() for i in range(row[-1])}
 
 
 def test_chunks_cover_every_element_once():
     target = [torch.zeros(n) for n in (0, 1, chunks.CHUNK - 1, chunks.CHUNK, 2 * chunks.CHUNK + 7)]
     online = [t.bfloat16() for t in target]
-    (group,) = chunks.groups(target, online, ())
-    assert group.online == torch.bfloat16 and group.shadow is None
-    assert covered(group, 4) == {t.data_ptr() + 4 * i for t in target for i in range(t.numel())}
-    assert group.table[:, 3].sum() == sum(t.numel() for t in target) and group.table[:, 3].max() <= chunks.CHUNK
-    steps = (group.table[:, 1] - online[-1].data_ptr())[-3:].tolist()
-    assert steps == [0, 2 * chunks.CHUNK, 4 * chunks.CHUNK] and not group.table[:, 2].any()
+    ((table, dtypes),) = groups(target, online, ())
+    assert dtypes == (torch.float32, torch.bfloat16, None)
+    assert covered(table, 4) == {t.data_ptr() + 4 * i for t in target for i in range(t.numel())}
+    assert table[:, 3].sum() == sum(t.numel() for t in target) and table[:, 3].max() <= chunks.CHUNK
+    steps = (table[:, 1] - online[-1].data_ptr())[-3:].tolist()
+    assert steps == [0, 2 * chunks.CHUNK, 4 * chunks.CHUNK] and not table[:, 2].any()
 
 
-def test_each_pair_of_dtypes_is_one_launch():
+def test_each_set_of_dtypes_is_one_launch():
     target = [torch.zeros(5) for _ in range(4)]
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)
     online = [t.to(d) for t, d in zip(target, dtypes, strict=True)]
-    groups = chunks.groups(target, online, [t.half() for t in target])
-    assert [(g.online, g.shadow, len(g.table)) for g in groups] == [
-        (torch.float32, torch.float16, 2),
-        (torch.bfloat16, torch.float16, 2),
+    found = groups(target, online, [t.half() for t in target])
+    assert [(g.dtypes, len(g.table)) for g in found] == [
+        ((torch.float32, torch.float32, torch.float16), 2),
+        ((torch.float32, torch.bfloat16, torch.float16), 2),
     ]
+
+
+def test_a_tensor_may_be_missing_in_any_list_but_the_first():
+    params, none = [torch.zeros(3), torch.zeros(0), torch.zeros(4)], torch.zeros(0)
+    shadow = [none.half(), none.half(), torch.zeros(4).half()]
+    without, with_shadow = groups(params, shadow)
+    assert without.dtypes == (torch.float32, None) and without.table.tolist() == [[params[0].data_ptr(), 0, 3]]
+    assert with_shadow.dtypes == (torch.float32, torch.float16)
+    assert with_shadow.table.tolist() == [[params[2].data_ptr(), shadow[2].data_ptr(), 4]]
+
+
+def test_all_chunks_of_a_tensor_share_its_one_element():
+    params, steps = [torch.zeros(2 * chunks.CHUNK), torch.zeros(1)], [torch.tensor(3.0), torch.tensor(5.0)]
+    ((table, _),) = groups(params, steps)
+    assert table[:, 1].tolist() == [steps[0].data_ptr()] * 2 + [steps[1].data_ptr()]
+
+
+def test_tables_have_a_column_for_each_of_any_number_of_lists():
+    lists = [[torch.full((5,), float(i))] for i in range(8)]
+    ((table, dtypes),) = groups(*lists)
+    assert table.tolist() == [[*(t.data_ptr() for (t,) in lists), 5]] and dtypes == (torch.float32,) * 8
 
 
 def test_a_table_is_built_once_and_the_oldest_goes_first():
     lists = [[torch.zeros(3)] for _ in range(chunks.KEPT + 1)]
-    first = chunks.groups(lists[0], lists[0], ())
-    assert chunks.groups(lists[0], lists[0], ()) is first
+    first = groups(lists[0], lists[0])
+    assert groups(lists[0], lists[0]) is first
     for tensors in lists[1 : chunks.KEPT]:
-        chunks.groups(tensors, tensors, ())
-    assert chunks.groups(lists[0], lists[0], ()) is first and len(chunks._kept) == chunks.KEPT
-    chunks.groups(lists[-1], lists[-1], ())
-    assert chunks.groups(lists[0], lists[0], ()) is first, "just used: not the oldest"
+        groups(tensors, tensors)
+    assert groups(lists[0], lists[0]) is first and len(chunks._kept) == chunks.KEPT
+    groups(lists[-1], lists[-1])
+    assert groups(lists[0], lists[0]) is first, "just used: not the oldest"
     assert len(chunks._kept) == chunks.KEPT
 
 
 def test_equal_addresses_of_another_size_are_another_table():
     whole = torch.zeros(100)
-    first = chunks.groups([whole], [whole], ())
-    assert chunks.groups([whole[:50]], [whole[:50]], ()) is not first
+    first = groups([whole], [whole])
+    assert groups([whole[:50]], [whole[:50]]) is not first
+
+
+def test_equal_addresses_of_other_lists_are_another_table():
+    a, b = torch.zeros(5), torch.zeros(5)
+    assert groups([a, b])[0].table.shape == (2, 2) and groups([a], [b])[0].table.shape == (1, 3)

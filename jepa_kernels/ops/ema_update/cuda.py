@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from jepa_kernels._core import extension
-from jepa_kernels.ops.ema_update.chunks import groups
+from jepa_kernels.chunks import groups
 
 
 def forward(
@@ -13,5 +13,5 @@ def forward(
 ) -> None:
     """One launch for each pair of online and shadow dtypes, usually one in all."""
     launch = extension.load().ema_update_forward_cuda  # type: ignore[union-attr]
-    for group in groups(target, online, shadow):
-        launch(group.table, group.online, group.shadow, momentum, form)
+    for table, (_, online_dtype, shadow_dtype) in groups("ema_update", (target, online, shadow)):
+        launch(table, online_dtype, shadow_dtype, momentum, form)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels.ops.ema_update.chunks import groups
+from jepa_kernels.chunks import groups
 
 THREADS = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
@@ -70,15 +70,15 @@ def forward(
     on_device = momentum.device == target[0].device
     host = 0.0 if on_device else float(momentum)
     with device_of(target[0]):
-        for group in groups(target, online, shadow):
-            _ema_update_forward_kernel[(len(group.table),)](
-                group.table,
+        for table, (_, online_dtype, shadow_dtype) in groups("ema_update", (target, online, shadow)):
+            _ema_update_forward_kernel[(len(table),)](
+                table,
                 host,
                 1.0 - host,
                 momentum if on_device else None,
                 FORM=form,
-                ONLINE=DTYPES[group.online],
-                SHADOW=DTYPES[group.shadow],
+                ONLINE=DTYPES[online_dtype],
+                SHADOW=DTYPES[shadow_dtype],
                 THREADS=THREADS,
                 num_warps=THREADS // 32,
                 enable_fp_fusion=False,  # the forms are defined by their roundings
