@@ -11,6 +11,7 @@ FREE = {"numpy"}  # besides the standard library and torch
 FLOORS = {
     "_core": 1,
     "chunks": 1,
+    "lists": 1,
     "packing": 1,
     "pairs": 1,
     "rotary": 1,

@@ -1,0 +1,141 @@
+"""Argument checks of `adamw_ema`: all of them pass before the first write."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.select import FLOATS, short
+from jepa_kernels.lists import check_strided, overlap, same_layout, tensors
+
+OP = "adamw_ema"
+SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
+DTYPES = {"grads": FLOATS, "online_shadow": LOW, "target_shadow": LOW}  # of each other list: SINGLE
+SCALARS = (torch.float64, torch.float32)
+
+
+class Lists(NamedTuple):
+    """The tensors of one call, in the torch op's order: as many in each list as params, an empty one where none is."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    targets: list[Tensor]  # the last three lists may be empty altogether
+    online_shadow: list[Tensor]
+    target_shadow: list[Tensor]
+
+
+STATE = ("exp_avgs", "exp_avg_sqs", "steps")
+OPTIONAL = ("targets", "online_shadow", "target_shadow")
+
+
+def checked(names: Sequence[str] | None = None, **given: Any) -> dict[str, list[Tensor | None]]:
+    """The lists with DTensors as their local shards. `names` are those of the parameters, for messages."""
+    lists = {k: [] if v is None and k in OPTIONAL else tensors(OP, k, v) for k, v in given.items()}
+    count = len(lists["params"])
+    for k, v in lists.items():
+        if len(v) != count and (v or k not in OPTIONAL):
+            fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
+    for i in range(count):
+        _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
+    if not torch.compiler.is_compiling():
+        _check_overlap(lists, names)
+    return lists
+
+
+def _check_entry(lists: dict[str, list[Tensor | None]], i: int, name: str) -> None:
+    entry = {k: v[i] if v else None for k, v in lists.items()}
+    p = _check_param(entry["params"], name, lists["params"][0])
+    for role, t in entry.items():
+        if t is None:
+            if role in STATE and entry["grads"] is not None:
+                fail(OP, f"{role}[{i}]", f"be a tensor, as {name} has a gradient", "None", "pass the state", TypeError)
+        elif role != "params":
+            _check_partner(p, t, role, name)
+    if entry["target_shadow"] is not None and entry["targets"] is None:
+        fail(OP, f"the target_shadow of {name}", "have a target to copy", "no target", "leave it out")
+
+
+def _check_param(p: Tensor | None, name: str, first: Tensor | None) -> Tensor:
+    if p is None or first is None:
+        fail(OP, name, "be a tensor", "None", "leave it out of every list", TypeError)
+    if p.dtype is not torch.float32:
+        remedy = "keep fp32 weights and pass low-precision copies as a shadow"
+        fail(OP, name, "be float32", short(p.dtype), remedy, TypeError)
+    check_strided(OP, name, p)
+    if p.device != first.device:
+        fail(OP, name, f"be on {first.device}", p.device, "update each device's parameters in a call of its own")
+    return p
+
+
+def _check_partner(p: Tensor, t: Tensor, role: str, name: str) -> None:
+    what = f"the {role.removesuffix('s')} of {name}"
+    dtypes = DTYPES.get(role, SINGLE)
+    if t.dtype not in dtypes:
+        wanted = f"be {' or '.join(short(d) for d in dtypes)}"
+        fail(OP, what, wanted, short(t.dtype), "convert it with .to(dtype)", TypeError)
+    check_strided(OP, what, t)
+    if t.device != p.device:
+        fail(OP, what, f"be on {p.device}", t.device, "move it with .to(device)")
+    if role == "steps":
+        if t.dim() != 0:
+            fail(OP, what, "have shape ()", tuple(t.shape), "count the steps in a 0-dim tensor")
+    elif not same_layout(t, p):
+        actual = f"shape {tuple(t.shape)} and strides {t.stride()}"
+        wanted = f"have shape {tuple(p.shape)} and strides {p.stride()}"
+        fail(OP, what, wanted, actual, "pair the tensors in order, and store both alike")
+
+
+def _check_overlap(lists: dict[str, list[Tensor | None]], names: Sequence[str] | None) -> None:
+    """Two tensors in one place of memory would be updated twice, or from each other's new values."""
+
+    def named(role: str) -> list[tuple[str, Tensor]]:
+        label = f"{role}[{{}}]" if names is None else f"the {role.removesuffix('s')} of {{}}"
+        keys = range(len(lists[role])) if names is None else names
+        return [(label.format(n), t) for n, t in zip(keys, lists[role], strict=False) if t is not None]
+
+    found = overlap([pair for role in lists if role != "grads" for pair in named(role)], named("grads"))
+    if found is not None:
+        fail(OP, found[0], f"share no memory with {found[1]}", "overlapping storage", "give each a tensor of its own")
+
+
+def check_betas(betas: Any, eps: Any) -> None:
+    """betas: two numbers in [0, 1); eps: a number >= 0."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
+        fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)
+    if not all(0.0 <= b < 1.0 for b in betas):
+        fail(OP, "betas", "lie in [0, 1)", tuple(betas), "(0.9, 0.999) is usual")
+    check_range("eps", eps, "be at least 0", "1e-8 is usual", lambda x: x >= 0.0)
+
+
+def check_scalar(argument: str, value: Any, device: torch.device | None) -> None:
+    """lr and weight_decay: at least 0; momentum: in [0, 1]. A number, or a 0-dim tensor there or on the CPU.
+
+    The value of a tensor elsewhere is not read: that would wait for the device.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or value.dtype not in SCALARS:
+            actual = f"{short(value.dtype)} {tuple(value.shape)}"
+            wanted = "be a float or a 0-dim float32 or float64 tensor"
+            fail(OP, argument, wanted, actual, "pass torch.tensor(x)", TypeError)
+        if value.device.type != "cpu" and device not in (None, value.device):
+            fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    if argument == "momentum":
+        check_range(argument, value, "lie in [0, 1]", "0.996 to 1 is usual", lambda x: 0.0 <= x <= 1.0)
+    else:
+        check_range(argument, value, "be at least 0", "1e-3 is usual for lr, 0.04 for weight_decay", lambda x: x >= 0.0)
+
+
+def check_range(argument: str, value: Any, wanted: str, remedy: str, holds: Any) -> None:
+    """A number for which `holds` is true."""
+    if not is_number(value):
+        fail(OP, argument, "be a number", type(value).__name__, "pass a float", TypeError)
+    if not holds(value):
+        fail(OP, argument, wanted, value, remedy)
