@@ -75,7 +75,10 @@ def install() -> None:
     def binary_op(self, a, b, op):
         if a.dtype.scalar == tl.bfloat16:
             raise TypeError(f"{op.__name__} of bf16: cast to fp32 first")
-        return binary(self, a, b, op)
+        found = binary(self, a, b, op)
+        if found.data.dtype == bool:  # a comparison, that has its operands' type here: a scalar's broadcast casts to it
+            found.dtype = tl.int1
+        return found
 
     def create_fma(self, x, y, z):
         if x.dtype.scalar != tl.float32:

@@ -12,7 +12,11 @@ from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.adamw_ema import reference
 from jepa_kernels.ops.adamw_ema.check import OP, Lists, check_betas, check_scalar, checked
 
-KERNELS = (Kernel("cpu", dtypes=(torch.float32,)),)
+KERNELS = (
+    Kernel("cuda", dtypes=(torch.float32,)),
+    Kernel("triton", dtypes=(torch.float32,)),
+    Kernel("cpu", dtypes=(torch.float32,)),
+)
 
 Tensors = Sequence[Tensor | None]
 Scalar = float | Tensor
