@@ -71,6 +71,13 @@ static void forward_cpu(const py::list& params, const py::list& grads, const py:
   adamw_ema_cpu(p);
 }
 
-void bind_adamw_ema(py::module_& m) { m.def("adamw_ema_forward_cpu", &forward_cpu); }
+void bind_adamw_ema_cuda(py::module_&);
+
+void bind_adamw_ema(py::module_& m) {
+  m.def("adamw_ema_forward_cpu", &forward_cpu);
+#if JEPA_CUDA
+  bind_adamw_ema_cuda(m);
+#endif
+}
 
 } // namespace jepa

@@ -95,7 +95,7 @@ def adamw_calls() -> Iterator[Call]:
         ("half-grads", adamw(torch.float16, torch.float16, targets=False, maximize=True), 3, 3),
     ):
         counts = {kernel: {r"LDG\.E\.128": loads, r"STG\.E\.128": stores}}
-        yield Call(name, make, (kernel,), (kernel,), counts, EVERY if stores == 4 else HOPPER, blocks=3)
+        yield Call(name, make, (kernel,), (kernel,), counts, EVERY if stores == 4 else HOPPER, blocks=4)
     yield Call("average-alone", adamw(None, torch.bfloat16), (kernel,), (kernel,), {}, HOPPER, blocks=6)
 
 

@@ -26,21 +26,21 @@ def _power(base, exponent):
 
 @triton.jit
 def _factors(step, lr, weight_decay, beta1, beta2):
-    """What p is multiplied by, the step size, and what sqrt(v) is divided by: in fp64, each rounded once."""
+    """What p, m over the root of v, and that root are multiplied by: in fp64, each rounded once."""
     t = tl.load(step).to(tl.int32)
     decay = (1.0 - lr * weight_decay).to(tl.float32)
-    rate = (lr / (1.0 - _power(beta1, t))).to(tl.float32)
-    return decay, rate, tl.sqrt(1.0 - _power(beta2, t)).to(tl.float32)
+    size = (-lr / (1.0 - _power(beta1, t))).to(tl.float32)
+    return decay, size, (1.0 / tl.sqrt(1.0 - _power(beta2, t))).to(tl.float32)
 
 
 @triton.jit
 def _adamw(p, g, m, v, factors, betas, eps):
-    decay, rate, root = factors
+    decay, size, correction = factors
     beta1, beta2 = betas
-    near = beta1 > 0.5  # of the two ends of an interpolation, the nearer: exact at both
+    near = beta1 >= 0.5  # interpolated from the nearer end: exact at both
     m = tl.fma(tl.where(near, 1.0 - beta1, -beta1).to(tl.float32), g - m, tl.where(near, m, g))
     v = tl.fma((1.0 - beta2).to(tl.float32) * g, g, beta2.to(tl.float32) * v)
-    return p * decay - tl.div_rn(rate * m, tl.div_rn(tl.sqrt_rn(v), root) + eps), m, v
+    return tl.fma(size, tl.div_rn(m, tl.fma(tl.sqrt_rn(v), correction, eps)), decay * p), m, v
 
 
 @triton.jit

@@ -1,0 +1,57 @@
+"""The CUDA kernels that go through tables of chunks, with no GPU: their own sources and bindings, built for the host.
+
+tests/kernels/emulation stands in for CUDA: threads that change over at barriers; an access that is not aligned faults.
+Memory is poisoned, so that an element that no thread writes shows.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jepa_kernels import chunks
+from jepa_kernels._core import extension, select
+from jepa_kernels.testing import DTYPES, cast, check_case, op_module, poisoned_memory, public, run
+from tests.kernels.on_host import CSRC, HERE, build
+
+pytestmark = pytest.mark.compile
+OPS = ("adamw_ema", "ema_update", "grad_norm")
+EMULATION = HERE / "emulation"
+CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case in op_module(op, "cases").CASES]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    kernels = [CSRC / op / "cuda.cu" for op in OPS]
+    binds = [CSRC / op / name for op, name in zip(OPS, ("bind_cuda.cpp", "bind.cpp", "bind_cuda.cpp"), strict=True)]
+    sources = dict.fromkeys(kernels, "-O2") | dict.fromkeys((EMULATION / "chunks.cpp", *binds), "-O0")
+    flags = ("-DJEPA_CUDA=1", "-mf16c", "-mfma", "-ffp-contract=off")
+    return build(tmp_path_factory.mktemp("chunks"), "chunks", EMULATION, sources, *flags)
+
+
+@pytest.fixture(autouse=True)
+def _cuda_backend_on_the_host(emulated, monkeypatch):
+    for op in OPS:
+        name = f"{op}_forward_cuda"
+        monkeypatch.setattr(extension.load(), name, getattr(emulated, name), raising=False)
+    monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    chunks._kept.clear()
+
+
+def results(op, backend, case, dtype):
+    inputs = cast(case.make(torch.Generator().manual_seed(0)), dtype, "cpu", case.keep)
+    with poisoned_memory():
+        return run(public(op, backend), inputs, case)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n].nan_to_num(7), b[n].nan_to_num(7)) for n in a)
+
+
+@pytest.mark.parametrize("op, case", CASES)
+def test_shared_cases_are_within_the_error_budget_and_have_the_bits_of_the_cpu_kernel(op, case):
+    for dtype in DTYPES:
+        for parity in check_case(op, "cuda", case, dtype):
+            assert parity.ok, f"{dtype} {parity}"
+        assert same(results(op, "cuda", case, dtype), results(op, "cpu", case, dtype)), dtype
