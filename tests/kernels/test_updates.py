@@ -24,15 +24,16 @@ CASES = [pytest.param(op, case, id=f"{op}-{case.name}") for op in OPS for case i
 def emulated(tmp_path_factory):
     kernels = [CSRC / op / "cuda.cu" for op in OPS]
     binds = [CSRC / op / name for op, name in zip(OPS, ("bind_cuda.cpp", "bind.cpp", "bind_cuda.cpp"), strict=True)]
-    sources = dict.fromkeys(kernels, "-O2") | dict.fromkeys((EMULATION / "chunks.cpp", *binds), "-O0")
+    sources = dict.fromkeys(kernels, "-O2") | dict.fromkeys(
+        (EMULATION / "chunks.cpp", CSRC / "common" / "tensor_lists.cpp", *binds), "-O0"
+    )
     flags = ("-DJEPA_CUDA=1", "-mf16c", "-mfma", "-ffp-contract=off")
     return build(tmp_path_factory.mktemp("chunks"), "chunks", EMULATION, sources, *flags)
 
 
 @pytest.fixture(autouse=True)
 def _cuda_backend_on_the_host(emulated, monkeypatch):
-    for op in OPS:
-        name = f"{op}_forward_cuda"
+    for name in (n for n in dir(emulated) if n.endswith("_cuda")):
         monkeypatch.setattr(extension.load(), name, getattr(emulated, name), raising=False)
     monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

@@ -90,7 +90,7 @@ def _pointers(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scalars", "grad_scale", "found_inf"])
 def _adamw_ema_forward_kernel(
     table, scalars, lr: tl.float64, weight_decay: tl.float64, momentum: tl.float64, grad_scale, found_inf,
     beta1: tl.float64, beta2: tl.float64, eps, MAXIMIZE: tl.constexpr, GRAD: tl.constexpr, TARGET: tl.constexpr,
