@@ -17,6 +17,7 @@ FLOORS = {
     "rotary": 1,
     "ops": 2,
     "nn": 3,
+    "optim": 3,
     "masks": 3,
     "models": 4,
 }  # everything else: 5

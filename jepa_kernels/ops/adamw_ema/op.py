@@ -1,16 +1,26 @@
 """Public face of `adamw_ema`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import fail
-from jepa_kernels._core.define import define
+from jepa_kernels._core.define import define, implementation
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.adamw_ema import reference
-from jepa_kernels.ops.adamw_ema.check import OP, Lists, check_betas, check_scalar, checked
+from jepa_kernels.ops.adamw_ema.check import (
+    OP,
+    STATE,
+    Checked,
+    Lists,
+    Options,
+    Scalar,
+    check_factor,
+    check_options,
+    check_overlap,
+    checked,
+)
 
 KERNELS = (
     Kernel("cuda", dtypes=(torch.float32,)),
@@ -19,7 +29,6 @@ KERNELS = (
 )
 
 Tensors = Sequence[Tensor | None]
-Scalar = float | Tensor
 
 
 def adamw_ema(
@@ -64,63 +73,73 @@ def adamw_ema(
     No gradient. Raises ValueError and TypeError, naming the tensor, before the first write.
     Source: AdamW (arXiv:1711.05101) algorithm 2; I-JEPA (arXiv:2301.08243) section 3.
     """
-    given: dict[str, Any] = dict(
-        params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps, targets=targets
-    )
-    tensors = checked(**given, online_shadow=online_shadow, target_shadow=target_shadow)
+    given: dict[str, Any] = dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
+    given |= dict(targets=targets, online_shadow=online_shadow, target_shadow=target_shadow)
+    tensors = checked(**given)
+    if not torch.compiler.is_compiling():
+        check_overlap(tensors)
+    options = Options(lr, weight_decay, momentum, betas, eps, maximize)
     device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
-    check_betas(betas, eps)
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("momentum", momentum)):
-        check_scalar(name, value, device)
-    scale, inf = (_scalar_tensor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
+    check_options(options, device)
+    scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
     if device is None:
         return
-    chosen = select(OP, KERNELS, backend, tensors["params"][0])  # type: ignore[arg-type]
-    options = dict(betas=betas, eps=eps, maximize=maximize, grad_scale=scale, found_inf=inf)
-    if chosen == "reference":
-        return reference.forward(**tensors, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)  # type: ignore[arg-type]
-    scalars = gathered(lr, weight_decay, momentum, device)
-    run(filled(tensors), scalars, scale, inf, betas, eps, maximize, chosen)
+    update(tensors, filled(tensors), options, scale, inf, backend)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
-        torch.autograd.graph.increment_version(_written(given, online_shadow, target_shadow))
+        torch.autograd.graph.increment_version(written(given))
 
 
-def run(
+def update(
+    tensors: Checked,
     lists: Lists,
-    scalars: Tensor,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    betas: tuple[float, float],
-    eps: float,
-    maximize: bool,
-    backend: str,
+    options: Options,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+    forward: Callable[..., None] | None = None,
 ) -> None:
-    """Count the steps of what has a gradient, then update: on lists that were checked."""
+    """One step on lists that were checked; `lists` are `tensors` as the torch op takes them.
+
+    forward: `direct` for who steps in eager mode and keeps the lists: the dispatcher looks at each of a thousand
+    tensors.
+    """
+    first: Any = tensors["params"][0]
+    chosen = select(OP, KERNELS, backend, first)
+    lr, weight_decay, momentum, betas, eps, maximize = options
+    if chosen == "reference":
+        values = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps, maximize=maximize)
+        return reference.forward(**tensors, **values, grad_scale=grad_scale, found_inf=found_inf)  # type: ignore[arg-type]
+    scalars = gathered(lr, weight_decay, momentum)
     with torch.no_grad():  # parameters are leaves
-        count(lists, found_inf)
-        _forward(*lists, scalars, grad_scale, found_inf, *betas, eps, maximize, backend)
+        _count(lists.steps, found_inf)
+        (forward or _forward)(*lists, scalars, grad_scale, found_inf, *betas, eps, maximize, chosen)
 
 
-def count(lists: Lists, found_inf: Tensor | None) -> None:
+def direct(*args: Any) -> None:
+    """The kernel itself: the torch op's arguments, the backend last."""
+    implementation(OP, "forward", args[-1])(*args[:-1])
+
+
+def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """One step more, where gradients were finite, for each parameter that has one."""
-    counted = [step for step in lists.steps if step.dim() == 0]  # the others are empty
+    counted = [step for step in steps if step.dim() == 0]  # the others are empty
     if counted:
         torch._foreach_add_(counted, 1 if found_inf is None else (found_inf == 0).float())
 
 
-def filled(tensors: dict[str, list[Tensor | None]]) -> Lists:
+def filled(tensors: Checked) -> Lists:
     """The lists as the torch op takes them. A parameter without a gradient hands in no state."""
     kept = [g is not None for g in tensors["grads"]]
 
     def full(name: str, values: list[Tensor | None]) -> list[Tensor]:
-        state = name in ("exp_avgs", "exp_avg_sqs", "steps")
+        state = name in STATE
         first: Any = tensors["params"][0]
         return [first.new_empty(0) if t is None or (state and not k) else t for t, k in zip(values, kept, strict=False)]
 
     return Lists(**{name: full(name, values) for name, values in tensors.items()})
 
 
-def gathered(lr: Scalar, weight_decay: Scalar, momentum: Scalar, device: torch.device) -> Tensor:
+def gathered(lr: Scalar, weight_decay: Scalar, momentum: Scalar) -> Tensor:
     """fp64 [3] of the three: on the device where one of them is a tensor there, which is not read, else on the CPU."""
     values = (lr, weight_decay, momentum)
     given = [x for x in values if isinstance(x, Tensor)]
@@ -128,26 +147,18 @@ def gathered(lr: Scalar, weight_decay: Scalar, momentum: Scalar, device: torch.d
         return torch.tensor(values, dtype=torch.float64)
     place = next((x.device for x in given if x.device.type != "cpu"), given[0].device)
     full = [
-        x.to(place, torch.float64) if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=place)
+        x.reshape(()).to(place, torch.float64)
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=torch.float64, device=place)
         for x in values
     ]
     return torch.stack(full)
 
 
-def _scalar_tensor(name: str, value: Any, device: torch.device | None) -> Tensor | None:
-    if value is None or device is None:
-        return None
-    if not isinstance(value, Tensor):
-        return torch.full((), float(value), dtype=torch.float32, device=device)
-    if value.numel() != 1 or value.dtype != torch.float32 or value.device != device:
-        actual = f"{value.dtype} {tuple(value.shape)} on {value.device}"
-        fail(OP, name, f"be one float32 number on {device}", actual, "pass what GradScaler sets", TypeError)
-    return value.reshape(())
-
-
-def _written(given: dict[str, Any], *shadows: Tensors | None) -> list[Tensor]:
-    lists = [given[n] for n in ("params", "exp_avgs", "exp_avg_sqs", "steps", "targets")] + list(shadows)
-    return [t for tensors in lists if tensors is not None for t in tensors if t is not None]
+def written(given: dict[str, Any]) -> list[Tensor]:
+    """What an update writes, but for the steps: DTensors count their versions apart from their shards."""
+    lists = [v for k, v in given.items() if k not in ("grads", "steps") and v is not None]
+    return [t for tensors in lists for t in tensors if t is not None]
 
 
 def _fake(*args: Any) -> None:
