@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import jepa_kernels as jk
 from jepa_kernels import chunks
 from jepa_kernels._core import extension, select
 from jepa_kernels.testing import DTYPES, cast, check_case, op_module, poisoned_memory, public, run
@@ -56,3 +57,47 @@ def test_shared_cases_are_within_the_error_budget_and_have_the_bits_of_the_cpu_k
         for parity in check_case(op, "cuda", case, dtype):
             assert parity.ok, f"{dtype} {parity}"
         assert same(results(op, "cuda", case, dtype), results(op, "cpu", case, dtype)), dtype
+
+
+def anywhere(inputs, starts):
+    """The same tensors within longer ones of sevens, each from an element on that `starts` draws."""
+    whole = []
+
+    def move(t):
+        if t is None or t.dim() == 0:
+            return None if t is None else t.clone()
+        around = torch.full((t.numel() + 16,), 7.0, dtype=t.dtype)
+        start = int(torch.randint(0, 9, (), generator=starts))
+        whole.append((around, start, t.numel()))
+        around[start : start + t.numel()] = t.flatten()
+        return around[start : start + t.numel()].view(t.shape)
+
+    return {k: [move(t) for t in v] if isinstance(v, list) else v for k, v in inputs.items()}, whole
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "op, name", [(OPS[0], "both_shadows"), (OPS[0], "missing_entries"), (OPS[1], "lerp_0.99925_torch.bfloat16")]
+)
+def test_tensors_may_start_at_any_address_and_nothing_around_them_changes(op, name, seed):
+    case = next(c for c in op_module(op, "cases").CASES if c.name == name)
+    draw = torch.Generator().manual_seed(seed)
+    for dtype in DTYPES:
+        plain = cast(case.make(torch.Generator().manual_seed(seed)), dtype, "cpu", case.keep)
+        moved, whole = anywhere(plain, draw)
+        found, expected = run(public(op, "cuda"), moved, case), run(public(op, "cpu"), plain, case)
+        assert same(found, expected)
+        for around, start, count in whole:
+            assert around[:start].eq(7).all() and around[start + count :].eq(7).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [0, 1, 2, 8])
+def test_grad_norm_of_tensors_that_start_anywhere(dtype, start):
+    grads = [torch.randn(n + start).to(dtype)[start:] for n in (0, 1, 3, 40_000, 16_384, 100)]
+    mixed = [g.to(d) for g, d in zip(grads, (*DTYPES, *DTYPES), strict=True)]
+    for given in (grads, mixed):
+        exact = torch.cat([g.double() for g in given]).norm().item()
+        assert jk.grad_norm(given, backend="cuda").item() == pytest.approx(exact, rel=1.2e-7)
+    grads[3][-1] = float("inf")
+    assert jk.grad_norm(grads, backend="cuda").item() == float("inf")
