@@ -14,6 +14,7 @@ FLOORS = {
     "packing": 1,
     "pairs": 1,
     "rotary": 1,
+    "schedules": 1,
     "ops": 2,
     "nn": 3,
     "masks": 3,
