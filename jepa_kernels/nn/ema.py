@@ -16,6 +16,7 @@ from jepa_kernels._core.check import fail, is_number
 from jepa_kernels.nn.pairing import Pair, Pairing, unwrap
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.nn.sync import check_same
+from jepa_kernels.ops.ema_update.op import FORMS
 
 STEP = "_extra_state"  # torch's name for what a module keeps beside its tensors
 
@@ -73,7 +74,7 @@ class EMA(nn.Module):
         exclude_buffers: bool | None = None,
     ) -> None:
         super().__init__()
-        _check_shadow_dtype(shadow_dtype)
+        _check_names(shadow_dtype, form)
         self.decay, self.form, self.step = decay, form, 0
         self.average_buffers = decay is not None if exclude_buffers is None else not exclude_buffers
         self._momentum: Callable[[int], float]
@@ -236,6 +237,8 @@ def _check_alone(with_: str = "decay", **arguments: Any) -> None:
             fail("EMA", name, f"be left out with {with_}", value, f"choose one of {name} and {with_}")
 
 
-def _check_shadow_dtype(dtype: torch.dtype | None) -> None:
+def _check_names(dtype: torch.dtype | None, form: str) -> None:
     if dtype not in (None, torch.bfloat16, torch.float16):
         fail("EMA", "shadow_dtype", "be bfloat16, float16 or None", dtype, "pass the dtype of autocast", TypeError)
+    if form not in FORMS:
+        fail("EMA", "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
