@@ -7,6 +7,7 @@ from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
 from jepa_kernels.ops.ema_update.op import ema_update
+from jepa_kernels.ops.ema_update.table import EmaTable
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.latent_loss.op import latent_loss
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BackendWarning",
+    "EmaTable",
     "Packing",
     "Rope",
     "assemble_tokens",

@@ -1,6 +1,7 @@
 """Triton `ema_update`: one pass over memory, one launch for all tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels.chunks import groups
+from jepa_kernels.chunks import Groups, Lists, groups
 
 THREADS = 256
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
@@ -63,23 +64,33 @@ def _ema_update_forward_kernel(
         _update(a, b, c, start + lanes, start + lanes < count, keep, step, FORM, SHADOW)
 
 
-def forward(
-    target: Sequence[Tensor], online: Sequence[Tensor], shadow: Sequence[Tensor], momentum: Tensor, form: str
-) -> None:
+def prepare(lists: Lists, known: Any = None) -> Groups:
+    """The table of chunks."""
+    return groups("ema_update", lists, known)
+
+
+def run(prepared: Groups, momentum: Tensor, form: str) -> None:
     """One launch for each pair of online and shadow dtypes, usually one in all."""
-    on_device = momentum.device == target[0].device
+    on_device = momentum.device == prepared[0].table.device
     host = 0.0 if on_device else float(momentum)
-    with device_of(target[0]):
-        for table, (_, online_dtype, shadow_dtype) in groups("ema_update", (target, online, shadow)):
+    with device_of(prepared[0].table):
+        for table, (_, online, shadow) in prepared:
             _ema_update_forward_kernel[(len(table),)](
                 table,
                 host,
                 1.0 - host,
                 momentum if on_device else None,
                 FORM=form,
-                ONLINE=DTYPES[online_dtype],
-                SHADOW=DTYPES[shadow_dtype],
+                ONLINE=DTYPES[online],
+                SHADOW=DTYPES[shadow],
                 THREADS=THREADS,
                 num_warps=THREADS // 32,
                 enable_fp_fusion=False,  # the forms are defined by their roundings
             )
+
+
+def forward(
+    target: Sequence[Tensor], online: Sequence[Tensor], shadow: Sequence[Tensor], momentum: Tensor, form: str
+) -> None:
+    """`run` of lists that torch's dispatcher hands over."""
+    run(prepare((target, online, shadow)), momentum, form)
