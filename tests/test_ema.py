@@ -328,7 +328,7 @@ def test_another_network_is_refused_before_the_first_write():
         ema.update(nn.Linear(5, 7))
     other = network()
     other[3] = nn.Linear(8, 3, bias=False)
-    with pytest.raises(ValueError, match=r"ema_update: the online tensor of 3.weight must have shape \(3, 7\), got"):
+    with pytest.raises(ValueError, match=r"online 3.weight must have the shape \(3, 7\) of target 3.weight, got"):
         ema.update(other)
     other = network()
     other[1].running_mean = torch.zeros(8)

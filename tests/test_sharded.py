@@ -211,15 +211,23 @@ def tensors_sharded_otherwise_are_refused(_):
     copies, elsewhere = distribute_tensor(weight, mesh, [Replicate()]), distribute_tensor(weight, other, [Shard(0)] * 2)
     before = rows.to_local().clone()
     for online, what in [
-        (columns, r"have placements \(Shard\(dim=0\),\), got \(Shard\(dim=1\),\); redistribute"),
-        (copies, r"have placements \(Shard\(dim=0\),\), got \(Replicate\(\),\); redistribute"),
-        (elsewhere, r"be on the mesh .+, got .+; redistribute"),
-        (rows.to_local().clone(), "be a DTensor, got a Tensor; shard both networks alike"),
+        (
+            columns,
+            r"have the placements \(Shard\(dim=0\),\) of target\[0\], got \(Shard\(dim=1\),\); shard both networks",
+        ),
+        (
+            copies,
+            r"have the placements \(Shard\(dim=0\),\) of target\[0\], got \(Replicate\(\),\); shard both networks",
+        ),
+        (elsewhere, r"have the mesh .+ of target\[0\], got .+; shard both networks alike"),
+        (rows.to_local().clone(), r"be a DTensor as target\[0\], got a plain tensor; shard both networks alike"),
     ]:
-        with pytest.raises(ValueError, match=rf"^ema_update: the online tensor of target\[0\] must {what}"):
+        with pytest.raises(ValueError, match=rf"^ema_update: online\[0\] must {what}"):
             jk.ema_update([rows], [online], 0.5)
-    with pytest.raises(ValueError, match=r"the online tensor of target\[0\] must be a plain tensor, got a DTensor; "):
-        jk.ema_update([before.clone()], [rows], 0.5)
+    with pytest.raises(ValueError, match=r"^ema_update: online w must be a plain tensor as target w, got a DTensor; "):
+        jk.ema_update({"w": before.clone()}, {"w": rows}, 0.5)
+    with pytest.raises(ValueError, match=r"^ema_update: shadow\[0\] must have the placements "):
+        jk.ema_update([rows], [rows.clone()], 0.5, shadow=[columns.bfloat16()])
     assert torch.equal(rows.to_local(), before)
 
 

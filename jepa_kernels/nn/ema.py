@@ -16,7 +16,7 @@ from jepa_kernels._core.check import fail, is_number
 from jepa_kernels.nn.pairing import Pair, Pairing, unwrap
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.nn.sync import check_same
-from jepa_kernels.ops.ema_update.op import FORMS
+from jepa_kernels.ops.ema_update.check import FORMS
 
 STEP = "_extra_state"  # torch's name for what a module keeps beside its tensors
 

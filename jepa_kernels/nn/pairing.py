@@ -36,22 +36,29 @@ class Pairing:
         self._tables = [d for m in networks for d in (m._modules, m._parameters) if d]
         self._entries = list(self._found())
         self.names, self.parameters = _named_pairs(target, online)
-        self._shards = [(p, p._local_tensor) for p in chain(*self.parameters) if hasattr(p, "_local_tensor")]
         self._trained = [o.requires_grad for _, o in self.parameters]
-        moving = [(t, o) for (t, o), trained in zip(self.parameters, self._trained, strict=True) if trained]
-        self._staged = [(torch.empty_like(o, device=t.device), o) for t, o in moving if o.device != t.device]
-        places = {o: place for place, o in self._staged}
-        low: dict[Tensor, Tensor] = {} if shadow is None else {kept.source(): kept.low for kept in shadow.copies}
-        rows = [(t, places.get(o, o), low.get(t)) for t, o in moving]
-        self._lists = [r for r in rows if r[2] is None], [r for r in rows if r[2] is not None]
+        self._low: dict[Tensor, Tensor] = {} if shadow is None else {kept.source(): kept.low for kept in shadow.copies}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The table of what moves; online tensors of another device have a place on the target's."""
+        trained = zip(self.names, self.parameters, self._trained, strict=True)
+        moving = {name: pair for name, pair, is_trained in trained if is_trained}
+        apart = {name: pair for name, pair in moving.items() if pair[0].device != pair[1].device}
+        places = {name: torch.empty_like(o, device=t.device) for name, (t, o) in apart.items()}
+        self._staged = [(places[name], o) for name, (_, o) in apart.items()]
+        self._table = jk.EmaTable(
+            {name: t for name, (t, _) in moving.items()},
+            {name: places.get(name, o) for name, (_, o) in moving.items()},
+            shadow={name: self._low.get(t) for name, (t, _) in moving.items()} if self._low else None,
+        )
 
     def holds(self, online: nn.Module) -> bool:
-        """Whether every module, parameter and shard is where it was, as trainable as it was."""
+        """Whether every module and parameter is where it was, as trainable as it was."""
         self._reshard()
         return (
             online is self.online
             and all(map(operator.is_, self._found(), self._entries))
-            and all(p._local_tensor is shard for p, shard in self._shards)
             and [o.requires_grad for _, o in self.parameters] == self._trained
         )
 
@@ -59,10 +66,11 @@ class Pairing:
         """Move the targets of trained parameters."""
         for place, online in self._staged:
             place.copy_(online, non_blocking=True)
-        for rows in self._lists:
-            targets, onlines, low = zip(*rows, strict=True) if rows else ((), (), ())
-            shadow = low if rows and low[0] is not None else None
-            jk.ema_update(targets, onlines, momentum, shadow=shadow, form=form)
+        try:
+            return self._table.update(momentum, form=form)
+        except ValueError:  # other memory behind the same parameters, after a `.to` or `.data =`: all is checked anew
+            self._prepare()
+        self._table.update(momentum, form=form)
 
     def buffers(self) -> list[Pair]:
         """Looked up at each call: code may put new tensors in their places."""

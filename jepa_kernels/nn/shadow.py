@@ -31,7 +31,11 @@ class Copy(NamedTuple):
     low: nn.Parameter
 
     def source(self) -> nn.Parameter:
-        return getattr(self.owner, self.name)
+        p = getattr(self.owner, self.name)
+        if type(p) is not nn.Parameter and hasattr(p, "to_local"):
+            remedy = "let MixedPrecisionPolicy(param_dtype=...) cast the shards"
+            fail("EMA", "shadow_dtype", "be None for a sharded target", f"a {type(p).__name__} {self.name}", remedy)
+        return p
 
 
 class Shadow:
@@ -107,9 +111,6 @@ def _twin(module: nn.Module, copies: list[Copy]) -> nn.Module:
 
 def _round(kept: Copy) -> None:
     source, low = kept.source(), kept.low
-    if hasattr(source, "to_local"):
-        remedy = "let MixedPrecisionPolicy(param_dtype=...) cast the shards"
-        fail("EMA", "shadow_dtype", "be None for a sharded target", f"a {type(source).__name__} {kept.name}", remedy)
     if low.device != source.device:
         low.data = torch.empty_like(source, dtype=low.dtype)
     low.copy_(source)

@@ -1,25 +1,29 @@
-"""What is asked of DTensors: an update of local shards is the whole update where both are cut alike."""
+"""What is asked of DTensors: updating the local shards is the whole update where all lists are cut alike."""
 
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from jepa_kernels._core.check import fail
 
 
-def check_sharding(op: str, name: str, target: Tensor, role: str, other: Tensor) -> None:
-    """Two plain tensors, or two DTensors of one mesh and the same placements."""
-    argument, cut = f"the {role} tensor of {name}", "shard both networks alike"
-    a, b = _layout(target), _layout(other)
-    if (a is None) != (b is None):
-        kinds = "a plain tensor", "a DTensor"
-        fail(op, argument, f"be {kinds[a is not None]}", kinds[b is not None], cut)
-    if a is None or b is None or a == b:
-        return
-    if a[0] != b[0]:
-        fail(op, argument, f"be on the mesh {a[0]}", b[0], cut)
-    fail(op, argument, f"have placements {a[1]}", b[1], f"{cut}, or redistribute one")
+def check_sharding(op: str, lists: Sequence[Sequence[Any]], names: Callable[[], dict[str, list[str]]]) -> None:
+    """Each target and its partners in the other lists: plain tensors, or DTensors of one mesh and equal placements."""
+    target, *others = lists
+    for role, partners in zip(("online", "shadow"), others, strict=True):
+        for i, (t, other) in enumerate(zip(target, partners, strict=False)):
+            if _layout(t) != _layout(other) and other.numel():
+                _refuse(op, names()["target"][i], names()[role][i], _layout(t), _layout(other))
 
 
 def _layout(t: Any) -> tuple[Any, Any] | None:
     return (t.device_mesh, t.placements) if hasattr(t, "placements") else None
+
+
+def _refuse(op: str, target: str, name: str, wanted: Any, found: Any) -> NoReturn:
+    if wanted is None or found is None:
+        plain, sharded = "be a plain tensor", "be a DTensor"
+        requirement, actual = (plain, "a DTensor") if wanted is None else (sharded, "a plain tensor")
+        fail(op, name, f"{requirement} as {target}", actual, "shard both networks alike")
+    what = "mesh" if wanted[0] != found[0] else "placements"
+    a, b = (layout[what == "placements"] for layout in (wanted, found))
+    fail(op, name, f"have the {what} {a} of {target}", b, "shard both networks alike")
