@@ -91,6 +91,16 @@ def test_a_shared_parameter_moves_once():
     assert ema.module[1].weight.eq(2.0).all()
 
 
+def test_caches_outside_of_the_state_dict_are_left_alone():
+    online = network()
+    ema = EMA(online, 0.5)
+    online.register_buffer("cache", torch.ones(3), persistent=False)
+    ema.module.register_buffer("cache", torch.zeros(2), persistent=False)
+    online[1].running_mean = torch.full((7,), 4.0)  # a new tensor in its place
+    ema.update()
+    assert ema.module.cache.tolist() == [0.0, 0.0] and ema.module[1].running_mean.eq(4.0).all()
+
+
 def test_a_low_precision_network_has_an_fp32_target():
     online = network().bfloat16()
     ema = EMA(online, 0.999)

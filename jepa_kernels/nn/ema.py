@@ -34,8 +34,9 @@ class EMA(nn.Module):
     | BYOL, DINO | 0.996 -> 1, half cosine in n / N | `EMA(net, 0.996, total_steps=N, schedule="cosine")` |
     | timm | decay, at once or warmed up | `EMA(net, decay=0.9998, use_warmup=True)` |
 
-    online: a module, or its wrapper by DDP or torch.compile. Parameters that are frozen (requires_grad False) at an
-        update are skipped, shared ones move once, buffers are copied. fp32, or bf16 and fp16: the target is fp32.
+    online: a module, or its wrapper by DDP or torch.compile; fp32, or bf16 and fp16: the target is fp32. Parameters
+        that are frozen (requires_grad False) at an update are skipped, shared ones move once, buffers of the state
+        dict are copied.
     momentum: in [0, 1], at step 0. final_momentum: at total_steps and after; default 1 where total_steps is given.
     schedule: "linear", "cosine" or "constant"; None: linear where one of these two is given, else constant.
     shadow_dtype: bf16 or fp16: the update also writes low-precision copies of the weights that autocast casts, and

@@ -65,7 +65,7 @@ class Pairing:
     def update(self, momentum: float | Tensor, form: str) -> None:
         """Move the targets of trained parameters."""
         for place, online in self._staged:
-            place.copy_(online, non_blocking=True)
+            place.copy_(online)
         try:
             return self._table.update(momentum, form=form)
         except ValueError:  # other memory behind the same parameters, after a `.to` or `.data =`: all is checked anew
@@ -74,9 +74,9 @@ class Pairing:
 
     def buffers(self) -> list[Pair]:
         """Looked up at each call: code may put new tensors in their places."""
-        targets, onlines = dict(self.target.named_buffers()), dict(self.online.named_buffers())
+        targets, onlines = state_buffers(self.target), state_buffers(self.online)
         if targets.keys() != onlines.keys():
-            odd = sorted(targets.keys() ^ onlines.keys())[0]
+            odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
         for name, t in targets.items():
             if t.shape != onlines[name].shape:
@@ -91,6 +91,16 @@ class Pairing:
         # After a forward, FSDP may leave the gathered parameters in place of the shards.
         for module in self._sharded:
             cast(Any, module).reshard()
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the state dict: others are caches, of each network's own inputs."""
+    found = {}
+    for prefix, member in module.named_modules():
+        for name, buffer in member._buffers.items():
+            if buffer is not None and name not in member._non_persistent_buffers_set:
+                found[f"{prefix}.{name}".lstrip(".")] = buffer
+    return found
 
 
 def _named_pairs(target: nn.Module, online: nn.Module) -> tuple[list[str], list[Pair]]:
