@@ -1,10 +1,10 @@
-"""Learning-rate, weight-decay and momentum schedules of I-JEPA, as plain functions of the step.
+"""Learning-rate, weight-decay and momentum schedules, as plain functions of the step.
 
 `step` counts from 0: it is the number of finished steps. The published learning-rate and weight-decay schedules
 advance before the forward, so that the first step already uses their value at 1; the momentum starts at 0.
 `total` is the published T_max = ipe_scale * steps: with ipe_scale > 1 the run ends before the schedules do.
 
-Source: Assran et al. (arXiv:2301.08243), appendix A, and the published code.
+Source: Assran et al. (arXiv:2301.08243), appendix A, and the published code, where nothing else is named.
 """
 
 import math
@@ -26,5 +26,39 @@ def weight_decay(step: int, *, start: float, final: float, total: int) -> float:
 
 
 def momentum(step: int, *, start: float, final: float, total: int) -> float:
-    """Linear from `start` at step 0 to `final` at `total`."""
-    return start + step * (final - start) / total
+    """Linear from `start` at step 0 to `final` at `total`, and `final` from there on (V-JEPA 2.1 stops there too)."""
+    return start + min(step, total) * (final - start) / total
+
+
+def momentum_cosine(step: int, *, start: float, final: float, total: int) -> float:
+    """A half cosine from `start` at step 0 to `final` at `total`, and `final` from there on.
+
+    Source: BYOL (arXiv:2006.07733) section 3.3, with final = 1.
+    """
+    return final - (final - start) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+
+def momentum_constant(step: int, *, start: float) -> float:
+    """`start` at every step. Source: V-JEPA 2 (arXiv:2506.09985), 0.99925."""
+    return start
+
+
+def momentum_warmup(
+    step: int,
+    *,
+    decay: float,
+    min_decay: float = 0.0,
+    update_after_step: int = 0,
+    use_warmup: bool = False,
+    gamma: float = 1.0,
+    power: float = 2 / 3,
+) -> float:
+    """0 (a copy) up to step update_after_step + 1, then decay; with warm-up 1 - (1 + n / gamma)^-power before that.
+
+    n: steps after update_after_step + 1. With warm-up the value stays in [min_decay, decay], min_decay winning.
+    Source: `timm.utils.ModelEmaV3`, whose steps count from 1.
+    """
+    n = step - update_after_step - 1
+    if n <= 0:
+        return 0.0
+    return max(min_decay, min(decay, 1 - (1 + n / gamma) ** -power)) if use_warmup else decay

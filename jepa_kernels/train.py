@@ -45,10 +45,11 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, torch.device(device), 0
-        self.model = IJEPA(config.model).to(self.device)
+        self.dtype = torch.bfloat16 if config.optimization.use_bfloat16 else None
+        self.model = IJEPA(config.model, shadow_dtype=self.dtype).to(self.device)
         self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
         self.latents = torch.empty(0)
-        self.model.target_encoder.register_forward_hook(self._keep_latents)
+        self.model.target_encoder.register_forward_hook(self._keep_latents)  # its shadow has the same hooks
 
     def _keep_latents(self, module: nn.Module, inputs: Any, latents: Tensor) -> None:
         self.latents = latents.detach()
@@ -71,7 +72,8 @@ class Trainer:
         """One step on uint8 pixels [B, 3, H, W]; returns what the log shows of it."""
         row = self.schedule()
         batch = normalize(pixels.to(self.device, non_blocking=True))
-        loss = train_step(self.model, self.optimizer, batch, masks.to(self.device), row["momentum"])
+        on_device, momentum = masks.to(self.device), row["momentum"]
+        loss = train_step(self.model, self.optimizer, batch, on_device, momentum, dtype=self.dtype)
         self.step += 1
         std, rank = collapse_stats(self.latents)
         measured = torch.stack([loss.float(), std, rank]).tolist()

@@ -15,6 +15,7 @@ FLOORS = {
     "packing": 1,
     "pairs": 1,
     "rotary": 1,
+    "schedules": 1,
     "ops": 2,
     "nn": 3,
     "optim": 3,

@@ -127,6 +127,23 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path, workers):
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
 
 
+def test_a_bfloat16_run_resumes_bit_for_bit_and_reads_rounded_target_weights(config, tmp_path):
+    changes = ["optimization.use_bfloat16=true"]
+    whole = fit(config, tmp_path / "whole", changes=changes)
+    fit(config, tmp_path / "halves", stop=3, changes=changes)
+    resumed = fit(config, tmp_path / "halves", resume=True, changes=changes)
+    assert same({**resumed.state(), "config": None}, {**whole.state(), "config": None})
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole") != rows_of_fp32(config, tmp_path / "fp32")
+    qkv = (network.blocks[0].attn.qkv.weight for network in (whole.model.ema.shadow, whole.model.target_encoder))
+    assert torch.equal(next(qkv), next(qkv).bfloat16())
+    assert list(whole.state()["model"]) == list(IJEPA(whole.config.model).state_dict())
+
+
+def rows_of_fp32(config, out):
+    fit(config, out)
+    return rows(out)
+
+
 def test_steps_after_the_checkpoint_are_done_again_and_torn_rows_dropped(config, tmp_path):
     whole = fit(config, tmp_path / "whole")
     fit(config, tmp_path / "crashed", stop=2)

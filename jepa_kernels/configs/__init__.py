@@ -41,6 +41,7 @@ class Optimization:
     final_weight_decay: float = 0.4
     ema: tuple[float, float] = (0.996, 1.0)
     ipe_scale: float = 1.0
+    use_bfloat16: bool = False  # networks under autocast; the target's weights are kept rounded, not cast at each step
 
 
 @dataclass(frozen=True)

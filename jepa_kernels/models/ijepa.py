@@ -6,7 +6,6 @@ Source: Assran et al., Self-Supervised Learning from Images with a Joint-Embeddi
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import MaskBatch, Masks
 from jepa_kernels.models import checkpoints
-from jepa_kernels.nn import Encoder, Predictor
+from jepa_kernels.nn import EMA, Encoder, Predictor
 
 
 @dataclass(frozen=True)
@@ -74,11 +73,15 @@ SIZES: dict[str, Callable[..., IJEPAConfig]] = {
 class IJEPA(nn.Module):
     """A context encoder, its moving average as target encoder, and a predictor.
 
+    shadow_dtype: bf16 or fp16: the target encoder also keeps low-precision copies of its weights, which its forward
+        under autocast to that dtype reads instead of casting (see `nn.EMA`).
+    .ema: moves the target encoder, which is its `.module`.
+
     Masks are `Masks` (a MaskBatch moved with `.to(device)`), packed or rectangular, or a pair of rectangular ids
     (context [B, Kc], target [masks * B, Kt], mask-major).
     """
 
-    def __init__(self, config: IJEPAConfig | None = None) -> None:
+    def __init__(self, config: IJEPAConfig | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = c = IJEPAConfig() if config is None else config
         self.context_encoder = Encoder(
@@ -87,7 +90,9 @@ class IJEPA(nn.Module):
         self.predictor = Predictor(
             self.context_encoder.grid, c.embed_dim, c.predictor_embed_dim, c.predictor_depth, c.num_heads
         )
-        self.target_encoder = copy.deepcopy(self.context_encoder).requires_grad_(False)
+        self.ema: EMA
+        object.__setattr__(self, "ema", EMA(self.context_encoder, shadow_dtype=shadow_dtype))  # no submodule: ...
+        self.target_encoder = self.ema.module  # ... its weights have their published names here alone
 
     def forward(self, batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
         """Predict the target latents: batch [B, C, H, W] -> [masks * B, Kt, E], or packed [Tt, E]."""
@@ -99,7 +104,8 @@ class IJEPA(nn.Module):
     @torch.no_grad()
     def targets(self, batch: Tensor) -> Tensor:
         """The target encoder's latents of every patch [B, N, E]."""
-        return self.target_encoder(batch)
+        shadow = self.ema.under_autocast()
+        return (self.target_encoder if shadow is None else shadow)(batch)
 
     def compare(self, predicted: Tensor, targets: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
         """Smooth-L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks."""
@@ -198,5 +204,5 @@ def train_step(
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    jk.ema_update(ijepa.target_encoder, ijepa.context_encoder, momentum)
+    ijepa.ema.apply_update_(ijepa.context_encoder, momentum)
     return loss.detach()

@@ -2,8 +2,9 @@
 
 from jepa_kernels.nn.attention import Attention
 from jepa_kernels.nn.block import MLP, Block
+from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.predictor import Predictor
 
-__all__ = ["MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor"]
+__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor"]

@@ -22,6 +22,8 @@ class Encoder(nn.Module):
     mean, std: of each channel, applied to pixels on the way in (see `embed_patches`); uint8 pixels need them.
     """
 
+    autocast_casts = ("pos_embed",)  # by embed_patches: low-precision twins copy it too
+
     def __init__(
         self,
         crop_size: int | tuple[int, int],

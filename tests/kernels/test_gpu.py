@@ -7,6 +7,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels.nn import EMA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,6 +45,53 @@ def test_ema_update_has_the_bits_of_the_cpu_kernel(backend, form, start, online,
         jk.ema_update(target, tensors(1, online, device, start), 0.99925, form=form, shadow=copies, backend=name)
         results.append([t.cpu() for t in (*target, *(copies or ()))])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def online_network(device):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(40, 70), torch.nn.BatchNorm1d(70), torch.nn.Linear(70, 3)).to(device)
+
+
+def drift(network, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+
+
+@pytest.mark.parametrize("kept_on", ["cuda", "cpu"])
+def test_a_target_network_has_the_bits_of_the_cpu(kept_on):
+    """On the device of the online network, or apart from it."""
+    networks = [online_network(device) for device in ("cuda", "cpu")]
+    averages = [
+        EMA(network, 0.9, total_steps=8, device=device, shadow_dtype=torch.bfloat16)
+        for network, device in zip(networks, (kept_on, "cpu"), strict=True)
+    ]
+    for step in range(3):
+        for network, ema in zip(networks, averages, strict=True):
+            drift(network, step)
+            ema.update()
+    for part in ("module", "shadow"):
+        ours, expected = (list(getattr(ema, part).parameters()) for ema in averages)
+        assert ours[0].device.type == kept_on
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_updates_of_a_target_network_replay_with_a_changing_momentum():
+    network = online_network("cuda")
+    ema, expected = (EMA(network, shadow_dtype=torch.bfloat16) for _ in range(2))
+    momentum, graph = torch.tensor(1.0, dtype=torch.float64, device="cuda"), torch.cuda.CUDAGraph()
+    ema.apply_update_(network, momentum)  # builds the table
+    with torch.cuda.graph(graph):
+        ema.apply_update_(network, momentum)
+    for step, m in enumerate((0.9, 0.99)):
+        drift(network, step)
+        momentum.fill_(m)
+        graph.replay()
+        expected.apply_update_(network, m)
+        for part in ("module", "shadow"):
+            a, b = getattr(ema, part).parameters(), getattr(expected, part).parameters()
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @each_backend

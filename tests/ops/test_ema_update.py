@@ -75,6 +75,28 @@ def test_shadow_is_the_rounded_target(backend, dtype):
     assert all(torch.equal(s, t.to(dtype)) for s, t in zip(shadow, target, strict=True))
 
 
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_tensor_may_have_no_shadow(backend, kind):
+    target, plain = tensors(0), tensors(0)
+    shadow = [None if i % 2 else torch.full_like(t, float("nan"), dtype=torch.bfloat16) for i, t in enumerate(target)]
+    lists = [target, tensors(1), shadow]
+    if kind is dict:
+        lists = [{f"w{i}": t for i, t in enumerate(tensors)} for tensors in lists]
+    jk.ema_update(*lists[:2], 0.9, shadow=lists[2], backend=backend)
+    jk.ema_update(plain, tensors(1), 0.9, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(target, plain, strict=True))
+    assert all(torch.equal(s, t.bfloat16()) for s, t in zip(shadow, target, strict=True) if s is not None)
+
+
+def test_errors_tell_the_names_of_a_mapping():
+    with pytest.raises(
+        ValueError, match=r"^ema_update: online b must have the shape \(3,\) of target a, got \(4,\); pair"
+    ):
+        jk.ema_update({"a": torch.ones(3)}, {"b": torch.ones(4)}, 0.5)
+    with pytest.raises(TypeError, match=r"^ema_update: target a must be float32 "):
+        jk.EmaTable({"a": torch.ones(3).half()}, {"b": torch.ones(3)})
+
+
 def test_memory_beyond_a_tensor_stays_as_it_is(backend):
     whole = torch.full((64,), 7.0)
     jk.ema_update([whole[5:18]], [torch.zeros(13)], 0.5, backend=backend)

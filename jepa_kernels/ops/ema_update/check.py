@@ -1,6 +1,7 @@
 """What `ema_update` asks of its tensors, before the first write; once for lists that stay as they are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import KEPT, PLAIN, read
+from jepa_kernels.ops.ema_update.sharding import check_sharding
 
 OP = "ema_update"
 ROLES = ("target", "online", "shadow")
 FORMS = ("lerp", "ijepa", "vjepa2")
-Source = Sequence[Tensor] | nn.Module | None
-Sources = tuple[Source, Source, Source]
+Source = Sequence[Tensor] | Mapping[str, Tensor] | nn.Module
+Shadow = Sequence[Tensor | None] | Mapping[str, Tensor | None] | None
+Sources = tuple[Source, Source, Shadow]
 Names = dict[str, list[str]]  # by role
 _passed: dict[Any, None] = {}  # oldest use first
 
@@ -38,7 +41,11 @@ class Checked(NamedTuple):
 def check(sources: Sources) -> Checked:
     """The lists of these modules or lists; raises the error that names the first tensor at fault."""
     given = tuple(_listed(source, role) for source, role in zip(sources, ROLES, strict=True))
+    if any(s is None for s in given[2]):
+        given[2][:] = [t.new_empty(0) if s is None else s for t, s in zip(given[0], given[2], strict=False)]
     checked = reread(given)
+    if not torch.compiler.is_compiling() and checked.local is not checked.given:
+        check_sharding(OP, given, partial(names, sources, given))
     if checked.known is None or checked.known not in _passed:
         name = names(sources, given)
         _check_lists(name, *checked.local)
@@ -66,14 +73,14 @@ def reread(given: tuple[list[Any], ...]) -> Checked:
     return Checked(given, local, known)
 
 
-def _listed(source: Source, role: str) -> list[Any]:
+def _listed(source: Source | Shadow, role: str) -> list[Any]:
     if isinstance(source, nn.Module):
         return list(source.parameters())
     if not isinstance(source, Iterable):
         if source is None and role == "shadow":
             return []
         fail(OP, role, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
-    return source if type(source) is list else list(source)
+    return list(source.values() if isinstance(source, Mapping) else source)
 
 
 def _local(t: Any, role: str) -> Tensor:
@@ -83,13 +90,17 @@ def _local(t: Any, role: str) -> Tensor:
 
 
 def names(sources: Sources, given: tuple[list[Any], ...]) -> Names:
-    """What errors call the tensors: by a parameter's name in a module, by their place in a list."""
+    """What errors call the tensors: by name in a module or mapping, by their place in a list."""
     return {
-        role: [f"{role} {name}" for name, _ in source.named_parameters()]
-        if isinstance(source, nn.Module)
+        role: [f"{role} {name}" for name in _keys(source)]
+        if isinstance(source, nn.Module | Mapping)
         else [f"{role}[{i}]" for i in range(len(tensors))]
         for role, source, tensors in zip(ROLES, sources, given, strict=True)
     }
+
+
+def _keys(source: nn.Module | Mapping[str, Any]) -> Iterable[str]:
+    return source if isinstance(source, Mapping) else [name for name, _ in source.named_parameters()]
 
 
 def _check_lists(name: Names, target: list[Tensor], online: list[Tensor], shadow: list[Tensor]) -> None:
@@ -101,7 +112,8 @@ def _check_lists(name: Names, target: list[Tensor], online: list[Tensor], shadow
         if t.dtype is not torch.float32:
             _refuse_target(name["target"][i], t)
         for role, others in (("online", online), ("shadow", shadow)):
-            if others and not _fits(t, others[i], device):
+            absent = role == "shadow" and others and others[i].numel() == 0 < t.numel()
+            if others and not absent and not _fits(t, others[i], device):
                 _refuse_partner(name["target"][i], name[role][i], t, others[i], device)
 
 

@@ -1,15 +1,14 @@
 """Public face of `ema_update`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa_kernels._core.define import define, implementation
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.ema_update import reference
-from jepa_kernels.ops.ema_update.check import OP, Checked, check, check_options
+from jepa_kernels.ops.ema_update.check import OP, Checked, Shadow, Source, check, check_options
 
 KERNELS = (
     Kernel("cuda", dtypes=(torch.float32,)),
@@ -19,11 +18,11 @@ KERNELS = (
 
 
 def ema_update(
-    target: Sequence[Tensor] | nn.Module,
-    online: Sequence[Tensor] | nn.Module,
+    target: Source,
+    online: Source,
     momentum: float | Tensor,
     *,
-    shadow: Sequence[Tensor] | None = None,
+    shadow: Shadow = None,
     form: str = "lerp",
     backend: str | None = None,
 ) -> None:
@@ -34,9 +33,12 @@ def ema_update(
     target: fp32 tensors of any shapes, or a module (its parameters, in order). Low-precision targets are refused:
         with momentum near 1 the update lies below their resolution and vanishes.
     online: as many tensors of the same shapes, fp32, bf16 or fp16, or a module.
+        Each may be a mapping {name: tensor} too, paired in order, whose names errors tell. Of DTensors the local
+        shards are updated, with no communication; target and online must have one mesh and equal placements.
     momentum: in [0, 1]; a float, or a 0-dim tensor of fp64 (reproduces a float's bits) or fp32. A compiled or
         captured step passes a tensor.
-    shadow: tensors of the same shapes, bf16, fp16 or fp32, that get a rounded copy of the new target.
+    shadow: tensors of the same shapes, bf16, fp16 or fp32, that get a rounded copy of the new target; None among
+        them: no copy of that one.
     form: the roundings in fp32, each equal bit for bit to the published code that it is named after:
         "lerp"    target + (1 - momentum) * (online - target), one fused multiply-add: `_foreach_lerp_` of
                   torch.optim.swa_utils, timm's ModelEmaV3 and lightly, up to the last bit;

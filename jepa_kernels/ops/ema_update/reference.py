@@ -24,7 +24,7 @@ def forward(
             t.mul_(m).add_(o, alpha=1 - m)
         else:
             t.add_(o - t, alpha=1 - m)
-        if shadow:
+        if shadow and shadow[i].numel() == t.numel():  # an empty one stands for none
             shadow[i].copy_(t)
 
 

@@ -1,15 +1,14 @@
 """Public face of `EmaTable`."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import short
 from jepa_kernels.chunks import look
-from jepa_kernels.ops.ema_update.check import OP, ROLES, check, names, reread
+from jepa_kernels.ops.ema_update.check import OP, ROLES, Shadow, Source, check, names, reread
 from jepa_kernels.ops.ema_update.op import ema_update, update
 
 
@@ -24,10 +23,10 @@ class EmaTable:
 
     def __init__(
         self,
-        target: Sequence[Tensor] | nn.Module,
-        online: Sequence[Tensor] | nn.Module,
+        target: Source,
+        online: Source,
         *,
-        shadow: Sequence[Tensor] | None = None,
+        shadow: Shadow = None,
     ):
         sources = (target, online, shadow)
         self._lists = check(sources)

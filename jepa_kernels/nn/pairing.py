@@ -1,0 +1,111 @@
+"""The tensors of an online network and its target, paired once and looked up again while they stay in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import jepa_kernels as jk
+from jepa_kernels._core.check import fail
+from jepa_kernels.nn.shadow import Shadow
+
+Pair = tuple[Tensor, Tensor]  # target, online
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The network in the wrappers of DDP and torch.compile."""
+    while isinstance(module, DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = module.module if isinstance(module, DistributedDataParallel) else cast(nn.Module, module._orig_mod)
+    return module
+
+
+class Pairing:
+    """Parameters and buffers of two networks of one structure, in order; a shared tensor comes once."""
+
+    def __init__(self, online: nn.Module, target: nn.Module, shadow: Shadow | None) -> None:
+        self.online, self.target = online, target
+        networks = (*online.modules(), *target.modules())
+        self._sharded = [m for m in networks if hasattr(m, "reshard")]
+        self._reshard()
+        self._tables = [d for m in networks for d in (m._modules, m._parameters) if d]
+        self._entries = list(self._found())
+        self.names, self.parameters = _named_pairs(target, online)
+        self._trained = [o.requires_grad for _, o in self.parameters]
+        self._low: dict[Tensor, Tensor] = {} if shadow is None else {kept.source(): kept.low for kept in shadow.copies}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """The table of what moves; online tensors of another device have a place on the target's."""
+        trained = zip(self.names, self.parameters, self._trained, strict=True)
+        moving = {name: pair for name, pair, is_trained in trained if is_trained}
+        apart = {name: pair for name, pair in moving.items() if pair[0].device != pair[1].device}
+        places = {name: torch.empty_like(o, device=t.device) for name, (t, o) in apart.items()}
+        self._staged = [(places[name], o) for name, (_, o) in apart.items()]
+        self._table = jk.EmaTable(
+            {name: t for name, (t, _) in moving.items()},
+            {name: places.get(name, o) for name, (_, o) in moving.items()},
+            shadow={name: self._low.get(t) for name, (t, _) in moving.items()} if self._low else None,
+        )
+
+    def holds(self, online: nn.Module) -> bool:
+        """Whether every module and parameter is where it was, as trainable as it was."""
+        self._reshard()
+        return (
+            online is self.online
+            and all(map(operator.is_, self._found(), self._entries))
+            and [o.requires_grad for _, o in self.parameters] == self._trained
+        )
+
+    def update(self, momentum: float | Tensor, form: str) -> None:
+        """Move the targets of trained parameters."""
+        for place, online in self._staged:
+            place.copy_(online)
+        try:
+            return self._table.update(momentum, form=form)
+        except ValueError:  # other memory behind the same parameters, after a `.to` or `.data =`: all is checked anew
+            self._prepare()
+        self._table.update(momentum, form=form)
+
+    def buffers(self) -> list[Pair]:
+        """Looked up at each call: code may put new tensors in their places."""
+        targets, onlines = state_buffers(self.target), state_buffers(self.online)
+        if targets.keys() != onlines.keys():
+            odd = min(targets.keys() ^ onlines.keys())
+            fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
+        for name, t in targets.items():
+            if t.shape != onlines[name].shape:
+                shapes = tuple(t.shape), tuple(onlines[name].shape)
+                fail("EMA", name, f"have the target's shape {shapes[0]}", shapes[1], "resize both")
+        return [(t, onlines[name]) for name, t in targets.items()]
+
+    def _found(self) -> Iterator[object]:
+        return chain.from_iterable(table.values() for table in self._tables)
+
+    def _reshard(self) -> None:
+        # After a forward, FSDP may leave the gathered parameters in place of the shards.
+        for module in self._sharded:
+            cast(Any, module).reshard()
+
+
+def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the state dict: others are caches, of each network's own inputs."""
+    found = {}
+    for prefix, member in module.named_modules():
+        for name, buffer in member._buffers.items():
+            if buffer is not None and name not in member._non_persistent_buffers_set:
+                found[f"{prefix}.{name}".lstrip(".")] = buffer
+    return found
+
+
+def _named_pairs(target: nn.Module, online: nn.Module) -> tuple[list[str], list[Pair]]:
+    named, onlines = dict(target.named_parameters()), list(online.parameters())
+    if len(onlines) != len(named):
+        wanted = f"have {len(named)} parameters as the target"
+        fail("EMA", "online", wanted, len(onlines), "pass the network that the target was copied from")
+    return list(named), list(zip(named.values(), onlines, strict=True))
