@@ -38,7 +38,10 @@ PUBLIC = {
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "info": [],
-    "latent_loss": ["pred", "target", "ids", "packing", "kind", "beta", "normalize", "eps", "reduction", "backend"],
+    "latent_loss": [
+        *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
+        *("reduction", "backend"),
+    ],
     "masked_attention": ATTENTION,
     "masked_attention_lse": ATTENTION,
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
