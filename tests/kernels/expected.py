@@ -5,6 +5,7 @@ Shapes decide what is compiled, not lengths, so the calls are small; channel cou
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,8 +62,14 @@ def ema_calls() -> Iterator[Call]:
         yield Call(form, ema(torch.float32, None, form), (kernel,), (kernel,), counts, HOPPER)
 
 
-def loss(dtype: torch.dtype, channels: int, packed: bool = True, **options: object) -> Callable[[], object]:
+def loss(
+    dtype: torch.dtype, channels: int, packed: bool = True, normed: bool = False, weighted: bool = False, **options: Any
+) -> Callable[[], object]:
     def make() -> Tensor:
+        if normed:
+            options["norm"] = (torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 1e-6)
+        if weighted:
+            options["weight"] = torch.ones((12,) if packed else (4, 3))
         ids, pred = torch.arange(3).repeat(4, 1), torch.zeros(4, 3, channels, dtype=dtype)
         target = torch.zeros(2, 9, channels, dtype=dtype)
         if packed:
@@ -91,6 +98,11 @@ def loss_calls() -> Iterator[Call]:
         ("l1", loss(torch.float32, 384, kind="l1")),
         ("l2-raw", loss(torch.float32, 384, kind="l2", normalize=False)),
         ("several-blocks", loss(torch.bfloat16, 6144)),
+        ("normed", loss(torch.bfloat16, 1408, normed=True, kind="l1")),
+        ("normed-several-blocks", loss(torch.bfloat16, 6144, normed=True)),
+        ("levels", loss(torch.bfloat16, 6656, levels=4, weighted=True, kind="l1")),
+        ("normed-levels", loss(torch.bfloat16, 3072, packed=False, levels=4, normed=True, weighted=True)),
+        ("power", loss(torch.float32, 1024, kind="l1", power=1.5)),
     ):
         yield Call(name, make, launches, wide, {}, HOPPER)
     for channels in (1, 37):
