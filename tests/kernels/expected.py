@@ -62,6 +62,22 @@ def ema_calls() -> Iterator[Call]:
         yield Call(form, ema(torch.float32, None, form), (kernel,), (kernel,), counts, HOPPER)
 
 
+def weights(packed: bool) -> Callable[[], object]:
+    def make() -> Tensor:
+        context, target = torch.arange(3).repeat(4, 1), torch.arange(3, 8).repeat(4, 1)
+        if not packed:
+            return jk.distance_weights(context, target, (2, 4, 4), backend="triton")
+        both = dict(packing=Packing.uniform(4, 3), target_packing=Packing.uniform(4, 5))
+        return jk.distance_weights(context.flatten(), target.flatten(), (2, 4, 4), **both, backend="triton")
+
+    return make
+
+
+def weights_calls() -> Iterator[Call]:
+    for name, packed in (("packed", True), ("rectangular", False)):
+        yield Call(name, weights(packed), ("_distance_weights_forward_kernel",), blocks=4)
+
+
 def loss(
     dtype: torch.dtype, channels: int, packed: bool = True, normed: bool = False, weighted: bool = False, **options: Any
 ) -> Callable[[], object]:
@@ -306,6 +322,7 @@ def assembled_calls() -> Iterator[Call]:
 
 CALLS = {
     "assemble_tokens": tuple(assembled_calls()),
+    "distance_weights": tuple(weights_calls()),
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),

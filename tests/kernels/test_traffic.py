@@ -38,6 +38,14 @@ def loss(dtype: torch.dtype, channels: int, **options):
     return 3 * pred.numel() * pred.element_size() + norm
 
 
+def weights():
+    """Ids of contexts read and their weights written; targets come from the cache, once for 64 contexts."""
+    ids = torch.arange(1024).view(4, 256)
+    context, target = ids[:, :64].contiguous(), ids[:, 64:].contiguous()
+    jk.distance_weights(context, target, (4, 16, 16), backend="triton")
+    return 12 * context.numel() + 8 * target.numel()
+
+
 def gather(backward: bool):
     """Contexts of I-JEPA: 111 of 256 tokens kept. Forward copies them; backward writes every token once."""
     ids, packing = Packing.from_ids([torch.arange(n) * 2 for n in (100, 122)])
@@ -85,6 +93,7 @@ NORM = (torch.ones(1408, dtype=torch.bfloat16), torch.zeros(1408, dtype=torch.bf
 CASES = [
     ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
     ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
+    ("distance_weights-vjepa21", weights, 1, 24 * 1024 * (12 + 16 * 8), 1.04, 4),
     ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
     ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),
