@@ -9,6 +9,7 @@
 #include "adamw_ema/adamw_ema.h"
 #include "assemble_tokens/assemble_tokens.h"
 #include "common/dtype.h"
+#include "distance_weights/distance_weights.h"
 #include "ema_update/ema_update.h"
 #include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
@@ -88,6 +89,7 @@ bool set_isa(const char* name) {
 JEPA_DISPATCH(adamw_ema_cpu, AdamwEmaParams)
 JEPA_DISPATCH(assemble_tokens_forward_cpu, AssembleTokensForwardParams)
 JEPA_DISPATCH(assemble_tokens_backward_cpu, AssembleTokensBackwardParams)
+JEPA_DISPATCH(distance_weights_forward_cpu, DistanceWeightsForwardParams)
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
 JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
 JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)

@@ -52,6 +52,22 @@ def latent_loss_per_token(packing):
     return latent_loss(packing, "token")
 
 
+def distance_weights(packing):
+    pad = Packing.from_lengths([3, 4])
+    weights = jk.distance_weights(
+        torch.arange(9), torch.arange(9, 16), (1, 4, 4), packing=packing, target_packing=pad, backend="cpu"
+    )
+    return weights.requires_grad_(), (weights,)
+
+
+def distance_weights_of_targets(packing):
+    context = Packing.from_lengths([3, 4])
+    weights = jk.distance_weights(
+        torch.arange(9, 16), torch.arange(9), (1, 4, 4), packing=context, target_packing=packing, backend="cpu"
+    )
+    return weights.requires_grad_(), (weights,)
+
+
 def masked_attention(packing):
     qkv = [torch.randn(9, 2, 8, requires_grad=True) for _ in range(3)]
     return jk.masked_attention(*qkv, packing, backend="cpu"), qkv
@@ -62,7 +78,16 @@ def masked_attention_across(packing):
     return jk.masked_attention(*qkv, Packing.from_lengths([3, 4]), k_packing=packing, backend="cpu"), qkv
 
 
-CALLS = (gather_tokens, embed_patches, latent_loss, latent_loss_per_token, masked_attention, masked_attention_across)
+CALLS = (
+    distance_weights,
+    distance_weights_of_targets,
+    gather_tokens,
+    embed_patches,
+    latent_loss,
+    latent_loss_per_token,
+    masked_attention,
+    masked_attention_across,
+)
 
 
 def results(call, values):

@@ -33,12 +33,16 @@ PUBLIC = {
     "Rope": ["positions", "k_positions", *ROPE],
     "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
+    "distance_weights": ["context_ids", "target_ids", "grid", "packing", "target_packing", "scale", "backend"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "info": [],
-    "latent_loss": ["pred", "target", "ids", "packing", "kind", "beta", "normalize", "eps", "reduction", "backend"],
+    "latent_loss": [
+        *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
+        *("reduction", "backend"),
+    ],
     "masked_attention": ATTENTION,
     "masked_attention_lse": ATTENTION,
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
@@ -124,10 +128,13 @@ pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8,
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
 pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
 raising = best(stop(lambda: None))
+both = dict(packing=packing, target_packing=packing)
 packings = dict(context_packing=packing, target_packing=packing, packing=jk.Packing.from_lengths([6, 6]))
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
+    "distance_weights": lambda: jk.distance_weights(ids, ids, (1, 3, 3)),
+    "distance_weights packed": lambda: jk.distance_weights(flat, flat, (1, 3, 3), **both),
     "ema_update": lambda: jk.ema_update([x], [x], 0.5),
     "embed_patches": lambda: jk.embed_patches(pixels, ids, weight, bias, pos),
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
@@ -135,6 +142,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "gather_tokens packed": lambda: jk.gather_tokens(x, flat, packing),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
+    "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=bias[:6].view(2, 3)),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
     "rope": lambda: jk.rope(dense, places),

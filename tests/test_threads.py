@@ -37,6 +37,17 @@ ASSEMBLED, MANY = ("context", "mask_token"), (75, 900, 1, 90) * 3
 EACH = [
     *large("assemble_tokens", "packed", ASSEMBLED, "packed", LENGTHS[:4], MANY, 130, count=1000, groups=3, unused=9),
     *large("assemble_tokens", "streamed", ASSEMBLED, "packed", (1000, 2000), (5000, 4500), WIDE, dtypes=LOW),
+    *large(
+        "distance_weights",
+        "packed",
+        (),
+        "packed",
+        (8, 16, 16),
+        (900, 1, 0, 333),
+        (700, 9, 5, 1111),
+        1250,
+        dtypes=LOW[:1],
+    ),
     *(pytest.param("ema_update", EMA, dtype, id=f"ema_update-{short(dtype)}") for dtype in DTYPES),
     *large("embed_patches", "packed", ("pixels", "weight", "bias", "pos_embed"), "packed", IMAGES, LENGTHS, 480),
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
@@ -44,6 +55,9 @@ EACH = [
     *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
+    *large(
+        "latent_loss", "levels", ("pred",), "packed", 4, 300, 264, LENGTHS, levels=2, kind="l1", power=3.0, dtypes=LOW
+    ),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),
     *large("rope", "packed", ("x",), "packed", 700, 3, 64, pairing="tiled"),
 ]

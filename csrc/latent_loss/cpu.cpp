@@ -2,11 +2,9 @@
 // its prediction is written at once. Row sums are combined in row order, in double: no dependence on threads.
 #include "latent_loss/latent_loss.h"
 
-#include <cmath>
-
 #include "common/floats.h"
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "latent_loss/row.h"
 
 namespace jepa::JEPA_ISA {
 
@@ -26,108 +24,7 @@ struct Weights {
   int64_t rows(int64_t j) const { return begin_of(p, (j + 1) * p.batch) - begin_of(p, j * p.batch); }
   double of(int64_t j) const {
     const double tokens = p.per_mask ? double(rows(j)) * double(filled) : double(begin_of(p, p.sequences));
-    return 1.0 / (tokens * double(p.channels));
-  }
-};
-
-struct Norm {
-  float mean, rstd;
-};
-
-// `registers` registers of elements ahead of their use. The rows of the next token are asked for while this
-// one is computed: gathered rows are short, and the hardware's own prefetch stops at each one's end.
-template <int registers, class T> static inline void prefetch(const T* p) {
-  constexpr int LINE = 64;
-  for (int byte = 0; byte < registers * W * int(sizeof(T)); byte += LINE)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T0);
-}
-
-// Two passes over a row that the first brought into L1: no cancellation.
-template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, float eps) {
-  vf sum[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    prefetch<4>(next + i);
-    for (int u = 0; u < 4; ++u) sum[u] = add(sum[u], load(row + i + u * W));
-  }
-  for (; i < n; i += W)
-    sum[0] = add(sum[0], n - i < W ? load(row + i, static_cast<int>(n - i)) : load(row + i));
-  const float mean = hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3]))) / static_cast<float>(n);
-
-  const vf m = set1(mean);
-  vf square[4] = {zero(), zero(), zero(), zero()};
-  for (i = 0; i + 4 * W <= n; i += 4 * W)
-    for (int u = 0; u < 4; ++u) {
-      const vf d = sub(load(row + i + u * W), m);
-      square[u] = fma(d, d, square[u]);
-    }
-  for (; i < n; i += W) {
-    const int rest = n - i < W ? static_cast<int>(n - i) : W;
-    const vf d = select(first(rest), sub(load(row + i, rest), m), zero());
-    square[0] = fma(d, d, square[0]);
-  }
-  const float total = hsum(add(add(square[0], square[1]), add(square[2], square[3])));
-  return {mean, 1.f / std::sqrt(total / static_cast<float>(n) + eps)};
-}
-
-// Of one register of differences d. min and max hand on their second operand if it is NaN.
-template <LossKind kind> static inline vf derivative(vf d, vf inverse_beta) {
-  if constexpr (kind == LossKind::l2) return add(d, d);
-  if constexpr (kind == LossKind::smooth_l1) return vmin(set1(1.f), vmax(set1(-1.f), mul(d, inverse_beta)));
-  const vf sign = select(less(zero(), d), set1(1.f), select(less(d, zero()), set1(-1.f), zero()));
-  return add(sign, sub(d, d)); // NaN stays NaN
-}
-// sum + distance, with s the derivative. smooth_l1 on both sides of beta: s (d - beta s / 2).
-template <LossKind kind> static inline vf add_distance(vf sum, vf d, vf s, vf minus_half_beta) {
-  if constexpr (kind == LossKind::l1) return add(sum, vabs(d));
-  if constexpr (kind == LossKind::l2) return fma(d, d, sum);
-  return fma(s, fma(minus_half_beta, s, d), sum);
-}
-
-template <class T> struct UnitOf {
-  using type = T;
-};
-template <> struct UnitOf<f16> { // 1 / count underflows in fp16
-  using type = float;
-};
-
-template <LossKind kind, class P, class T> struct RowKernel {
-  using Unit = typename UnitOf<P>::type;
-  vf minus_half_beta, inverse_beta;
-  bool normalize, streamed;
-  float eps;
-
-  // The row's summed distance; unit (or null) gets weight * derivative.
-  double operator()(const P* pred, const T* target, const P* next_pred, const T* next_target, Unit* unit,
-                    int64_t n, float weight) const {
-    const Norm norm = normalize ? norm_of(target, next_target, n, eps) : Norm{0.f, 1.f};
-    const vf mean = set1(norm.mean), rstd = set1(norm.rstd), w = set1(weight);
-    const vf slope = inverse_beta,
-             bend = minus_half_beta; // in registers: a store to unit might change a member
-    vf sum[4] = {zero(), zero(), zero(), zero()};
-    int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
-      prefetch<4>(next_pred + i);
-      for (int u = 0; u < 4; ++u) {
-        const int64_t at = i + u * W;
-        const vf d = fma(sub(mean, load(target + at)), rstd, load(pred + at));
-        const vf s = derivative<kind>(d, slope);
-        sum[u] = add_distance<kind>(sum[u], d, s, bend);
-        if (!unit) continue;
-        if (streamed)
-          stream(unit + at, mul(w, s));
-        else
-          store(unit + at, mul(w, s));
-      }
-    }
-    for (; i < n; i += W) {
-      const int rest = n - i < W ? static_cast<int>(n - i) : W;
-      const vf d = fma(sub(mean, load(target + i, rest)), rstd, load(pred + i, rest));
-      const vf s = derivative<kind>(d, slope);
-      sum[0] = select(first(rest), add_distance<kind>(sum[0], d, s, bend), sum[0]);
-      if (unit) store(unit + i, mul(w, s), rest);
-    }
-    return hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+    return p.scale / (tokens * double(p.channels));
   }
 };
 
@@ -138,37 +35,80 @@ template <class T> static const T* packed_row(const T* row, int64_t stride, int6
   return scratch;
 }
 
-struct Place { // of a row: its token, and where its elements start in pred and target
+struct Place { // of a row: its token, where its elements start in pred and target, and its weight
   int64_t id, pred, target;
+  float weight;
+};
+
+// Moves run on to the row's; id < 0: the row does not count.
+static Place place_of(const LatentLossForwardParams& p, int64_t row, int64_t& run) {
+  while (run < p.sequences && begin_of(p, run + 1) <= row) ++run;
+  if (run >= p.sequences) return {-1, 0, 0, 0.f};
+  const int64_t inside = row - begin_of(p, run), id = p.ids ? p.ids[row] : inside;
+  const int64_t pred = p.cu_seqlens ? row * p.pred_row : run * p.pred_run + inside * p.pred_row;
+  const int64_t weight = p.cu_seqlens ? row * p.weight_row : run * p.weight_run + inside * p.weight_row;
+  return {id < p.count ? id : -1, pred, run % p.batch * p.target_image + id * p.target_token,
+          p.weight ? p.weight[weight] : 1.f};
+}
+
+// A thread's copies of rows whose channels do not lie side by side, and a level after the encoder's norm.
+template <class P, class T> struct Scratch {
+  P* pred;
+  T* target;
+  float* latent;
+
+  explicit Scratch(const LatentLossForwardParams& p)
+      : pred(p.pred_channel == 1 ? nullptr : new P[p.channels]),
+        target(p.target_channel == 1 ? nullptr : new T[p.channels]),
+        latent(p.affine ? new float[p.channels / p.levels] : nullptr) {}
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    delete[] pred;
+    delete[] target;
+    delete[] latent;
+  }
 };
 
 constexpr int64_t STREAM_BYTES = int64_t{24} << 20; // past the last-level cache, bypass it
+
+// The row's summed distance, level after level. next_pred and next_target: the row that follows.
+template <LossKind kind, class P, class T>
+static double compare(const LatentLossForwardParams& p, const Comparison<kind>& how, const P* pred,
+                      const T* target, const P* next_pred, const T* next_target,
+                      typename UnitOf<P>::type* unit, float weight, float* latent) {
+  const int64_t width = p.channels / p.levels;
+  double sum = 0.0;
+  for (int64_t at = 0; at < p.channels; at += width) {
+    const bool last = at + width == p.channels;
+    const P *x = pred + at, *next_x = last ? next_pred : x + width;
+    const T *y = target + at, *next_y = last ? next_target : y + width;
+    auto* grad = unit ? unit + at : nullptr;
+    if (!p.affine) {
+      sum += how(x, y, next_x, next_y, grad, width, weight);
+    } else {
+      affine_norm(y, next_y, width, p.norm_eps, p.affine + at, p.affine + p.channels + at, latent);
+      sum += how(x, latent, next_x, latent, grad, width, weight);
+    }
+  }
+  return sum;
+}
 
 template <LossKind kind, class P, class T> static void forward(const LatentLossForwardParams& p) {
   using Unit = typename UnitOf<P>::type;
   const Weights weights(p);
   const int64_t n = p.channels;
   const bool streamed =
-      p.unit && p.rows * n * int64_t(sizeof(Unit)) > STREAM_BYTES && n % (64 / sizeof(Unit)) == 0;
-  const RowKernel<kind, P, T> kernel{set1(-0.5f * p.beta), set1(1.f / p.beta), p.normalize, streamed, p.eps};
-  const auto at = [&](int64_t row,
-                      int64_t& run) { // moves run on to the row's; id < 0: the row does not count
-    while (run < p.sequences && begin_of(p, run + 1) <= row) ++run;
-    if (run >= p.sequences) return Place{-1, 0, 0};
-    const int64_t inside = row - begin_of(p, run), id = p.ids ? p.ids[row] : inside;
-    const int64_t pred_at = p.cu_seqlens ? row * p.pred_row : run * p.pred_run + inside * p.pred_row;
-    return Place{id < p.count ? id : -1, pred_at, run % p.batch * p.target_image + id * p.target_token};
-  };
+      p.unit && p.rows * n * int64_t(sizeof(Unit)) > STREAM_BYTES && n / p.levels % (64 / sizeof(Unit)) == 0;
+  const Comparison<kind> how(p, streamed);
   parallel_for(p.rows, p.rows * n < 16384 ? 1 : p.threads, [&](int64_t begin, int64_t end) {
-    P* pred_scratch = p.pred_channel == 1 ? nullptr : new P[n];
-    T* target_scratch = p.target_channel == 1 ? nullptr : new T[n];
+    const Scratch<P, T> scratch(p);
     int64_t run = 0, mask = -1;
-    float weight = 0.f;
-    Place next = at(begin, run);
+    double element = 0.0; // weight of each element of the mask
+    Place next = place_of(p, begin, run);
     for (int64_t row = begin; row < end; ++row) {
       const Place here = next;
       const int64_t own_run = run;
-      if (row + 1 < end) next = at(row + 1, run);
+      if (row + 1 < end) next = place_of(p, row + 1, run);
       Unit* unit = p.unit ? static_cast<Unit*>(p.unit) + row * n : nullptr;
       if (here.id < 0) {
         p.row_loss[row] = 0.0;
@@ -177,17 +117,17 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
       }
       if (own_run / p.batch != mask) {
         mask = own_run / p.batch;
-        weight = static_cast<float>(weights.of(mask));
+        element = weights.of(mask);
       }
       const P* all_pred = static_cast<const P*>(p.pred);
       const T* all_target = static_cast<const T*>(p.target);
-      const P* pred = packed_row(all_pred + here.pred, p.pred_channel, n, pred_scratch);
-      const T* target = packed_row(all_target + here.target, p.target_channel, n, target_scratch);
-      p.row_loss[row] = kernel(pred, target, all_pred + next.pred, all_target + next.target, unit, n, weight);
+      const P* pred = packed_row(all_pred + here.pred, p.pred_channel, n, scratch.pred);
+      const T* target = packed_row(all_target + here.target, p.target_channel, n, scratch.target);
+      const float weight = static_cast<float>(element * here.weight);
+      p.row_loss[row] = here.weight * compare(p, how, pred, target, all_pred + next.pred,
+                                              all_target + next.target, unit, weight, scratch.latent);
     }
     if (streamed) _mm_sfence();
-    delete[] pred_scratch;
-    delete[] target_scratch;
   });
   double loss = 0.0;
   for (int64_t j = 0; j < weights.masks; ++j) {
@@ -207,10 +147,26 @@ template <class P, class T> static void forward_of_kind(const LatentLossForwardP
     return forward<LossKind::l1, P, T>(p);
   case LossKind::l2:
     return forward<LossKind::l2, P, T>(p);
+  case LossKind::power:
+    return forward<LossKind::power, P, T>(p);
   }
 }
 
+static void widen(const void* row, DType type, int64_t stride, int64_t n, float* out) {
+  with_float(type, [&](auto x) {
+    const auto* values = static_cast<const decltype(x)*>(row);
+    for (int64_t i = 0; i < n; i += W) {
+      const int rest = n - i < W ? static_cast<int>(n - i) : W;
+      store_first(out + i, load(values + i * stride, stride, rest), rest);
+    }
+  });
+}
+
 void latent_loss_forward_cpu(const LatentLossForwardParams& p) {
+  if (p.affine) {
+    widen(p.gain, p.gain_dtype, p.gain_stride, p.channels, p.affine);
+    widen(p.shift, p.shift_dtype, p.shift_stride, p.channels, p.affine + p.channels);
+  }
   with_float(p.pred_dtype, [&](auto x) {
     with_float(p.target_dtype, [&](auto y) { forward_of_kind<decltype(x), decltype(y)>(p); });
   });

@@ -7,7 +7,7 @@
 
 namespace jepa {
 
-enum class LossKind { smooth_l1, l1, l2 };
+enum class LossKind { smooth_l1, l1, l2, power };
 
 // Rows of pred lie in `sequences` runs; run s compares with image s % batch and belongs to mask s / batch.
 // Runs end at cu_seqlens[1], cu_seqlens[2], ..., or are `run_length` long where cu_seqlens is null. Without
@@ -22,8 +22,17 @@ struct LatentLossForwardParams {
   int64_t target_image, target_token, target_channel;
   DType pred_dtype, target_dtype;
   LossKind kind;
+  double scale, power; // scale: of the whole loss
   float beta, eps;
   bool normalize;
+  int64_t levels;           // equal parts of the channels, each normalised by itself
+  const void *gain, *shift; // [channels] of the encoder's own norm, or null
+  int64_t gain_stride, shift_stride;
+  DType gain_dtype, shift_dtype;
+  float norm_eps;
+  float* affine;       // workspace [2 * channels] where gain is given
+  const float* weight; // of each row's distance, or null; strides as of pred's rows
+  int64_t weight_run, weight_row;
   bool per_mask;    // mean of the masks' means, else mean over all tokens
   double* row_loss; // workspace [rows]
   float* loss;      // [1]

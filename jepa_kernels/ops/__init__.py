@@ -9,6 +9,7 @@ OPS = (
     "embed_patches",
     "gather_tokens",
     "grad_norm",
+    "distance_weights",
     "latent_loss",
     "masked_attention",
     "rope",

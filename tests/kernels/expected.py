@@ -5,6 +5,7 @@ Shapes decide what is compiled, not lengths, so the calls are small; channel cou
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,30 @@ def norm_calls() -> Iterator[Call]:
 
 
 def loss(dtype: torch.dtype, channels: int, packed: bool = True, **options: object) -> Callable[[], object]:
+def weights(packed: bool) -> Callable[[], object]:
     def make() -> Tensor:
+        context, target = torch.arange(3).repeat(4, 1), torch.arange(3, 8).repeat(4, 1)
+        if not packed:
+            return jk.distance_weights(context, target, (2, 4, 4), backend="triton")
+        both = dict(packing=Packing.uniform(4, 3), target_packing=Packing.uniform(4, 5))
+        return jk.distance_weights(context.flatten(), target.flatten(), (2, 4, 4), **both, backend="triton")
+
+    return make
+
+
+def weights_calls() -> Iterator[Call]:
+    for name, packed in (("packed", True), ("rectangular", False)):
+        yield Call(name, weights(packed), ("_distance_weights_forward_kernel",), blocks=4)
+
+
+def loss(
+    dtype: torch.dtype, channels: int, packed: bool = True, normed: bool = False, weighted: bool = False, **options: Any
+) -> Callable[[], object]:
+    def make() -> Tensor:
+        if normed:
+            options["norm"] = (torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype), 1e-6)
+        if weighted:
+            options["weight"] = torch.ones((12,) if packed else (4, 3))
         ids, pred = torch.arange(3).repeat(4, 1), torch.zeros(4, 3, channels, dtype=dtype)
         target = torch.zeros(2, 9, channels, dtype=dtype)
         if packed:
@@ -142,6 +166,11 @@ def loss_calls() -> Iterator[Call]:
         ("l1", loss(torch.float32, 384, kind="l1")),
         ("l2-raw", loss(torch.float32, 384, kind="l2", normalize=False)),
         ("several-blocks", loss(torch.bfloat16, 6144)),
+        ("normed", loss(torch.bfloat16, 1408, normed=True, kind="l1")),
+        ("normed-several-blocks", loss(torch.bfloat16, 6144, normed=True)),
+        ("levels", loss(torch.bfloat16, 6656, levels=4, weighted=True, kind="l1")),
+        ("normed-levels", loss(torch.bfloat16, 3072, packed=False, levels=4, normed=True, weighted=True)),
+        ("power", loss(torch.float32, 1024, kind="l1", power=1.5)),
     ):
         yield Call(name, make, launches, wide, {}, HOPPER)
     for channels in (1, 37):
@@ -346,6 +375,7 @@ def assembled_calls() -> Iterator[Call]:
 CALLS = {
     "adamw_ema": tuple(adamw_calls()),
     "assemble_tokens": tuple(assembled_calls()),
+    "distance_weights": tuple(weights_calls()),
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),

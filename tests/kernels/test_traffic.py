@@ -44,11 +44,22 @@ def norm(dtype: torch.dtype):
 
 def loss(dtype: torch.dtype, channels: int):
     """Forward with the gradient: pred and chosen targets read, gradient written."""
+def loss(dtype: torch.dtype, channels: int, **options):
+    """Forward with the gradient: pred and chosen targets read, gradient written; a norm is read from the cache."""
     ids = torch.arange(6).expand(4, 6).reshape(-1)
     pred = torch.randn(24, channels, dtype=dtype, requires_grad=True)
     target = torch.randn(2, 9, channels, dtype=dtype)
-    jk.latent_loss(pred, target, ids, packing=Packing.uniform(4, 6), backend="triton")
-    return 3 * pred.numel() * pred.element_size()
+    jk.latent_loss(pred, target, ids, packing=Packing.uniform(4, 6), **options, backend="triton")
+    norm = 24 * channels * 2 * dtype.itemsize if "norm" in options else 0
+    return 3 * pred.numel() * pred.element_size() + norm
+
+
+def weights():
+    """Ids of contexts read and their weights written; targets come from the cache, once for 64 contexts."""
+    ids = torch.arange(1024).view(4, 256)
+    context, target = ids[:, :64].contiguous(), ids[:, 64:].contiguous()
+    jk.distance_weights(context, target, (4, 16, 16), backend="triton")
+    return 12 * context.numel() + 8 * target.numel()
 
 
 def gather(backward: bool):
@@ -91,6 +102,7 @@ def assembled(backward: bool):
     return (800 + 80) * 384 * 2 + 2 * parts * 384 * 4
 
 
+NORM = (torch.ones(1408, dtype=torch.bfloat16), torch.zeros(1408, dtype=torch.bfloat16), 1e-6)
 # Name, a small call that returns its floor in bytes, launches, the floor of the published size in bytes, the bytes over
 # the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
 # backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
@@ -99,6 +111,7 @@ CASES = [
     ("adamw_ema-vit_h14-shadows", lambda: adamw(True), 1, 632e6 * 40, 1.04, 5890),
     ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
     ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
+    ("distance_weights-vjepa21", weights, 1, 24 * 1024 * (12 + 16 * 8), 1.04, 4),
     ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
     ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),
@@ -108,6 +121,8 @@ CASES = [
     ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 1.04, 45),
     ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 1.04, 85),
     ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 1.04, 53),
+    ("latent_loss-vjepa2_g-norm", lambda: loss(torch.bfloat16, 1408, norm=NORM), 2, 23328 * 1408 * 6, 1.04, 53),
+    ("latent_loss-vjepa21-levels", lambda: loss(torch.bfloat16, 6656, levels=4), 2, 12 * 1470 * 6656 * 6, 1.04, 175),
     ("rope-vjepa2_g-n2048-forward", lambda: rope("forward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
     ("rope-vjepa2_g-n2048-backward", lambda: rope("backward"), 1, 2 * 2 * 2 * 24 * 22 * 2048 * 64, 1.04, 170),
 ]

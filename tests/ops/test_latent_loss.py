@@ -279,7 +279,7 @@ def test_float64_targets_are_for_the_reference(kernel):
 
 
 def test_the_cpu_kernel_refuses_types_it_is_not_built_for():
-    forward, rest = torch.ops.jepa_kernels.latent_loss_forward, ("l1", 1.0, True, 1e-5, "mask", True, "cpu")
+    forward, rest = torch.ops.jepa_kernels.latent_loss_forward, ("l1", 1.0, True, 1e-5, "mask", *PLAIN, True, "cpu")
     message = "tensors must be float32, bfloat16 or float16, got float64; call the public function"
     for pred, target in ((PRED, TARGET.double()), (PRED.double(), TARGET)):
         with pytest.raises(ValueError, match=message):
@@ -300,6 +300,7 @@ def test_no_gradient_reaches_the_target(backend):
 
 
 PRED, TARGET, IDS = draw()
+PLAIN = (1.0, 1, None, None, 0.0, None)  # power, levels, gain, shift, norm_eps, weight
 BAD = [
     (dict(pred=PRED.int()), TypeError, r"pred must be of dtype .+, got int32; convert"),
     (dict(pred=PRED[0]), ValueError, r"pred must have shape \[M, K, E\], got \(4, 24\)"),

@@ -50,6 +50,30 @@ def rectangular(batch: int, count: int, channels: int, masks: int, kept: int, **
     return make
 
 
+def normed(make: Make, eps: float = 1e-6) -> Make:
+    """With the encoder's own norm: gains around 1, outlier channels among the targets as they leave the last block."""
+
+    def with_norm(generator: torch.Generator) -> dict[str, Any]:
+        inputs = make(generator)
+        channels = inputs["target"].shape[-1]
+        gain, bias = torch.randn(2, channels, generator=generator, dtype=torch.float64) * 0.3
+        return dict(inputs, norm=[gain + 1, bias, eps])
+
+    return with_norm
+
+
+def weighted(make: Make) -> Make:
+    """With a weight for each token; of rows that count for nothing it is NaN."""
+
+    def with_weight(generator: torch.Generator) -> dict[str, Any]:
+        inputs = make(generator)
+        weight = torch.rand(inputs["pred"].shape[:-1], generator=generator, dtype=torch.float64) + 0.1
+        weight[inputs["pred"][..., 0].isnan()] = float("nan")
+        return dict(inputs, weight=weight)
+
+    return with_weight
+
+
 def _constant_rows(generator: torch.Generator) -> dict[str, Any]:
     """Variance 0, and values far from 0."""
     inputs = rectangular(2, 6, 24, 1, 3)(generator)
@@ -75,5 +99,17 @@ CASES = (
     Case("wide_rows", rectangular(1, 3, 4100, 1, 2), ("pred",)),
     Case("empty_sequences", packed(2, 8, 16, [0, 0, 3, 0]), ("pred",)),
     Case("empty_batch", rectangular(0, 8, 16, 2, 3), ("pred",)),
+    Case("norm_packed", normed(packed(2, 16, 20, [3, 5, 9, 1], kind="l1")), ("pred",), gradcheck=True),
+    Case("norm_alone", normed(rectangular(2, 8, 65, 2, 3, normalize=False)), ("pred",)),
+    Case("norm_of_constant_rows", normed(_constant_rows), ("pred",)),
+    Case("norm_of_wide_rows", normed(rectangular(1, 3, 4100, 1, 2)), ("pred",)),
+    Case("four_levels", rectangular(2, 8, 132, 2, 3, kind="l2", levels=4), ("pred",)),
+    Case("norm_of_four_levels", normed(packed(2, 8, 64, [2, 3, 1, 4], levels=4)), ("pred",)),
+    Case("l1_power_2", rectangular(2, 8, 40, 2, 3, kind="l1", power=2.0), ("pred",)),
+    Case("l1_power_3_half", packed(2, 8, 40, [2, 3, 1, 4], kind="l1", power=1.5), ("pred",), gradcheck=True),
+    Case("l1_power_4", rectangular(2, 8, 40, 2, 3, kind="l1", power=4.0), ("pred",)),
+    Case("weighted", weighted(rectangular(2, 8, 40, 2, 3)), ("pred",), keep=("weight",)),
+    Case("weighted_unused_rows", weighted(packed(2, 8, 40, [2, 3], rows=9, kind="l2", reduction="token")),
+         ("pred",), keep=("weight",), gradcheck=True),
     Case("unused_rows", packed(2, 8, 40, [2, 3], rows=9), ("pred",)),
-)
+)  # fmt: skip

@@ -1,11 +1,12 @@
 """Public face of `latent_loss`."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import INT64, check_ids, check_number, check_packing, check_tensor, fail
+from jepa_kernels._core.check import FLOATING, INT64, check_ids, check_number, check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.latent_loss import reference
@@ -16,10 +17,18 @@ KINDS = ("smooth_l1", "l1", "l2")
 REDUCTIONS = ("mask", "token")
 
 MIN_BETA = 1e-30  # its inverse is an fp32 number
+WEIGHTS = (torch.float32, torch.float64)
 
 
-def _limit(target: torch.dtype) -> str | None:
-    return None if target in FLOATS else f"takes targets of {', '.join(map(short, FLOATS))}, got {short(target)}"
+def _limit(call: tuple[torch.dtype, Tensor | None, reference.Norm | None]) -> str | None:
+    target, weight, norm = call
+    if target not in FLOATS:
+        return f"takes targets of {', '.join(map(short, FLOATS))}, got {short(target)}"
+    if weight is not None and weight.dtype != torch.float32:
+        return f"takes weights of float32, got {short(weight.dtype)}"
+    if norm is not None and not all(x.dtype in FLOATS for x in norm[:2]):
+        return f"takes a norm of {', '.join(map(short, FLOATS))}, got {short(norm[0].dtype)} and {short(norm[1].dtype)}"
+    return None
 
 
 KERNELS = (Kernel("triton", limit=_limit), Kernel("cpu", limit=_limit))
@@ -33,32 +42,48 @@ def latent_loss(
     packing: Packing | None = None,
     kind: str = "smooth_l1",
     beta: float = 1.0,
+    power: float = 1.0,
     normalize: bool = True,
     eps: float = 1e-5,
+    norm: reference.Norm | None = None,
+    levels: int = 1,
+    weight: Tensor | None = None,
     reduction: str = "mask",
     backend: str | None = None,
 ) -> Tensor:
-    """Compare predictions with the target latents they stand for: gather, layer norm, distance and mean in one pass.
+    """Compare predictions with the target latents they stand for: gather, layer norms, distance and mean in one pass.
 
-    t = (y - mean y) / sqrt(var y + eps), y = target[m % B, ids[m, k]] (packed: image s % B of sequence s)
-    smooth_l1: d^2 / (2 beta) where |d| < beta, else |d| - beta / 2; l1: |d|; l2: d^2, with d = pred - t
+    y = target[m % B, ids[m, k]], or with norm = (gain, bias, e): (y - mean y) / sqrt(var y + e) * gain + bias
+    t = (y - mean y) / sqrt(var y + eps), or y itself where normalize is False; d = pred - t
+    smooth_l1: d^2 / (2 beta) where |d| < beta, else |d| - beta / 2; l1: |d|^power / power; l2: d^2
 
-    pred: [M, K, E] with M = masks * B (mask-major), or packed [T, E]; fp32, bf16 or fp16, any strides.
+    pred: [M, K, E] with M = masks * B (mask-major), or packed [T, E]; fp32, bf16 or fp16, any strides. Several targets
+        of one context are as many masks: the predictions of target j of image b are row j * B + b.
     target: [B, N, E], fp32, bf16 or fp16 (its own dtype), any strides; only the rows that ids name are read.
     ids: int64 in [0, N), increasing in each row: [M, K], or [T] with a packing of masks * B sequences. None: pred is
         [M, N, E] and every token counts.
-    beta: >= 1e-30, in units of the normalised target. eps: > 0. normalize: False compares with y itself.
+    beta: >= 1e-30, in units of the normalised target. power: >= 1, of l1 only; 1 and 2 cost no power.
+    normalize: False compares with y itself. eps: > 0.
+    norm: the encoder's last layer norm, whose input target then is: weight and bias [E], any floating dtype, and eps.
+    levels: E holds this many latents of equal width side by side, those of several layers; each is normalised by
+        itself, first by norm with its share of weight and bias, then without affine.
+    weight: fp32 [M, K] or [T], of any strides, multiplies each token's loss; the mean still divides by the count.
     reduction: "mask" is the mean over the tokens of each mask, then over the masks that have tokens (as published);
         "token" the mean over all tokens. No tokens: 0.
 
-    Returns an fp32 scalar, also under autocast: statistics are never lowered. Gradient: of pred only, in its dtype.
-    The forward pass writes it for a unit gradient; backward scales it. Summed in a fixed order: the same bits on
-    every run and for any number of threads.
+    Returns an fp32 scalar, also under autocast: statistics are never lowered. Gradient: of pred only, in its dtype;
+    target and norm are taken as constants, a weight that requires grad is refused. NaN and infinities propagate.
+    The forward pass writes the gradient for a loss of gradient 1; backward scales it. Summed in a fixed order: the
+    same bits on every run and for any number of threads.
     Raises ValueError and TypeError for arguments that do not fit.
-    Source: I-JEPA (arXiv:2301.08243) section 3; V-JEPA (arXiv:2404.08471) section 3 for l1.
+    Source: I-JEPA (arXiv:2301.08243) section 3; V-JEPA (arXiv:2404.08471) section 3 for l1; V-JEPA 2.1
+    (arXiv:2603.14482) for levels and weights of context tokens (`distance_weights`).
     """
-    _check(pred, target, ids, packing, kind, beta, eps, reduction)
-    backend = select(OP, KERNELS, backend, pred, target.dtype)
+    _check(pred, target, ids, packing)
+    _check_distance(kind, beta, power, eps, reduction)
+    _check_norm(pred, norm, levels)
+    _check_weight(pred, weight)
+    backend = select(OP, KERNELS, backend, pred, (target.dtype, weight, norm))
     if backend == "reference":
         return reference.forward(
             pred,
@@ -67,44 +92,84 @@ def latent_loss(
             packing=packing,
             kind=kind,
             beta=beta,
+            power=power,
             normalize=normalize,
             eps=eps,
+            norm=norm,
+            levels=levels,
+            weight=weight,
             reduction=reduction,
         )
     cu_seqlens = None if packing is None else packing.cu_seqlens
     with_grad = torch.is_grad_enabled() and pred.requires_grad
-    target = target.detach() if target.requires_grad else target
-    loss, _ = _loss(pred, target, ids, cu_seqlens, kind, beta, normalize, eps, reduction, with_grad, backend)
+    gain, shift, norm_eps = (None, None, 0.0) if norm is None else norm
+    loss, _ = _loss(
+        pred, _constant(target), ids, cu_seqlens, kind, beta, normalize, eps, reduction, power, levels,
+        _constant(gain), _constant(shift), norm_eps, weight, with_grad, backend,
+    )  # fmt: skip
     return loss
 
 
-def _check(
-    pred: Tensor,
-    target: Tensor,
-    ids: Tensor | None,
-    packing: Packing | None,
-    kind: str,
-    beta: float,
-    eps: float,
-    reduction: str,
-) -> None:
+def _constant(x: Any) -> Any:
+    return x.detach() if x is not None and x.requires_grad else x
+
+
+def _check(pred: Tensor, target: Tensor, ids: Tensor | None, packing: Packing | None) -> None:
     check_packing(OP, packing)
     check_tensor(OP, "pred", pred, "M K E" if packing is None else "T E")
     check_tensor(OP, "target", target, "B N E", device=pred.device)
     shape, (images, count, channels) = pred.shape, target.shape
     if shape[-1] != channels:
         fail(OP, "target", f"have {shape[-1]} channels like pred", channels, "pass latents of one width")
+    _check_rows(shape, images, count, pred.device, ids, packing)
+
+
+def _check_distance(kind: str, beta: float, power: float, eps: float, reduction: str) -> None:
     if kind not in KINDS:
         fail(OP, "kind", f"be one of {', '.join(KINDS)}", repr(kind), "leave it out for smooth_l1")
     if reduction not in REDUCTIONS:
         fail(OP, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction), "leave it out for mask")
     check_number(OP, "beta", beta)
+    check_number(OP, "power", power)
     check_number(OP, "eps", eps)
     if not beta >= MIN_BETA:
         fail(OP, "beta", f"be at least {MIN_BETA}", beta, "use kind='l1' for beta = 0")
+    if not 1 <= power < math.inf:
+        fail(OP, "power", "be at least 1 and finite", power, "use 1 for the absolute difference")
+    if power != 1 and kind != "l1":
+        fail(OP, "power", f"be 1 with kind {kind!r}", power, "use kind='l1', |d|^power / power")
     if not eps > 0:
         fail(OP, "eps", "be greater than 0", eps, "use 1e-5")
-    _check_rows(shape, images, count, pred.device, ids, packing)
+
+
+def _check_norm(pred: Tensor, norm: Any, levels: int) -> None:
+    channels = pred.shape[-1]
+    if not isinstance(levels, int):
+        fail(OP, "levels", "be an integer", type(levels).__name__, "pass how many latents lie side by side", TypeError)
+    if levels < 1 or channels % levels:
+        fail(OP, "levels", f"be at least 1 and divide the {channels} channels", levels, "leave it out for one latent")
+    if norm is None:
+        return
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        actual = f"{len(norm)} values" if isinstance(norm, (tuple, list)) else type(norm).__name__
+        fail(OP, "norm", "be (weight, bias, eps)", actual, "pass (n.weight, n.bias, n.eps) of a LayerNorm n", TypeError)
+    for name, x in zip(("norm weight", "norm bias"), norm, strict=False):
+        check_tensor(OP, name, x, "E", dtypes=FLOATING, device=pred.device)
+        if len(x) != channels:
+            fail(OP, name, f"have {channels} channels like pred", len(x), "concatenate those of all levels")
+    check_number(OP, "norm eps", norm[2])
+    if not norm[2] > 0:
+        fail(OP, "norm eps", "be greater than 0", norm[2], "use the encoder's, 1e-6")
+
+
+def _check_weight(pred: Tensor, weight: Any) -> None:
+    if weight is None:
+        return
+    check_tensor(OP, "weight", weight, "M K" if pred.dim() == 3 else "T", dtypes=WEIGHTS, device=pred.device)
+    if weight.shape != pred.shape[:-1]:
+        fail(OP, "weight", f"have shape {tuple(pred.shape[:-1])} like pred", tuple(weight.shape), "pass one a token")
+    if weight.requires_grad:
+        fail(OP, "weight", "not require grad", "requires_grad=True", "pass weight.detach(): it gets no gradient")
 
 
 def _check_rows(
@@ -138,7 +203,8 @@ def _check_rows(
 
 FORWARD = (
     "(Tensor pred, Tensor target, Tensor? ids, Tensor? cu_seqlens, str kind, float beta, bool normalize, float eps,"
-    " str reduction, bool with_grad, str backend) -> (Tensor loss, Tensor unit)"
+    " str reduction, float power, SymInt levels, Tensor? gain, Tensor? shift, float norm_eps, Tensor? weight,"
+    " bool with_grad, str backend) -> (Tensor loss, Tensor unit)"
 )
 
 
@@ -165,7 +231,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (unit,) = ctx.saved_tensors
-    return (_dpred(grad, unit, ctx.half, ctx.backend), *(None,) * 10)
+    return (_dpred(grad, unit, ctx.half, ctx.backend), *(None,) * 16)
 
 
 # Whether the running backward was given retain_graph=True.

@@ -1,10 +1,12 @@
-"""Specification of `latent_loss`: gather, layer norm without affine, compare, average."""
+"""Specification of `latent_loss`: gather, layer norms, compare, average."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from jepa_kernels.packing import Packing
+
+Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps
 
 
 def forward(
@@ -15,13 +17,18 @@ def forward(
     packing: Packing | None = None,
     kind: str = "smooth_l1",
     beta: float = 1.0,
+    power: float = 1.0,
     normalize: bool = True,
     eps: float = 1e-5,
+    norm: Norm | None = None,
+    levels: int = 1,
+    weight: Tensor | None = None,
     reduction: str = "mask",
 ) -> Tensor:
     """The loss, a scalar in fp32 (float64 for float64 inputs)."""
     wide = torch.float64 if pred.dtype == torch.float64 else torch.float32
     images, channels = target.shape[0], target.shape[2]
+    weight = pred.new_ones(pred.shape[:-1], dtype=wide) if weight is None else weight.to(wide)
     if packing is None or ids is None:  # packed calls always have ids
         rows = pred.shape[0]
         masks = rows // images if images else 0
@@ -33,19 +40,32 @@ def forward(
         sequence = packing.sequence_of_token()
         inside = sequence < packing.sequences
         pred = torch.where(inside[:, None], pred, pred.new_zeros(()))
+        weight = torch.where(inside, weight, 0)
         chosen = target[torch.where(inside, sequence % max(images, 1), 0), torch.where(inside, ids, 0)]
         group = torch.where(inside, sequence // max(images, 1), masks)
-    chosen = chosen.detach().to(wide)
+    chosen = _latents(chosen.detach().to(wide), norm, normalize, eps, levels)
+    per_token = _distance(pred.to(wide), chosen, kind, beta, power).sum(-1) * weight
+    return _average(per_token.flatten(), group.flatten(), masks, channels, reduction)
+
+
+def _latents(y: Tensor, norm: Norm | None, normalize: bool, eps: float, levels: int) -> Tensor:
+    """Each level by itself: the encoder's norm with its share of the weight and bias, then the norm without affine."""
+    width = y.shape[-1] // levels
+    t = y.unflatten(-1, (levels, width))
+    if norm is not None:
+        gain, shift = (x.detach().to(y.dtype).view(levels, width) for x in norm[:2])
+        t = F.layer_norm(t, (width,), eps=norm[2]) * gain + shift
     if normalize:
-        chosen = F.layer_norm(chosen, (channels,), eps=eps)
-    per_token = _distance(pred.to(wide), chosen, kind, beta).sum(-1).flatten()
-    return _average(per_token, group.flatten(), masks, channels, reduction)
+        t = F.layer_norm(t, (width,), eps=eps)
+    return t.flatten(-2)
 
 
-def _distance(pred: Tensor, target: Tensor, kind: str, beta: float) -> Tensor:
+def _distance(pred: Tensor, target: Tensor, kind: str, beta: float, power: float) -> Tensor:
     if kind == "smooth_l1":
         return F.smooth_l1_loss(pred, target, reduction="none", beta=beta)
-    return F.l1_loss(pred, target, reduction="none") if kind == "l1" else F.mse_loss(pred, target, reduction="none")
+    if kind == "l2":
+        return F.mse_loss(pred, target, reduction="none")
+    return F.l1_loss(pred, target, reduction="none").pow(power) / power
 
 
 def _average(per_token: Tensor, group: Tensor, masks: int, channels: int, reduction: str) -> Tensor:

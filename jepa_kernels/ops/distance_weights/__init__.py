@@ -1,0 +1,1 @@
+"""Weights of context tokens by their distance to the targets."""
