@@ -11,6 +11,7 @@ void bind_assemble_tokens(py::module_&);
 void bind_ema_update(py::module_&);
 void bind_embed_patches(py::module_&);
 void bind_gather_tokens(py::module_&);
+void bind_info_nce(py::module_&);
 void bind_latent_loss(py::module_&);
 void bind_masked_attention(py::module_&);
 void bind_masks(py::module_&);
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_ema_update(m);
   jepa::bind_embed_patches(m);
   jepa::bind_gather_tokens(m);
+  jepa::bind_info_nce(m);
   jepa::bind_latent_loss(m);
   jepa::bind_masked_attention(m);
   jepa::bind_masks(m);

@@ -9,6 +9,7 @@ from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
+from jepa_kernels.ops.info_nce.op import info_nce
 from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "gather_tokens",
     "info",
+    "info_nce",
     "latent_loss",
     "masked_attention",
     "masked_attention_lse",
