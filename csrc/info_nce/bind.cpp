@@ -54,15 +54,16 @@ static std::tuple<Tensor, Tensor, Tensor>
 backward_cpu(const Tensor& weight, const Tensor& x, const Tensor& y, const Tensor& temperature,
              const std::optional<Tensor>& items, const std::optional<Tensor>& column_items,
              const Tensor& row_lse, const Tensor& col_lse, const std::optional<Tensor>& row_share,
-             const std::optional<Tensor>& col_share, int64_t shift, double kept, bool normalize) {
+             const std::optional<Tensor>& col_share, int64_t shift, double kept, bool normalize, bool wide) {
   const int64_t rows = x.size(0), columns = y.size(0), channels = x.size(1);
   const int threads = torch_threads();
   const Tensor space = workspace_of(x, y, threads, true);
-  const bool in_place = x.dtype == DType::f32 && channels % info_nce::WIDEST == 0;
-  const Tensor dx = in_place ? x.new_zeros({rows, channels}) : x.new_empty({rows, channels});
+  const DType x_type = wide ? DType::f32 : x.dtype, y_type = wide ? DType::f32 : y.dtype;
+  const bool in_place = x_type == DType::f32 && channels % info_nce::WIDEST == 0;
   const int64_t row = in_place ? channels : info_nce::width_of(channels);
-  const Tensor accumulated = in_place ? dx : x.new_zeros({rows, row}, DType::f32);
-  const Tensor dy = y.new_empty({columns, channels}), dtemperature = x.new_empty({}, DType::f64);
+  const Tensor accumulated = x.new_zeros({rows, row}, DType::f32);
+  const Tensor dx = in_place ? accumulated : x.new_empty({rows, channels}, x_type);
+  const Tensor dy = y.new_empty({columns, channels}, y_type), dtemperature = x.new_empty({}, DType::f64);
   const InfoNceBackwardParams p{side_of(x, items),
                                 side_of(y, column_items),
                                 channels,
@@ -77,6 +78,7 @@ backward_cpu(const Tensor& weight, const Tensor& x, const Tensor& y, const Tenso
                                 *weight.data<float>(),
                                 dx.data(),
                                 dy.data(),
+                                wide,
                                 accumulated.data<float>(),
                                 row,
                                 dtemperature.data<double>(),

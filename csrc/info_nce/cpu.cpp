@@ -224,9 +224,9 @@ static void differentiate(const Tile& tile, const InfoNceBackwardParams& p) {
 }
 
 // out = factor * (gradient by a row's direction) over its norm; returns direction . gradient.
-template <class T>
+template <class T, class Out>
 static double write_gradient(const T* row, int64_t stride, float norm, bool normalize, const float* gradient,
-                             int64_t channels, float factor, T* out) {
+                             int64_t channels, float factor, Out* out) {
   vf sum = zero();
   const vf divisor = set1(norm);
   for (int64_t c = 0; c < channels; c += W) {
@@ -248,15 +248,18 @@ static void write_gradients(const Side& side, Range at, const float* norm, const
                             const float* gradients, int64_t width, float factor, void* out, double* dots,
                             int threads) {
   with_float(side.dtype, [&](auto x) {
-    using T = decltype(x);
-    parallel_for(at.count, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const int64_t i = at.first + r;
-        const double dot = write_gradient(static_cast<const T*>(side.rows) + i * side.row, side.channel,
-                                          norm[i], p.normalize, gradients + r * width, p.channels, factor,
-                                          static_cast<T*>(out) + i * p.channels);
-        if (dots) dots[r] = dot;
-      }
+    with_float(p.wide ? DType::f32 : side.dtype, [&](auto y) {
+      using T = decltype(x);
+      using Out = decltype(y);
+      parallel_for(at.count, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) {
+          const int64_t i = at.first + r;
+          const double dot = write_gradient(static_cast<const T*>(side.rows) + i * side.row, side.channel,
+                                            norm[i], p.normalize, gradients + r * width, p.channels, factor,
+                                            static_cast<Out*>(out) + i * p.channels);
+          if (dots) dots[r] = dot;
+        }
+      });
     });
   });
 }

@@ -104,7 +104,8 @@ struct InfoNceBackwardParams {
   const float *row_share, *col_share; // null: 0
   double kept;
   float weight;
-  void *dx, *dy;      // contiguous, of x's and y's type
+  void *dx, *dy;      // contiguous
+  bool wide;          // they are fp32, else of the types of x and y
   float* accumulated; // dx in fp32, all 0, in rows of whole panels; dx itself where it is just that
   int64_t accumulated_row;
   double* dtemperature; // [1]

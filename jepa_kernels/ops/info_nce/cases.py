@@ -26,7 +26,7 @@ def pairs(
 
 
 def _by_number(generator: torch.Generator) -> dict[str, Any]:
-    return {**pairs(9, 16)(generator), "temperature": 0.125}
+    return {**pairs(12, 24)(generator), "temperature": 0.125}
 
 
 def _constant_rows(generator: torch.Generator) -> dict[str, Any]:

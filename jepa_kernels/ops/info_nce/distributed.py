@@ -222,14 +222,13 @@ def _gradients(
     x, y, temperature, items, row_lse, col_lse, share = saved
     everywhere = ranks.sum(grad.float().clone())
     weight = everywhere / (2 * max(ranks.total, 1))
-    wide = x.float()
-    dx, dy = torch.zeros_like(wide), torch.zeros_like(wide)
+    dx, dy = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (x, y))
     heat = torch.zeros_like(temperature)
     for rank, block in ranks.blocks(y):
         part_x, part_y, part_heat = op.backward_block(
-            weight, wide, block.float(), temperature, _part(items, ranks, ranks.rank), _part(items, ranks, rank),
+            weight, x, block, temperature, _part(items, ranks, ranks.rank), _part(items, ranks, rank),
             row_lse, col_lse[ranks.rows(rank)], _part(share, ranks, ranks.rank), _part(share, ranks, rank),
-            ranks.shift(rank), 1 - options.smoothing, options.normalize, options.backend,
+            ranks.shift(rank), 1 - options.smoothing, options.normalize, True, options.backend,
         )  # fmt: skip
         dx += part_x
         heat += part_heat

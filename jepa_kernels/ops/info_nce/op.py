@@ -113,8 +113,8 @@ FORWARD = (
 )
 BACKWARD = (
     "(Tensor weight, Tensor x, Tensor y, Tensor temperature, Tensor? items, Tensor? column_items, Tensor row_lse,"
-    " Tensor col_lse, Tensor? row_share, Tensor? col_share, int shift, float kept, bool normalize, str backend)"
-    " -> (Tensor dx, Tensor dy, Tensor dtemperature)"
+    " Tensor col_lse, Tensor? row_share, Tensor? col_share, int shift, float kept, bool normalize, bool wide,"
+    " str backend) -> (Tensor dx, Tensor dy, Tensor dtemperature)"
 )
 
 
@@ -126,7 +126,8 @@ def _fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _backward_fake(weight: Tensor, x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=torch.float64)
+    dx, dy = (t.new_empty(t.shape, dtype=torch.float32 if rest[-2] else t.dtype) for t in (x, y))
+    return dx, dy, x.new_empty((), dtype=torch.float64)
 
 
 forward_block = define(
@@ -167,7 +168,7 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     weight = grad.float() / (2 * max(x.shape[0], 1))
     found = backward_block(
         weight, x, y, temperature, items, column_items, row_lse, col_lse, share, share,
-        ctx.shift, 1 - ctx.smoothing, ctx.normalize, ctx.backend,
+        ctx.shift, 1 - ctx.smoothing, ctx.normalize, False, ctx.backend,
     )  # fmt: skip
     return (*found, *(None,) * 6)
 
