@@ -14,6 +14,7 @@ void bind_ema_update(py::module_&);
 void bind_embed_patches(py::module_&);
 void bind_gather_tokens(py::module_&);
 void bind_grad_norm(py::module_&);
+void bind_info_nce(py::module_&);
 void bind_latent_loss(py::module_&);
 void bind_masked_attention(py::module_&);
 void bind_masks(py::module_&);
@@ -31,6 +32,7 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_embed_patches(m);
   jepa::bind_gather_tokens(m);
   jepa::bind_grad_norm(m);
+  jepa::bind_info_nce(m);
   jepa::bind_latent_loss(m);
   jepa::bind_masked_attention(m);
   jepa::bind_masks(m);

@@ -14,6 +14,7 @@
 #include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
 #include "grad_norm/grad_norm.h"
+#include "info_nce/info_nce.h"
 #include "latent_loss/latent_loss.h"
 #include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
@@ -96,6 +97,8 @@ JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)
 JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
 JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)
 JEPA_DISPATCH(grad_norm_cpu, GradNormParams)
+JEPA_DISPATCH(info_nce_forward_cpu, InfoNceForwardParams)
+JEPA_DISPATCH(info_nce_backward_cpu, InfoNceBackwardParams)
 JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)
 JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
 JEPA_DISPATCH(masked_attention_forward_cpu, MaskedAttentionForwardParams)

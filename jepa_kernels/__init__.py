@@ -13,6 +13,7 @@ from jepa_kernels.ops.ema_update.table import EmaTable
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.grad_norm.op import grad_norm
+from jepa_kernels.ops.info_nce.op import info_nce
 from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
@@ -40,6 +41,7 @@ __all__ = [
     "gather_tokens",
     "grad_norm",
     "info",
+    "info_nce",
     "latent_loss",
     "masked_attention",
     "masked_attention_lse",

@@ -6,8 +6,8 @@
 #pragma once
 #include <cstring>
 
+#include "common/panels.h"
 #include "common/simd.h"
-#include "common/transpose.h"
 #include "embed_patches/embed_patches.h"
 
 namespace jepa::JEPA_ISA {
@@ -55,21 +55,6 @@ static void multiply_tile(const float* a, int64_t panels, const float* b, int64_
     for (int64_t i = 0; i < panels; ++i)
       multiply(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < slice ? depth - k : slice,
                slice * COLUMNS, c + i * ROWS * COLUMNS);
-}
-
-// LANES rows of the operand, `width` apart, become one panel [depth, LANES].
-template <int LANES> static void interleave(const float* rows, int64_t width, int64_t depth, float* panel) {
-  const int64_t whole = LANES % 8 == 0 ? depth / 8 * 8 : 0;
-  if (whole > 0) transpose(rows, width, LANES, whole, panel, LANES);
-  for (int64_t k = whole; k < depth; ++k)
-    for (int lane = 0; lane < LANES; ++lane) panel[k * LANES + lane] = rows[lane * width + k];
-}
-
-// Row k of the operand is cut: LANES of its columns to each panel, zeros behind the last one.
-template <int LANES> static void cut(float* row, int64_t columns, int64_t k, int64_t depth, float* panels) {
-  std::memset(row + columns, 0, LANES * sizeof(float));
-  for (int64_t j = 0; j < columns; j += LANES)
-    std::memcpy(panels + j * depth + k * LANES, row + j, LANES * sizeof(float));
 }
 
 } // namespace jepa::JEPA_ISA

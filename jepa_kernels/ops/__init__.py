@@ -10,6 +10,7 @@ OPS = (
     "gather_tokens",
     "grad_norm",
     "distance_weights",
+    "info_nce",
     "latent_loss",
     "masked_attention",
     "rope",

@@ -1,0 +1,60 @@
+// The matrix product of tiles that lie in the workspace: left rows as they are, the right operand in panels.
+//
+// Each element of the result is one chain of multiply-adds in the order of k, cut into equal slices of at
+// most DEPTH terms: it does not depend on the rows beside it, nor on the number of threads.
+#pragma once
+#include "common/panels.h"
+#include "common/simd.h"
+
+namespace jepa::JEPA_ISA {
+
+// A register tile of ROWS x COLUMNS sums leaves room for a row of the right panel and one broadcast.
+constexpr int ROWS = W == 16 ? 12 : 6;
+constexpr int COLUMNS = 2 * W;
+constexpr int64_t DEPTH = 320; // a slice of a right panel stays in L1 while the left rows pass
+
+// c [rows, COLUMNS] += a [rows, depth] b [depth, COLUMNS]. What lies `ahead` of b comes next.
+template <int rows>
+static void multiply(const float* a, int64_t a_row, const float* b, int64_t depth, int64_t ahead, float* c,
+                     int64_t c_row) {
+  vf sum[rows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
+  for (int64_t k = 0; k < depth; ++k, ++a, b += COLUMNS) {
+    _mm_prefetch(reinterpret_cast<const char*>(b + ahead), _MM_HINT_T1);
+    const vf b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; ++r) {
+      const vf x = set1(a[r * a_row]);
+      sum[r][0] = fma(x, b0, sum[r][0]);
+      sum[r][1] = fma(x, b1, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < rows; ++r, c += c_row) {
+    store(c, add(load(c), sum[r][0]));
+    store(c + W, add(load(c + W), sum[r][1]));
+  }
+}
+
+template <int most>
+static void multiply_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t depth,
+                          int64_t ahead, float* c, int64_t c_row) {
+  if constexpr (most > 1)
+    if (rows < most) return multiply_rows<most - 1>(rows, a, a_row, b, depth, ahead, c, c_row);
+  multiply<most>(a, a_row, b, depth, ahead, c, c_row);
+}
+
+// c [rows, columns] += A B; columns are rounded up to whole panels, in b and in c.
+static void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
+                          const float* b, float* c, int64_t c_row) {
+  const int64_t slices = (depth + DEPTH - 1) / DEPTH, slice = slices ? (depth + slices - 1) / slices : 1;
+  for (int64_t k = 0; k < depth; k += slice)
+    for (int64_t j = 0; j < columns; j += COLUMNS)
+      for (int64_t i = 0; i < rows; i += ROWS)
+        multiply_rows<ROWS>(rows - i < ROWS ? rows - i : ROWS, a + i * a_row + k, a_row,
+                            b + j * depth + k * COLUMNS, depth - k < slice ? depth - k : slice,
+                            slice * COLUMNS, c + i * c_row + j, c_row);
+}
+
+} // namespace jepa::JEPA_ISA

@@ -1,0 +1,1 @@
+"""Symmetric contrastive loss of two sets of embeddings."""

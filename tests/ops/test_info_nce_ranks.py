@@ -1,0 +1,130 @@
+"""info_nce over gloo process groups: equal to the single-process result, or one clear error on every rank."""
+
+import tempfile
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+import jepa_kernels as jk
+
+SIZES = {2: (5, 8), 3: (4, 0, 30)}  # rows a rank
+E = 24
+
+
+def rows(world: int, dtype: torch.dtype = torch.float32) -> dict:
+    """What one process would be given."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, sum(SIZES[world]), E, generator=generator)
+    labels = torch.randint(6, (len(x),), generator=generator)
+    return dict(x=x.to(dtype), y=(x + noise).to(dtype), temperature=torch.tensor(0.1), duplicates=labels)
+
+
+def own(whole: dict, rank: int, world: int) -> dict:
+    at = slice(sum(SIZES[world][:rank]), sum(SIZES[world][: rank + 1]))
+    return {n: t if n == "temperature" else t[at] for n, t in whole.items()}
+
+
+def value_and_grads(given: dict, scale: float = 1.0, **options) -> tuple:
+    leaves = {n: t.clone().requires_grad_(t.is_floating_point()) for n, t in given.items()}
+    loss = jk.info_nce(**leaves, **options)
+    return loss.detach(), torch.autograd.grad(scale * loss, [leaves[n] for n in ("x", "y", "temperature")])
+
+
+OPTIONS = (
+    {},
+    dict(normalize=False, label_smoothing=0.1),
+    dict(duplicates=None),
+    dict(label_smoothing=0.2, duplicates=None),
+    dict(backend="reference", label_smoothing=0.1),
+)
+
+
+def equals_one_process(rank: int, world: int) -> None:
+    for options in OPTIONS:
+        whole = {n: t for n, t in rows(world).items() if n not in options}
+        loss, (dx, dy, heat) = value_and_grads(whole, **options)
+        found = value_and_grads(own(whole, rank, world), group=dist.group.WORLD, **options)
+        assert torch.allclose(found[0], loss, rtol=1e-6), (options, found[0], loss)
+        expected = own(dict(x=dx, y=dy, temperature=heat), rank, world)
+        # Of the sum over ranks; the temperature is a leaf on each.
+        for actual, one, ranks in zip(found[1], expected.values(), (world, world, 1), strict=True):
+            assert torch.allclose(actual, ranks * one, rtol=1e-4, atol=1e-6 * dx.abs().max().item() * world), options
+
+
+def averages_like_ddp(rank: int, world: int) -> None:
+    """A shared layer's gradient, averaged over ranks, is the single-process one; ranks return the same loss."""
+    whole = rows(world)
+    layer = torch.nn.Linear(E, E, bias=False)
+    torch.nn.init.eye_(layer.weight)
+
+    def gradient(given: dict, **options) -> torch.Tensor:
+        loss = jk.info_nce(layer(given["x"]), layer(given["y"]), 0.1, **options)
+        return torch.cat([torch.autograd.grad(loss, layer.weight)[0].flatten(), loss.detach()[None]])
+
+    one, mine = gradient(whole), gradient(own(whole, rank, world), group=dist.group.WORLD)
+    dist.all_reduce(mine)
+    assert torch.allclose(mine / world, one, rtol=1e-4, atol=1e-5 * one.abs().max().item())
+
+
+def takes_bf16_and_repeats_its_bits(rank: int, world: int) -> None:
+    given = own(rows(world, torch.bfloat16), rank, world)
+    first, second = (value_and_grads(given, group=dist.group.WORLD) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
+    assert [g.dtype for g in first[1]] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    wide = value_and_grads({n: t.float() if t.is_floating_point() else t for n, t in given.items()},
+                           group=dist.group.WORLD)  # fmt: skip
+    assert torch.equal(first[0], wide[0]) and all(torch.equal(a, b.to(a)) for a, b in zip(first[1], wide[1], strict=True))
+
+
+def adds_what_each_rank_asks_for(rank: int, world: int) -> None:
+    given = own(rows(world), rank, world)
+    plain, scaled = (value_and_grads(given, scale, group=dist.group.WORLD)[1] for scale in (1.0, 1.0 + rank))
+    asked = [world, world, 1], [sum(range(1, world + 1))] * 2 + [1 + rank]
+    for a, b, once, times in zip(plain, scaled, *asked, strict=True):
+        assert torch.allclose(a / once * times, b, rtol=1e-5)
+
+
+def disagreement_is_an_error_everywhere(rank: int, world: int) -> None:
+    given = own(rows(world), rank, world)
+    last = rank == world - 1
+    changes = {
+        "agree on E": lambda g: {**g, "x": g["x"][:, 1:], "y": g["y"][:, 1:]},
+        "agree on dtype": lambda g: {**g, "x": g["x"].half(), "y": g["y"].half()},
+        "agree on temperature": lambda g: {**g, "temperature": torch.tensor(0.2)},
+        "agree on label_smoothing": lambda g: {**g, "label_smoothing": 0.1},
+        "agree on normalize": lambda g: {**g, "normalize": False},
+        "agree on duplicates": lambda g: {**g, "duplicates": None},
+        "agree on requires_grad": lambda g: {**g, "x": g["x"].clone().requires_grad_()},
+    }
+    for what, change in changes.items():
+        with pytest.raises(ValueError, match=rf"info_nce: group must {what}, got another on rank {world - 1} than .+; "):
+            jk.info_nce(**(change(given) if last else given), group=dist.group.WORLD)
+    message = "temperature must be positive" if last else f"group must have fitting .+, got an error on rank {world - 1}; "
+    with pytest.raises(ValueError, match=f"info_nce: {message}"):
+        jk.info_nce(**{**given, "temperature": 0.0 if last else 0.1}, group=dist.group.WORLD)
+
+
+CHECKS = (
+    equals_one_process,
+    averages_like_ddp,
+    takes_bf16_and_repeats_its_bits,
+    adds_what_each_rank_asks_for,
+    disagreement_is_an_error_everywhere,
+)
+
+
+def run(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), world, rank)
+    for check in CHECKS:
+        check(rank, world)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", SIZES)
+def test_ranks(world):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run, (world, f"{folder}/store"), world)
