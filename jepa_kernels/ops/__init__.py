@@ -5,11 +5,11 @@ FORMS = ("masked_attention_lse", "masked_attention_qkv", "rope_qk")
 OPS = (
     "adamw_ema",
     "assemble_tokens",
+    "distance_weights",
     "ema_update",
     "embed_patches",
     "gather_tokens",
     "grad_norm",
-    "distance_weights",
     "info_nce",
     "latent_loss",
     "masked_attention",

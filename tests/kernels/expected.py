@@ -113,7 +113,6 @@ def norm_calls() -> Iterator[Call]:
         yield Call(str(dtype), norm(dtype), launches, (), counts, holds={forward: (r"FFMA2?",)}, blocks=1)
 
 
-def loss(dtype: torch.dtype, channels: int, packed: bool = True, **options: object) -> Callable[[], object]:
 def weights(packed: bool) -> Callable[[], object]:
     def make() -> Tensor:
         context, target = torch.arange(3).repeat(4, 1), torch.arange(3, 8).repeat(4, 1)
