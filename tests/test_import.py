@@ -26,11 +26,17 @@ def python(code: str, **environment: str) -> str:
 ATTENTION = ["q", "k", "v", "packing", "k_packing", "frame_size", "key_ranges", "rope", "scale", "backend"]
 PACKINGS = ["context_packing", "target_packing", "packing"]
 ROPE = ["pairing", "theta", "frequencies", "angle_dtype"]
+LISTS = ["params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "targets"]
+ADAMW = ["lr", "betas", "eps", "weight_decay", "momentum"]
 PUBLIC = {
+    "AdamWEMA": ["params", "target_params", *ADAMW, "shadow", "max_grad_norm", "maximize", "capturable"],
     "BackendError": None,
     "BackendWarning": None,
     "Packing": None,
     "Rope": ["positions", "k_positions", *ROPE],
+    "adamw_ema": [
+        *[*LISTS, *ADAMW, "online_shadow", "target_shadow", "maximize", "grad_scale", "found_inf", "backend"],
+    ],
     "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
     "distance_weights": ["context_ids", "target_ids", "grid", "packing", "target_packing", "scale", "backend"],
@@ -38,6 +44,7 @@ PUBLIC = {
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
+    "grad_norm": ["grads", "backend"],
     "info": [],
     "latent_loss": [
         *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
@@ -127,10 +134,12 @@ x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
 pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
+y, m, v, k, step = *(torch.zeros(2, 9, 8) for _ in range(4)), torch.zeros(())
 raising = best(stop(lambda: None))
 both = dict(packing=packing, target_packing=packing)
 packings = dict(context_packing=packing, target_packing=packing, packing=jk.Packing.from_lengths([6, 6]))
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
+    "adamw_ema": lambda: jk.adamw_ema([x], [y], [m], [v], [step], [k], lr=1e-3),
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
     "distance_weights": lambda: jk.distance_weights(ids, ids, (1, 3, 3)),
@@ -140,6 +149,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
     "gather_tokens packed": lambda: jk.gather_tokens(x, flat, packing),
+    "grad_norm": lambda: jk.grad_norm([x]),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=bias[:6].view(2, 3)),

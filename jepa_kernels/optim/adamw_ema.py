@@ -175,16 +175,13 @@ class AdamWEMA(Optimizer):
         groups = enumerate(self.param_groups)
         return next(n for i, g in groups for n, x in zip(self._names(i), g["params"], strict=True) if x is p)
 
-    def _found_inf(self) -> Any:
-        """What GradScaler found, which looks at the parameters' own gradients, and what shadows' gradients add."""
+    def _found_inf(self) -> Tensor | None:
+        """What GradScaler found. It looks at the parameters' own gradients alone."""
         found = getattr(self, "found_inf", None)
-        shadows = [s.grad for s in self._online_shadows() if s.grad is not None]
-        if found is None or not shadows:
-            return found if isinstance(found, Tensor) else None
-        if getattr(self, "grad_scale", None) is None:
-            remedy = "leave unscale_ out: max_grad_norm clips unscaled gradients"
-            fail(OP, "the gradients of shadows", "be unscaled by the step", "scaler.unscale_(optimizer)", remedy)
-        return found + (~norm_of(shadows).isfinite()).float()
+        if found is not None and any(shadow.grad is not None for shadow in self._online_shadows()):
+            actual = "a GradScaler, which sees the parameters' own gradients alone"
+            fail(OP, "the gradients of online shadows", "be unscaled", actual, "use bf16 shadows, and no scaler")
+        return found
 
     def _scales(self, grads: list[list[Tensor | None]]) -> list[Tensor | None]:
         """What each group's gradients are divided by: GradScaler's scale, and what brings them to max_grad_norm."""

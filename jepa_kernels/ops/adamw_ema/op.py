@@ -129,12 +129,11 @@ def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
 
 def filled(tensors: Checked) -> Lists:
     """The lists as the torch op takes them. A parameter without a gradient hands in no state."""
-    kept = [g is not None for g in tensors["grads"]]
+    params: list[Any] = tensors["params"]
 
     def full(name: str, values: list[Tensor | None]) -> list[Tensor]:
-        state = name in STATE
-        first: Any = tensors["params"][0]
-        return [first.new_empty(0) if t is None or (state and not k) else t for t, k in zip(values, kept, strict=False)]
+        given = [None if name in STATE and g is None else t for t, g in zip(values, tensors["grads"], strict=False)]
+        return [p.new_empty(0) if t is None else t for t, p in zip(given, params, strict=False)]
 
     return Lists(**{name: full(name, values) for name, values in tensors.items()})
 
