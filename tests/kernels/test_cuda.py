@@ -40,11 +40,12 @@ def steps(binary: Binary) -> None:
 
 
 def squares(binary: Binary) -> None:
-    """Four of a gradient; sums of chunks are read by neighbouring threads, 8 bytes each, four in flight."""
+    """Four of a gradient, squared in double; sums of chunks are read 8 bytes a thread, four in flight."""
     if "sum" in binary.name:
         assert binary.count(r"LDG\.E\.64") >= 4, binary.instructions
     else:
         streams(binary, 4, 0)
+        assert binary.count("DFMA") and not binary.count("FFMA.*|FMUL.*"), binary.instructions
 
 
 def width(binary: Binary) -> int:
