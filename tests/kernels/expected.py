@@ -110,7 +110,7 @@ def norm_calls() -> Iterator[Call]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         # A thread has 16 elements in flight, later 16 sums of chunks.
         counts = {forward: {r"LDG\.E\.128": dtype.itemsize}, total: {"LDG.E.64": 16}}
-        yield Call(str(dtype), norm(dtype), launches, (), counts, holds={forward: (r"FFMA2?",)}, blocks=1)
+        yield Call(str(dtype), norm(dtype), launches, (), counts, holds={forward: ("DFMA",)}, blocks=1)
 
 
 def weights(packed: bool) -> Callable[[], object]:

@@ -102,7 +102,7 @@ def test_grad_norm_needs_no_sync_and_repeats_its_bits(backend, dtype, start):
     grads = tensors(0, dtype, start=start)
     expected = jk.grad_norm([g.cpu() for g in grads], backend="cpu")
     first = jk.grad_norm(grads, backend=backend)
-    assert first.item() == pytest.approx(expected.item(), rel=3e-7)
+    assert first.item() == pytest.approx(expected.item(), rel=1.2e-7)
     for _ in range(100):
         with no_sync():
             found = jk.grad_norm(grads, backend=backend)
