@@ -34,6 +34,13 @@ def attention(
     return tuple(Target("masked_attention", workload, p, baseline, least, what, dtype) for p, least in passes)
 
 
+def loss(workload: str, baseline: str, single: float, low: float | None, what: str) -> tuple[Target, ...]:
+    """Forward and backward, in fp32 and in bf16."""
+    dtypes = (("float32", single, ""), ("bfloat16", low, ", bf16"))
+    return tuple(Target("latent_loss", workload, "backward", baseline, least, what + also, dtype)
+                 for dtype, least, also in dtypes if least is not None)  # fmt: skip
+
+
 def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Target, Target]:
     """Of both passes."""
     return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
@@ -59,8 +66,13 @@ TARGETS = (
     Target("assemble_tokens", "ijepa_b32", "forward", "published", 5.0, "repeat, gather and cat, 4 masks"),
     Target("assemble_tokens", "ijepa_b32_packed", "forward", "index_copy", 1.5, "gathered positions and index_copy"),
     Target("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy", 1.5, "gathered positions and index_copy"),
-    Target("latent_loss", "ijepa_vit_h14_b32", "backward", "published", 6.0, "the eager chain, batch 32"),
-    Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
+    *loss("ijepa_vit_h14_b32", "published", 6.0, None, "the eager chain, batch 32"),
+    *loss("ijepa_vit_h14_b32", "compile", 3.0, None, "compiled gather-first, batch 32"),
+    *loss("ijepa_vit_h14_b128", "published", 14.0, 20.0, "the eager chain, batch 128"),
+    *loss("ijepa_vit_h14_b128", "compile", 4.0, None, "compiled gather-first, batch 128"),
+    *loss("vjepa2_vit_g_b8", "published", 12.0, 12.0, "the eager chain of both norms, 8 clips"),
+    *loss("vjepa2_vit_g_b8", "compile", 4.0, None, "compiled gather-first, 8 clips"),
+    Target("distance_weights", "vjepa21_16x256", "forward", "cdist", 3.0, "torch.cdist and min"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),
     *embedding("ijepa_vit_h14_27", "unfold", 1.15, "unfold + index + linear, 27 % kept"),
     *embedding("ijepa_vit_h14_27_uint8", "float", 1.0, "our own on float pixels"),

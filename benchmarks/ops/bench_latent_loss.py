@@ -1,4 +1,8 @@
-"""latent_loss at the shapes of I-JEPA's ViT-H/14 (32 images, 4 masks) and of a ragged batch."""
+"""latent_loss at the targets of I-JEPA's ViT-H/14 (4 masks), V-JEPA 2's ViT-g (the encoder's norm folded in) and 2.1.
+
+The floor is what must move: predictions and chosen targets read, the gradient written. Batch 128 is published for
+I-JEPA; of V-JEPA 2, as many clips as leave room for the chain that is timed against ours.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +35,26 @@ def gather_first_packed(pred: Tensor, target: Tensor, rows: Tensor, weights: Ten
     return distance.mean(-1) @ weights
 
 
+def published_video(pred: Tensor, target: Tensor, masks: list[Tensor], norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    """V-JEPA 2's chain: both norms of every token, in fp32 as in autocast, a gather, |d|^1 / 1 a mask."""
+    gain, bias, eps = norm
+    normed = F.layer_norm(target.float(), target.shape[-1:], gain.float(), bias.float(), eps)
+    normed = F.layer_norm(normed, normed.shape[-1:])
+    chosen = [normed.gather(1, ids[..., None].repeat(1, 1, normed.shape[-1])) for ids in masks]
+    pairs = zip(pred.float().split(len(target)), chosen, strict=True)
+    return sum(torch.mean(torch.abs(x - y) ** 1.0) / 1.0 for x, y in pairs) / len(masks)
+
+
+def gather_first_video(pred: Tensor, target: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
+    gain, bias, eps = norm
+    chosen = target.flatten(0, 1)[rows].float()
+    once = F.layer_norm(chosen, chosen.shape[-1:], gain.float(), bias.float(), eps)
+    return F.l1_loss(pred.float(), F.layer_norm(once, once.shape[-1:]))
+
+
 # One wrapper for all runs: a compiled function is found again by its identity. In fp32 only: each takes many seconds.
 compiled = torch.compile(gather_first, dynamic=False)
+compiled_video = torch.compile(gather_first_video, dynamic=False)
 
 
 def target_rows(inputs: Inputs) -> Tensor:
@@ -58,6 +80,15 @@ def rectangular_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     found = eager_rivals(inputs)
     if pred.dtype == torch.float32:
         found["compile"] = lambda: compiled(pred, target, rows)
+    return found
+
+
+def video_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    pred, target, norm, rows = inputs["pred"], inputs["target"], inputs["norm"], target_rows(inputs)
+    masks = list(inputs["ids"].split(target.shape[0]))
+    found = {"published": lambda: published_video(pred, target, masks, norm)}
+    if pred.dtype == torch.float32:
+        found["compile"] = lambda: compiled_video(pred, target, rows, norm)
     return found
 
 
@@ -89,6 +120,10 @@ LENGTHS = [33, 54, 40, 35, 48, 36, 42, 45] * 16  # tokens of 4 masks of 32 image
 
 WORKLOADS = (
     workload("ijepa_vit_h14_b32", cases.rectangular(32, 256, 1280, 4, 40), rectangular_rivals,
+             dtypes=("float32", "bfloat16")),
+    workload("ijepa_vit_h14_b128", cases.rectangular(128, 256, 1280, 4, 40), rectangular_rivals,
+             dtypes=("float32", "bfloat16"), reference_timed=False),
+    workload("vjepa2_vit_g_b8", cases.normed(cases.rectangular(8, 2048, 1408, 2, 1000, kind="l1")), video_rivals,
              dtypes=("float32", "bfloat16")),
     workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS), packed_rivals),
     workload("ijepa_vit_s16_b8", cases.rectangular(8, 196, 384, 4, 33), eager_rivals, smoke=True),

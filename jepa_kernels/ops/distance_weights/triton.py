@@ -11,7 +11,7 @@ from torch import Tensor
 from jepa_kernels._core.triton import device_of
 from jepa_kernels._core.triton_rows import LENGTHS, LISTS, run_of
 
-CONTEXTS, TARGETS = 64, 64
+CONTEXTS, TARGETS = 64, 32
 FAR = tl.constexpr(2**30)  # beyond every squared distance
 RUN_TIME = [*LENGTHS, "context_length", "target_length", "target_rows", "height", "width"]
 
@@ -28,8 +28,12 @@ def _place(id, height, width):
 def _span(run, cu_seqlens, length, rows):
     """Where a run begins and ends."""
     if cu_seqlens is None:
-        return run * length, run * length + length
-    return tl.maximum(tl.load(cu_seqlens + run), 0), tl.minimum(tl.load(cu_seqlens + run + 1), rows)
+        begin = run * length
+        end = begin + length
+    else:
+        begin = tl.maximum(tl.load(cu_seqlens + run), 0)
+        end = tl.minimum(tl.load(cu_seqlens + run + 1), rows)
+    return begin, end
 
 
 @triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=[*LISTS, "context_ids", "target_ids"])
