@@ -86,7 +86,7 @@ def test_a_missing_extension_is_a_reason_not_an_import_error():
     code = (
         "import sys; sys.modules['jepa_kernels._C'] = None; import warnings, torch, jepa_kernels as jk;"
         "t = [torch.zeros(3)]; warnings.simplefilter('ignore'); jk.ema_update(t, [torch.ones(3)], 0.5);"
-        "print(t[0].tolist(), jk.available_backends('ema_update'), jk.explain('ema_update', t, t, 0.5))"
+        "print(t[0].tolist(), jk.available_backends('ema_update'), jk.explain('ema_update', t, [torch.ones(3)], 0.5))"
     )
     out = python(code)
     assert out.startswith("[0.5, 0.5, 0.5] ('reference',)") and "is not built" in out
@@ -119,7 +119,7 @@ def best(call):  # of many short runs: others share the machine
         raise AssertionError("the call went past its selection")
     return min(timeit.repeat(once, number=200, repeat=40)) / 200 * 1e6
 
-x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
+x, y, ids, packing = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
 pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
@@ -128,7 +128,7 @@ packings = dict(context_packing=packing, target_packing=packing, packing=jk.Pack
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
-    "ema_update": lambda: jk.ema_update([x], [x], 0.5),
+    "ema_update": lambda: jk.ema_update([x], [y], 0.5),
     "embed_patches": lambda: jk.embed_patches(pixels, ids, weight, bias, pos),
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
