@@ -6,11 +6,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "adamw_ema/adamw_ema.h"
 #include "assemble_tokens/assemble_tokens.h"
 #include "common/dtype.h"
 #include "ema_update/ema_update.h"
 #include "embed_patches/embed_patches.h"
 #include "gather_tokens/gather_tokens.h"
+#include "grad_norm/grad_norm.h"
 #include "latent_loss/latent_loss.h"
 #include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
@@ -83,6 +85,7 @@ bool set_isa(const char* name) {
     }                                                                                                        \
   }
 
+JEPA_DISPATCH(adamw_ema_cpu, AdamwEmaParams)
 JEPA_DISPATCH(assemble_tokens_forward_cpu, AssembleTokensForwardParams)
 JEPA_DISPATCH(assemble_tokens_backward_cpu, AssembleTokensBackwardParams)
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
@@ -90,6 +93,7 @@ JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
 JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)
 JEPA_DISPATCH(gather_tokens_forward_cpu, GatherTokensForwardParams)
 JEPA_DISPATCH(gather_tokens_backward_cpu, GatherTokensBackwardParams)
+JEPA_DISPATCH(grad_norm_cpu, GradNormParams)
 JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)
 JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
 JEPA_DISPATCH(masked_attention_forward_cpu, MaskedAttentionForwardParams)

@@ -5,32 +5,38 @@ from types import ModuleType
 
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
+from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.ema_update.table import EmaTable
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
+from jepa_kernels.ops.grad_norm.op import grad_norm
 from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
 from jepa_kernels.ops.rope.op import rope, rope_qk
+from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.rotary import Rope, patch_positions
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamWEMA",
     "BackendError",
     "BackendWarning",
     "EmaTable",
     "Packing",
     "Rope",
+    "adamw_ema",
     "assemble_tokens",
     "available_backends",
     "ema_update",
     "embed_patches",
     "explain",
     "gather_tokens",
+    "grad_norm",
     "info",
     "latent_loss",
     "masked_attention",

@@ -154,7 +154,7 @@ def run(function: Callable[..., Any], inputs: dict[str, Any], case: Case) -> dic
     output = function(**inputs)
     if case.mutates:
         named = [(f"{n}[{i}]", t) for n in case.mutates for i, t in enumerate(inputs.get(n, ()))]
-        return dict(named)
+        return {name: t for name, t in named if t is not None}
     outputs = output if isinstance(output, tuple) else (output,)
     results = {f"output{i}": x for i, x in enumerate(outputs)}
     if case.grads:

@@ -106,6 +106,11 @@ def restore_last(now, before):
     now[-1].copy_(before[-1]) if now else None
 
 
+def restore_all(now, before):
+    for x, old in zip(now, before, strict=True):
+        x.copy_(old)
+
+
 def truncate_shadow(now, before):
     for x in now:
         x.copy_(x * (1 - torch.finfo(x.dtype).eps))
@@ -136,6 +141,24 @@ def boundaries_late(cu_seqlens):
 
 LAST_ROW, LAST_CHANNEL = (..., -1, slice(None)), (..., -1)
 FAULTS = {
+    "adamw_ema": {
+        "gradients truncated to bf16": ("forward", argument(1, lambda ts: [truncate(t) for t in ts])),
+        "first step's correction at every step": ("forward", argument(4, lambda ts: [t.clamp(max=1.0) for t in ts])),
+        "steps one behind": ("forward", argument(4, lambda ts: [(t - 1).clamp(min=1.0) for t in ts])),
+        "weight decay missing": ("forward", argument(8, lambda s: s * torch.tensor([1.0, 0.0, 1.0]))),
+        "rate rounded to bf16": ("forward", argument(8, lambda s: torch.cat([s[:1].bfloat16().double(), s[1:]]))),
+        "momentum and its complement swapped": ("forward", argument(8, lambda s: torch.cat([s[:2], 1 - s[2:]]))),
+        "gradients not unscaled": ("forward", argument(9, lambda scale: None)),
+        "infinite gradients not skipped": ("forward", argument(10, lambda found: None)),
+        "betas swapped": ("forward", lambda real: lambda *a: real(*a[:11], a[12], a[11], *a[13:])),
+        "eps a hundred times larger": ("forward", argument(13, lambda eps: 100 * eps)),
+        "minimised": ("forward", argument(14, lambda maximize: False)),
+        "tail element of every parameter left alone": ("forward", in_place(0, restore_tail)),
+        "second moments left alone": ("forward", in_place(3, restore_all)),
+        "last target left alone": ("forward", in_place(5, restore_last)),
+        "online shadow truncated": ("forward", in_place(6, truncate_shadow)),
+        "target shadow is the old target": ("forward", in_place(7, lambda now, old: [n.zero_() for n in now])),
+    },
     "assemble_tokens": {
         "neighbour's context": ("forward", argument(0, lambda context: context.roll(1, 0))),
         "mask tokens swapped": ("forward", argument(1, lambda token: token.flip(0))),
@@ -167,6 +190,15 @@ FAULTS = {
         "masks overwrite instead of adding": ("backward", argument(0, without_first_row)),
         "sums in bf16": ("backward", result(lambda g: g.bfloat16().to(g.dtype))),
         "unchosen tokens not cleared": ("backward", result(lambda g: torch.where(g == 0, torch.nan, g))),
+    },
+    "grad_norm": {
+        "last tensor left out": ("forward", argument(0, lambda grads: grads[:-1] or grads)),
+        "last element left out": ("forward", argument(0, lambda grads: [g.flatten()[:-1] for g in grads])),
+        "gradients truncated to bf16": ("forward", argument(0, lambda grads: [truncate(g) for g in grads])),
+        "squares in bf16": ("forward", result(lambda norm: norm.square().bfloat16().float().sqrt())),
+        "not rooted": ("forward", result(torch.square)),
+        "mean of squares": ("forward", result(lambda norm: norm / 2)),
+        "infinities dropped": ("forward", argument(0, lambda grads: [g.nan_to_num(0, 0, 0) for g in grads])),
     },
     "latent_loss": {
         "beta ignored": ("forward", argument(5, lambda beta: 1.0)),

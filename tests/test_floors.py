@@ -11,12 +11,14 @@ FREE = {"numpy"}  # besides the standard library and torch
 FLOORS = {
     "_core": 1,
     "chunks": 1,
+    "lists": 1,
     "packing": 1,
     "pairs": 1,
     "rotary": 1,
     "schedules": 1,
     "ops": 2,
     "nn": 3,
+    "optim": 3,
     "masks": 3,
     "models": 4,
 }  # everything else: 5

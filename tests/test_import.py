@@ -26,17 +26,24 @@ def python(code: str, **environment: str) -> str:
 ATTENTION = ["q", "k", "v", "packing", "k_packing", "frame_size", "key_ranges", "rope", "scale", "backend"]
 PACKINGS = ["context_packing", "target_packing", "packing"]
 ROPE = ["pairing", "theta", "frequencies", "angle_dtype"]
+LISTS = ["params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "targets"]
+ADAMW = ["lr", "betas", "eps", "weight_decay", "momentum"]
 PUBLIC = {
+    "AdamWEMA": ["params", "target_params", *ADAMW, "shadow", "max_grad_norm", "maximize", "capturable"],
     "BackendError": None,
     "BackendWarning": None,
     "Packing": None,
     "Rope": ["positions", "k_positions", *ROPE],
+    "adamw_ema": [
+        *[*LISTS, *ADAMW, "online_shadow", "target_shadow", "maximize", "grad_scale", "found_inf", "backend"],
+    ],
     "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
+    "grad_norm": ["grads", "backend"],
     "info": [],
     "latent_loss": ["pred", "target", "ids", "packing", "kind", "beta", "normalize", "eps", "reduction", "backend"],
     "masked_attention": ATTENTION,
@@ -123,9 +130,11 @@ x, y, ids, packing = torch.zeros(2, 9, 8), torch.zeros(2, 9, 8), torch.arange(3)
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
 pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
+y, m, v, k, step = *(torch.zeros(2, 9, 8) for _ in range(4)), torch.zeros(())
 raising = best(stop(lambda: None))
 packings = dict(context_packing=packing, target_packing=packing, packing=jk.Packing.from_lengths([6, 6]))
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
+    "adamw_ema": lambda: jk.adamw_ema([x], [y], [m], [v], [step], [k], lr=1e-3),
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
     "ema_update": lambda: jk.ema_update([x], [y], 0.5),
@@ -133,6 +142,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
     "gather_tokens packed": lambda: jk.gather_tokens(x, flat, packing),
+    "grad_norm": lambda: jk.grad_norm([x]),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),

@@ -29,12 +29,22 @@ def large(op, name, grads, make, *arguments, dtypes=DTYPES, **options):
 EMBED = op_module("embed_patches", "cases")
 IMAGES, CLIPS = EMBED.Images(4, 3, (10, 10), 14, 130), EMBED.Images(4, 3, (3, 6, 6), 8, 70, tubelet=2, uint8=True)
 EMA = Case("shards", ema_update, mutates=("target", "shadow"), keep=("target",))
+SHARDS = dict(shapes=((3, 5), (400, 301), (70_001,), (1,)))
+ADAMW = op_module("adamw_ema", "cases")
 LENGTHS = (60, 0, 100, 41, 75, 100, 1, 90)  # two masks of four images
 WIDE, ROWS, LOW_ROWS = 1024, 6_301, 12_301  # rows of which fp32 and bf16 outputs are streamed
 STREAMED = 24 << 20  # bytes; of fewer, none are
 LOW = (torch.float32, torch.bfloat16)
 ASSEMBLED, MANY = ("context", "mask_token"), (75, 900, 1, 90) * 3
 EACH = [
+    *(
+        pytest.param("adamw_ema", ADAMW.case(name, ADAMW.make(**SHARDS | options)), dtype, id=f"{name}-{short(dtype)}")
+        for name, options in (
+            ("adamw_ema-shards", dict(shadows=(torch.bfloat16, torch.float16), missing=4)),
+            ("adamw_ema-streamed", dict(shapes=((6_301, 1001),), targets=False, shadows=(torch.bfloat16, None))),
+        )
+        for dtype in DTYPES
+    ),
     *large("assemble_tokens", "packed", ASSEMBLED, "packed", LENGTHS[:4], MANY, 130, count=1000, groups=3, unused=9),
     *large("assemble_tokens", "streamed", ASSEMBLED, "packed", (1000, 2000), (5000, 4500), WIDE, dtypes=LOW),
     *(pytest.param("ema_update", EMA, dtype, id=f"ema_update-{short(dtype)}") for dtype in DTYPES),
@@ -42,6 +52,7 @@ EACH = [
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
     *large("gather_tokens", "packed", ("x",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
+    *large("grad_norm", "shards", (), "make", **SHARDS),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),

@@ -1,0 +1,166 @@
+"""Argument checks of `adamw_ema`: all of them pass before the first write."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.select import FLOATS, short
+from jepa_kernels.lists import check_strided, overlap, same_layout, tensors
+
+OP = "adamw_ema"
+SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
+DTYPES = {"grads": FLOATS, "online_shadow": LOW, "target_shadow": LOW}  # of each other list: SINGLE
+SCALARS = (torch.float64, torch.float32)
+
+
+Scalar = float | Tensor
+Checked = dict[str, list[Tensor | None]]
+
+
+class Options(NamedTuple):
+    """What all tensors of one call share."""
+
+    lr: Scalar
+    weight_decay: Scalar
+    momentum: Scalar
+    betas: tuple[float, float]
+    eps: float
+    maximize: bool
+
+
+class Lists(NamedTuple):
+    """The tensors of one call, in the torch op's order: as many in each list as params, an empty one where none is."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    targets: list[Tensor]  # the last three lists may be empty altogether
+    online_shadow: list[Tensor]
+    target_shadow: list[Tensor]
+
+
+STATE = ("exp_avgs", "exp_avg_sqs", "steps")
+OPTIONAL = ("targets", "online_shadow", "target_shadow")
+
+
+def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
+    """The lists with DTensors as their local shards. `names` are those of the parameters, for messages.
+
+    What shares memory is `check_overlap`'s to find.
+    """
+    lists = {k: [] if v is None and k in OPTIONAL else tensors(OP, k, v) for k, v in given.items()}
+    count = len(lists["params"])
+    for k, v in lists.items():
+        if len(v) != count and (v or k not in OPTIONAL):
+            fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
+    for i in range(count):
+        _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
+    return lists
+
+
+def _check_entry(lists: Checked, i: int, name: str) -> None:
+    entry = {k: v[i] if v else None for k, v in lists.items()}
+    p = _check_param(entry["params"], name, lists["params"][0])
+    for role, t in entry.items():
+        if t is None:
+            if role in STATE and entry["grads"] is not None:
+                fail(OP, f"{role}[{i}]", f"be a tensor, as {name} has a gradient", "None", "pass the state", TypeError)
+        elif role != "params":
+            check_partner(p, t, role, name)
+    if entry["target_shadow"] is not None and entry["targets"] is None:
+        fail(OP, f"the target_shadow of {name}", "have a target to copy", "no target", "leave it out")
+
+
+def _check_param(p: Tensor | None, name: str, first: Tensor | None) -> Tensor:
+    if p is None or first is None:
+        fail(OP, name, "be a tensor", "None", "leave it out of every list", TypeError)
+    if p.dtype is not torch.float32:
+        remedy = "keep fp32 weights and pass low-precision copies as a shadow"
+        fail(OP, name, "be float32", short(p.dtype), remedy, TypeError)
+    check_strided(OP, name, p)
+    if p.device != first.device:
+        fail(OP, name, f"be on {first.device}", p.device, "update each device's parameters in a call of its own")
+    return p
+
+
+def check_partner(p: Tensor, t: Tensor, role: str, name: str) -> None:
+    what = f"the {role.removesuffix('s')} of {name}"
+    dtypes = DTYPES.get(role, SINGLE)
+    if t.dtype not in dtypes:
+        wanted = f"be {' or '.join(short(d) for d in dtypes)}"
+        fail(OP, what, wanted, short(t.dtype), "convert it with .to(dtype)", TypeError)
+    check_strided(OP, what, t)
+    if t.device != p.device:
+        fail(OP, what, f"be on {p.device}", t.device, "move it with .to(device)")
+    if role == "steps":
+        if t.dim() != 0:
+            fail(OP, what, "have shape ()", tuple(t.shape), "count the steps in a 0-dim tensor")
+    elif not same_layout(t, p):
+        actual = f"shape {tuple(t.shape)} and strides {t.stride()}"
+        wanted = f"have shape {tuple(p.shape)} and strides {p.stride()}"
+        fail(OP, what, wanted, actual, "pair the tensors in order, and store both alike")
+
+
+def check_overlap(lists: Checked, names: Sequence[str] | None = None) -> None:
+    """Two tensors in one place of memory would be updated twice, or from each other's new values."""
+
+    def named(role: str) -> list[tuple[str, Tensor]]:
+        label = f"{role}[{{}}]" if names is None else f"the {role.removesuffix('s')} of {{}}"
+        keys = range(len(lists[role])) if names is None else names
+        return [(label.format(n), t) for n, t in zip(keys, lists[role], strict=False) if t is not None]
+
+    found = overlap([pair for role in lists if role != "grads" for pair in named(role)], named("grads"))
+    if found is not None:
+        fail(OP, found[0], f"share no memory with {found[1]}", "overlapping storage", "give each a tensor of its own")
+
+
+def check_options(options: Options, device: torch.device | None) -> None:
+    """lr and weight_decay at least 0, momentum in [0, 1], betas in [0, 1), eps at least 0; NaN is none of these."""
+    _check_scalar("lr", options.lr, device, "be at least 0", "1e-3 is usual")
+    _check_scalar("weight_decay", options.weight_decay, device, "be at least 0", "0.04 to 0.4 is usual")
+    _check_scalar("momentum", options.momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
+    betas = options.betas
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
+        fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)
+    if not all(0.0 <= b < 1.0 for b in betas):
+        fail(OP, "betas", "lie in [0, 1)", tuple(betas), "(0.9, 0.999) is usual")
+    _check_range("eps", options.eps, "be at least 0", "1e-8 is usual")
+
+
+def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted: str, remedy: str) -> None:
+    """A number, or a 0-dim tensor on the device or the CPU. A tensor elsewhere is not read: that would wait for it."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dim() > 1 or value.dtype not in SCALARS:
+            actual = f"{short(value.dtype)} {tuple(value.shape)}"
+            kinds = "be a float or a 0-dim float32 or float64 tensor"
+            fail(OP, argument, kinds, actual, "pass torch.tensor(x)", TypeError)
+        if value.device.type != "cpu" and device not in (None, value.device):
+            fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    _check_range(argument, value, wanted, remedy)
+
+
+def _check_range(argument: str, value: Any, wanted: str, remedy: str) -> None:
+    if not is_number(value):
+        fail(OP, argument, "be a number", type(value).__name__, "pass a float", TypeError)
+    if not 0.0 <= value <= (1.0 if argument == "momentum" else float("inf")):
+        fail(OP, argument, wanted, value, remedy)
+
+
+def check_factor(name: str, value: Any, device: torch.device | None) -> Tensor | None:
+    """grad_scale or found_inf as the kernels read it: fp32 [] on the device, which is not waited for."""
+    if value is None or device is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((), float(value), dtype=torch.float32, device=device)
+    if value.numel() != 1 or value.dtype is not torch.float32 or value.device != device:
+        actual = f"{short(value.dtype)} {tuple(value.shape)} on {value.device}"
+        fail(OP, name, f"be a float32 number on {device}", actual, "pass what GradScaler sets", TypeError)
+    return value.reshape(())

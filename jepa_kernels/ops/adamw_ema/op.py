@@ -1,0 +1,170 @@
+"""Public face of `adamw_ema`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.define import define, implementation
+from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.ops.adamw_ema import reference
+from jepa_kernels.ops.adamw_ema.check import (
+    OP,
+    STATE,
+    Checked,
+    Lists,
+    Options,
+    Scalar,
+    check_factor,
+    check_options,
+    check_overlap,
+    checked,
+)
+
+KERNELS = (Kernel("cpu", dtypes=(torch.float32,)),)
+
+Tensors = Sequence[Tensor | None]
+
+
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    targets: Tensors | None = None,
+    *,
+    lr: Scalar,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.01,
+    momentum: Scalar = 1.0,
+    online_shadow: Tensors | None = None,
+    target_shadow: Tensors | None = None,
+    maximize: bool = False,
+    grad_scale: Scalar | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """Take one AdamW step and move the target weights after it, in place, in one pass over memory.
+
+    t = step + 1, g = grad / grad_scale (negated by maximize), and for each element, in fp32:
+        m <- m + (1 - beta1) (g - m)                v <- beta2 v + (1 - beta2) g^2
+        p <- (1 - lr weight_decay) p - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+        k <- k + (1 - momentum) (p - k)             online_shadow <- p, target_shadow <- k, rounded
+    Factors that are the same for all elements are computed in fp64 and rounded once.
+
+    params: fp32 tensors p of any shapes, without gaps in memory; a DTensor counts as its local shard, here as below.
+    grads: fp32, bf16 or fp16 of the same shapes, or None for a parameter without a gradient: it stays, as does its
+        state, and its target still moves.
+    exp_avgs, exp_avg_sqs: fp32 m and v. steps: fp32 [] each. All three are updated, and may be None beside no gradient.
+    targets: fp32 k, None where there is no average.
+    lr, weight_decay: at least 0; momentum: in [0, 1]. Floats, or 0-dim fp32 or fp64 tensors on the CPU or on the
+        parameters' device, where a captured graph reads them anew at each replay.
+    online_shadow, target_shadow: bf16 or fp16 tensors (or None) that get copies of the new p and k.
+    grad_scale: what the gradients were multiplied by. found_inf: where it is not 0, gradients were not finite: p, m, v
+        and steps stay, targets and shadows are still written. Both are 0-dim fp32 on the parameters' device.
+
+    No gradient. Raises ValueError and TypeError, naming the tensor, before the first write.
+    Source: AdamW (arXiv:1711.05101) algorithm 2; I-JEPA (arXiv:2301.08243) section 3.
+    """
+    given: dict[str, Any] = dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
+    given |= dict(targets=targets, online_shadow=online_shadow, target_shadow=target_shadow)
+    tensors = checked(**given)
+    if not torch.compiler.is_compiling():
+        check_overlap(tensors)
+    options = Options(lr, weight_decay, momentum, betas, eps, maximize)
+    device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
+    check_options(options, device)
+    scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
+    if device is None:
+        return
+    update(tensors, filled(tensors), options, scale, inf, backend)
+    if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
+        torch.autograd.graph.increment_version(written(given))
+
+
+def update(
+    tensors: Checked,
+    lists: Lists,
+    options: Options,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str | None = None,
+    forward: Callable[..., None] | None = None,
+) -> None:
+    """One step on lists that were checked; `lists` are `tensors` as the torch op takes them.
+
+    forward: `direct` for who steps in eager mode and keeps the lists: the dispatcher looks at each of a thousand
+    tensors.
+    """
+    first: Any = tensors["params"][0]
+    chosen = select(OP, KERNELS, backend, first)
+    lr, weight_decay, momentum, betas, eps, maximize = options
+    if chosen == "reference":
+        values = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps, maximize=maximize)
+        return reference.forward(**tensors, **values, grad_scale=grad_scale, found_inf=found_inf)  # type: ignore[arg-type]
+    scalars = gathered(lr, weight_decay, momentum)
+    with torch.no_grad():  # parameters are leaves
+        _count(lists.steps, found_inf)
+        (forward or _forward)(*lists, scalars, grad_scale, found_inf, *betas, eps, maximize, chosen)
+
+
+def direct(*args: Any) -> None:
+    """The kernel itself: the torch op's arguments, the backend last."""
+    implementation(OP, "forward", args[-1])(*args[:-1])
+
+
+def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """One step more, where gradients were finite, for each parameter that has one."""
+    counted = [step for step in steps if step.dim() == 0]  # the others are empty
+    if counted:
+        torch._foreach_add_(counted, 1 if found_inf is None else (found_inf == 0).float())
+
+
+def filled(tensors: Checked) -> Lists:
+    """The lists as the torch op takes them. A parameter without a gradient hands in no state."""
+    params: list[Any] = tensors["params"]
+
+    def full(name: str, values: list[Tensor | None]) -> list[Tensor]:
+        given = [None if name in STATE and g is None else t for t, g in zip(values, tensors["grads"], strict=False)]
+        return [p.new_empty(0) if t is None else t for t, p in zip(given, params, strict=False)]
+
+    return Lists(**{name: full(name, values) for name, values in tensors.items()})
+
+
+def gathered(lr: Scalar, weight_decay: Scalar, momentum: Scalar) -> Tensor:
+    """fp64 [3] of the three: on the device where one of them is a tensor there, which is not read, else on the CPU."""
+    values = (lr, weight_decay, momentum)
+    given = [x for x in values if isinstance(x, Tensor)]
+    if not given:
+        return torch.tensor(values, dtype=torch.float64)
+    place = next((x.device for x in given if x.device.type != "cpu"), given[0].device)
+    full = [
+        x.reshape(()).to(place, torch.float64)
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=torch.float64, device=place)
+        for x in values
+    ]
+    return torch.stack(full)
+
+
+def written(given: dict[str, Any]) -> list[Tensor]:
+    """What an update writes, but for the steps: DTensors count their versions apart from their shards."""
+    lists = [v for k, v in given.items() if k not in ("grads", "steps") and v is not None]
+    return [t for tensors in lists for t in tensors if t is not None]
+
+
+def _fake(*args: Any) -> None:
+    return None
+
+
+_forward = define(
+    OP,
+    "forward",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] steps, "
+    "Tensor(d!)[] targets, Tensor(e!)[] online_shadow, Tensor(f!)[] target_shadow, Tensor scalars, "
+    "Tensor? grad_scale, Tensor? found_inf, float beta1, float beta2, float eps, bool maximize, str backend) -> ()",
+    _fake,
+)

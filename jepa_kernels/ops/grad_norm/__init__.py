@@ -1,0 +1,1 @@
+"""Norm of all gradients together, in one pass."""

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from jepa_kernels.optim.adamw_ema import AdamWEMA
+
+__all__ = ["AdamWEMA"]
