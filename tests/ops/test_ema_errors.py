@@ -64,7 +64,7 @@ FAULTS = {
     "complex": lambda t: t.to(torch.complex64),
     "device": lambda t: t.to("meta"),
     "strides": lambda t: t.new_zeros(6)[::2],
-    "no tensor": lambda t: None,
+    "no tensor": lambda t: 1.0,
 }
 
 
@@ -170,11 +170,10 @@ def test_shared_parameters_of_two_modules_are_named():
 
 CHANGES = {
     "given new memory": lambda p: setattr(p, "data", p.data.clone()),
-    "resized": lambda p: p.data.resize_(1) and p.resize_(1),
+    "resized": lambda p: p.resize_(1),
     "freed": lambda p: p.untyped_storage().resize_(0),
     "of another dtype": lambda p: setattr(p, "data", p.data.half()),
     "of other strides": lambda p: setattr(p, "data", torch.zeros(6)[::2]),
-    "on another device": lambda p: setattr(p, "data", p.data.to("meta")),
 }
 
 
@@ -187,10 +186,8 @@ def test_a_table_names_a_parameter_that_changed(change, role):
     CHANGES[change](roles[role][1][0].bias)
     kept = [p for m in roles.values() for n, p in m.named_parameters() if n != "1.0.bias"]
     before = [p.clone() for p in kept]
-    wanted = (
-        rf"{role} 1\.0\.bias must stay as it was when the table was built: float32 \(3,\) on cpu at 0x.+; build a new"
-    )
-    with pytest.raises(ValueError, match="ema_update: " + wanted):
+    wanted = rf"ema_update: {role} 1\.0\.bias must stay as it was when the table was built: float32 \(3,\) on cpu at 0x"
+    with pytest.raises(ValueError, match=wanted + ".+; build a new EmaTable"):
         table.update(0.5)
     assert all(torch.equal(p, old) for p, old in zip(kept, before, strict=True))
 
