@@ -159,6 +159,35 @@ def a_checkpoint_of_two_ranks_loads_on_one_and_on_three(folder):
     assert_equal(continued(*pair(), folder, no_dist=True), whole(expected.module))
 
 
+def stepped(mesh, most):
+    """Weights, targets and norms of three AdamWEMA steps with the same data on every rank."""
+    online, ema = pair(mesh)
+    average = {p: t for p, t in zip(online.parameters(), ema.module.parameters(), strict=True) if p.requires_grad}
+    optimizer = jk.AdamWEMA(online.parameters(), average, lr=0.1, momentum=0.9, max_grad_norm=most)
+    norms = []
+    for step in range(3):
+        x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        online(x).square().mean().backward()
+        if mesh is not None:
+            assert all(isinstance(p.grad, DTensor) for p in online.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        norms += optimizer.grad_norms.values()
+    return whole(online), whole(ema.module), norms
+
+
+@on(ranks=2)
+def a_sharded_optimizer_steps_and_averages_as_the_whole_one(_):
+    mesh = init_device_mesh("cpu", (2,))
+    ours, expected = stepped(mesh, None), stepped(None, None)
+    assert_equal(ours[0], expected[0])
+    assert_equal(ours[1], expected[1])
+    ours, expected = stepped(mesh, 0.01), stepped(None, 0.01)  # the norm is of all shards, summed in another order
+    assert len(ours[2]) == 3 and all(n > 0.02 for n in expected[2])
+    for part, tolerance in zip(range(3), (1e-5, 1e-5, 1e-6), strict=True):
+        torch.testing.assert_close(ours[part], expected[part], rtol=tolerance, atol=tolerance * 0.1)
+
+
 @on(ranks=2)
 def replicas_stay_equal_and_one_that_strays_is_found(_):
     rank = dist.get_rank()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ class Pairing:
         networks = (*online.modules(), *target.modules())
         self._sharded = [m for m in networks if hasattr(m, "reshard")]
         self._reshard()
+        self._members = list(target.named_modules()), list(online.named_modules())
         self._tables = [d for m in networks for d in (m._modules, m._parameters) if d]
         self._entries = list(self._found())
         self.names, self.parameters = _named_pairs(target, online)
@@ -74,7 +75,7 @@ class Pairing:
 
     def buffers(self) -> list[Pair]:
         """Looked up at each call: code may put new tensors in their places."""
-        targets, onlines = state_buffers(self.target), state_buffers(self.online)
+        targets, onlines = map(state_buffers, self._members)
         if targets.keys() != onlines.keys():
             odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
@@ -93,10 +94,10 @@ class Pairing:
             cast(Any, module).reshard()
 
 
-def state_buffers(module: nn.Module) -> dict[str, Tensor]:
+def state_buffers(members: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """The buffers of the state dict: others are caches, of each network's own inputs."""
     found = {}
-    for prefix, member in module.named_modules():
+    for prefix, member in members:
         for name, buffer in member._buffers.items():
             if buffer is not None and name not in member._non_persistent_buffers_set:
                 found[f"{prefix}.{name}".lstrip(".")] = buffer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from itertools import zip_longest
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -24,14 +25,14 @@ FORWARDS = {layer.forward for layer in LAYERS}
 
 
 class Copy(NamedTuple):
-    """A low-precision copy of the parameter `name` of a module."""
+    """A low-precision copy of the parameter `name` of a module's table of parameters."""
 
-    owner: nn.Module
+    table: dict[str, nn.Parameter | None]
     name: str
     low: nn.Parameter
 
     def source(self) -> nn.Parameter:
-        p = getattr(self.owner, self.name)
+        p = cast(nn.Parameter, self.table[self.name])
         if type(p) is not nn.Parameter and hasattr(p, "to_local"):
             remedy = "let MixedPrecisionPolicy(param_dtype=...) cast the shards"
             fail("EMA", "shadow_dtype", "be None for a sharded target", f"a {type(p).__name__} {self.name}", remedy)
@@ -64,20 +65,20 @@ class Shadow:
     @torch.no_grad()
     def refresh(self) -> None:
         """Round again what was written since it was rounded last: by a load of weights, a move, by hand."""
-        seen = self._stamps()
+        seen = self._look()
         if seen == self._seen:
             return
-        for i, (stamp, kept) in enumerate(zip(seen, self.copies, strict=True)):
-            if not self._seen or stamp != self._seen[i]:
+        for kept, now, before in zip_longest(self.copies, seen, self._seen):
+            if now != before:
                 _round(kept)
         self._seen = seen
 
     def written(self) -> None:
         """Somebody who wrote the parameters has written their copies too."""
-        self._seen = self._stamps()
+        self._seen = self._look()
 
-    def _stamps(self) -> list[tuple[int, int]]:
-        """Address and count of in-place writes of each source."""
+    def _look(self) -> list[tuple[int, int]]:
+        """Address and number of in-place writes of each source."""
         sources = [kept.source() for kept in self.copies]
         return [(p.data_ptr(), p._version) for p in sources]
 
@@ -90,7 +91,7 @@ def _copies(module: nn.Module, dtype: torch.dtype) -> list[Copy]:
         for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
             if name in names and p.dtype == torch.float32:
                 low = nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=False)
-                cast.setdefault(p, Copy(owner, name, low))
+                cast.setdefault(p, Copy(owner._parameters, name, low))
             else:
                 read.add(p)
     return [kept for p, kept in cast.items() if p not in read]

@@ -19,7 +19,7 @@ Source = Sequence[Tensor] | Mapping[str, Tensor] | nn.Module
 Shadow = Sequence[Tensor | None] | Mapping[str, Tensor | None] | None
 Sources = tuple[Source, Source, Shadow]
 Names = dict[str, list[str]]  # by role
-_passed: dict[Any, None] = {}  # oldest use first
+_passed: dict[Any, None] = {}  # oldest first
 
 
 class Checked(NamedTuple):
@@ -46,13 +46,13 @@ def check(sources: Sources) -> Checked:
     checked = reread(given)
     if not torch.compiler.is_compiling() and checked.local is not checked.given:
         check_sharding(OP, given, partial(names, sources, given))
-    if checked.known is None or checked.known not in _passed:
-        name = names(sources, given)
-        _check_lists(name, *checked.local)
-        if not torch.compiler.is_compiling():
-            _check_memory(name, checked.local)
+    if checked.known is not None and checked.known in _passed:
+        return checked
+    name = names(sources, given)
+    _check_lists(name, *checked.local)
+    if not torch.compiler.is_compiling():
+        _check_memory(name, checked.local)
     if checked.known is not None:
-        _passed.pop(checked.known, None)
         _passed[checked.known] = None
         if len(_passed) > KEPT:
             del _passed[next(iter(_passed))]
