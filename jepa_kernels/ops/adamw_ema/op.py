@@ -1,6 +1,6 @@
 """Public face of `adamw_ema`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,12 +96,11 @@ def update(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
-    forward: Callable[..., None] | None = None,
+    table: Any = None,
 ) -> None:
     """One step on lists that were checked; `lists` are `tensors` as the torch op takes them.
 
-    forward: `direct` for who steps in eager mode and keeps the lists: the dispatcher looks at each of a thousand
-    tensors.
+    table: for who steps in eager mode and keeps the lists, a `Table` of them: it saves reading a thousand tensors.
     """
     first: Any = tensors["params"][0]
     chosen = select(OP, KERNELS, backend, first)
@@ -109,18 +108,36 @@ def update(
     if chosen == "reference":
         values = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps, maximize=maximize)
         return reference.forward(**tensors, **values, grad_scale=grad_scale, found_inf=found_inf)  # type: ignore[arg-type]
-    scalars = gathered(lr, weight_decay, momentum)
+    arguments = gathered(lr, weight_decay, momentum), grad_scale, found_inf, *betas, eps, maximize
     with torch.no_grad():  # parameters are leaves
-        _count(lists.steps, found_inf)
-        (forward or _forward)(*lists, scalars, grad_scale, found_inf, *betas, eps, maximize, chosen)
+        if table is not None:
+            return table.step(chosen, lists, *arguments)
+        count(lists.steps, found_inf)
+        _forward(*lists, *arguments, chosen)
 
 
-def direct(*args: Any) -> None:
-    """The kernel itself: the torch op's arguments, the backend last."""
-    implementation(OP, "forward", args[-1])(*args[:-1])
+class Table:
+    """A call's tensors that stay where they are: the kernel itself, not the dispatcher, gets them.
+
+    On the CPU their addresses are read once; whoever keeps a Table builds a new one where a tensor moved.
+    """
+
+    def __init__(self) -> None:
+        self.read: Any = None
+
+    def step(self, backend: str, lists: Lists, *arguments: Any) -> None:
+        """Count the steps, then update."""
+        if backend != "cpu":
+            count(lists.steps, arguments[2])
+            implementation(OP, "forward", backend)(*lists, *arguments)
+            return
+        if self.read is None:
+            self.held = [t.detach() for values in lists for t in values]  # their memory stays, whatever its owner does
+            self.read = implementation(OP, "table", "cpu")(*lists)
+        self.read.step(lists.grads, *arguments)
 
 
-def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
+def count(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """One step more, where gradients were finite, for each parameter that has one."""
     counted = [step for step in steps if step.dim() == 0]  # the others are empty
     if counted:
