@@ -38,6 +38,7 @@ PUBLIC = {
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "info": [],
+    "info_nce": ["x", "y", "temperature", "normalize", "label_smoothing", "duplicates", "group", "backend"],
     "latent_loss": ["pred", "target", "ids", "packing", "kind", "beta", "normalize", "eps", "reduction", "backend"],
     "masked_attention": ATTENTION,
     "masked_attention_lse": ATTENTION,
@@ -122,7 +123,7 @@ def best(call):  # of many short runs: others share the machine
 x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
-pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
+pred, rows, places, heat = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3), torch.tensor(0.1)
 raising = best(stop(lambda: None))
 packings = dict(context_packing=packing, target_packing=packing, packing=jk.Packing.from_lengths([6, 6]))
 print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
@@ -133,6 +134,8 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
     "gather_tokens packed": lambda: jk.gather_tokens(x, flat, packing),
+    "info_nce": lambda: jk.info_nce(rows, rows, 0.1),
+    "info_nce learned": lambda: jk.info_nce(rows, rows, heat, duplicates=flat),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),

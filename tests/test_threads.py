@@ -42,6 +42,7 @@ EACH = [
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
     *large("gather_tokens", "packed", ("x",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
+    *large("info_nce", "pairs", ("x", "y", "temperature"), "pairs", 700, 330, items=300, label_smoothing=0.125),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),

@@ -17,17 +17,8 @@ def _load(x, i, count, row, c, channels, channel):
 
 
 @triton.jit
-def _scores(
-    x, y, scale, column_scale, items, column_items, i, j, rows, columns, channels,
-    x_row, x_channel, y_row, y_channel, shift, STEP: tl.constexpr,
-):  # fmt: skip
-    """(S of rows i and columns j, -inf for what is left out; which of them are pairs)."""
-    s = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for start in range(0, channels, STEP):
-        c = start + tl.arange(0, STEP)
-        left = _load(x, i, rows, x_row, c, channels, x_channel)
-        right = _load(y, j, columns, y_row, c, channels, y_channel)
-        s = tl.dot(left, tl.trans(right), s, input_precision="ieee")
+def _scores(s, scale, column_scale, items, column_items, i, j, rows, columns, shift):
+    """(S of rows i and columns j, from products; which of them are pairs). -inf stands for what is left out."""
     s *= tl.load(scale + i, mask=i < rows, other=0.0)[:, None]
     s *= tl.load(column_scale + j, mask=j < columns, other=0.0)[None, :]
     pair = (i + shift)[:, None] == j[None, :]
@@ -40,7 +31,7 @@ def _scores(
 
 
 @triton.jit
-def _tile_of(program, tiles, column_tiles, ROWS: tl.constexpr, BAND: tl.constexpr):
+def _tile_of(program, tiles, column_tiles, BAND: tl.constexpr):
     """Place of a program's tile: bands of BAND tiles of rows, column after column, so that both sides stay in cache."""
     band = program // (BAND * column_tiles)
     height = tl.minimum(tiles - band * BAND, BAND)
@@ -62,21 +53,15 @@ def _store_weights(parts, s, count, there, axis: tl.constexpr):
     tl.store(parts + 2 * count, tl.sum(tl.where(s == base, 0.0, weights), axis), mask=there)
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
-def _info_nce_forward_kernel(
-    x, y, scale, column_scale, items, column_items, row_parts, column_parts, diagonal, rows, columns, channels,
-    x_row, x_channel, y_row, y_channel, shift, SUMS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+@triton.jit
+def _store_sums(
+    s, scale, column_scale, items, column_items, row_parts, column_parts, diagonal, ti, tj, rows, columns, shift,
+    SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of S: weights and (SUMS) the sum of its rows to row_parts [column tile, 3 or 4, rows], of its columns to
-    column_parts [row tile, 3 or 4, columns]."""
+    """Of the tile [ti, tj], from its products: weights, pairs, and (SUMS) the sums of its entries."""
     PARTS: tl.constexpr = 4 if SUMS else 3
-    ti, tj = _tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), ROWS, BAND)
     i, j = ti * ROWS + tl.arange(0, ROWS), tj * COLUMNS + tl.arange(0, COLUMNS)
-    s, pair = _scores(
-        x, y, scale, column_scale, items, column_items, i, j, rows, columns, channels,
-        x_row, x_channel, y_row, y_channel, shift, STEP,
-    )  # fmt: skip
+    s, pair = _scores(s, scale, column_scale, items, column_items, i, j, rows, columns, shift)
     if (ti * ROWS + shift < (tj + 1) * COLUMNS) & ((ti + 1) * ROWS + shift > tj * COLUMNS):
         place = i + shift
         here = (i < rows) & (place >= tj * COLUMNS) & (place < tl.minimum((tj + 1) * COLUMNS, columns))
@@ -89,6 +74,39 @@ def _info_nce_forward_kernel(
         s = tl.where(s == float("-inf"), 0.0, s)
         tl.store(row_parts + 3 * rows, tl.sum(s, 1), mask=i < rows)
         tl.store(column_parts + 3 * columns, tl.sum(s, 0), mask=j < columns)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
+def _info_nce_forward_kernel(
+    x, y, scale, column_scale, items, column_items, row_parts, column_parts, diagonal, rows, columns, channels,
+    x_row, x_channel, y_row, y_channel, shift, SUMS: tl.constexpr, TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile of S, or (TWO) of two side by side, which share what is read of x: of its rows to row_parts
+    [column tile, 3 or 4, rows], of its columns to column_parts [row tile, 3 or 4, columns]."""
+    MORE: tl.constexpr = 2 if TWO else 1
+    ti, tj = _tile_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS * MORE), BAND)
+    tj *= MORE
+    i, j = ti * ROWS + tl.arange(0, ROWS), tj * COLUMNS + tl.arange(0, COLUMNS)
+    s = tl.zeros([ROWS, COLUMNS], tl.float32)
+    t = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, channels, STEP):
+        c = start + tl.arange(0, STEP)
+        left = _load(x, i, rows, x_row, c, channels, x_channel)
+        right = _load(y, j, columns, y_row, c, channels, y_channel)
+        s = tl.dot(left, tl.trans(right), s, input_precision="ieee")
+        if TWO:
+            right = _load(y, j + COLUMNS, columns, y_row, c, channels, y_channel)
+            t = tl.dot(left, tl.trans(right), t, input_precision="ieee")
+    _store_sums(
+        s, scale, column_scale, items, column_items, row_parts, column_parts, diagonal, ti, tj, rows, columns, shift,
+        SUMS, ROWS, COLUMNS,
+    )  # fmt: skip
+    if TWO:
+        _store_sums(
+            t, scale, column_scale, items, column_items, row_parts, column_parts, diagonal, ti, tj + 1, rows, columns,
+            shift, SUMS, ROWS, COLUMNS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -138,47 +156,59 @@ def _less(s, lse, axis: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
 def _info_nce_backward_kernel(
-    x, y, scale, column_scale, norm, column_norm, items, column_items, row_lse, col_lse, row_share, col_share, d, heat,
+    x, y, scale, column_scale, row_inverse, items, column_items, row_lse, col_lse, row_share, col_share, d, heat,
     rows, columns, channels, x_row, x_channel, y_row, y_channel, shift, first, tiles, d_row, kept,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """A tile of d = G / (|x_i| |y_j|), of the strip of S whose first row is `first`, and its sum of G S to heat."""
-    ti, tj = _tile_of(tl.program_id(0), tiles, tl.cdiv(columns, COLUMNS), ROWS, BAND)
+    ti, tj = _tile_of(tl.program_id(0), tiles, tl.cdiv(columns, COLUMNS), BAND)
     inside = ti * ROWS + tl.arange(0, ROWS)
     i, j = first + inside, tj * COLUMNS + tl.arange(0, COLUMNS)
-    s, pair = _scores(
-        x, y, scale, column_scale, items, column_items, i, j, rows, columns, channels,
-        x_row, x_channel, y_row, y_channel, shift, STEP,
-    )  # fmt: skip
-    across = _less(s, tl.load(row_lse + i, mask=i < rows, other=0.0), 1)
-    down = _less(s, tl.load(col_lse + j, mask=j < columns, other=0.0), 0)
-    g = tl.exp2(across * LOG2E) + tl.exp2(down * LOG2E)
+    s = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, channels, STEP):
+        c = start + tl.arange(0, STEP)
+        left = _load(x, i, rows, x_row, c, channels, x_channel)
+        s = tl.dot(left, tl.trans(_load(y, j, columns, y_row, c, channels, y_channel)), s, input_precision="ieee")
+    s, pair = _scores(s, scale, column_scale, items, column_items, i, j, rows, columns, shift)
+    own = tl.load(row_lse + i, mask=i < rows, other=0.0)
+    g = tl.exp2(_less(s, own, 1) * LOG2E)
+    g += tl.exp2(_less(s, tl.load(col_lse + j, mask=j < columns, other=0.0), 0) * LOG2E)
     if (first + ti * ROWS + shift < (tj + 1) * COLUMNS) & (first + (ti + 1) * ROWS + shift > tj * COLUMNS):
-        g = tl.where(pair, _expm1(across) + _expm1(down) + (2.0 - 2.0 * kept), g)
+        place = i + shift
+        other = tl.load(col_lse + place, mask=(i < rows) & (place >= 0) & (place < columns), other=0.0)
+        value = tl.sum(tl.where(pair & (s > float("-inf")), s, 0.0), 1).to(tl.float64)
+        value = _expm1((value - own).to(tl.float32)) + _expm1((value - other).to(tl.float32)) + (2.0 - 2.0 * kept)
+        g = tl.where(pair, value[:, None], g)
     if row_share is not None:
         g -= tl.load(row_share + i, mask=i < rows, other=0.0)[:, None]
         g -= tl.load(col_share + j, mask=j < columns, other=0.0)[None, :]
     g = tl.where(s == float("-inf"), 0.0, g)
-    tl.store(heat + tl.program_id(0), tl.sum(tl.where(s == float("-inf"), 0.0, g * s)))
-    g *= (1.0 / tl.load(norm + i, mask=i < rows, other=1.0))[:, None]
-    g *= (1.0 / tl.load(column_norm + j, mask=j < columns, other=1.0))[None, :]
+    tl.store(heat + tl.program_id(0), tl.sum(tl.where(s == float("-inf"), 0.0, s) * g))
+    g *= tl.load(row_inverse + i, mask=i < rows, other=0.0)[:, None]
+    g *= tl.load(column_scale + j, mask=j < columns, other=0.0)[None, :]
     at = d + inside.to(tl.int64)[:, None] * d_row + j[None, :]
     tl.store(at, g.to(d.dtype.element_ty), mask=(i < rows)[:, None] & (j < d_row)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])
 def _info_nce_product_kernel(
-    d, v, out, rows, depth, channels, d_row, d_column, v_row, v_channel,
-    ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    d, v, out, rows, depth, width, channels, v_row, v_channel,
+    TURNED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, channels] = d [rows, depth] v [depth, channels] (ADD: + out), in fp32."""
+    """out [rows, channels] = d [rows, depth] v [depth, channels] (ADD: + out), in fp32; TURNED: d^T is given.
+
+    Rows of d in memory are `width` long, with zeros at their ends: read whole, 16 bytes at a time.
+    """
     wide = tl.cdiv(channels, COLUMNS)
     i = tl.program_id(0) // wide * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(0) % wide * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, depth, STEP):
         k = start + tl.arange(0, STEP)
-        left = _load(d, i, rows, d_row, k, depth, d_column)
+        if TURNED:
+            left = tl.trans(_load(d, k, depth, width, i, width, 1))
+        else:
+            left = _load(d, i, rows, width, k, width, 1)
         total = tl.dot(left, _load(v, k, depth, v_row, c, channels, v_channel), total, input_precision="ieee")
     at = out + i.to(tl.int64)[:, None] * channels + c[None, :]
     there = (i < rows)[:, None] & (c < channels)[None, :]
