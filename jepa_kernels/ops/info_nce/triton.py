@@ -9,13 +9,12 @@ import triton
 from torch import Tensor
 
 from jepa_kernels._core.triton import capability, device_of
-from jepa_kernels.ops.info_nce.triton_kernels import (
+from jepa_kernels.ops.info_nce.triton_backward import (
     _info_nce_backward_kernel,
-    _info_nce_forward_kernel,
-    _info_nce_merge_kernel,
     _info_nce_normalize_kernel,
     _info_nce_product_kernel,
 )
+from jepa_kernels.ops.info_nce.triton_forward import _info_nce_forward_kernel, _info_nce_merge_kernel
 
 STRIP = 32 << 20  # bytes: it stays in the L2 cache of the largest GPUs
 BAND = 8
