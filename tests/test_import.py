@@ -47,6 +47,7 @@ PUBLIC = {
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "grad_norm": ["grads", "backend"],
     "info": [],
+    "info_nce": ["x", "y", "temperature", "normalize", "label_smoothing", "duplicates", "group", "backend"],
     "latent_loss": [
         *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
         *("reduction", "backend"),
@@ -135,7 +136,7 @@ x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing
 y = x.clone()
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
-pred, rows, places = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3)
+pred, rows, places, heat = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3), torch.tensor(0.1)
 y, m, v, k, step = *(torch.zeros(2, 9, 8) for _ in range(4)), torch.zeros(())
 raising = best(stop(lambda: None))
 both = dict(packing=packing, target_packing=packing)
@@ -152,6 +153,8 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
     "gather_tokens packed": lambda: jk.gather_tokens(x, flat, packing),
     "grad_norm": lambda: jk.grad_norm([x]),
+    "info_nce": lambda: jk.info_nce(rows, rows, 0.1),
+    "info_nce learned": lambda: jk.info_nce(rows, rows, heat, duplicates=flat),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=bias[:6].view(2, 3)),

@@ -64,6 +64,7 @@ EACH = [
     *large("gather_tokens", "packed", ("x",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
     *large("grad_norm", "shards", (), "make", **SHARDS),
+    *large("info_nce", "pairs", ("x", "y", "temperature"), "pairs", 700, 330, items=300, label_smoothing=0.125),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
     *large(

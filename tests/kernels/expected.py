@@ -176,6 +176,37 @@ def loss_calls() -> Iterator[Call]:
         yield Call(f"channels-{channels}", loss(torch.float32, channels), launches, (), {}, HOPPER)
 
 
+def contrast(dtype: torch.dtype, channels: int, **options: object) -> Callable[[], object]:
+    """Forward, and the gradients of both sides and of the temperature."""
+
+    def make() -> object:
+        leaves = [torch.zeros(40, channels, dtype=dtype, requires_grad=True) for _ in range(2)]
+        leaves.append(torch.tensor(0.1, requires_grad=True))
+        return torch.autograd.grad(jk.info_nce(*leaves, **options, backend="triton"), leaves)
+
+    return make
+
+
+def contrast_calls() -> Iterator[Call]:
+    forward, merge, backward, product, normalize = (
+        f"_info_nce_{stage}_kernel" for stage in ("forward", "merge", "backward", "product", "normalize")
+    )
+    launches = (forward, merge, merge, backward, product, product, normalize, normalize)
+    held = {kernel: ("HGMMA.*", r"LDGSTS\.E.*\.128") for kernel in (forward, backward, product)}
+    # 128 x 256 products and their sums fill the registers of one block a multiprocessor.
+    yield Call("bfloat16-elsewhere", contrast(torch.bfloat16, 1536), launches, (), {}, (80, 100), blocks=1, spilled=64)
+    for name, make, spilled in (
+        ("bfloat16", contrast(torch.bfloat16, 1536), 32),
+        ("smoothed", contrast(torch.bfloat16, 1024, label_smoothing=0.1, duplicates=torch.arange(40)), 0),
+        ("as-they-are", contrast(torch.bfloat16, 512, normalize=False), 32),
+    ):
+        yield Call(name, make, launches, (), {}, HOPPER, held, blocks=1, spilled=spilled)
+    gathers = {kernel: ("HGMMA.*",) for kernel in (forward, backward)}
+    yield Call("float16", contrast(torch.float16, 768), launches, (), {}, HOPPER, gathers, blocks=1, spilled=32)
+    yield Call("float32", contrast(torch.float32, 512), launches, (), {}, HOPPER, blocks=1)
+    yield Call("odd", contrast(torch.float32, 33), launches, (), {}, HOPPER, blocks=1, spilled=8)
+
+
 def embed(
     dtype: torch.dtype, size: int, embed_dim: int, *, tubelet: int = 0, uint8: bool = False, whole: bool = False
 ) -> Callable[[], object]:
@@ -379,6 +410,7 @@ CALLS = {
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),
     "grad_norm": tuple(norm_calls()),
+    "info_nce": tuple(contrast_calls()),
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
     "rope": tuple(rope_calls()),

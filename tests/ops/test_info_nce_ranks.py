@@ -74,9 +74,9 @@ def takes_bf16_and_repeats_its_bits(rank: int, world: int) -> None:
     first, second = (value_and_grads(given, group=dist.group.WORLD) for _ in range(2))
     assert torch.equal(first[0], second[0]) and all(map(torch.equal, first[1], second[1]))
     assert [g.dtype for g in first[1]] == [torch.bfloat16, torch.bfloat16, torch.float32]
-    wide = value_and_grads({n: t.float() if t.is_floating_point() else t for n, t in given.items()},
-                           group=dist.group.WORLD)  # fmt: skip
-    assert torch.equal(first[0], wide[0]) and all(torch.equal(a, b.to(a)) for a, b in zip(first[1], wide[1], strict=True))
+    as_float = {n: t.float() if t.is_floating_point() else t for n, t in given.items()}
+    loss, grads = value_and_grads(as_float, group=dist.group.WORLD)
+    assert torch.equal(first[0], loss) and all(torch.equal(a, b.to(a)) for a, b in zip(first[1], grads, strict=True))
 
 
 def adds_what_each_rank_asks_for(rank: int, world: int) -> None:
@@ -100,9 +100,10 @@ def disagreement_is_an_error_everywhere(rank: int, world: int) -> None:
         "agree on requires_grad": lambda g: {**g, "x": g["x"].clone().requires_grad_()},
     }
     for what, change in changes.items():
-        with pytest.raises(ValueError, match=rf"info_nce: group must {what}, got another on rank {world - 1} than .+; "):
+        with pytest.raises(ValueError, match=f"info_nce: group must {what}, got another on rank {world - 1} than .+; "):
             jk.info_nce(**(change(given) if last else given), group=dist.group.WORLD)
-    message = "temperature must be positive" if last else f"group must have fitting .+, got an error on rank {world - 1}; "
+    elsewhere = f"group must have fitting arguments on every rank, got an error on rank {world - 1}; "
+    message = "temperature must be positive" if last else elsewhere
     with pytest.raises(ValueError, match=f"info_nce: {message}"):
         jk.info_nce(**{**given, "temperature": 0.0 if last else 0.1}, group=dist.group.WORLD)
 

@@ -88,7 +88,7 @@ def over_ranks(
 ) -> Tensor:
     """The loss of the rows of all ranks; see `info_nce`."""
     if torch.compiler.is_compiling():
-        fail(op.OP, "group", "be None under torch.compile", "a group", "leave this call out with torch.compiler.disable")
+        fail(op.OP, "group", "be None under torch.compile", "a group", "call it inside torch.compiler.disable")
     refused, facts = None, [0] * len(FACTS)
     try:
         op.check_arguments(x, y, temperature, label_smoothing, duplicates)
@@ -99,9 +99,9 @@ def over_ranks(
     ranks = _agree(group, 0 if refused else x.shape[0], facts, refused)
     labels = None if duplicates is None else ranks.gather(duplicates)
     if backend == "reference":
-        everything = [_Gather.apply(t, ranks) for t in (x, y)]
+        x, y = (_Gather.apply(t, ranks) for t in (x, y))
         return reference.forward(
-            *everything, temperature, normalize=normalize, label_smoothing=label_smoothing, duplicates=labels
+            x, y, temperature, normalize=normalize, label_smoothing=label_smoothing, duplicates=labels
         )
     options = Options(float(label_smoothing), normalize, str(backend))
     items = None if labels is None else items_of(labels)
@@ -138,13 +138,8 @@ def _agree(group: Any, rows: int, facts: list[int], refused: Exception | None) -
             fail(op.OP, "group", "have fitting arguments on every rank", f"an error on rank {rank}", "see its message")
         for name, first, other in zip(FACTS, told[0][2:], theirs, strict=True):
             if other != first:
-                fail(
-                    op.OP,
-                    "group",
-                    f"agree on {name}",
-                    f"another on rank {rank} than on rank 0",
-                    "pass the same on every rank",
-                )
+                actual = f"another on rank {rank} than on rank 0"
+                fail(op.OP, "group", f"agree on {name}", actual, "pass the same on every rank")
     return Ranks(group, dist.get_rank(group), tuple(row[1] for row in told))
 
 
@@ -215,9 +210,7 @@ def _statistics(
     return row_lse, col_lse, share, (ranks.sum(total) / (2 * max(ranks.total, 1))).float()
 
 
-def _gradients(
-    grad: Tensor, saved: tuple[Any, ...], ranks: Ranks, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(grad: Tensor, saved: tuple[Any, ...], ranks: Ranks, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, y and the temperature: of the sum over ranks of grad * loss."""
     x, y, temperature, items, row_lse, col_lse, share = saved
     everywhere = ranks.sum(grad.float().clone())

@@ -8,7 +8,7 @@ from torch import Tensor
 from jepa_kernels._core import check
 from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number
 from jepa_kernels._core.define import define, differentiable
-from jepa_kernels._core.select import Kernel, select, short
+from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.info_nce import reference
 from jepa_kernels.ops.info_nce.items import MAX_ITEMS, items_of, mean_loss, shares
 
@@ -98,6 +98,8 @@ def check_arguments(
 def _check_temperature(temperature: float | Tensor, device: torch.device) -> None:
     if isinstance(temperature, Tensor):
         check_tensor(OP, "temperature", temperature, "", device=device)
+        if temperature.dim():
+            fail(OP, "temperature", "be a number or 0-dim", f"shape {tuple(temperature.shape)}", "index or sum it")
         if torch.compiler.is_compiling() or not (temperature.is_cpu or check.CHECK_DEVICE_VALUES):
             return
         temperature = temperature.detach()

@@ -8,14 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from jepa_kernels._core.triton import device_of
-from jepa_kernels.ops.info_nce.triton_kernels import (
+from jepa_kernels._core.triton import capability, device_of
+from jepa_kernels.ops.info_nce.triton_backward import (
     _info_nce_backward_kernel,
-    _info_nce_forward_kernel,
-    _info_nce_merge_kernel,
     _info_nce_normalize_kernel,
     _info_nce_product_kernel,
 )
+from jepa_kernels.ops.info_nce.triton_forward import _info_nce_forward_kernel, _info_nce_merge_kernel
 
 STRIP = 32 << 20  # bytes: it stays in the L2 cache of the largest GPUs
 BAND = 8
@@ -26,6 +25,11 @@ MAX_BLOCK = 2048
 def _tile(dtype: torch.dtype) -> dict[str, int]:
     """128 x 128 sums; what two pipelined steps of both sides fill leaves room for a second block."""
     return dict(ROWS=128, COLUMNS=128, STEP=128 // dtype.itemsize, num_warps=8, num_stages=3)
+
+
+def _two_fit(dtype: torch.dtype, plain: bool) -> bool:
+    """Whether registers hold two tiles of sums, so that less is read for each: on Hopper and later, with no options."""
+    return plain and dtype != torch.float32 and capability() >= 90
 
 
 def _norms(x: Tensor, normalize: bool) -> Tensor:
@@ -63,16 +67,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_lse, col_lse, diagonal, row_sum, col_sum) of the block of rows of x and columns y."""
     (rows, channels), columns, sums, tile = x.shape, y.shape[0], label_smoothing > 0, _tile(x.dtype)
-    row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+    two = _two_fit(x.dtype, plain=items is None and not sums)
+    row_tiles = triton.cdiv(rows, tile["ROWS"])
+    column_tiles = triton.cdiv(columns, tile["COLUMNS"] * (1 + two)) * (1 + two)
     row_parts = x.new_empty(column_tiles, 4 if sums else 3, rows, dtype=torch.float32)
     column_parts = x.new_empty(row_tiles, 4 if sums else 3, columns, dtype=torch.float32)
     diagonal = x.new_zeros(rows, dtype=torch.float32)
     scales = _scales(_norms(x, normalize), _norms(y, normalize), temperature)
     with device_of(x):
         if rows and columns:
-            _info_nce_forward_kernel[(row_tiles * column_tiles,)](
+            _info_nce_forward_kernel[(row_tiles * column_tiles // (1 + two),)](
                 x, y, *scales, items, column_items, row_parts, column_parts, diagonal, rows, columns, channels,
-                *x.stride(), *y.stride(), shift, SUMS=sums, BAND=BAND, **tile,
+                *x.stride(), *y.stride(), shift, SUMS=sums, TWO=two, BAND=BAND, **tile,
             )  # fmt: skip
         row_lse, row_sum = _merge(row_parts, sums)
         col_lse, col_sum = _merge(column_parts, sums)
@@ -102,7 +108,7 @@ def backward(
     with device_of(x):
         if x.shape[0] and y.shape[0]:
             scales = _scales(*norms, temperature)
-            lists = (*scales, *norms, items, column_items, row_lse, col_lse, row_share, col_share)
+            lists = (*scales, 1 / norms[0], items, column_items, row_lse, col_lse, row_share, col_share)
             heat = _strips(x, y, lists, gradients, shift, kept)
         dx, dy = (
             _normalize(t, norm, gradient, weight, temperature, normalize, wide)
@@ -131,17 +137,19 @@ def _strips(
             width, kept, BAND=BAND, **tile,
         )  # fmt: skip
         strip = d[: part.stop - first]
-        _product(strip, right, gradients[0][part], columns, add=False)
-        _product(strip.mT, left[part], gradients[1], part.stop - first, add=first > 0)
+        _product(strip, right, gradients[0][part])
+        _product(strip, left[part], gradients[1], turned=True, add=first > 0)
     return heat.sum(dtype=torch.float64)
 
 
-def _product(d: Tensor, v: Tensor, out: Tensor, depth: int, add: bool) -> None:
-    """out = d v, or out + d v; d may be wider than `depth`."""
+def _product(d: Tensor, v: Tensor, out: Tensor, turned: bool = False, add: bool = False) -> None:
+    """out = d v or d^T v, or out + that; the ends of d's rows, behind v's or out's last one, are zeros."""
     tile, (rows, channels) = _tile(v.dtype), out.shape
     if channels:
         grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(channels, tile["COLUMNS"]),)
-        _info_nce_product_kernel[grid](d, v, out, rows, depth, channels, *d.stride(), *v.stride(), ADD=add, **tile)
+        _info_nce_product_kernel[grid](
+            d, v, out, rows, v.shape[0], d.shape[1], channels, *v.stride(), TURNED=turned, ADD=add, **tile
+        )
 
 
 def _normalize(
