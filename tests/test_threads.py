@@ -45,6 +45,7 @@ EACH = [
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
     *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),
+    *large("sigreg", "tiles", ("z",), "embeddings", 2, 700, 130, slices=300),
     *large("rope", "packed", ("x",), "packed", 700, 3, 64, pairing="tiled"),
 ]
 

@@ -2,4 +2,13 @@
 
 # Public forms of an op that have a name of their own; `explain` knows them too.
 FORMS = ("masked_attention_lse", "masked_attention_qkv", "rope_qk")
-OPS = ("assemble_tokens", "ema_update", "embed_patches", "gather_tokens", "latent_loss", "masked_attention", "rope")
+OPS = (
+    "assemble_tokens",
+    "ema_update",
+    "embed_patches",
+    "gather_tokens",
+    "latent_loss",
+    "masked_attention",
+    "rope",
+    "sigreg",
+)
