@@ -108,6 +108,7 @@ TARGETS = (
     Target("masks", "multiblock3d_b24", "forward", "published", 50.0, "the published Python collators", "int64"),
     *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
     *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
+    Target("sigreg", "n512_e512_k1024", "backward", "published", 10.0, "the eager chain, 1024 slices, 17 knots"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

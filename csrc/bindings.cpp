@@ -20,6 +20,7 @@ void bind_masked_attention(py::module_&);
 void bind_masks(py::module_&);
 void bind_peaks(py::module_&);
 void bind_rope(py::module_&);
+void bind_sigreg(py::module_&);
 } // namespace jepa
 
 PYBIND11_MODULE(_C, m) {
@@ -38,4 +39,5 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_masks(m);
   jepa::bind_peaks(m);
   jepa::bind_rope(m);
+  jepa::bind_sigreg(m);
 }

@@ -19,6 +19,7 @@
 #include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
 #include "rope/rope.h"
+#include "sigreg/sigreg.h"
 
 namespace jepa {
 
@@ -106,3 +107,7 @@ JEPA_DISPATCH(masked_attention_backward_cpu, MaskedAttentionBackwardParams)
 JEPA_DISPATCH(peaks_cpu, PeaksParams)
 JEPA_DISPATCH(rope_cpu, RopeParams)
 JEPA_DISPATCH(rope_turns_cpu, RopeTurnsParams)
+JEPA_DISPATCH(sigreg_directions_cpu, SigregDirectionsParams)
+JEPA_DISPATCH(sigreg_moments_cpu, SigregMomentsParams)
+JEPA_DISPATCH(sigreg_forward_cpu, SigregForwardParams)
+JEPA_DISPATCH(sigreg_backward_cpu, SigregBackwardParams)

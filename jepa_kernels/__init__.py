@@ -18,6 +18,7 @@ from jepa_kernels.ops.latent_loss.op import latent_loss
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
 from jepa_kernels.ops.rope.op import rope, rope_qk
+from jepa_kernels.ops.sigreg.op import sigreg
 from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.rotary import Rope, patch_positions
@@ -51,6 +52,7 @@ __all__ = [
     "patch_positions",
     "rope",
     "rope_qk",
+    "sigreg",
     "use_backend",
 ]
 

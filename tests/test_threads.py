@@ -71,6 +71,7 @@ EACH = [
         "latent_loss", "levels", ("pred",), "packed", 4, 300, 264, LENGTHS, levels=2, kind="l1", power=3.0, dtypes=LOW
     ),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),
+    *large("sigreg", "tiles", ("z",), "embeddings", 2, 700, 130, slices=300),
     *large("rope", "packed", ("x",), "packed", 700, 3, 64, pairing="tiled"),
 ]
 

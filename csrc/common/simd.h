@@ -24,6 +24,7 @@ static inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 static inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
 static inline vf vsqrt(vf a) { return _mm512_sqrt_ps(a); }
 static inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); } // c - a b
 static inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 static inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 static inline vf vabs(vf a) { return _mm512_abs_ps(a); }
@@ -81,6 +82,10 @@ static inline vf as_exponent(vf x) {
 }
 // The whole part of log2 x, x > 0 and no denormal.
 static inline vf exponent(vf x) { return _mm512_getexp_ps(x); }
+// Lanes whose bit i is set, for select.
+static inline mask bit(vf x, int i) {
+  return _mm512_test_epi32_mask(_mm512_castps_si512(x), _mm512_set1_epi32(1 << i));
+}
 
 // Past the cache, to aligned addresses; finish with _mm_sfence.
 static inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
@@ -116,6 +121,7 @@ static inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 static inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
 static inline vf vsqrt(vf a) { return _mm256_sqrt_ps(a); }
 static inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf fnma(vf a, vf b, vf c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
 static inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 static inline vf vabs(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), a); }
@@ -177,6 +183,9 @@ static inline vf as_exponent(vf x) {
 }
 static inline vf exponent(vf x) {
   return sub(_mm256_cvtepi32_ps(_mm256_srli_epi32(_mm256_castps_si256(x), 23)), set1(127.f));
+}
+static inline mask bit(vf x, int i) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 31 - i));
 }
 
 static inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }

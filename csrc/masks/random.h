@@ -1,8 +1,9 @@
 // The generators that masks are drawn from.
 #pragma once
-#include <array>
 #include <cstdint>
 #include <cstring>
+
+#include "common/philox.h"
 
 namespace jepa {
 
@@ -13,8 +14,7 @@ public:
   virtual int64_t below(int64_t range) = 0; // in [0, range), for a range in [1, 2^32)
 };
 
-// Every batch has a stream of its own: word i is a function of (seed, step, stream, i) alone. Philox4x32-10
-// of Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+// Every batch has a stream of its own: word i is a function of (seed, step, stream, i) alone.
 class Philox final : public Random {
 public:
   Philox(uint64_t seed, uint64_t step, uint32_t stream) : seed_(seed), step_(step), stream_(stream) {}
@@ -30,25 +30,13 @@ public:
   }
 
 private:
-  using Words = std::array<uint32_t, 4>;
-
   uint32_t word() {
     const uint32_t place = drawn_++ % 4;
-    if (place == 0) block_ = encrypt(static_cast<uint32_t>(drawn_ / 4));
-    return block_[place];
-  }
-
-  Words encrypt(uint32_t index) const {
-    Words c{index, stream_, static_cast<uint32_t>(step_), static_cast<uint32_t>(step_ >> 32)};
-    uint32_t key0 = static_cast<uint32_t>(seed_), key1 = static_cast<uint32_t>(seed_ >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t a = uint64_t{0xD2511F53} * c[0], b = uint64_t{0xCD9E8D57} * c[2];
-      c = {static_cast<uint32_t>(b >> 32) ^ c[1] ^ key0, static_cast<uint32_t>(b),
-           static_cast<uint32_t>(a >> 32) ^ c[3] ^ key1, static_cast<uint32_t>(a)};
-      key0 += 0x9E3779B9;
-      key1 += 0xBB67AE85;
-    }
-    return c;
+    if (place == 0)
+      block_ = philox({{static_cast<uint32_t>(drawn_ / 4), stream_, static_cast<uint32_t>(step_),
+                        static_cast<uint32_t>(step_ >> 32)}},
+                      seed_);
+    return block_.x[place];
   }
 
   uint64_t seed_, step_, drawn_ = 0;

@@ -14,4 +14,5 @@ OPS = (
     "latent_loss",
     "masked_attention",
     "rope",
+    "sigreg",
 )

@@ -1,0 +1,65 @@
+"""sigreg at LeJEPA's sizes: 1024 slices and 17 knots of 512 embeddings, of one view and of eight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels.ops.sigreg import cases
+
+PRODUCTS = {"forward": 1, "backward": 3}  # projections; again, and back along the directions
+
+
+def published(z: Tensor, slices: int, directions: Tensor, knots: int = 17, t_max: float = 3.0) -> Tensor:
+    """The lejepa package's chain: angles, cosines and sines of every row, slice and knot in memory."""
+    t = torch.linspace(0, t_max, knots, device=z.device)
+    phi = torch.exp(-0.5 * t * t)
+    weights = torch.full_like(t, 2 * t_max / (knots - 1))
+    weights[0] = weights[-1] = t_max / (knots - 1)
+    angles = (z.float() @ directions.T)[..., None] * t
+    error = (angles.cos().mean(-3) - phi).square() + angles.sin().mean(-3).square()
+    return (error @ (weights * phi) * z.shape[-2]).mean()
+
+
+# One wrapper for all runs: a compiled function is found again by its identity.
+compiled = torch.compile(published, dynamic=False)
+
+
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """Their directions are ours: drawing normal numbers is not timed."""
+    from jepa_kernels.ops.sigreg.reference import directions
+
+    z, slices = inputs["z"], inputs["slices"]
+    drawn = directions(z.shape[-1], slices, inputs.get("step", 0), inputs.get("seed", 0), z.device)
+    return {
+        "published": lambda: published(z, slices, drawn),
+        "compile": lambda: compiled(z, slices, drawn),
+    }
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    """Embeddings, and their gradient; directions are a function of two numbers."""
+    return nbytes(inputs["z"]) * (3 if stage == "backward" else 1)
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return PRODUCTS[stage] * 2 * inputs["z"].numel() * inputs["slices"]
+
+
+def workload(name: str, make: Any, **options: Any) -> Workload:
+    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=("z",), reference_timed=False, **options)
+
+
+WORKLOADS = (
+    workload("n512_e512_k1024", cases.embeddings(512, 512, slices=1024)),
+    workload("views2_n512_e512_k256", cases.embeddings(2, 512, 512, slices=256)),
+    workload("n4096_e512_k1000", cases.embeddings(4096, 512, slices=1000), devices=("cuda",)),
+    workload("n128_e256_k128", cases.embeddings(128, 256, slices=128), smoke=True),
+)
+
+
+@each("sigreg", WORKLOADS)
+def test_sigreg(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

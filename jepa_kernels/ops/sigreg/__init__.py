@@ -1,0 +1,1 @@
+"""Distance of embeddings from an isotropic Gaussian."""
