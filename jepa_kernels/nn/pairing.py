@@ -93,11 +93,7 @@ class Pairing:
         if targets.keys() != onlines.keys():
             odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
-        for name, t in targets.items():
-            if t.shape != onlines[name].shape:
-                shapes = tuple(t.shape), tuple(onlines[name].shape)
-                fail("EMA", name, f"have the target's shape {shapes[0]}", shapes[1], "resize both")
-        return {name: (t, onlines[name]) for name, t in targets.items()}
+        return _shaped_alike({name: (t, onlines[name]) for name, t in targets.items()})
 
     def _found(self) -> Iterator[object]:
         return chain.from_iterable(table.values() for table in self._tables)
@@ -123,4 +119,13 @@ def _named_pairs(target: nn.Module, online: nn.Module) -> tuple[list[str], list[
     if len(onlines) != len(named):
         wanted = f"have {len(named)} parameters as the target"
         fail("EMA", "online", wanted, len(onlines), "pass the network that the target was copied from")
-    return list(named), list(zip(named.values(), onlines, strict=True))
+    pairs = _shaped_alike(dict(zip(named, zip(named.values(), onlines, strict=True), strict=True)))
+    return list(pairs), list(pairs.values())
+
+
+def _shaped_alike(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    for name, (t, o) in pairs.items():
+        if t.shape != o.shape:
+            wanted = f"have the target's shape {tuple(t.shape)}"
+            fail("EMA", f"online {name}", wanted, tuple(o.shape), "pass the network that the target was copied from")
+    return pairs
