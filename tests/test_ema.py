@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from jepa_kernels.nn import EMA
@@ -134,6 +135,35 @@ def test_tensors_put_in_the_place_of_others_are_found(change):
     expected = [halfway(t, q) for t, q in zip(weights(ema.module), target.parameters(), strict=True)]
     ema.update(target)
     assert equal(weights(ema.module), expected)
+
+
+def test_channels_last_networks_move():
+    online = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
+    ema = EMA(online, 0.5, shadow_dtype=torch.bfloat16)
+    expected = weights(ema.module)
+    train(online, 1)
+    ema.update()
+    assert equal(weights(ema.module), [halfway(t, q) for t, q in zip(expected, online.parameters(), strict=True)])
+    assert torch.equal(ema.shadow[1].weight, ema.module[1].weight.bfloat16())
+    assert not ema.shadow[1].weight.is_contiguous()
+
+
+def test_a_compiled_step_is_not_compiled_again_for_each_update():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    online, x = nn.Linear(3, 2), torch.randn(4, 3)
+    ema, plain = (EMA(online, 0.5, total_steps=9) for _ in range(2))
+
+    @torch.compile(backend=counter)
+    def step(x):
+        y = online(x)
+        ema.update()
+        return y + ema(x)
+
+    for i in range(4):
+        train(online, i)
+        plain.update()
+        torch.testing.assert_close(step(x), online(x) + plain(x))
+    assert counter.frame_count == 2 and ema.step == 4  # before and after the update
 
 
 def test_wrappers_of_the_online_network_are_seen_through():
@@ -338,11 +368,15 @@ def test_another_network_is_refused_before_the_first_write():
         ema.update(nn.Linear(5, 7))
     other = network()
     other[3] = nn.Linear(8, 3, bias=False)
-    with pytest.raises(ValueError, match=r"online 3.weight must have the shape \(3, 7\) of target 3.weight, got"):
+    with pytest.raises(
+        ValueError, match=r"^EMA: online 3.weight must have the target's shape \(3, 7\), got \(3, 8\); "
+    ):
         ema.update(other)
     other = network()
     other[1].running_mean = torch.zeros(8)
-    with pytest.raises(ValueError, match=r"^EMA: 1.running_mean must have the target's shape \(7,\), got \(8,\); "):
+    with pytest.raises(
+        ValueError, match=r"^EMA: online 1.running_mean must have the target's shape \(7,\), got \(8,\); "
+    ):
         ema.update(other)
     other = network()
     other[0].register_buffer("extra", torch.zeros(1))

@@ -110,6 +110,13 @@ def test_outside_of_autocast_the_target_itself_runs():
         assert ema.under_autocast() is ema.shadow
 
 
+def test_a_network_without_memory_has_a_shadow_too():
+    with torch.device("meta"):
+        ema = EMA(nn.Linear(3, 3), shadow_dtype=BF16)
+        with torch.autocast("cpu", BF16):
+            assert ema.shadow.weight.is_meta and ema(torch.randn(2, 3)).shape == (2, 3)
+
+
 def test_a_weight_that_another_layer_reads_is_not_rounded():
     class Tied(nn.Module):
         def __init__(self):

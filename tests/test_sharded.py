@@ -44,7 +44,7 @@ def _run(rank, folder):
         if rank < ranks:
             store = f"file://{folder}/{name}.store"
             dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=30)
+                "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3)
             )
             failure = ""
             try:

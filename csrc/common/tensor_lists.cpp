@@ -95,6 +95,7 @@ bool TensorLists::add(py::handle object) {
                  int64_t{t.device_type} << 32 | t.device_index,
                  int64_t{t.code} << 32 | int64_t{t.bits} << 16 | t.lanes, int64_t{t.dims} << 1 | contiguous});
   facts_.insert(facts_.end(), t.shape, t.shape + t.dims);
+  if (!contiguous) facts_.insert(facts_.end(), t.strides, t.strides + t.dims);
   return true;
 }
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import jepa_kernels as jk
 from jepa_kernels import schedules
 from jepa_kernels._core.check import fail, is_number
-from jepa_kernels.nn.pairing import Pair, Pairing, unwrap
+from jepa_kernels.nn.pairing import Pairing, unwrap
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.nn.sync import check_same
 from jepa_kernels.ops.ema_update.check import FORMS
@@ -125,6 +124,7 @@ class EMA(nn.Module):
             return self.momentum_at(self.step) if self.decay is None else self.decay
         return self.momentum_at(step)
 
+    @torch._disable_dynamo  # the step is a number: compiled code would be compiled anew for each
     def update(self, online: nn.Module | None = None, step: int | None = None) -> None:
         """Move the target by the schedule, after the optimiser's step.
 
@@ -134,33 +134,27 @@ class EMA(nn.Module):
         self.apply_update_(self._online[0] if online is None else online, self.get_decay(step))
         self.step = (self.step if step is None else step) + 1
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float | Tensor) -> None:
         """Move the target towards `model` with this momentum, a float or a 0-dim tensor; 0.0 copies, as `set`."""
         if not isinstance(decay, Tensor) and decay == 0.0:
             return self.set(model)
         pairing = self._paired(unwrap(model))
-        buffers = pairing.buffers()
+        copied = pairing.copied()  # checked before the first write
         if self._shadow is not None:
             self._shadow.refresh()  # what the update does not write, such as copies of frozen weights
         pairing.update(decay, self.form)
         if self._shadow is not None:
             self._shadow.written()
-        self._follow(buffers, decay)
-
-    def _follow(self, buffers: list[Pair], momentum: float | Tensor) -> None:
-        averaged = [(t, o) for t, o in buffers if self.average_buffers and t.dtype == torch.float32]
-        if averaged:
-            jk.ema_update([t for t, _ in averaged], [o for _, o in averaged], momentum, form=self.form)
-        for target, online in buffers:
-            if not (self.average_buffers and target.dtype == torch.float32):
-                target.copy_(online)
+        for target, online in copied:
+            target.copy_(online)
 
     @torch.no_grad()
     def set(self, model: nn.Module) -> None:
         """Copy every parameter and buffer of `model`."""
         pairing = self._paired(unwrap(model))
-        for target, online in [*pairing.parameters, *pairing.buffers()]:
+        for target, online in [*pairing.parameters, *pairing.buffers().values()]:
             target.copy_(online)
         if self._shadow is not None:
             self._shadow.refresh()
@@ -169,7 +163,7 @@ class EMA(nn.Module):
         if self._pairing is None or not self._pairing.holds(online):
             if self._shadow is not None and self._shadow.members != list(self.module.modules()):
                 self._shadow = Shadow(self.module, self._shadow.dtype)
-            self._pairing = Pairing(online, self.module, self._shadow)
+            self._pairing = Pairing(online, self.module, self._shadow, averaged=self.average_buffers)
         return self._pairing
 
     def check_sync(self, group: Any = None) -> None:

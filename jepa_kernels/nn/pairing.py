@@ -26,25 +26,31 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 class Pairing:
-    """Parameters and buffers of two networks of one structure, in order; a shared tensor comes once."""
+    """Parameters and buffers of two networks of one structure, in order; a shared tensor comes once.
 
-    def __init__(self, online: nn.Module, target: nn.Module, shadow: Shadow | None) -> None:
+    averaged: fp32 buffers move as parameters do; others, or all, are to be copied.
+    """
+
+    def __init__(self, online: nn.Module, target: nn.Module, shadow: Shadow | None, *, averaged: bool) -> None:
         self.online, self.target = online, target
         networks = (*online.modules(), *target.modules())
         self._sharded = [m for m in networks if hasattr(m, "reshard")]
         self._reshard()
         self._members = list(target.named_modules()), list(online.named_modules())
-        self._tables = [d for m in networks for d in (m._modules, m._parameters) if d]
+        kinds = ("_modules", "_parameters", "_buffers")[: 3 if averaged else 2]
+        self._tables = [table for m in networks for kind in kinds if (table := getattr(m, kind))]
         self._entries = list(self._found())
         self.names, self.parameters = _named_pairs(target, online)
         self._trained = [o.requires_grad for _, o in self.parameters]
         self._low: dict[Tensor, Tensor] = {} if shadow is None else {kept.source(): kept.low for kept in shadow.copies}
+        self._averaged = averaged
         self._prepare()
 
     def _prepare(self) -> None:
         """The table of what moves; online tensors of another device have a place on the target's."""
         trained = zip(self.names, self.parameters, self._trained, strict=True)
         moving = {name: pair for name, pair, is_trained in trained if is_trained}
+        moving |= {name: pair for name, pair in self.buffers().items() if self._moves(pair)}
         apart = {name: pair for name, pair in moving.items() if pair[0].device != pair[1].device}
         places = {name: torch.empty_like(o, device=t.device) for name, (t, o) in apart.items()}
         self._staged = [(places[name], o) for name, (_, o) in apart.items()]
@@ -59,6 +65,7 @@ class Pairing:
         self._reshard()
         return (
             online is self.online
+            and sum(map(len, self._tables)) == len(self._entries)
             and all(map(operator.is_, self._found(), self._entries))
             and [o.requires_grad for _, o in self.parameters] == self._trained
         )
@@ -73,17 +80,20 @@ class Pairing:
             self._prepare()
         self._table.update(momentum, form=form)
 
-    def buffers(self) -> list[Pair]:
-        """Looked up at each call: code may put new tensors in their places."""
+    def copied(self) -> list[Pair]:
+        """The buffers that do not move, checked; looked up at each call: code may put new tensors in their places."""
+        return [pair for pair in self.buffers().values() if not self._moves(pair)]
+
+    def _moves(self, pair: Pair) -> bool:
+        return self._averaged and pair[0].dtype == torch.float32
+
+    def buffers(self) -> dict[str, Pair]:
+        """All buffers of the state dicts."""
         targets, onlines = map(state_buffers, self._members)
         if targets.keys() != onlines.keys():
             odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
-        for name, t in targets.items():
-            if t.shape != onlines[name].shape:
-                shapes = tuple(t.shape), tuple(onlines[name].shape)
-                fail("EMA", name, f"have the target's shape {shapes[0]}", shapes[1], "resize both")
-        return [(t, onlines[name]) for name, t in targets.items()]
+        return _shaped_alike({name: (t, onlines[name]) for name, t in targets.items()})
 
     def _found(self) -> Iterator[object]:
         return chain.from_iterable(table.values() for table in self._tables)
@@ -109,4 +119,13 @@ def _named_pairs(target: nn.Module, online: nn.Module) -> tuple[list[str], list[
     if len(onlines) != len(named):
         wanted = f"have {len(named)} parameters as the target"
         fail("EMA", "online", wanted, len(onlines), "pass the network that the target was copied from")
-    return list(named), list(zip(named.values(), onlines, strict=True))
+    pairs = _shaped_alike(dict(zip(named, zip(named.values(), onlines, strict=True), strict=True)))
+    return list(pairs), list(pairs.values())
+
+
+def _shaped_alike(pairs: dict[str, Pair]) -> dict[str, Pair]:
+    for name, (t, o) in pairs.items():
+        if t.shape != o.shape:
+            wanted = f"have the target's shape {tuple(t.shape)}"
+            fail("EMA", f"online {name}", wanted, tuple(o.shape), "pass the network that the target was copied from")
+    return pairs

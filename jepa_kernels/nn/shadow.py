@@ -56,11 +56,11 @@ class Shadow:
         self.refresh()
 
     def serves(self) -> bool:
-        """Whether autocast is on to this dtype, on the device of the copies."""
-        if not self.copies:
+        """Whether autocast is on to this dtype, on the device of the weights."""
+        device = self.copies[0].source().device.type if self.copies else "meta"
+        if device == "meta" or not torch.is_autocast_enabled(device):
             return False
-        device = self.copies[0].low.device.type
-        return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == self.dtype
+        return torch.get_autocast_dtype(device) == self.dtype
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -84,17 +84,17 @@ class Shadow:
 
 
 def _copies(module: nn.Module, dtype: torch.dtype) -> list[Copy]:
-    cast: dict[nn.Parameter, Copy] = {}
+    lowered: dict[nn.Parameter, Copy] = {}
     read: set[nn.Parameter] = set()  # by something that autocast leaves alone
     for owner in module.modules():
         names = ("weight", "bias") if type(owner).forward in FORWARDS else getattr(owner, "autocast_casts", ())
         for name, p in owner.named_parameters(recurse=False, remove_duplicate=False):
             if name in names and p.dtype == torch.float32:
                 low = nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=False)
-                cast.setdefault(p, Copy(owner._parameters, name, low))
+                lowered.setdefault(p, Copy(owner._parameters, name, low))
             else:
                 read.add(p)
-    return [kept for p, kept in cast.items() if p not in read]
+    return [kept for p, kept in lowered.items() if p not in read]
 
 
 def _twin(module: nn.Module, copies: list[Copy]) -> nn.Module:

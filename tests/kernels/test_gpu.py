@@ -78,6 +78,13 @@ def test_a_target_network_has_the_bits_of_the_cpu(kept_on):
         assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, expected, strict=True))
 
 
+def test_a_target_network_that_moved_to_the_device_takes_its_shadow_along():
+    ema = EMA(online_network("cpu"), shadow_dtype=torch.bfloat16).cuda()
+    x = torch.randn(4, 40, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert ema.under_autocast() is ema.shadow and torch.equal(ema(x), ema.module(x))
+
+
 def test_updates_of_a_target_network_replay_with_a_changing_momentum():
     network = online_network("cuda")
     ema, expected = (EMA(network, shadow_dtype=torch.bfloat16) for _ in range(2))

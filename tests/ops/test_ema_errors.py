@@ -22,7 +22,11 @@ BAD = [
     ),
     (dict(online=[ONE, ONE.int()]), TypeError, r"online\[1\] must be float32, .+, got int32"),
     (dict(shadow=[ONE, ONE.double()]), TypeError, r"shadow\[1\] must be float32, .+, got float64"),
-    (dict(online=[ONE, torch.zeros(6)[::2]]), ValueError, r"target\[1\] and online\[1\] must be contiguous, got"),
+    (
+        dict(online=[ONE, torch.zeros(6)[::2]]),
+        ValueError,
+        r"target\[1\] and online\[1\] must fill their memory, in one",
+    ),
     (
         dict(online=[ONE, ONE.to("meta")]),
         ValueError,

@@ -90,6 +90,22 @@ def test_a_tensor_may_have_no_shadow(backend, kind):
     assert all(torch.equal(s, t.bfloat16()) for s, t in zip(shadow, target, strict=True) if s is not None)
 
 
+def test_channels_last_weights_are_updated_where_they_are(backend):
+    def weights(seed):
+        (values,) = tensors(seed, sizes=(5 * 3 * 4 * 4,))
+        return values.view(5, 3, 4, 4)
+
+    lists = [weights(0), weights(1), weights(2).bfloat16()]
+    target, online, shadow = (t.to(memory_format=torch.channels_last) for t in lists)
+    jk.ema_update([lists[0]], [lists[1]], 0.9, shadow=[lists[2]], backend=backend)
+    jk.ema_update([target], [online], 0.9, shadow=[shadow], backend=backend)
+    assert not target.is_contiguous() and torch.equal(target, lists[0]) and torch.equal(shadow, lists[2])
+    with pytest.raises(
+        ValueError, match=r"target\[0\] and online\[0\] must fill their memory, in one order, got strides"
+    ):
+        jk.ema_update([target], [lists[1]], 0.9, backend=backend)
+
+
 def test_errors_tell_the_names_of_a_mapping():
     with pytest.raises(
         ValueError, match=r"^ema_update: online b must have the shape \(3,\) of target a, got \(4,\); pair"

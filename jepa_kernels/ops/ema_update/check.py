@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import KEPT, PLAIN, read
+from jepa_kernels.lists import is_dense, same_layout
 from jepa_kernels.ops.ema_update.sharding import check_sharding
 
 OP = "ema_update"
@@ -119,7 +120,7 @@ def _check_lists(name: Names, target: list[Tensor], online: list[Tensor], shadow
 
 def _fits(t: Tensor, other: Tensor, device: torch.device | None) -> bool:
     alike = other.dtype in FLOATS and other.shape == t.shape and t.device == device == other.device
-    return alike and t.is_contiguous() and other.is_contiguous()
+    return alike and is_dense(t) and same_layout(t, other)
 
 
 def _refuse_target(name: str, t: Tensor) -> NoReturn:
@@ -138,7 +139,8 @@ def _refuse_partner(target: str, name: str, t: Tensor, other: Tensor, device: to
         wanted = f"be on {device}"
         fail(OP, f"{target} and {name}", wanted, f"{t.device} and {other.device}", "move them")
     strides = f"strides {t.stride()} and {other.stride()}"
-    fail(OP, f"{target} and {name}", "be contiguous", strides, "store parameters contiguously")
+    wanted = "fill their memory, in one order"
+    fail(OP, f"{target} and {name}", wanted, strides, "store both alike, contiguous or channels_last")
 
 
 class _Span(NamedTuple):
