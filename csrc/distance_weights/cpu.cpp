@@ -13,10 +13,10 @@ constexpr float FAR = 1e9f; // beyond every squared distance
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-struct Place {
+struct Coordinates {
   float frame, line, column;
 
-  Place(int64_t id, int64_t height, int64_t width)
+  Coordinates(int64_t id, int64_t height, int64_t width)
       : frame(static_cast<float>(id / (height * width))),
         line(static_cast<float>(id % (height * width) / width)), column(static_cast<float>(id % width)) {}
   float square() const { return frame * frame + line * line + column * column; }
@@ -35,11 +35,11 @@ struct Targets {
 
   void set(int64_t row, int64_t id, const DistanceWeightsForwardParams& p) const {
     const bool there = id >= 0 && id < p.count;
-    const Place place(there ? id : 0, p.height, p.width);
-    frame[row] = place.frame;
-    line[row] = place.line;
-    column[row] = place.column;
-    square[row] = there ? place.square() : FAR;
+    const Coordinates patch(there ? id : 0, p.height, p.width);
+    frame[row] = patch.frame;
+    line[row] = patch.line;
+    column[row] = patch.column;
+    square[row] = there ? patch.square() : FAR;
   }
 
   // 2 c.n - |n|^2 of `rest` targets from `row`; the others are as if far away.
@@ -55,7 +55,8 @@ struct Targets {
 constexpr int TOKENS = 4; // context tokens that share each load of targets
 
 // Squared distances of TOKENS context tokens to the nearest of the targets [begin, end); FAR: there are none.
-static void nearest(const Targets& targets, int64_t begin, int64_t end, const Place* tokens, float* out) {
+static void nearest(const Targets& targets, int64_t begin, int64_t end, const Coordinates* tokens,
+                    float* out) {
   vf frame[TOKENS], line[TOKENS], column[TOKENS], best[TOKENS];
   for (int i = 0; i < TOKENS; ++i) {
     frame[i] = set1(2.f * tokens[i].frame);
@@ -79,8 +80,8 @@ static float weight_of(float square, float scale) {
 static void weigh(const DistanceWeightsForwardParams& p, const Targets& targets, int64_t row, int n,
                   int64_t begin, int64_t end) {
   const auto id = [&](int i) { return p.context.ids[row + least(i, n - 1)]; };
-  const auto place = [&](int i) { return Place(id(i), p.height, p.width); };
-  const Place tokens[TOKENS] = {place(0), place(1), place(2), place(3)};
+  const auto patch = [&](int i) { return Coordinates(id(i), p.height, p.width); };
+  const Coordinates tokens[TOKENS] = {patch(0), patch(1), patch(2), patch(3)};
   float squares[TOKENS];
   nearest(targets, begin, end, tokens, squares);
   for (int i = 0; i < n; ++i) {

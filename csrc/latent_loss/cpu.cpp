@@ -52,17 +52,17 @@ static Place place_of(const LatentLossForwardParams& p, int64_t row, int64_t& ru
 }
 
 // A thread's copies of rows whose channels do not lie side by side, and a level after the encoder's norm.
-template <class P, class T> struct Scratch {
+template <class P, class T> struct RowScratch {
   P* pred;
   T* target;
   float* latent;
 
-  explicit Scratch(const LatentLossForwardParams& p)
+  explicit RowScratch(const LatentLossForwardParams& p)
       : pred(p.pred_channel == 1 ? nullptr : new P[p.channels]),
         target(p.target_channel == 1 ? nullptr : new T[p.channels]),
         latent(p.affine ? new float[p.channels / p.levels] : nullptr) {}
-  Scratch(const Scratch&) = delete;
-  ~Scratch() {
+  RowScratch(const RowScratch&) = delete;
+  ~RowScratch() {
     delete[] pred;
     delete[] target;
     delete[] latent;
@@ -101,7 +101,7 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
       p.unit && p.rows * n * int64_t(sizeof(Unit)) > STREAM_BYTES && n / p.levels % (64 / sizeof(Unit)) == 0;
   const Comparison<kind> how(p, streamed);
   parallel_for(p.rows, p.rows * n < 16384 ? 1 : p.threads, [&](int64_t begin, int64_t end) {
-    const Scratch<P, T> scratch(p);
+    const RowScratch<P, T> scratch(p);
     int64_t run = 0, mask = -1;
     double element = 0.0; // weight of each element of the mask
     Place next = place_of(p, begin, run);
