@@ -59,6 +59,8 @@ TARGETS = (
     Target("assemble_tokens", "ijepa_b32", "forward", "published", 5.0, "repeat, gather and cat, 4 masks"),
     Target("assemble_tokens", "ijepa_b32_packed", "forward", "index_copy", 1.5, "gathered positions and index_copy"),
     Target("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy", 1.5, "gathered positions and index_copy"),
+    Target("info_nce", "b4096", "forward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
+    Target("info_nce", "b4096", "backward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "published", 6.0, "the eager chain, batch 32"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),
