@@ -82,6 +82,8 @@ TARGETS = (
     *loss("vjepa2_vit_g_b8", "published", 12.0, 12.0, "the eager chain of both norms, 8 clips"),
     *loss("vjepa2_vit_g_b8", "compile", 4.0, None, "compiled gather-first, 8 clips"),
     Target("distance_weights", "vjepa21_16x256", "forward", "cdist", 3.0, "torch.cdist and min"),
+    Target("info_nce", "b4096", "forward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
+    Target("info_nce", "b4096", "backward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),
     *embedding("ijepa_vit_h14_27", "unfold", 1.15, "unfold + index + linear, 27 % kept"),
     *embedding("ijepa_vit_h14_27_uint8", "float", 1.0, "our own on float pixels"),

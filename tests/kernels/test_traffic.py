@@ -193,6 +193,27 @@ def test_attention_stays_near_its_floors(name, lengths, width, sequences, heads,
         assert stage == "backward" or modelled <= 1.35 * max(floors)
 
 
+def test_info_nce_stays_near_its_floors(record_property):
+    """Products, bytes and exponentials of 512 pairs of 256 channels, forward scaled to 24 000 of 1536.
+
+    Tiles of 128 x 256 fetch embeddings from the L2 cache while products run; so do exponentials.
+    """
+    leaves = [torch.randn(512, 256).bfloat16().requires_grad_() for _ in range(2)]
+    TRAFFIC.clear()
+    WORK.clear()
+    loss = jk.info_nce(*leaves, 0.07, backend="triton")
+    useful, scale = 512 * 512 * 256 / WORK["multiply_adds"], (24_000 / 512) ** 2
+    floor, fetched = 2 * 24_000**2 * 1536 / PRODUCTS, scale * TRAFFIC["read"] * 1536 / 256
+    modelled = max(floor / useful, fetched / CACHE, scale * WORK["exp2"] / EXPONENTIALS) + 3 * LAUNCH_S
+    record_property("modelled_us", round(modelled * 1e6, 1))
+    print(f"info_nce forward: {fetched / 1e9:.1f} GB from the cache, {modelled * 1e6:.0f} us modelled, "
+          f"floor {floor * 1e6:.0f} us")  # fmt: skip
+    assert useful == 1 and modelled <= 1.5 * floor
+    WORK.clear()
+    torch.autograd.grad(loss, leaves)
+    assert WORK["multiply_adds"] == 3 * 512 * 512 * 256, "S once more, and a product for each side"
+
+
 # Name, kernel of the convolution, rows and E of the published size, the least useful share of issued products forward
 # and backward, and the most modelled microseconds. Tiles fetch pixels, weights and gradients from the L2 cache, once
 # for each 128 rows or channels: that bounds them.

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import jepa_kernels as jk
+from benchmarks.memory import peak_bytes
+from benchmarks.ops.bench_info_nce import published
 
 ULP = 10 * 2**-24  # the rounding of logits of 10
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.interp)]
@@ -203,6 +205,17 @@ def value_and_grads_of_views(x, y):
     x, y = x.requires_grad_(), y.requires_grad_()
     loss = jk.info_nce(x, y, heat, backend="cpu")
     return loss.detach(), *torch.autograd.grad(loss, [x, y, heat])
+
+
+def test_peak_memory_beyond_the_outputs_is_a_twentieth_of_the_eager_chains():
+    x, y = (t.requires_grad_() for t in draw(4096, 512))
+    heat = torch.tensor(0.07, requires_grad=True)
+
+    def peak(function):
+        return peak_bytes(lambda: torch.autograd.grad(function(x, y, heat), [x, y, heat]))
+
+    beyond = peak(lambda *inputs: jk.info_nce(*inputs, backend="cpu")) - 2 * x.numel() * 4
+    assert 0 < beyond <= 0.05 * peak(published)
 
 
 X, Y, LABELS = torch.zeros(3, 4), torch.zeros(3, 4), torch.arange(3)
