@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace jepa {
 void bind_common(py::module_&);
 void bind_assemble_tokens(py::module_&);
+void bind_collapse_stats(py::module_&);
 void bind_ema_update(py::module_&);
 void bind_embed_patches(py::module_&);
 void bind_gather_tokens(py::module_&);
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "jepa_kernels: CPU and CUDA kernels. Private: call the ops in jepa_kernels.";
   jepa::bind_common(m);
   jepa::bind_assemble_tokens(m);
+  jepa::bind_collapse_stats(m);
   jepa::bind_ema_update(m);
   jepa::bind_embed_patches(m);
   jepa::bind_gather_tokens(m);

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "assemble_tokens/assemble_tokens.h"
+#include "collapse_stats/collapse_stats.h"
 #include "common/dtype.h"
 #include "ema_update/ema_update.h"
 #include "embed_patches/embed_patches.h"
@@ -86,6 +87,7 @@ bool set_isa(const char* name) {
 
 JEPA_DISPATCH(assemble_tokens_forward_cpu, AssembleTokensForwardParams)
 JEPA_DISPATCH(assemble_tokens_backward_cpu, AssembleTokensBackwardParams)
+JEPA_DISPATCH(collapse_stats_cpu, CollapseStatsParams)
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
 JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)
 JEPA_DISPATCH(embed_patches_backward_cpu, EmbedPatchesBackwardParams)

@@ -6,6 +6,7 @@ from types import ModuleType
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
+from jepa_kernels.ops.collapse_stats.op import CollapseStats, collapse_stats
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
@@ -22,10 +23,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BackendWarning",
+    "CollapseStats",
     "Packing",
     "Rope",
     "assemble_tokens",
     "available_backends",
+    "collapse_stats",
     "ema_update",
     "embed_patches",
     "explain",

@@ -37,6 +37,7 @@ ASSEMBLED, MANY = ("context", "mask_token"), (75, 900, 1, 90) * 3
 EACH = [
     *large("assemble_tokens", "packed", ASSEMBLED, "packed", LENGTHS[:4], MANY, 130, count=1000, groups=3, unused=9),
     *large("assemble_tokens", "streamed", ASSEMBLED, "packed", (1000, 2000), (5000, 4500), WIDE, dtypes=LOW),
+    *large("collapse_stats", "rows", (), "embeddings", 5000, 200),
     *(pytest.param("ema_update", EMA, dtype, id=f"ema_update-{short(dtype)}") for dtype in DTYPES),
     *large("embed_patches", "packed", ("pixels", "weight", "bias", "pos_embed"), "packed", IMAGES, LENGTHS, 480),
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),

@@ -5,5 +5,6 @@ from jepa_kernels.nn.block import MLP, Block
 from jepa_kernels.nn.encoder import Encoder
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.predictor import Predictor
+from jepa_kernels.nn.sigreg import SIGReg
 
-__all__ = ["MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor"]
+__all__ = ["MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor", "SIGReg"]

@@ -4,6 +4,7 @@
 FORMS = ("masked_attention_lse", "masked_attention_qkv", "rope_qk")
 OPS = (
     "assemble_tokens",
+    "collapse_stats",
     "ema_update",
     "embed_patches",
     "gather_tokens",
