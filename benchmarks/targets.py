@@ -111,6 +111,7 @@ TARGETS = (
     *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
     *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
     Target("sigreg", "n512_e512_k1024", "backward", "published", 10.0, "the eager chain, 1024 slices, 17 knots"),
+    Target("collapse_stats", "vit_s16_b64", "forward", "eager", 1.5, "each number by itself, 64 x 196 latents"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
 )
 

@@ -9,6 +9,7 @@ namespace jepa {
 void bind_common(py::module_&);
 void bind_adamw_ema(py::module_&);
 void bind_assemble_tokens(py::module_&);
+void bind_collapse_stats(py::module_&);
 void bind_distance_weights(py::module_&);
 void bind_ema_update(py::module_&);
 void bind_embed_patches(py::module_&);
@@ -28,6 +29,7 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_common(m);
   jepa::bind_adamw_ema(m);
   jepa::bind_assemble_tokens(m);
+  jepa::bind_collapse_stats(m);
   jepa::bind_distance_weights(m);
   jepa::bind_ema_update(m);
   jepa::bind_embed_patches(m);

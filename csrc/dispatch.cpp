@@ -8,6 +8,7 @@
 
 #include "adamw_ema/adamw_ema.h"
 #include "assemble_tokens/assemble_tokens.h"
+#include "collapse_stats/collapse_stats.h"
 #include "common/dtype.h"
 #include "distance_weights/distance_weights.h"
 #include "ema_update/ema_update.h"
@@ -91,6 +92,7 @@ bool set_isa(const char* name) {
 JEPA_DISPATCH(adamw_ema_cpu, AdamwEmaParams)
 JEPA_DISPATCH(assemble_tokens_forward_cpu, AssembleTokensForwardParams)
 JEPA_DISPATCH(assemble_tokens_backward_cpu, AssembleTokensBackwardParams)
+JEPA_DISPATCH(collapse_stats_cpu, CollapseStatsParams)
 JEPA_DISPATCH(distance_weights_forward_cpu, DistanceWeightsForwardParams)
 JEPA_DISPATCH(ema_update_cpu, EmaUpdateParams)
 JEPA_DISPATCH(embed_patches_forward_cpu, EmbedPatchesForwardParams)

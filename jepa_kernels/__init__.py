@@ -7,6 +7,7 @@ from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
+from jepa_kernels.ops.collapse_stats.op import CollapseStats, collapse_stats
 from jepa_kernels.ops.distance_weights.op import distance_weights
 from jepa_kernels.ops.ema_update.op import ema_update
 from jepa_kernels.ops.ema_update.table import EmaTable
@@ -29,12 +30,14 @@ __all__ = [
     "AdamWEMA",
     "BackendError",
     "BackendWarning",
+    "CollapseStats",
     "EmaTable",
     "Packing",
     "Rope",
     "adamw_ema",
     "assemble_tokens",
     "available_backends",
+    "collapse_stats",
     "distance_weights",
     "ema_update",
     "embed_patches",

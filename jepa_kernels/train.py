@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from jepa_kernels import probe, report, schedules
+from jepa_kernels import CollapseStats, collapse_stats, probe, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
 from jepa_kernels.configs import Config, flat, read, same_run
@@ -75,8 +75,8 @@ class Trainer:
         on_device, momentum = masks.to(self.device), row["momentum"]
         loss = train_step(self.model, self.optimizer, batch, on_device, momentum, dtype=self.dtype)
         self.step += 1
-        std, rank = collapse_stats(self.latents)
-        measured = torch.stack([loss.float(), std, rank]).tolist()
+        stats = latent_stats(self.latents)
+        measured = torch.stack([loss.float(), stats.std, stats.rank]).tolist()
         return {"step": self.step, **dict(zip(("loss", "std", "rank"), measured, strict=True)), **row}
 
     def state(self) -> dict[str, Any]:
@@ -141,21 +141,16 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": decayed, "decayed": True}, {"params": exempt, "decayed": False, "weight_decay": 0.0}]
 
 
-@torch.no_grad()
-def collapse_stats(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """How much target latents [B, N, E] differ between images: fp32 scalars (std, effective rank).
+def latent_stats(latents: Tensor) -> CollapseStats:
+    """How much target latents [B, N, E] differ between images, of up to STAT_ROWS rows.
 
     Latents are layer-normalised, as the loss sees them, and the mean over images is taken out at each place, so
-    that latents which tell only the place count as collapsed. std: mean over features of the standard deviation,
-    0 when collapsed. Effective rank: participation ratio (sum l)^2 / sum l^2 of the covariance's eigenvalues l,
-    between 1 and E; 0 when collapsed. Images are taken up to STAT_ROWS rows.
+    that latents which tell only the place count as collapsed.
     """
     images = max(2, STAT_ROWS // latents.shape[1])
     z = F.layer_norm(latents[:images].float(), latents.shape[-1:])
-    z = (z - z.mean(0)).flatten(0, 1)
-    covariance = z.T @ z / len(z)
-    variance = covariance.diagonal()
-    return variance.sqrt().mean(), variance.sum().square() / covariance.square().sum().clamp_min(1e-12)
+    z = z - z[0]  # images that are alike give 0 exactly
+    return collapse_stats(z - z.mean(0))
 
 
 class _Collate:

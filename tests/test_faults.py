@@ -173,6 +173,13 @@ FAULTS = {
         "context's gradient of one mask": ("backward", output(0, lambda g: g / 2)),
         "mask token's gradient in bf16": ("backward", output(1, truncate)),
     },
+    "collapse_stats": {
+        "last row left out": ("forward", argument(0, lambda z: z[:-1])),
+        "last feature left out": ("forward", argument(0, lambda z: z[:, :-1])),
+        "embeddings truncated to bf16": ("forward", argument(0, truncate)),
+        "Bessel's correction": ("forward", result(lambda x: x * torch.tensor([30 / 29, 30 / 29, 1, 1]).sqrt())),
+        "numbers in bf16": ("forward", result(truncate)),
+    },
     "distance_weights": {
         "targets of the neighbour": ("forward", argument(3, given(boundaries_late))),
         "contexts one token late": ("forward", argument(2, given(boundaries_late))),

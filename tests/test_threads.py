@@ -47,6 +47,7 @@ EACH = [
     ),
     *large("assemble_tokens", "packed", ASSEMBLED, "packed", LENGTHS[:4], MANY, 130, count=1000, groups=3, unused=9),
     *large("assemble_tokens", "streamed", ASSEMBLED, "packed", (1000, 2000), (5000, 4500), WIDE, dtypes=LOW),
+    *large("collapse_stats", "rows", (), "embeddings", 5000, 200),
     *large(
         "distance_weights",
         "packed",

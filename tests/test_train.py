@@ -471,8 +471,9 @@ def test_collapse_is_seen():
     only_place = torch.randn(1, places, width).expand(images, places, width)
     one_direction = torch.randn(images, places, 1) * torch.randn(width)
     for latents in (constant, only_place):
-        assert all(float(value) < 1e-5 for value in train.collapse_stats(latents))
-    healthy = train.collapse_stats(torch.randn(images, places, width))
-    assert healthy[0] == pytest.approx(0.97, abs=0.03) and 28 < healthy[1] < 32
-    std, rank = train.collapse_stats(one_direction)
-    assert std > 0.5 and rank == pytest.approx(1.0, abs=0.02)
+        stats = train.latent_stats(latents)
+        assert stats.std < 1e-5 and stats.rank < 1e-5
+    healthy = train.latent_stats(torch.randn(images, places, width))
+    assert healthy.std == pytest.approx(0.97, abs=0.03) and 28 < healthy.rank < 32
+    stats = train.latent_stats(one_direction)
+    assert stats.std > 0.5 and stats.rank == pytest.approx(1.0, abs=0.02)

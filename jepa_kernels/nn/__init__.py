@@ -6,5 +6,6 @@ from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.predictor import Predictor
+from jepa_kernels.nn.sigreg import SIGReg
 
-__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor"]
+__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor", "SIGReg"]

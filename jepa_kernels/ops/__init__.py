@@ -5,6 +5,7 @@ FORMS = ("masked_attention_lse", "masked_attention_qkv", "rope_qk")
 OPS = (
     "adamw_ema",
     "assemble_tokens",
+    "collapse_stats",
     "distance_weights",
     "ema_update",
     "embed_patches",

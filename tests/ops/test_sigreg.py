@@ -199,3 +199,31 @@ MESSAGES = [
 def test_messages(wrong, error, message):
     with pytest.raises(error, match=message):
         jk.sigreg(**{"z": torch.zeros(4, 3), **wrong})
+
+
+def test_the_module_takes_new_directions_each_step_and_resumes():
+    from jepa_kernels.nn import SIGReg
+
+    z, module = torch.randn(30, 8, requires_grad=True), SIGReg(num_slices=12, n_points=9)
+    losses = [module(z) for _ in range(3)]
+    expected = [jk.sigreg(z, slices=12, knots=9, step=step) for step in range(3)]
+    assert losses == expected and len({x.item() for x in losses}) == 3
+    for loss, wanted in zip(losses, expected, strict=True):  # each by its own directions, whatever came after
+        assert torch.equal(*(torch.autograd.grad(x, z)[0] for x in (loss, wanted)))
+    resumed = SIGReg(num_slices=12, n_points=9)
+    resumed.load_state_dict(module.state_dict())
+    assert resumed(z) == module(z) == jk.sigreg(z, slices=12, knots=9, step=3)
+    module.eval()
+    assert module(z) == module(z)
+
+
+def test_the_module_compiles_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from jepa_kernels.nn import SIGReg
+
+    torch._dynamo.reset()
+    counter, module, z = CompileCounterWithBackend("aot_eager"), SIGReg(num_slices=6), torch.randn(10, 4)
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    assert [compiled(z) for _ in range(3)] == [jk.sigreg(z, slices=6, step=step) for step in range(3)]
+    assert counter.frame_count == 1

@@ -1,0 +1,52 @@
+"""collapse_stats of an encoder's latents: every step of a run."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels.ops.collapse_stats import cases
+
+ROWS = 1024  # at most, of the matrix product
+
+
+def chain(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each number by itself."""
+    x = z.flatten(0, -2).float()
+    std = x.std(0, correction=0)
+    chosen = x[torch.arange(min(len(x), ROWS)) * len(x) // min(len(x), ROWS)]
+    covariance = torch.cov(chosen.T, correction=0)
+    rank = covariance.trace().square() / covariance.square().sum()
+    unit = torch.nn.functional.normalize(x, dim=1).sum(0)
+    return std.mean(), std.amin(), rank, (unit.square().sum() - len(x)) / (len(x) * (len(x) - 1))
+
+
+def rivals(inputs: Inputs) -> dict[str, Any]:
+    return {"eager": lambda: chain(inputs["z"])}
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    return nbytes(inputs["z"])
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    z = inputs["z"]
+    width, rows = z.shape[-1], min(z[..., 0].numel(), ROWS)
+    return 7 * z.numel() + rows * width * min(width, rows)  # half of a symmetric product
+
+
+def workload(name: str, *shape: int, **options: Any) -> Workload:
+    return Workload(name, cases.embeddings(*shape), bytes=moved, flops=flops, rivals=rivals, traffic="read", **options)
+
+
+WORKLOADS = (
+    workload("vit_s16_b64", 64, 196, 384),
+    workload("vit_h14_b16", 16, 256, 1280, dtypes=("float32", "bfloat16")),
+    workload("vit_s16_b4", 4, 196, 384, smoke=True),
+)
+
+
+@each("collapse_stats", WORKLOADS)
+def test_collapse_stats(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)

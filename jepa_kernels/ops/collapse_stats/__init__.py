@@ -1,0 +1,1 @@
+"""Whether embeddings have collapsed: spread, effective rank, likeness of rows."""
