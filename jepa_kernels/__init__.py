@@ -8,6 +8,7 @@ from jepa_kernels._core.select import BackendError, BackendWarning, explain, use
 from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
 from jepa_kernels.ops.ema_update.op import ema_update
+from jepa_kernels.ops.ema_update.table import EmaTable
 from jepa_kernels.ops.embed_patches.op import embed_patches
 from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.grad_norm.op import grad_norm
@@ -25,6 +26,7 @@ __all__ = [
     "AdamWEMA",
     "BackendError",
     "BackendWarning",
+    "EmaTable",
     "Packing",
     "Rope",
     "adamw_ema",

@@ -1,13 +1,16 @@
-"""Tables that GPU kernels read to update any number of tensors in one launch: tensors cut into chunks."""
+"""Any number of tensors in one launch: what is read of them on each call, and the table of chunks for GPU kernels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from jepa_kernels._core import extension
 
 CHUNK = 1 << 14  # elements; a multiple of 16, so that each chunk is aligned as its tensor is
 KEPT = 16  # tables
+PLAIN = (Tensor, nn.Parameter)
 
 Lists = Sequence[Sequence[Tensor]]
 
@@ -20,20 +23,38 @@ class Group(NamedTuple):
 
 
 Groups = tuple[Group, ...]
-_kept: dict[tuple[object, ...], Groups] = {}  # oldest use first
+_kept: dict[Any, Groups] = {}  # oldest use first
 _captured: list[Groups] = []
 
 
-def groups(op: str, lists: Lists) -> Groups:
+def read(lists: Lists, *, plain: bool) -> Any:
+    """Where and what these tensors are: equal and hashable while none has new memory, shape, strides or dtype.
+
+    plain: None where one is of another class than Tensor and Parameter, or has no memory (meta tensors).
+    """
+    module = extension.load()
+    if not isinstance(module, str):
+        return module.read_lists(lists, plain)
+    if plain and any(type(t) not in PLAIN or t.is_meta for tensors in lists for t in tensors):
+        return None
+    return tuple(tuple(map(look, tensors)) for tensors in lists)
+
+
+def look(t: Tensor) -> tuple[object, ...]:
+    """What `read` knows of one tensor."""
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+
+
+def groups(op: str, lists: Lists, known: Any = None) -> Groups:
     """The chunks of a call. Built and copied to the device when lists are seen first; later calls compare addresses.
 
     lists: the first is never empty, and its tensors are cut. Each other list is empty, or as long; its i-th tensor has
     as many elements as the first list's, or one (all chunks get its address), or none (there is no tensor).
+    known: what `read` returned for the lists, where the caller has it.
     A CUDA graph bakes the table's address in: tables used while capturing are kept for the life of the process.
     """
     first = lists[0][0]
-    key = tuple([x for tensors in lists for t in tensors for x in (t.data_ptr(), t.numel(), t.dtype)])
-    key = (*key, *map(len, lists))
+    key = read(lists, plain=False) if known is None else known
     capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
     found = _kept.pop(key, None)
     if found is None:

@@ -96,12 +96,17 @@ static void step_cpu(AdamwEmaTable& table, const py::list& grads, const Tensor& 
   table.run(scalars, grad_scale, skip, beta1, beta2, eps, maximize);
 }
 
+void bind_adamw_ema_cuda(py::module_&);
+
 void bind_adamw_ema(py::module_& m) {
   m.def("adamw_ema_forward_cpu", &forward_cpu);
   py::class_<AdamwEmaTable>(m, "adamw_ema_table_cpu")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
                     const py::list&, const py::list&, const py::list&>())
       .def("step", &step_cpu);
+#if JEPA_CUDA
+  bind_adamw_ema_cuda(m);
+#endif
 }
 
 } // namespace jepa

@@ -1,6 +1,7 @@
 // What the build holds, the ISA level in use, and the check of patch ids.
 #include "common/dispatch.h"
 #include "common/tensor.h"
+#include "common/tensor_lists.h"
 
 #if JEPA_CUDA
 #include <cuda_runtime_api.h>
@@ -54,6 +55,10 @@ void bind_common(py::module_& m) {
   m.def("cuda_reason", &cuda_reason);
   m.def("isa", [] { return isa_name(isa()); });
   m.def("set_isa", &set_isa, py::arg("name"));
+  py::class_<TensorLists>(m, "TensorLists")
+      .def("__eq__", &TensorLists::operator==)
+      .def("__hash__", &TensorLists::hash);
+  m.def("read_lists", &TensorLists::read, py::arg("lists"), py::arg("plain"));
   m.def("first_bad_id", &first_bad_id);
 }
 

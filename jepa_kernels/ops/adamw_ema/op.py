@@ -22,7 +22,11 @@ from jepa_kernels.ops.adamw_ema.check import (
     checked,
 )
 
-KERNELS = (Kernel("cpu", dtypes=(torch.float32,)),)
+KERNELS = (
+    Kernel("cuda", dtypes=(torch.float32,)),
+    Kernel("triton", dtypes=(torch.float32,)),
+    Kernel("cpu", dtypes=(torch.float32,)),
+)
 
 Tensors = Sequence[Tensor | None]
 

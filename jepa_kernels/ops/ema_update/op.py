@@ -1,19 +1,15 @@
 """Public face of `ema_update`."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels._core.check import fail, is_number
-from jepa_kernels._core.define import define
-from jepa_kernels._core.select import FLOATS, Kernel, select, short
+from jepa_kernels._core.define import define, implementation
+from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.ema_update import reference
-
-OP = "ema_update"
-PLAIN = (Tensor, nn.Parameter)
-FORMS = ("lerp", "ijepa", "vjepa2")
+from jepa_kernels.ops.ema_update.check import OP, Checked, check, check_options
 
 KERNELS = (
     Kernel("cuda", dtypes=(torch.float32,)),
@@ -41,19 +37,24 @@ def ema_update(
     momentum: in [0, 1]; a float, or a 0-dim tensor of fp64 (reproduces a float's bits) or fp32. A compiled or
         captured step passes a tensor.
     shadow: tensors of the same shapes, bf16, fp16 or fp32, that get a rounded copy of the new target.
-    form: the roundings in fp32. "lerp": target + (1 - momentum) * (online - target), one fused multiply-add.
-        "ijepa": both products rounded, then their sum. "vjepa2": momentum * target rounded, then a fused
-        multiply-add. Each of the latter two equals its published loop bit for bit.
+    form: the roundings in fp32, each equal bit for bit to the published code that it is named after:
+        "lerp"    target + (1 - momentum) * (online - target), one fused multiply-add: `_foreach_lerp_` of
+                  torch.optim.swa_utils, timm's ModelEmaV3 and lightly, up to the last bit;
+        "ijepa"   both products rounded, then their sum: the loops of I-JEPA and V-JEPA;
+        "vjepa2"  momentum * target rounded, then a fused multiply-add: the `_foreach` calls of V-JEPA 2.
 
-    No gradient. Raises ValueError and TypeError for lists that do not match, before the first write.
+    Lists that stay the same are updated with less host time by an `EmaTable`.
+    No gradient. Tensors of several devices, that share memory with a target, or that do not match raise ValueError,
+    other dtypes TypeError, before the first write: every tensor is as it was.
     Source: I-JEPA (arXiv:2301.08243) section 3, V-JEPA 2 (arXiv:2506.09985) section 2.
     """
-    source, target, online = target, _tensors(target, "target"), _tensors(online, "online")
-    shadow = () if shadow is None else _tensors(shadow, "shadow")
-    _check_lists(source, target, online, shadow)
-    _check_momentum(momentum, target[0].device if target else None)
-    if form not in FORMS:
-        fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
+    update(check((target, online, shadow)), {}, momentum, form, backend)
+
+
+def update(lists: Checked, prepared: dict[str, Any], momentum: float | Tensor, form: str, backend: str | None) -> None:
+    """Run lists that passed their checks. prepared: what each backend made of them before; it is added to."""
+    target, online, shadow = lists.local
+    check_options(momentum, form, target[0].device if target else None)
     if not target:
         return
     chosen = select(OP, KERNELS, backend, target[0])
@@ -61,102 +62,20 @@ def ema_update(
         return reference.forward(target, online, momentum, shadow=shadow, form=form)
     if not isinstance(momentum, Tensor):
         momentum = torch.scalar_tensor(momentum, dtype=torch.float64)
-    with torch.no_grad():  # parameters are leaves
-        _forward(target, online, shadow, momentum, form, chosen)
+    if lists.known is None or _observed():
+        with torch.no_grad():  # parameters are leaves
+            _forward(target, online, shadow, momentum, form, chosen)
+    else:  # the dispatcher would take a third of a microsecond for each tensor
+        if chosen not in prepared:
+            prepared[chosen] = implementation(OP, "prepare", chosen)(lists.local, lists.known)
+        implementation(OP, "run", chosen)(prepared[chosen], momentum, form)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
-        torch.autograd.graph.increment_version([*target, *shadow, *_sharded(source)])
+        torch.autograd.graph.increment_version(lists.written)
 
 
-def _tensors(source: Sequence[Tensor] | nn.Module, argument: str = "target") -> list[Tensor]:
-    """A module's parameters, or the list; a DTensor counts as its local shard: exact for an elementwise update."""
-    tensors = source.parameters() if isinstance(source, nn.Module) else source
-    if not isinstance(tensors, Iterable):
-        fail(OP, argument, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
-    return [t if type(t) in PLAIN else _local(t, argument) for t in tensors]
-
-
-def _local(t: Any, argument: str) -> Tensor:
-    if not isinstance(t, Tensor):
-        fail(OP, argument, "hold tensors", type(t).__name__, "convert it with torch.as_tensor", TypeError)
-    return getattr(t, "_local_tensor", t)
-
-
-def _sharded(source: Sequence[Tensor] | nn.Module) -> list[Tensor]:
-    """The DTensors (or other subclasses) among the targets: these count their versions apart from their shards."""
-    tensors = source.parameters() if isinstance(source, nn.Module) else source
-    return [t for t in tensors if type(t) not in PLAIN]
-
-
-def _name(source: Sequence[Tensor] | nn.Module, i: int) -> str:
-    return [n for n, _ in source.named_parameters()][i] if isinstance(source, nn.Module) else f"target[{i}]"
-
-
-def _check_lists(
-    source: Sequence[Tensor] | nn.Module, target: list[Tensor], online: list[Tensor], shadow: Sequence[Tensor]
-) -> None:
-    """Everything is checked before the first write, so that an error leaves every tensor as it was."""
-    if len(online) != len(target):
-        fail(OP, "online", f"hold {len(target)} tensors", len(online), "pass one for each target, in order")
-    if shadow and len(shadow) != len(target):
-        fail(OP, "shadow", f"hold {len(target)} tensors", len(shadow), "pass one for each target, in order")
-    device = target[0].device if target else None
-    for i, t in enumerate(target):
-        if t.dtype is not torch.float32:
-            _refuse_target(_name(source, i), t)
-        if not _fits(t, online[i], device):
-            _refuse_partner(_name(source, i), "online", t, online[i], device)
-        if shadow and not _fits(t, shadow[i], device):
-            _refuse_partner(_name(source, i), "shadow", t, shadow[i], device)
-
-
-def _fits(t: Tensor, other: Tensor, device: torch.device | None) -> bool:
-    alike = other.dtype in FLOATS and other.shape == t.shape and t.device == device == other.device
-    return alike and t.is_contiguous() and other.is_contiguous()
-
-
-def _refuse_target(name: str, t: Tensor) -> NoReturn:
-    why = "be float32 (with momentum near 1 an update lies below a smaller type's resolution)"
-    fail(OP, name, why, short(t.dtype), "keep an fp32 target and pass low-precision copies as shadow", TypeError)
-
-
-def _refuse_partner(name: str, role: str, t: Tensor, other: Tensor, device: torch.device | None) -> NoReturn:
-    if other.dtype not in FLOATS:
-        wanted = "be float32, bfloat16 or float16"
-        fail(OP, f"the {role} tensor of {name}", wanted, short(other.dtype), "convert it with .to(dtype)", TypeError)
-    if other.shape != t.shape:
-        wanted = f"have shape {tuple(t.shape)}"
-        fail(OP, f"the {role} tensor of {name}", wanted, tuple(other.shape), "pair the tensors in order")
-    if t.device != device or other.device != device:
-        wanted = f"be on {device}"
-        fail(OP, f"{name} and its {role} tensor", wanted, f"{t.device} and {other.device}", "move them")
-    strides = f"strides {t.stride()} and {other.stride()}"
-    fail(OP, f"{name} and its {role} tensor", "be contiguous", strides, "store parameters contiguously")
-
-
-def _check_momentum(momentum: float | Tensor, device: torch.device | None) -> None:
-    if isinstance(momentum, Tensor):
-        if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
-            _refuse_momentum(f"{short(momentum.dtype)} {tuple(momentum.shape)}")
-        if momentum.device.type != "cpu" and device not in (None, momentum.device):
-            fail(
-                OP,
-                "momentum",
-                f"be on the CPU or on the targets' device {device}",
-                momentum.device,
-                "move it with .to(device)",
-            )
-        if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
-            return
-        momentum = float(momentum)
-    if not is_number(momentum):
-        _refuse_momentum(type(momentum).__name__)
-    if not 0.0 <= momentum <= 1.0:
-        fail(OP, "momentum", "lie in [0, 1]", momentum, "0.996 to 1 is usual")
-
-
-def _refuse_momentum(actual: str) -> NoReturn:
-    wanted = "be a float or a 0-dim float64 or float32 tensor"
-    fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)
+def _observed() -> bool:
+    """Somebody watches torch's calls: a dispatch mode (fake tensors, tracing, counting) or the profiler."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
 
 
 def _fake(target: Any, online: Any, shadow: Any, momentum: Any, form: str, backend: str) -> None:

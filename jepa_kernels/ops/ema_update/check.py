@@ -1,0 +1,193 @@
+"""What `ema_update` asks of its tensors, before the first write; once for lists that stay as they are."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.select import FLOATS, short
+from jepa_kernels.chunks import KEPT, PLAIN, read
+
+OP = "ema_update"
+ROLES = ("target", "online", "shadow")
+FORMS = ("lerp", "ijepa", "vjepa2")
+Source = Sequence[Tensor] | nn.Module | None
+Sources = tuple[Source, Source, Source]
+Names = dict[str, list[str]]  # by role
+_passed: dict[Any, None] = {}  # oldest use first
+
+
+class Checked(NamedTuple):
+    """Lists of targets, online weights and shadows that an update may be run on."""
+
+    given: tuple[list[Any], ...]
+    local: tuple[list[Tensor], ...]  # the same; of each DTensor its shard: exact for an elementwise update
+    known: Any  # by `chunks.read`; None where the op must go through torch's dispatcher
+
+    @property
+    def written(self) -> list[Any]:
+        """Everything whose version counts; a DTensor (or other subclass) counts apart from its shard."""
+        target, _, shadow = self.local
+        if self.local is self.given:
+            return [*target, *shadow] if shadow else target
+        return [*target, *shadow, *(t for ts in (self.given[0], self.given[2]) for t in ts if type(t) not in PLAIN)]
+
+
+def check(sources: Sources) -> Checked:
+    """The lists of these modules or lists; raises the error that names the first tensor at fault."""
+    given = tuple(_listed(source, role) for source, role in zip(sources, ROLES, strict=True))
+    checked = reread(given)
+    if checked.known is None or checked.known not in _passed:
+        name = names(sources, given)
+        _check_lists(name, *checked.local)
+        if not torch.compiler.is_compiling():
+            _check_memory(name, checked.local)
+    if checked.known is not None:
+        _passed.pop(checked.known, None)
+        _passed[checked.known] = None
+        if len(_passed) > KEPT:
+            del _passed[next(iter(_passed))]
+    return checked
+
+
+def reread(given: tuple[list[Any], ...]) -> Checked:
+    """What these lists are at present; nothing is checked but that they hold tensors."""
+    if not torch.compiler.is_compiling():
+        known = read(given, plain=True)
+        if known is not None:
+            return Checked(given, given, known)
+    local = tuple(
+        [t if type(t) in PLAIN else _local(t, role) for t in tensors]
+        for tensors, role in zip(given, ROLES, strict=True)
+    )
+    known = None if torch.compiler.is_compiling() else read(local, plain=True)
+    return Checked(given, local, known)
+
+
+def _listed(source: Source, role: str) -> list[Any]:
+    if isinstance(source, nn.Module):
+        return list(source.parameters())
+    if not isinstance(source, Iterable):
+        if source is None and role == "shadow":
+            return []
+        fail(OP, role, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
+    return source if type(source) is list else list(source)
+
+
+def _local(t: Any, role: str) -> Tensor:
+    if not isinstance(t, Tensor):
+        fail(OP, role, "hold tensors", type(t).__name__, "convert it with torch.as_tensor", TypeError)
+    return getattr(t, "_local_tensor", t)
+
+
+def names(sources: Sources, given: tuple[list[Any], ...]) -> Names:
+    """What errors call the tensors: by a parameter's name in a module, by their place in a list."""
+    return {
+        role: [f"{role} {name}" for name, _ in source.named_parameters()]
+        if isinstance(source, nn.Module)
+        else [f"{role}[{i}]" for i in range(len(tensors))]
+        for role, source, tensors in zip(ROLES, sources, given, strict=True)
+    }
+
+
+def _check_lists(name: Names, target: list[Tensor], online: list[Tensor], shadow: list[Tensor]) -> None:
+    for role, others in (("online", online), ("shadow", shadow)):
+        if len(others) != len(target) and not (role == "shadow" and not others):
+            fail(OP, role, f"hold {len(target)} tensors", len(others), "pass one for each target, in order")
+    device = target[0].device if target else None
+    for i, t in enumerate(target):
+        if t.dtype is not torch.float32:
+            _refuse_target(name["target"][i], t)
+        for role, others in (("online", online), ("shadow", shadow)):
+            if others and not _fits(t, others[i], device):
+                _refuse_partner(name["target"][i], name[role][i], t, others[i], device)
+
+
+def _fits(t: Tensor, other: Tensor, device: torch.device | None) -> bool:
+    alike = other.dtype in FLOATS and other.shape == t.shape and t.device == device == other.device
+    return alike and t.is_contiguous() and other.is_contiguous()
+
+
+def _refuse_target(name: str, t: Tensor) -> NoReturn:
+    why = "be float32 (with momentum near 1 an update lies below a smaller type's resolution)"
+    fail(OP, name, why, short(t.dtype), "keep an fp32 target and pass low-precision copies as shadow", TypeError)
+
+
+def _refuse_partner(target: str, name: str, t: Tensor, other: Tensor, device: torch.device | None) -> NoReturn:
+    if other.dtype not in FLOATS:
+        wanted = "be float32, bfloat16 or float16"
+        fail(OP, name, wanted, short(other.dtype), "convert it with .to(dtype)", TypeError)
+    if other.shape != t.shape:
+        wanted = f"have the shape {tuple(t.shape)} of {target}"
+        fail(OP, name, wanted, tuple(other.shape), "pair the tensors in order")
+    if t.device != device or other.device != device:
+        wanted = f"be on {device}"
+        fail(OP, f"{target} and {name}", wanted, f"{t.device} and {other.device}", "move them")
+    strides = f"strides {t.stride()} and {other.stride()}"
+    fail(OP, f"{target} and {name}", "be contiguous", strides, "store parameters contiguously")
+
+
+class _Span(NamedTuple):
+    begin: int
+    end: int  # past the last byte
+    role: str
+    name: str
+
+
+def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
+    """No memory that is written is read or written as another tensor's. Online weights may share theirs."""
+    spans = sorted(
+        _span(t, role, name[role][i])
+        for role, tensors in zip(ROLES, lists, strict=True)
+        for i, t in enumerate(tensors)
+        if t.numel() and not t.is_meta
+    )
+    furthest: dict[bool, _Span] = {}  # by "is written"
+    for span in spans:
+        is_written = span.role != "online"
+        for other_is_written, other in furthest.items():
+            if span.begin < other.end and (is_written or other_is_written):
+                _refuse_overlap(*((span, other) if is_written else (other, span)))
+        if is_written not in furthest or furthest[is_written].end < span.end:
+            furthest[is_written] = span
+
+
+def _span(t: Tensor, role: str, name: str) -> _Span:
+    begin = t.data_ptr()
+    end = begin + t.numel() * t.element_size()
+    storage = t.untyped_storage()
+    held = storage.data_ptr() + storage.nbytes() - begin if begin else 0
+    if held < end - begin:
+        fail(OP, name, f"hold its {end - begin} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    return _Span(begin, end, role, name)
+
+
+def _refuse_overlap(written: _Span, other: _Span) -> NoReturn:
+    shared = f"{min(written.end, other.end) - max(written.begin, other.begin)} bytes in common"
+    fail(OP, written.name, f"share no memory with {other.name}", shared, "clone one of them")
+
+
+def check_options(momentum: Any, form: str, device: torch.device | None) -> None:
+    """The momentum, whose value is read where that needs no sync, and the form."""
+    if form not in FORMS:
+        fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
+            _refuse_momentum(f"{short(momentum.dtype)} {tuple(momentum.shape)}")
+        if momentum.device.type != "cpu" and device not in (None, momentum.device):
+            wanted = f"be on the CPU or on the targets' device {device}"
+            fail(OP, "momentum", wanted, momentum.device, "move it with .to(device)")
+        if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
+            return
+        momentum = float(momentum)
+    if not is_number(momentum):
+        _refuse_momentum(type(momentum).__name__)
+    if not 0.0 <= momentum <= 1.0:
+        fail(OP, "momentum", "lie in [0, 1]", momentum, "0.996 to 1 is usual")
+
+
+def _refuse_momentum(actual: str) -> NoReturn:
+    wanted = "be a float or a 0-dim float64 or float32 tensor"
+    fail(OP, "momentum", wanted, actual, "use torch.tensor(m, dtype=torch.float64)", TypeError)

@@ -1,0 +1,63 @@
+"""Public face of `EmaTable`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jepa_kernels._core.check import fail
+from jepa_kernels._core.select import short
+from jepa_kernels.chunks import look
+from jepa_kernels.ops.ema_update.check import OP, ROLES, check, names, reread
+from jepa_kernels.ops.ema_update.op import ema_update, update
+
+
+class EmaTable:
+    """The lists of an `ema_update` that stay the same, checked once: each update compares addresses alone.
+
+    target, online, shadow: as in `ema_update`; of a module, the parameters that it has now. The table holds the
+    tensors. A CUDA graph that captured an update reads the table's memory: keep the table as long as the graph.
+
+    Raises what `ema_update` raises for lists that do not match.
+    """
+
+    def __init__(
+        self,
+        target: Sequence[Tensor] | nn.Module,
+        online: Sequence[Tensor] | nn.Module,
+        *,
+        shadow: Sequence[Tensor] | None = None,
+    ):
+        sources = (target, online, shadow)
+        self._lists = check(sources)
+        self._names = names(sources, self._lists.given)
+        self._looks = [[look(t) for t in tensors] for tensors in self._lists.local]
+        self._prepared: dict[str, Any] = {}
+
+    def update(self, momentum: float | Tensor, *, form: str = "lerp", backend: str | None = None) -> None:
+        """`ema_update` of the table's lists, bit for bit.
+
+        Raises ValueError, before the first write, for a tensor that was freed, resized, moved or given other memory
+        since the table was built, and what `ema_update` raises for momentum and form.
+        """
+        given = self._lists.given
+        if torch.compiler.is_compiling() or self._lists.known is None:
+            return ema_update(given[0], given[1], momentum, shadow=given[2], form=form, backend=backend)
+        now = reread(given)
+        if now.known != self._lists.known:
+            self._refuse(now.local)
+        update(now, self._prepared, momentum, form, backend)
+
+    def _refuse(self, local: tuple[list[Tensor], ...]) -> None:
+        """Name the first tensor that is another than it was."""
+        for role, tensors, looks in zip(ROLES, local, self._looks, strict=True):
+            for i, (t, before) in enumerate(zip(tensors, looks, strict=True)):
+                if look(t) != before:
+                    wanted = f"stay as it was when the table was built: {_told(before)}"
+                    fail(OP, self._names[role][i], wanted, _told(look(t)), "build a new EmaTable")
+
+
+def _told(looks: tuple[Any, ...]) -> str:
+    address, shape, _, dtype, device = looks
+    return f"{short(dtype)} {tuple(shape)} on {device} at {address:#x}"
