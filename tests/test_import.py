@@ -213,7 +213,8 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 
 
 def test_the_readme_examples_run_as_written(capsys):
-    first, encoding = (part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:])
+    parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    first, encoding, optimizing = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -225,6 +226,8 @@ def test_the_readme_examples_run_as_written(capsys):
     masks = names["masks"]
     assert names["context"].shape == (sum(masks.context_packing.lengths), 384)
     assert names["predicted"].shape == (len(masks.target_ids), 384) and len(masks.target_packing.lengths) == 6
+    exec(optimizing, names)
+    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(names["shadow"], names["target"].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])
