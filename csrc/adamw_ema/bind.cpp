@@ -86,8 +86,6 @@ static void forward_cpu(const py::list& params, const py::list& grads, const py:
   table.run(scalars, grad_scale, value_of(found_inf, 0.0F) != 0, beta1, beta2, eps, maximize);
 }
 
-void bind_adamw_ema_cuda(py::module_&);
-
 // With tensors that stay where they are, and the steps counted here too.
 static void step_cpu(AdamwEmaTable& table, const py::list& grads, const Tensor& scalars,
                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
@@ -97,6 +95,8 @@ static void step_cpu(AdamwEmaTable& table, const py::list& grads, const Tensor& 
   if (!skip) table.count();
   table.run(scalars, grad_scale, skip, beta1, beta2, eps, maximize);
 }
+
+void bind_adamw_ema_cuda(py::module_&);
 
 void bind_adamw_ema(py::module_& m) {
   m.def("adamw_ema_forward_cpu", &forward_cpu);

@@ -130,7 +130,7 @@ class AdamWEMA(Optimizer):
             if device is None:
                 continue
             factors = (_factor("grad_scale", scale, device), _factor("found_inf", found_inf, device))
-            update(plan.tensors, plan.lists, group_options, *factors, table=plan.table)
+            update(plan.tensors, group_options, *factors, table=plan.table)
             torch.autograd.graph.increment_version(plan.written)
 
     def _grads(self, params: list[Tensor]) -> list[Tensor | None]:

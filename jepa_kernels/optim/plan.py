@@ -10,7 +10,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
 from jepa_kernels.lists import PLAIN, tensors
 from jepa_kernels.ops.adamw_ema.check import OP, Checked, Lists, check_overlap, check_partner, checked
-from jepa_kernels.ops.adamw_ema.op import Table, filled, written
+from jepa_kernels.ops.adamw_ema.op import Table, written
 
 Grads = Sequence[Tensor | None]
 State = Mapping[Tensor, dict[str, Any]]
@@ -41,14 +41,13 @@ class Plan:
         given |= {name: _unless_none([p[i] for p in partners]) for i, name in enumerate(Partners._fields)}
         self.names, self.params, self.state = names, list(params), _entries(params, state)
         self.tensors: Checked = checked(names, **{name: given[name] for name in Lists._fields})
-        self.lists, self.table, self.kept = filled(self.tensors), Table(), _kept(grads)
-        self.device = self.lists.params[0].device if self.params else None
-        self.layouts = [(p.shape, p.stride()) for p in self.lists.params]
+        self.table, self.kept = Table(self.tensors), _kept(grads)
+        lists = self.table.lists
+        self.device = lists.params[0].device if self.params else None
+        self.layouts = [(p.shape, p.stride()) for p in lists.params]
         self.written = written(given)
         self.shards = [(t, t._local_tensor) for t in self.written if hasattr(t, "_local_tensor")]
-        movable = [
-            values for name, values in zip(Lists._fields, self.lists, strict=True) if name not in ("grads", "steps")
-        ]
+        movable = [values for name, values in zip(Lists._fields, lists, strict=True) if name not in ("grads", "steps")]
         self.movable = [t for values in movable for t in values]
         self.places = self._places()
 
@@ -69,10 +68,9 @@ class Plan:
         for i, (g, (shape, stride)) in enumerate(zip(local, self.layouts, strict=True)):
             usual = g is None or (g.dtype in FLOATS and g.layout is strided and g.device == device)
             if not usual or (g is not None and not (g.shape == shape and g.stride() == stride)):
-                check_partner(self.lists.params[i], g, "grads", self.names[i])  # type: ignore[arg-type]
+                check_partner(self.table.lists.params[i], g, "grads", self.names[i])  # type: ignore[arg-type]
         self.tensors["grads"] = local
-        empty = self.lists.grads
-        self.lists = self.lists._replace(grads=[e if g is None else g for e, g in zip(empty, local, strict=True)])
+        self.table.take(local)
 
     def _shard(self, i: int, grad: Any) -> Tensor:
         placements = getattr(self.params[i], "placements", None)
@@ -83,7 +81,7 @@ class Plan:
 
     def _places(self) -> list[int]:
         """Addresses, and the sizes of parameters: other tensors of a row can't outgrow the memory that they have."""
-        return [t.data_ptr() for t in self.movable] + [p.numel() for p in self.lists.params]
+        return [t.data_ptr() for t in self.movable] + [p.numel() for p in self.table.lists.params]
 
 
 def check_overlap_of(plans: Sequence[Plan]) -> None:

@@ -84,23 +84,22 @@ def adamw_ema(
     scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
     if device is None:
         return
-    update(tensors, filled(tensors), options, scale, inf, backend)
+    update(tensors, options, scale, inf, backend)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
         torch.autograd.graph.increment_version(written(given))
 
 
 def update(
     tensors: Checked,
-    lists: Lists,
     options: Options,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
-    table: Any = None,
+    table: "Table | None" = None,
 ) -> None:
-    """One step on lists that were checked; `lists` are `tensors` as the torch op takes them.
+    """One step on lists that were checked.
 
-    table: for who steps in eager mode and keeps the lists, a `Table` of them: it saves reading a thousand tensors.
+    table: of these lists, for who steps in eager mode and keeps them: it saves reading a thousand tensors.
     """
     first: Any = tensors["params"][0]
     chosen = select(OP, KERNELS, backend, first)
@@ -111,30 +110,36 @@ def update(
     arguments = gathered(lr, weight_decay, momentum), grad_scale, found_inf, *betas, eps, maximize
     with torch.no_grad():  # parameters are leaves
         if table is not None:
-            return table.step(chosen, lists, *arguments)
+            return table.step(chosen, *arguments)
+        lists = filled(tensors)
         count(lists.steps, found_inf)
         _forward(*lists, *arguments, chosen)
 
 
 class Table:
-    """A call's tensors that stay where they are: the kernel itself, not the dispatcher, gets them.
+    """A call's lists that stay: the kernel itself gets them, not the dispatcher, and the CPU's reads addresses once.
 
-    On the CPU their addresses are read once; whoever keeps a Table builds a new one where a tensor moved.
+    Whoever keeps a Table builds a new one where a tensor moved.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensors: Checked):
+        self.lists = filled(tensors)
+        self.held = [t.detach() for values in self.lists for t in values]  # their memory stays, whatever owners do
         self.read: Any = None
 
-    def step(self, backend: str, lists: Lists, *arguments: Any) -> None:
+    def take(self, grads: list[Tensor | None]) -> None:
+        """Other gradients of the same parameters."""
+        empty = self.lists.grads
+        self.lists = self.lists._replace(grads=[e if g is None else g for e, g in zip(empty, grads, strict=True)])
+
+    def step(self, backend: str, *arguments: Any) -> None:
         """Count the steps, then update."""
         if backend != "cpu":
-            count(lists.steps, arguments[2])
-            implementation(OP, "forward", backend)(*lists, *arguments)
-            return
+            count(self.lists.steps, arguments[2])
+            return implementation(OP, "forward", backend)(*self.lists, *arguments)
         if self.read is None:
-            self.held = [t.detach() for values in lists for t in values]  # their memory stays, whatever its owner does
-            self.read = implementation(OP, "table", "cpu")(*lists)
-        self.read.step(lists.grads, *arguments)
+            self.read = implementation(OP, "table", backend)(*self.lists)
+        self.read.step(self.lists.grads, *arguments)
 
 
 def count(steps: list[Tensor], found_inf: Tensor | None) -> None:
