@@ -40,8 +40,8 @@ class Plan:
         given |= {name: [entries.get(key) for entries in states] for name, key in ENTRIES.items()}
         given |= {name: _unless_none([p[i] for p in partners]) for i, name in enumerate(Partners._fields)}
         self.names, self.params, self.state = names, list(params), _entries(params, state)
-        self.tensors: Checked = checked(names, **{name: given[name] for name in Lists._fields})
-        self.table, self.kept = Table(self.tensors), _kept(grads)
+        self.table = Table(checked(names, **{name: given[name] for name in Lists._fields}))
+        self.kept = _kept(grads)
         lists = self.table.lists
         self.device = lists.params[0].device if self.params else None
         self.layouts = [(p.shape, p.stride()) for p in lists.params]
@@ -69,7 +69,6 @@ class Plan:
             usual = g is None or (g.dtype in FLOATS and g.layout is strided and g.device == device)
             if not usual or (g is not None and not (g.shape == shape and g.stride() == stride)):
                 check_partner(self.table.lists.params[i], g, "grads", self.names[i])  # type: ignore[arg-type]
-        self.tensors["grads"] = local
         self.table.take(local)
 
     def _shard(self, i: int, grad: Any) -> Tensor:
@@ -88,7 +87,7 @@ def check_overlap_of(plans: Sequence[Plan]) -> None:
     """No tensor of one group lies in the memory of another, be it of the same or of another group."""
     joined: Checked = {name: [] for name in Lists._fields}
     for plan in plans:
-        for name, values in plan.tensors.items():
+        for name, values in plan.table.tensors.items():
             joined[name] += values or [None] * len(plan.names)
     check_overlap(joined, [name for plan in plans for name in plan.names])
 
