@@ -53,6 +53,8 @@ def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, T
 
 
 TARGETS = (
+    Target("adamw_ema", "vit_b16", "forward", "fused", 1.05, "fused AdamW, _foreach_lerp_"),
+    Target("adamw_ema", "vit_b16_bf16_shadows", "forward", "fused", 1.2, "fused AdamW, _foreach_lerp_, two casts"),
     *ema("vit_s16", 2.0, 1.0),
     *ema("vit_b16", 2.2, 1.0),
     Target("ema_update", "vit_ti16", "forward", "lerp", 1.3, "_foreach_lerp_"),
@@ -68,6 +70,7 @@ TARGETS = (
     Target("assemble_tokens", "ijepa_b32", "forward", "published", 5.0, "repeat, gather and cat, 4 masks"),
     Target("assemble_tokens", "ijepa_b32_packed", "forward", "index_copy", 1.5, "gathered positions and index_copy"),
     Target("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy", 1.5, "gathered positions and index_copy"),
+    Target("grad_norm", "vit_b16", "forward", "clip", 1.5, "clip_grad_norm_'s norm"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "published", 6.0, "the eager chain, batch 32"),
     Target("latent_loss", "ijepa_vit_h14_b32", "backward", "compile", 3.0, "compiled gather-first, batch 32"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),

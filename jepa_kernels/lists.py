@@ -1,7 +1,7 @@
 """Checks of lists of tensors that one call updates in place: all of them pass before the first write."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import DENSE, fail
 
 PLAIN = (Tensor, nn.Parameter)
+Name = TypeVar("Name")  # ordered
 
 
 def tensors(op: str, argument: str, values: Any) -> list[Tensor | None]:
     """The values as a list of plain tensors; a DTensor counts as its local shard, exact for an elementwise update."""
-    if not isinstance(values, Iterable) or isinstance(values, (Tensor, str)):
+    if type(values) is not list and (not isinstance(values, Iterable) or isinstance(values, (Tensor, str))):
         fail(op, argument, "be a list of tensors", type(values).__name__, "put it into a list", TypeError)
-    return [t if t is None or type(t) in PLAIN else _local(op, f"{argument}[{i}]", t) for i, t in enumerate(values)]
+    return [t if type(t) in PLAIN or t is None else _local(op, f"{argument}[{i}]", t) for i, t in enumerate(values)]
 
 
 def _local(op: str, name: str, t: Any) -> Tensor:
@@ -49,19 +50,23 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and ((a.is_contiguous() and b.is_contiguous()) or a.stride() == b.stride())
 
 
-def overlap(named: Iterable[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]] = ()) -> tuple[str, str] | None:
-    """Names of two dense tensors that share memory, neither being in `read` or only one: None where no two do."""
-    spans = sorted([(*_span(t), True, n) for n, t in named] + [(*_span(t), False, n) for n, t in read])
-    written, any_end = ("", 0), ("", 0)
+def overlap(
+    written: Iterable[tuple[Name, Tensor]], read: Iterable[tuple[Name, Tensor]] = ()
+) -> tuple[Name, Name] | None:
+    """Names of two dense tensors in one place of memory, at least one of them written; None where there are none."""
+    spans = sorted([(*_span(t), True, n) for n, t in written] + [(*_span(t), False, n) for n, t in read])
+    last: tuple[int, Any] = (0, None)  # where the memory of all before ends, and whose it is
+    last_written = last
     for begin, end, writes, name in spans:
         if begin == end or begin == 0:  # empty, or without memory (meta)
             continue
-        before = any_end if writes else written
-        if begin < before[1]:
-            return before[0], name
-        any_end = max(any_end, (name, end), key=lambda span: span[1])
+        reached, other = last if writes else last_written
+        if begin < reached:
+            return other, name
+        if end > last[0]:
+            last = end, name
         if writes:
-            written = (name, end)
+            last_written = end, name
     return None
 
 

@@ -1,8 +1,9 @@
 """Makes Triton's interpreter exact where release 3.6 is not, so that parity in it means parity on a GPU.
 
 bf16: casts truncate and `tl.dot` multiplies bit patterns; here casts round to nearest even and dot is exact. Arithmetic
-on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Run-time loop bounds fail with
-NumPy >= 2.4. Each call of a helper patches the language once more, over the last patch; here each launch does, once.
+on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Comparisons have their operands'
+type, which a scalar's broadcast casts to; here tl.int1. Run-time loop bounds fail with NumPy >= 2.4. Each call of a
+helper patches the language once more, over the last patch; here each launch does, once.
 Loads and stores are counted in TRAFFIC, masked lanes left out; products and exponentials in WORK, as issued.
 """
 
@@ -75,7 +76,10 @@ def install() -> None:
     def binary_op(self, a, b, op):
         if a.dtype.scalar == tl.bfloat16:
             raise TypeError(f"{op.__name__} of bf16: cast to fp32 first")
-        return binary(self, a, b, op)
+        found = binary(self, a, b, op)
+        if found.data.dtype == bool:
+            found.dtype = tl.int1
+        return found
 
     def create_fma(self, x, y, z):
         if x.dtype.scalar != tl.float32:

@@ -115,7 +115,7 @@ def test_core_knows_no_op_by_name(path):
 
 
 def test_core_stays_small():
-    assert sum(len(p.read_text().splitlines()) for p in sources("_core")) < 820
+    assert sum(len(p.read_text().splitlines()) for p in sources("_core")) < 850
 
 
 @pytest.mark.parametrize("path", sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]))
@@ -132,7 +132,9 @@ def test_tests_and_benchmarks_call_no_kernel_function(path):
 
 def test_import_needs_torch_alone():
     for path in PACKAGE.rglob("*.py"):
-        if path.name.startswith("triton") and ("ops" in path.parts or path.name == "triton_rows.py"):
+        if path.name.startswith("triton") and (
+            "ops" in path.parts or path.name in ("triton_chunks.py", "triton_rows.py")
+        ):
             continue  # loaded on first use of that backend
         for imported in imports(path, top_level_only=True):
             root = imported.split(".")[0]

@@ -215,9 +215,8 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 
 
 def test_the_readme_examples_run_as_written(capsys):
-    first, encoding, target = (
-        part.split("```")[0] for part in (ROOT / "README.md").read_text().split("```python\n")[1:]
-    )
+    parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    first, encoding, target, optimizing = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -231,6 +230,8 @@ def test_the_readme_examples_run_as_written(capsys):
     assert names["predicted"].shape == (len(masks.target_ids), 384) and len(masks.target_packing.lengths) == 6
     exec(target, names)
     assert names["target"].shape == (3, 256, 384) and names["ema"].step == 1
+    exec(optimizing, names)
+    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(names["shadow"], names["target"].parameters(), strict=True))
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])

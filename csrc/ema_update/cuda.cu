@@ -2,18 +2,11 @@
 // four of each in flight per thread, then the elements left over one by one.
 #include "ema_update/ema_update.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdexcept>
-#include <string>
-#include <type_traits>
-
-#include "common/floats.cuh"
+#include "common/chunks.cuh"
 
 namespace jepa {
 
-constexpr int THREADS = 256;
-constexpr int UNROLL = 4;
+constexpr int WIDTH = 4, UNROLL = 4;
 
 // The factors as the published loops hand them to fp32 tensors: computed in double, rounded once.
 struct Factors {
@@ -29,67 +22,24 @@ template <EmaForm form> __device__ float mix(float target, float online, Factors
   return __fmaf_rn(f.step, online, __fmul_rn(f.keep, target));
 }
 
-struct None {}; // no shadow
-
-template <class T> struct Quad {
-  T v[4];
+template <class Online, int n> struct Loaded {
+  Pack<float, n> target;
+  Pack<Online, n> online;
 };
 
-// Streaming accesses: each byte is used once, and the weights are larger than the cache. Named as intrinsics
-// also because the compiler would send addresses that come out of memory through the slower generic path.
-template <class T> using Word = std::conditional_t<sizeof(T) == 4, float4, float2>;
+template <EmaForm form, class Online> struct Chunk {
+  const EmaChunk c;
+  const DType shadow_dtype;
+  const Factors f;
 
-template <class T> __device__ Quad<T> load_quad(const T* p) {
-  const Word<T> word = __ldcs(reinterpret_cast<const Word<T>*>(p));
-  Quad<T> quad;
-  memcpy(&quad, &word, sizeof(quad));
-  return quad;
-}
-template <class T> __device__ void store_quad(T* p, const Quad<T>& quad) {
-  Word<T> word;
-  memcpy(&word, &quad, sizeof(quad));
-  __stcs(reinterpret_cast<Word<T>*>(p), word);
-}
-
-template <EmaForm form, class Online, class Shadow> struct Chunk {
-  float* target;
-  const Online* online;
-  Shadow* shadow;
-  Factors f;
-
-  // Elements [i, i + 4), and so on at a distance of the whole block.
-  __device__ void update_quads(int64_t i, int64_t end) const {
-    Quad<float> t[UNROLL];
-    Quad<Online> o[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (const int64_t at = i + u * 4 * THREADS; at < end) {
-        t[u] = load_quad(target + at);
-        o[u] = load_quad(online + at);
-      }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (const int64_t at = i + u * 4 * THREADS; at < end) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) t[u].v[k] = mix<form>(t[u].v[k], widen(o[u].v[k]), f);
-        store_quad(target + at, t[u]);
-        if constexpr (!std::is_same_v<Shadow, None>) {
-          Quad<Shadow> s;
-#pragma unroll
-          for (int k = 0; k < 4; ++k) narrow(t[u].v[k], s.v[k]);
-          store_quad(shadow + at, s);
-        }
-      }
+  template <int n> __device__ Loaded<Online, n> load(int i) const {
+    return {load_pack<n>(c.target + i), load_pack<n>(static_cast<const Online*>(c.online) + i)};
   }
-
-  __device__ void update_one(int64_t i) const {
-    const float x = mix<form>(__ldcs(target + i), widen(__ldcs(online + i)), f);
-    __stcs(target + i, x);
-    if constexpr (!std::is_same_v<Shadow, None>) {
-      Shadow s;
-      narrow(x, s);
-      __stcs(shadow + i, s);
-    }
+  template <int n> __device__ void finish(Loaded<Online, n> x, int i) const {
+#pragma unroll
+    for (int k = 0; k < n; ++k) x.target.at[k] = mix<form>(x.target.at[k], widen(x.online.at[k]), f);
+    store_pack(c.target + i, x.target);
+    store_copy(c.shadow, shadow_dtype, i, x.target);
   }
 };
 
@@ -99,79 +49,41 @@ __device__ double momentum_of(const EmaUpdateCudaParams& p) {
                                         : *static_cast<const float*>(p.device_momentum);
 }
 
-template <EmaForm form, class Online, class Shadow>
-__global__ void __launch_bounds__(THREADS)
+template <EmaForm form, class Online>
+__global__ void __launch_bounds__(CHUNK_THREADS)
     ema_update_forward_cuda_kernel(const __grid_constant__ EmaUpdateCudaParams p) {
   const EmaChunk c = p.chunks[blockIdx.x];
-  const Chunk<form, Online, Shadow> chunk{c.target, static_cast<const Online*>(c.online),
-                                          static_cast<Shadow*>(c.shadow), Factors(momentum_of(p))};
-  const auto addresses = reinterpret_cast<uintptr_t>(c.target) | reinterpret_cast<uintptr_t>(c.online) |
-                         reinterpret_cast<uintptr_t>(c.shadow);
-  const int64_t quads = addresses % 16 == 0 ? c.numel / 4 * 4 : 0;
-  for (int64_t i = threadIdx.x * 4; i < quads; i += UNROLL * 4 * THREADS) chunk.update_quads(i, quads);
-  for (int64_t i = quads + threadIdx.x; i < c.numel; i += THREADS) chunk.update_one(i);
+  const Chunk<form, Online> chunk{c, p.shadow_dtype, Factors(momentum_of(p))};
+  go_through<WIDTH, UNROLL>(chunk, static_cast<int>(c.numel), aligned(c.target, c.online, c.shadow));
 }
 
-template <EmaForm form, class Online, class Shadow> static void launch(const EmaUpdateCudaParams& p) {
-  ema_update_forward_cuda_kernel<form, Online, Shadow>
-      <<<static_cast<unsigned>(p.count), THREADS, 0, static_cast<cudaStream_t>(p.stream)>>>(p);
+template <EmaForm form, class Online> static void launch_type(const EmaUpdateCudaParams& p) {
+  launch("ema_update", ema_update_forward_cuda_kernel<form, Online>,
+         {p.count, CHUNK_THREADS, 0, p.device, p.stream}, p);
 }
 
-template <EmaForm form, class Online> static void launch_shadow(const EmaUpdateCudaParams& p) {
-  switch (p.shadow_dtype) {
-  case DType::f32:
-    return launch<form, Online, float>(p);
-  case DType::bf16:
-    return launch<form, Online, __nv_bfloat16>(p);
-  case DType::f16:
-    return launch<form, Online, __half>(p);
-  case DType::other:
-    return launch<form, Online, None>(p);
-  default:
-    refuse(p.shadow_dtype);
-  }
-}
-
-template <EmaForm form> static void launch_online(const EmaUpdateCudaParams& p) {
+template <EmaForm form> static void launch_form(const EmaUpdateCudaParams& p) {
   switch (p.online_dtype) {
   case DType::bf16:
-    return launch_shadow<form, __nv_bfloat16>(p);
+    return launch_type<form, __nv_bfloat16>(p);
   case DType::f16:
-    return launch_shadow<form, __half>(p);
+    return launch_type<form, __half>(p);
   case DType::f32:
-    return launch_shadow<form, float>(p);
+    return launch_type<form, float>(p);
   default:
     refuse(p.online_dtype);
   }
 }
 
-static void launch_form(const EmaUpdateCudaParams& p) {
+void ema_update_cuda(const EmaUpdateCudaParams& p) {
   switch (p.form) {
   case EmaForm::lerp:
-    return launch_online<EmaForm::lerp>(p);
+    return launch_form<EmaForm::lerp>(p);
   case EmaForm::ijepa:
-    return launch_online<EmaForm::ijepa>(p);
+    return launch_form<EmaForm::ijepa>(p);
   case EmaForm::vjepa2:
-    return launch_online<EmaForm::vjepa2>(p);
+    return launch_form<EmaForm::vjepa2>(p);
   }
-}
-
-static void check(cudaError_t status) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("ema_update: the CUDA launch must succeed, got ") +
-                           cudaGetErrorString(status) +
-                           "; rerun with CUDA_LAUNCH_BLOCKING=1 to find the cause");
-}
-
-void ema_update_cuda(const EmaUpdateCudaParams& p) {
-  if (p.count == 0) return;
-  int before = 0;
-  check(cudaGetDevice(&before));
-  check(cudaSetDevice(p.device));
-  launch_form(p);
-  const cudaError_t launched = cudaGetLastError();
-  check(cudaSetDevice(before));
-  check(launched);
 }
 
 } // namespace jepa

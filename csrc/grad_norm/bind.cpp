@@ -36,6 +36,13 @@ static Tensor forward_cpu(const py::list& grads) {
   return norm;
 }
 
-void bind_grad_norm(py::module_& m) { m.def("grad_norm_forward_cpu", &forward_cpu); }
+void bind_grad_norm_cuda(py::module_&);
+
+void bind_grad_norm(py::module_& m) {
+  m.def("grad_norm_forward_cpu", &forward_cpu);
+#if JEPA_CUDA
+  bind_grad_norm_cuda(m);
+#endif
+}
 
 } // namespace jepa

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels.ops.adamw_ema.check import Options, check_factor, check_options
-from jepa_kernels.ops.adamw_ema.op import direct, update
+from jepa_kernels.ops.adamw_ema.op import update
 from jepa_kernels.optim.clip import clipped_scale, norm_of
-from jepa_kernels.optim.plan import ALONE, Members, Partners, Plan, check_overlap_of
+from jepa_kernels.optim.plan import ALONE, Partners, Plan, check_overlap_of
 
 OP = "AdamWEMA"
 Given = Iterable[Tensor | None] | Mapping[Tensor, Tensor] | None
@@ -69,8 +69,7 @@ class AdamWEMA(Optimizer):
         defaults |= dict(max_grad_norm=max_grad_norm, maximize=maximize, capturable=capturable)
         _options(defaults)
         self.grad_norms: dict[str, Tensor] = {}
-        self._partners: dict[Tensor, Partners] = {}
-        self._plans: list[Plan] = []
+        self._pair({})
         super().__init__(_with_partners(params, target_params, shadow), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -80,19 +79,23 @@ class AdamWEMA(Optimizer):
         group = {**param_group, "params": _items(param_group["params"])}
         targets, shadow = group.pop("target_params", None), group.pop("shadow", (None, None))
         params = [_tensor(item) for item in group["params"]]
-        columns = _aligned("target_params", params, targets), *_pair(params, shadow)
+        columns = _aligned("target_params", params, targets), *_both(params, shadow)
         _options({**self.defaults, **group})
         before = self._partners
-        self._partners = before | {p: Partners(*row) for p, *row in zip(params, *columns, strict=True)}
-        self._plans = []
+        self._pair(before | {p: Partners(*row) for p, *row in zip(params, *columns, strict=True)})
         try:
             super().add_param_group(group)
             self._planned([[None] * len(g["params"]) for g in self.param_groups])
         except Exception:
             self.param_groups = [g for g in self.param_groups if g is not group]
-            self._partners = before
+            self._pair(before)
             raise
         self._complete_states()
+
+    def _pair(self, partners: dict[Tensor, Partners]) -> None:
+        self._partners = partners
+        self._shadows = {p: x.online_shadow for p, x in partners.items() if x.online_shadow is not None}
+        self._plans: list[Plan] = []
 
     def _complete_states(self) -> None:
         """Zeros for what is trained and has no state; the step counts of a loaded state to where kernels read them."""
@@ -117,7 +120,7 @@ class AdamWEMA(Optimizer):
 
     @torch._disable_dynamo  # addresses are compared, which no graph can hold
     def _update(self) -> None:
-        grads = [[self._grad(p) for p in group["params"]] for group in self.param_groups]
+        grads = [self._grads(group["params"]) for group in self.param_groups]
         self._prepare(grads)
         devices = [plan.device for plan in self._plans]
         options = [_options(group, device) for group, device in zip(self.param_groups, devices, strict=True)]
@@ -127,28 +130,29 @@ class AdamWEMA(Optimizer):
             if device is None:
                 continue
             factors = (_factor("grad_scale", scale, device), _factor("found_inf", found_inf, device))
-            update(plan.tensors, plan.lists, group_options, *factors, forward=direct)
+            update(plan.table.tensors, group_options, *factors, table=plan.table)
+            plan.table.release()
             torch.autograd.graph.increment_version(plan.written)
 
-    def _grad(self, p: Tensor) -> Tensor | None:
-        """The parameter's own gradient, or its online shadow's."""
-        shadow = self._partners.get(p, ALONE).online_shadow
+    def _grads(self, params: list[Tensor]) -> list[Tensor | None]:
+        """Of each parameter its own gradient, or its online shadow's."""
+        if not self._shadows:
+            return [p.grad for p in params]
+        return [self._either_grad(p, self._shadows.get(p)) for p in params]
+
+    def _either_grad(self, p: Tensor, shadow: Tensor | None) -> Tensor | None:
         if shadow is None or shadow.grad is None:
             return p.grad
         if p.grad is not None:
-            fail(
-                OP,
-                f"one of {self._name(p)} and its online shadow",
-                "have a gradient",
-                "both",
-                "use one in the forward pass",
-            )
+            remedy = "use one of them in the forward pass"
+            fail(OP, f"one of {self._name(p)} and its online shadow", "have a gradient", "both", remedy)
         return shadow.grad
 
     def _prepare(self, grads: list[list[Tensor | None]]) -> None:
         """Plans of the present tensors. All checks of tensors are here, before the first write."""
-        members = [self._members(group) for group in self.param_groups]
-        if len(self._plans) != len(members) or not all(map(Plan.fits, self._plans, members, grads)):
+        params = [group["params"] for group in self.param_groups]
+        states = [self.state] * len(params)
+        if len(self._plans) != len(params) or not all(map(Plan.fits, self._plans, params, states, grads)):
             for group, present in zip(self.param_groups, grads, strict=True):
                 for p, grad in zip(group["params"], present, strict=True):
                     if grad is not None and not self.state.get(p):
@@ -158,14 +162,12 @@ class AdamWEMA(Optimizer):
             plan.take(present)
 
     def _planned(self, grads: list[list[Tensor | None]]) -> list[Plan]:
-        groups = self.param_groups
-        plans = [Plan(self._names(i), self._members(groups[i]), grads[i]) for i in range(len(groups))]
+        plans = []
+        for i, (group, present) in enumerate(zip(self.param_groups, grads, strict=True)):
+            partners = [self._partners.get(p, ALONE) for p in group["params"]]
+            plans.append(Plan(self._names(i), group["params"], partners, self.state, present))
         check_overlap_of(plans)
         return plans
-
-    def _members(self, group: dict[str, Any]) -> Members:
-        params = group["params"]
-        return Members(params, [self._partners.get(p, ALONE) for p in params], [self.state.get(p, {}) for p in params])
 
     def _names(self, i: int) -> list[str]:
         group = self.param_groups[i]
@@ -178,7 +180,7 @@ class AdamWEMA(Optimizer):
     def _found_inf(self) -> Tensor | None:
         """What GradScaler found. It looks at the parameters' own gradients alone."""
         found = getattr(self, "found_inf", None)
-        if found is not None and any(shadow.grad is not None for shadow in self._online_shadows()):
+        if found is not None and any(shadow.grad is not None for shadow in self._shadows.values()):
             actual = "a GradScaler, which sees the parameters' own gradients alone"
             fail(OP, "the gradients of online shadows", "be unscaled", actual, "use bf16 shadows, and no scaler")
         return found
@@ -194,13 +196,10 @@ class AdamWEMA(Optimizer):
         self.grad_norms = norms if scale is None else {name: norm / scale for name, norm in norms.items()}
         return [clipped_scale(self.grad_norms.get(g["clip"]), g["max_grad_norm"], scale) for g in self.param_groups]
 
-    def _online_shadows(self) -> list[Tensor]:
-        return [p.online_shadow for p in self._partners.values() if p.online_shadow is not None]
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of parameters and of their online shadows."""
         super().zero_grad(set_to_none)
-        for shadow in self._online_shadows():
+        for shadow in self._shadows.values():
             if set_to_none:
                 shadow.grad = None
             elif shadow.grad is not None:
@@ -218,7 +217,8 @@ class AdamWEMA(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = self.__dict__.get("param_groups") or [{}] * len(state["param_groups"])
         super().__setstate__(state)
-        self._plans, self.grad_norms = [], {}
+        self._pair(self._partners)
+        self.grad_norms = {}
         for group, before in zip(self.param_groups, own, strict=True):
             for key, default in self.defaults.items():
                 group.setdefault(key, before.get(key, default))
@@ -253,7 +253,7 @@ def _with_partners(params: Any, targets: Given, shadow: tuple[Given, Given]) -> 
         groups = [dict(params=groups)]
     groups = [{**group, "params": _items(group["params"])} for group in groups]
     flat = [_tensor(item) for group in groups for item in group["params"]]
-    columns = [_aligned("target_params", flat, targets), *_pair(flat, shadow)]
+    columns = [_aligned("target_params", flat, targets), *_both(flat, shadow)]
     if all(x is None for column in columns for x in column):
         return groups
     if any("target_params" in group or "shadow" in group for group in groups):
@@ -276,7 +276,7 @@ def _tensor(item: Any) -> Any:
     return item[1] if isinstance(item, tuple) else item
 
 
-def _pair(params: Sequence[Tensor], shadow: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _both(params: Sequence[Tensor], shadow: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
     if not isinstance(shadow, (tuple, list)) or len(shadow) != 2:
         fail(OP, "shadow", "be a pair (online, target)", type(shadow).__name__, "pass None for either", TypeError)
     return _aligned("the online shadow", params, shadow[0]), _aligned("the target shadow", params, shadow[1])
@@ -286,6 +286,8 @@ def _aligned(role: str, params: Sequence[Tensor], given: Given) -> list[Tensor |
     """A tensor or None for each parameter."""
     if given is None:
         return [None] * len(params)
+    if not isinstance(given, Iterable):
+        fail(OP, role, "be tensors or a dict", type(given).__name__, "pass module.parameters()", TypeError)
     if isinstance(given, Mapping):
         return [given.get(p) for p in params]
     found = list(given)

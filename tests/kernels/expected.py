@@ -44,7 +44,8 @@ def ema(online: torch.dtype, shadow: torch.dtype | None, form: str) -> Callable[
     def make() -> None:
         target = [torch.zeros(100), torch.zeros(7, 3)]
         copies = None if shadow is None else [torch.zeros_like(t, dtype=shadow) for t in target]
-        jk.ema_update(target, [t.to(online) for t in target], 0.996, shadow=copies, form=form, backend="triton")
+        weights = [torch.zeros_like(t, dtype=online) for t in target]
+        jk.ema_update(target, weights, 0.996, shadow=copies, form=form, backend="triton")
 
     return make
 
@@ -59,6 +60,56 @@ def ema_calls() -> Iterator[Call]:
         yield Call(f"lerp-{online}-{shadow}", ema(online, shadow, "lerp"), (kernel,), (kernel,), {}, capabilities)
     for form, counts in (("ijepa", unfused), ("vjepa2", {})):
         yield Call(form, ema(torch.float32, None, form), (kernel,), (kernel,), counts, HOPPER)
+
+
+def adamw(
+    grad: torch.dtype | None, shadows: torch.dtype | None, targets: bool = True, **options: object
+) -> Callable[[], object]:
+    def make() -> None:
+        params, exp_avgs, exp_avg_sqs, averages = ([torch.zeros(100), torch.zeros(7, 3)] for _ in range(4))
+        copies = None if shadows is None else [torch.zeros_like(p, dtype=shadows) for p in params]
+        jk.adamw_ema(
+            params,
+            [None if grad is None else torch.zeros_like(p, dtype=grad) for p in params],
+            exp_avgs,
+            exp_avg_sqs,
+            [torch.zeros(()), torch.zeros(())],
+            averages if targets else None,
+            lr=1e-3,
+            online_shadow=copies,
+            target_shadow=copies and [c.clone() for c in copies] if targets else None,
+            **options,
+            backend="triton",
+        )
+
+    return make
+
+
+def adamw_calls() -> Iterator[Call]:
+    kernel = "_adamw_ema_forward_kernel"
+    scaler = dict(grad_scale=2.0, found_inf=torch.zeros(()))
+    # Of parameter, gradient, both moments and target: 16 bytes of fp32 read, and written, by a thread at a time.
+    for name, make, loads, stores in (
+        ("shadows", adamw(torch.float32, torch.bfloat16), 5, 4),
+        ("low-grads", adamw(torch.bfloat16, torch.bfloat16, **scaler), 4, 4),
+        ("alone", adamw(torch.float32, None, targets=False), 4, 3),
+        ("half-grads", adamw(torch.float16, torch.float16, targets=False, maximize=True), 3, 3),
+    ):
+        counts = {kernel: {r"LDG\.E\.128": loads, r"STG\.E\.128": stores}}
+        yield Call(name, make, (kernel,), (kernel,), counts, EVERY if stores == 4 else HOPPER, blocks=4)
+    yield Call("average-alone", adamw(None, torch.bfloat16), (kernel,), (kernel,), {}, HOPPER, blocks=6)
+
+
+def norm(dtype: torch.dtype) -> Callable[[], object]:
+    return lambda: jk.grad_norm([torch.zeros(100, dtype=dtype), torch.zeros(7, 3, dtype=dtype)], backend="triton")
+
+
+def norm_calls() -> Iterator[Call]:
+    forward, total = launches = tuple(f"_grad_norm_{stage}_kernel" for stage in ("forward", "sum"))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        # A thread has 16 elements in flight, later 16 sums of chunks.
+        counts = {forward: {r"LDG\.E\.128": dtype.itemsize}, total: {"LDG.E.64": 16}}
+        yield Call(str(dtype), norm(dtype), launches, (), counts, holds={forward: ("DFMA",)}, blocks=1)
 
 
 def loss(dtype: torch.dtype, channels: int, packed: bool = True, **options: object) -> Callable[[], object]:
@@ -293,10 +344,12 @@ def assembled_calls() -> Iterator[Call]:
 
 
 CALLS = {
+    "adamw_ema": tuple(adamw_calls()),
     "assemble_tokens": tuple(assembled_calls()),
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),
     "gather_tokens": tuple(gather_calls()),
+    "grad_norm": tuple(norm_calls()),
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
     "rope": tuple(rope_calls()),

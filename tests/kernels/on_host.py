@@ -29,7 +29,19 @@ def build(folder: Path, name: str, headers: Path, sources: Mapping[Path, str], *
     includes = [f"-I{place}" for place in (headers, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
     started = [
         subprocess.Popen(
-            ["g++", *FLAGS, *flags, *includes, own, "-x", "c++", "-c", source, "-o", folder / f"{source.stem}.o"],
+            [
+                "g++",
+                *FLAGS,
+                *flags,
+                *includes,
+                own,
+                "-x",
+                "c++",
+                "-c",
+                source,
+                "-o",
+                folder / f"{source.parent.name}_{source.stem}.o",
+            ],
             stderr=subprocess.PIPE,
             text=True,
         )

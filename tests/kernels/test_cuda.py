@@ -19,12 +19,33 @@ SOURCES = sorted(CSRC.glob("*/cuda*.cu"))
 CASES = [(source, arch) for source in SOURCES for arch in ("80", "90a") if arch == "90a" or "_sm90a" not in source.name]
 
 
-def quads(binary: Binary) -> None:
-    """16 bytes of fp32 a load, four in flight; addresses known to be global memory; roundings kept apart."""
-    assert binary.count(r"LDG\.E.*\.128") >= 4 and binary.count(r"STG\.E.*\.128") >= 4, binary.instructions
+def streams(binary: Binary, loads: int, stores: int) -> None:
+    """So many 16-byte accesses in flight; addresses known to be global memory."""
+    assert binary.count(r"LDG\.E\.EF\.128") >= loads and binary.count(r"STG\.E\.EF\.128") >= stores, binary.instructions
     assert not binary.count(r"(LD|ST)\.E.*"), "generic addressing"
+
+
+def averages(binary: Binary) -> None:
+    """Four of target and of fp32 online; roundings kept apart."""
+    streams(binary, 8 if "EfEE" in binary.name else 4, 4)
     ijepa = "7EmaFormE1E" in binary.name  # the form whose products may not be fused into the sum
     assert (binary.count("FFMA.*") == 0) == ijepa, f"{binary.name}: {binary.instructions}"
+
+
+def steps(binary: Binary) -> None:
+    """Two of parameter, both moments, target and fp32 gradient; a gradient of 2 bytes is read 8 bytes a time."""
+    whole = "kernelIfE" in binary.name
+    streams(binary, 10 if whole else 8, 8)
+    assert whole or binary.count(r"LDG\.E\.EF\.64") == 2, binary.instructions
+
+
+def squares(binary: Binary) -> None:
+    """Four of a gradient, squared in double; sums of chunks are read 8 bytes a thread, four in flight."""
+    if "sum" in binary.name:
+        assert binary.count(r"LDG\.E\.64") >= 4, binary.instructions
+    else:
+        streams(binary, 4, 0)
+        assert binary.count("DFMA") and not binary.count("FFMA.*|FMUL.*"), binary.instructions
 
 
 def width(binary: Binary) -> int:
@@ -81,9 +102,11 @@ class Expected:
 
 
 EXPECTED = {
-    "ema_update/cuda.cu": Expected(36, 256, quads),
+    "adamw_ema/cuda.cu": Expected(3, 256, steps, lambda b: 3),
+    "ema_update/cuda.cu": Expected(9, 256, averages, lambda b: 4),
     "embed_patches/cuda_backward.cu": Expected(25, 256, patches, lambda b: (8, 1, 2)[min(width_of_loads(b), 2)]),
     "embed_patches/cuda_forward.cu": Expected(14, 256, patches, lambda b: (8, 1, 2)[min(width_of_loads(b), 2)]),
+    "grad_norm/cuda.cu": Expected(4, 256, squares, lambda b: 4),
     "masked_attention/cuda_backward_sm90a.cu": Expected(32, 128, attention, lambda b: 3 if width(b) <= 32 else 2),
     "masked_attention/cuda_forward_sm90a.cu": Expected(32, 256, attention, lambda b: 2 if width(b) <= 96 else 1),
     "rope/cuda.cu": Expected(12, 256, turning, lambda b: 3 if "Halves" in b.name else 4),

@@ -42,6 +42,11 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels are interpreted or
             total += i
         tl.store(out, total)
 
+    @triton.jit
+    def _flag_kernel(flag, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(out + i, 1.0, mask=(i < N // 2) & (tl.load(flag) == 0))
+
 
 def test_casts_to_bf16_round_to_nearest_even():
     special = [0.0, -0.0, float("inf"), float("nan"), 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3.4e38, 1e-40]
@@ -86,6 +91,13 @@ def test_loops_take_run_time_bounds():
     out = torch.zeros(1, dtype=torch.int32)
     _count_kernel[(1,)](out, 10, 3)
     assert out.item() == 0 + 3 + 6 + 9
+
+
+@pytest.mark.parametrize("flag, written", [(0.0, 8), (1.0, 0), (float("nan"), 0)])
+def test_a_comparison_of_scalars_is_a_mask(flag, written):
+    out = torch.zeros(16)
+    _flag_kernel[(1,)](torch.tensor(flag), out, N=16)
+    assert out.sum() == written
 
 
 def test_traffic_is_counted():

@@ -28,6 +28,20 @@ def ema(shadow: bool):
     return 100_000 * (14 if shadow else 12)
 
 
+def adamw(shadows: bool):
+    """Parameter, both moments and target read and written, gradient read; two copies written."""
+    params, grads, exp_avgs, exp_avg_sqs, targets = ([x] for x in torch.rand(5, 100_000))
+    copies = {n: [torch.zeros(100_000).bfloat16()] for n in ("online_shadow", "target_shadow")} if shadows else {}
+    state = exp_avgs, exp_avg_sqs, [torch.zeros(())]
+    jk.adamw_ema(params, grads, *state, targets, lr=1e-3, momentum=0.996, **copies, backend="triton")
+    return 100_000 * (40 if shadows else 36)
+
+
+def norm(dtype: torch.dtype):
+    jk.grad_norm([torch.ones(100_000, dtype=dtype)], backend="triton")
+    return 100_000 * dtype.itemsize
+
+
 def loss(dtype: torch.dtype, channels: int):
     """Forward with the gradient: pred and chosen targets read, gradient written."""
     ids = torch.arange(6).expand(4, 6).reshape(-1)
@@ -81,12 +95,16 @@ def assembled(backward: bool):
 # the floor's that it may touch, and the modelled time in microseconds that it must stay under on an H200. What a
 # backward gather counts above its floor are searches in the ids: 2 KB an image, read from the nearest cache.
 CASES = [
+    ("adamw_ema-vit_h14", lambda: adamw(False), 1, 632e6 * 36, 1.04, 5300),
+    ("adamw_ema-vit_h14-shadows", lambda: adamw(True), 1, 632e6 * 40, 1.04, 5890),
     ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
     ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
     ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
     ("gather_tokens-vit_h14-forward", lambda: gather(False), 1, 14208 * 1280 * 4, 1.04, 20),
     ("gather_tokens-vit_h14-backward", lambda: gather(True), 1, (14208 + 32768) * 1280 * 2, 1.12, 34),
+    ("grad_norm-vit_h14-fp32", lambda: norm(torch.float32), 2, 632e6 * 4, 1.04, 595),
+    ("grad_norm-vit_h14-bf16", lambda: norm(torch.bfloat16), 2, 632e6 * 2, 1.04, 300),
     ("latent_loss-vit_h14-bf16", lambda: loss(torch.bfloat16, 1280), 2, 21504 * 1280 * 6, 1.04, 45),
     ("latent_loss-vit_h14-fp32", lambda: loss(torch.float32, 1280), 2, 21504 * 1280 * 12, 1.04, 85),
     ("latent_loss-vit_g-bf16", lambda: loss(torch.bfloat16, 1408), 2, 23328 * 1408 * 6, 1.04, 53),

@@ -1,10 +1,13 @@
 """Every Triton kernel, compiled through its ordinary launch path for GPUs that are not here; machine code inspected."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels._core import define
 from jepa_kernels._core.info import kernels
 from jepa_kernels.ops import OPS
 from tests.kernels.expected import CALLS
@@ -69,3 +72,15 @@ def test_lengths_that_change_compile_nothing_new(target, op, call):
         call(torch.arange(kept).expand(4, kept).contiguous())
     names = [binary.name for binary in target.binaries]
     assert f"_{op}_forward_kernel" in names and len(names) == len(set(names)), f"compiled again: {names}"
+
+
+def test_adamw_ema_takes_scalars_of_the_host_by_value(target):
+    """They are elsewhere than the parameters, as on a GPU; values that change compile nothing new."""
+    forward = define.implementation("adamw_ema", "forward", "triton")
+    lists = [[torch.zeros(100)] for _ in range(4)] + [[torch.zeros(())], [torch.zeros(100)], [], []]
+    target.reset(90)
+    for values in ([1e-3, 0.05, 0.996], [0.0, 0.0, 1.0], [1.0, 0.5, 0.0]):
+        scalars = SimpleNamespace(device="elsewhere", tolist=values.copy)
+        forward(*lists, scalars, None, None, 0.9, 0.999, 1e-8, False)
+    (binary,) = target.binaries
+    assert len(target.launches) == 3 and binary.stack == 0 and binary.registers <= 64, binary

@@ -14,9 +14,12 @@ _C.set_isa("best")
 SIZES = (1, 3, 0, 1000, 70_001)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=[*LEVELS, pytest.param("triton", marks=pytest.mark.interp)])
 def backend(request):
-    """Each instruction set of the cpu kernel."""
+    """Each instruction set of the cpu kernel, and Triton in its interpreter."""
+    if request.param == "triton":
+        yield "triton"
+        return
     _C.set_isa(request.param)
     yield "cpu"
     _C.set_isa("best")
@@ -116,6 +119,7 @@ def test_shadows_are_the_rounded_results(backend, dtypes):
         assert equal(inputs[role], alone[role]) and equal(shadow, [t.to(dtype) for t in alone[role]])
 
 
+@pytest.mark.parametrize("backend", LEVELS, indirect=True)
 @pytest.mark.parametrize("start", [0, 1, 8])
 def test_large_shadows_are_streamed_to_the_same_bits(backend, start):
     sizes = (3, 6_300_001, 1, 77)  # 25 MB of parameters; shadows begin on a boundary, or anywhere

@@ -13,8 +13,12 @@ _C.set_isa("best")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=[*LEVELS, pytest.param("triton", marks=pytest.mark.interp)])
 def backend(request):
+    """Each instruction set of the cpu kernel, and Triton in its interpreter."""
+    if request.param == "triton":
+        yield "triton"
+        return
     _C.set_isa(request.param)
     yield "cpu"
     _C.set_isa("best")

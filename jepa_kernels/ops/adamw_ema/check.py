@@ -1,7 +1,7 @@
 """Argument checks of `adamw_ema`: all of them pass before the first write."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -64,15 +64,14 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
 
 
 def _check_entry(lists: Checked, i: int, name: str) -> None:
-    entry = {k: v[i] if v else None for k, v in lists.items()}
-    p = _check_param(entry["params"], name, lists["params"][0])
+    p = _check_param(lists["params"][i], name, lists["params"][0])
+    entry = {role: values[i] for role, values in lists.items() if values and role != "params"}
     for role, t in entry.items():
-        if t is None:
-            if role in STATE and entry["grads"] is not None:
-                fail(OP, f"{role}[{i}]", f"be a tensor, as {name} has a gradient", "None", "pass the state", TypeError)
-        elif role != "params":
+        if t is not None:
             check_partner(p, t, role, name)
-    if entry["target_shadow"] is not None and entry["targets"] is None:
+        elif role in STATE and entry["grads"] is not None:
+            fail(OP, f"{role}[{i}]", f"be a tensor, as {name} has a gradient", "None", "pass the state", TypeError)
+    if entry.get("target_shadow") is not None and entry.get("targets") is None:
         fail(OP, f"the target_shadow of {name}", "have a target to copy", "no target", "leave it out")
 
 
@@ -89,34 +88,41 @@ def _check_param(p: Tensor | None, name: str, first: Tensor | None) -> Tensor:
 
 
 def check_partner(p: Tensor, t: Tensor, role: str, name: str) -> None:
-    what = f"the {role.removesuffix('s')} of {name}"
+    """A tensor of another list against the parameter that it belongs to."""
     dtypes = DTYPES.get(role, SINGLE)
+    usual = t.dtype in dtypes and t.device == p.device and t.layout is torch.strided
+    if not (usual and (t.dim() == 0 if role == "steps" else same_layout(t, p))):
+        _refuse_partner(p, t, f"the {_singular(role)} of {name}", dtypes, role == "steps")
+
+
+def _refuse_partner(p: Tensor, t: Tensor, what: str, dtypes: tuple[torch.dtype, ...], is_step: bool) -> NoReturn:
     if t.dtype not in dtypes:
         wanted = f"be {' or '.join(short(d) for d in dtypes)}"
         fail(OP, what, wanted, short(t.dtype), "convert it with .to(dtype)", TypeError)
     check_strided(OP, what, t)
     if t.device != p.device:
         fail(OP, what, f"be on {p.device}", t.device, "move it with .to(device)")
-    if role == "steps":
-        if t.dim() != 0:
-            fail(OP, what, "have shape ()", tuple(t.shape), "count the steps in a 0-dim tensor")
-    elif not same_layout(t, p):
-        actual = f"shape {tuple(t.shape)} and strides {t.stride()}"
-        wanted = f"have shape {tuple(p.shape)} and strides {p.stride()}"
-        fail(OP, what, wanted, actual, "pair the tensors in order, and store both alike")
+    if is_step:
+        fail(OP, what, "have shape ()", tuple(t.shape), "count the steps in a 0-dim tensor")
+    actual = f"shape {tuple(t.shape)} and strides {t.stride()}"
+    wanted = f"have shape {tuple(p.shape)} and strides {p.stride()}"
+    fail(OP, what, wanted, actual, "pair the tensors in order, and store both alike")
 
 
 def check_overlap(lists: Checked, names: Sequence[str] | None = None) -> None:
     """Two tensors in one place of memory would be updated twice, or from each other's new values."""
 
-    def named(role: str) -> list[tuple[str, Tensor]]:
-        label = f"{role}[{{}}]" if names is None else f"the {role.removesuffix('s')} of {{}}"
-        keys = range(len(lists[role])) if names is None else names
-        return [(label.format(n), t) for n, t in zip(keys, lists[role], strict=False) if t is not None]
+    def places(role: str) -> list[tuple[tuple[str, int], Tensor]]:
+        return [((role, i), t) for i, t in enumerate(lists[role]) if t is not None]
 
-    found = overlap([pair for role in lists if role != "grads" for pair in named(role)], named("grads"))
+    found = overlap([place for role in lists if role != "grads" for place in places(role)], places("grads"))
     if found is not None:
-        fail(OP, found[0], f"share no memory with {found[1]}", "overlapping storage", "give each a tensor of its own")
+        first, other = (f"{r}[{i}]" if names is None else f"the {_singular(r)} of {names[i]}" for r, i in found)
+        fail(OP, first, f"share no memory with {other}", "overlapping storage", "give each a tensor of its own")
+
+
+def _singular(role: str) -> str:
+    return role.removesuffix("s")
 
 
 def check_options(options: Options, device: torch.device | None) -> None:
@@ -124,16 +130,20 @@ def check_options(options: Options, device: torch.device | None) -> None:
     _check_scalar("lr", options.lr, device, "be at least 0", "1e-3 is usual")
     _check_scalar("weight_decay", options.weight_decay, device, "be at least 0", "0.04 to 0.4 is usual")
     _check_scalar("momentum", options.momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
+    _check_scalar("eps", options.eps, None, "be at least 0", "1e-8 is usual")
     betas = options.betas
+    if type(betas) is tuple and len(betas) == 2 and all(type(b) is float and 0.0 <= b < 1.0 for b in betas):
+        return
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
         fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)
     if not all(0.0 <= b < 1.0 for b in betas):
         fail(OP, "betas", "lie in [0, 1)", tuple(betas), "(0.9, 0.999) is usual")
-    _check_range("eps", options.eps, "be at least 0", "1e-8 is usual")
 
 
 def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted: str, remedy: str) -> None:
     """A number, or a 0-dim tensor on the device or the CPU. A tensor elsewhere is not read: that would wait for it."""
+    if type(value) is float and 0.0 <= value <= 1.0:  # most calls end here
+        return
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1 or value.dtype not in SCALARS:
             actual = f"{short(value.dtype)} {tuple(value.shape)}"

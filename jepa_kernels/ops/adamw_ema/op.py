@@ -1,6 +1,6 @@
 """Public face of `adamw_ema`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,11 @@ from jepa_kernels.ops.adamw_ema.check import (
     checked,
 )
 
-KERNELS = (Kernel("cpu", dtypes=(torch.float32,)),)
+KERNELS = (
+    Kernel("cuda", dtypes=(torch.float32,)),
+    Kernel("triton", dtypes=(torch.float32,)),
+    Kernel("cpu", dtypes=(torch.float32,)),
+)
 
 Tensors = Sequence[Tensor | None]
 
@@ -80,24 +84,22 @@ def adamw_ema(
     scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
     if device is None:
         return
-    update(tensors, filled(tensors), options, scale, inf, backend)
+    update(tensors, options, scale, inf, backend)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
         torch.autograd.graph.increment_version(written(given))
 
 
 def update(
     tensors: Checked,
-    lists: Lists,
     options: Options,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str | None = None,
-    forward: Callable[..., None] | None = None,
+    table: "Table | None" = None,
 ) -> None:
-    """One step on lists that were checked; `lists` are `tensors` as the torch op takes them.
+    """One step on lists that were checked.
 
-    forward: `direct` for who steps in eager mode and keeps the lists: the dispatcher looks at each of a thousand
-    tensors.
+    table: of these lists, for who steps in eager mode and keeps them: it saves reading a thousand tensors.
     """
     first: Any = tensors["params"][0]
     chosen = select(OP, KERNELS, backend, first)
@@ -105,18 +107,48 @@ def update(
     if chosen == "reference":
         values = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, betas=betas, eps=eps, maximize=maximize)
         return reference.forward(**tensors, **values, grad_scale=grad_scale, found_inf=found_inf)  # type: ignore[arg-type]
-    scalars = gathered(lr, weight_decay, momentum)
+    arguments = gathered(lr, weight_decay, momentum), grad_scale, found_inf, *betas, eps, maximize
     with torch.no_grad():  # parameters are leaves
-        _count(lists.steps, found_inf)
-        (forward or _forward)(*lists, scalars, grad_scale, found_inf, *betas, eps, maximize, chosen)
+        if table is not None:
+            return table.step(chosen, *arguments)
+        lists = filled(tensors)
+        count(lists.steps, found_inf)
+        _forward(*lists, *arguments, chosen)
 
 
-def direct(*args: Any) -> None:
-    """The kernel itself: the torch op's arguments, the backend last."""
-    implementation(OP, "forward", args[-1])(*args[:-1])
+class Table:
+    """A call's lists that stay: the kernel itself gets them, not the dispatcher, and the CPU's reads addresses once.
+
+    Whoever keeps a Table builds a new one where a tensor moved.
+    """
+
+    def __init__(self, tensors: Checked):
+        self.tensors, self.lists = tensors, filled(tensors)
+        self.none = [p.new_empty(0) for p in self.lists.params]
+        self.read: Any = None
+        self.release()
+
+    def take(self, grads: list[Tensor | None]) -> None:
+        """Gradients of the same parameters for the next step."""
+        self.tensors["grads"] = grads
+        self.lists = self.lists._replace(grads=[e if g is None else g for e, g in zip(self.none, grads, strict=True)])
+
+    def release(self) -> None:
+        """Let go of the gradients: their memory is wanted between the steps."""
+        self.take([None] * len(self.none))
+
+    def step(self, backend: str, *arguments: Any) -> None:
+        """Count the steps, then update."""
+        if backend != "cpu":
+            count(self.lists.steps, arguments[2])
+            return implementation(OP, "forward", backend)(*self.lists, *arguments)
+        if self.read is None:
+            self.held = [t.detach() for values in self.lists._replace(grads=[]) for t in values]  # keeps the memory
+            self.read = implementation(OP, "table", backend)(*self.lists)
+        self.read.step(self.lists.grads, *arguments)
 
 
-def _count(steps: list[Tensor], found_inf: Tensor | None) -> None:
+def count(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """One step more, where gradients were finite, for each parameter that has one."""
     counted = [step for step in steps if step.dim() == 0]  # the others are empty
     if counted:

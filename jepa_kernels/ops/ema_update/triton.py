@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
+from jepa_kernels._core.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 from jepa_kernels.chunks import Groups, Lists, groups
-
-THREADS = 256
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, None: None}
 
 
 @triton.jit
@@ -43,22 +40,15 @@ def _ema_update_forward_kernel(
         keep = m.to(tl.float32)
         step = (1.0 - m).to(tl.float32)
     row = table + tl.program_id(0).to(tl.int64) * 4
-    target = tl.load(row)
-    online = tl.load(row + 1)
-    shadow = tl.load(row + 2)
+    target, online, shadow = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     count = tl.load(row + 3)
-    whole = tl.where((target | online | shadow) % 16 == 0, count // 16 * 16, 0)
-    # Rounding these addresses down changes nothing where the loop runs. Four elements a thread: 16 bytes of fp32.
-    a = tl.multiple_of((target // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
-    b = tl.multiple_of((online // 16 * 16).to(tl.pointer_type(ONLINE)), 16)
-    c = tl.multiple_of((shadow // 16 * 16).to(tl.pointer_type(tl.float32 if SHADOW is None else SHADOW)), 16)
-    lanes = tl.arange(0, 4 * THREADS)
+    whole = aligned_count(target | online | shadow, count)
+    a, b, c = pointer(target, tl.float32, True), pointer(online, ONLINE, True), pointer(shadow, SHADOW, True)
+    lanes = tl.arange(0, 4 * THREADS)  # four elements a thread: 16 bytes of fp32
     for start in range(0, whole, 4 * THREADS):
         _update(a, b, c, start + lanes, start + lanes < tl.multiple_of(whole, 16), keep, step, FORM, SHADOW)
     # What is left over: the last elements, or all of a tensor that starts anywhere.
-    a = target.to(tl.pointer_type(tl.float32))
-    b = online.to(tl.pointer_type(ONLINE))
-    c = shadow.to(tl.pointer_type(tl.float32 if SHADOW is None else SHADOW))
+    a, b, c = pointer(target, tl.float32, False), pointer(online, ONLINE, False), pointer(shadow, SHADOW, False)
     lanes = tl.arange(0, THREADS)
     for start in range(whole, count, THREADS):
         _update(a, b, c, start + lanes, start + lanes < count, keep, step, FORM, SHADOW)

@@ -14,7 +14,7 @@ from jepa_kernels.ops.grad_norm import reference
 
 OP = "grad_norm"
 
-KERNELS = (Kernel("cpu", dtypes=FLOATS),)
+KERNELS = (Kernel("cuda"), Kernel("triton"), Kernel("cpu"))
 
 
 def grad_norm(grads: Sequence[Tensor | None], *, backend: str | None = None) -> Tensor:

@@ -1,9 +1,7 @@
 // The functions of csrc/common/mma.cuh on the host, for tests, and what its users need of CUDA.
 #pragma once
-#include "common/hopper.cuh"
 #include "cuda_bf16.h"
-
-#define __shared__ static
+#include "cuda_runtime.h"
 
 namespace jepa {
 
@@ -13,11 +11,6 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
-template <class T> T __ldg(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fault("a load that is not aligned");
-  return *p;
-}
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 
 // What each lane of this warp brings; `use` sees all of it before any lane goes on.
 template <class Value, class Use> void with_lanes(const Value& own, const Use& use) {

@@ -1,0 +1,81 @@
+"""adamw_ema over whole encoders: the step that torch takes in two passes, and in four where it casts as well."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.ops.bench_ema_update import encoder_shapes
+from benchmarks.workload import Inputs, Workload, each, nbytes
+from jepa_kernels.ops.adamw_ema import cases
+
+LOW = torch.bfloat16
+
+
+def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    shadows = [(inputs[role], inputs[of]) for role, of in zip(cases.SHADOWS, ("params", "targets"), strict=True)
+               if role in inputs]  # fmt: skip
+
+    def whole(**options: Any) -> Callable[[], Any]:
+        optimizer = adamw(inputs, **options)
+
+        @torch.no_grad()
+        def step() -> None:
+            optimizer.step()
+            torch._foreach_lerp_(inputs["targets"], inputs["params"], 1 - inputs["momentum"])
+            for copies, tensors in shadows:
+                torch._foreach_copy_(copies, tensors)
+
+        return step
+
+    return {"fused": whole(fused=True), "foreach": whole(foreach=True)}
+
+
+def adamw(inputs: Inputs, **options: Any) -> torch.optim.AdamW:
+    """torch's own, on the inputs' states."""
+    params = inputs["params"]
+    optimizer = torch.optim.AdamW(params, inputs["lr"], weight_decay=inputs["weight_decay"], **options)
+    for i, p in enumerate(params):
+        p.grad = inputs["grads"][i]
+        optimizer.state[p] = dict(
+            step=inputs["steps"][i], exp_avg=inputs["exp_avgs"][i], exp_avg_sq=inputs["exp_avg_sqs"][i]
+        )
+    return optimizer
+
+
+def moved(inputs: Inputs, stage: str) -> float:
+    """Each state read and written, gradients read, copies written."""
+    states = [nbytes(inputs[role]) for role in ("params", "exp_avgs", "exp_avg_sqs", "targets")]
+    return 2 * sum(states) + nbytes(inputs["grads"]) + sum(nbytes(inputs.get(role, ())) for role in cases.SHADOWS)
+
+
+def flops(inputs: Inputs, stage: str) -> float:
+    return 15 * sum(t.numel() for t in inputs["params"])
+
+
+def workload(name: str, width: int, depth: int, shadows: bool = False, **options: Any) -> Workload:
+    case = cases.case(name, cases.make(encoder_shapes(width, depth), shadows=(LOW, LOW) if shadows else (None, None)))
+    return Workload(
+        name,
+        case.make,
+        bytes=moved,
+        flops=flops,
+        rivals=rivals,
+        mutates=case.mutates,
+        keep=(*case.keep, "grads"),
+        traffic="rmw",
+        **options,
+    )
+
+
+WORKLOADS = (
+    workload("vit_s16", 384, 12, smoke=True),
+    workload("vit_b16", 768, 12),
+    workload("vit_b16_bf16_shadows", 768, 12, shadows=True),
+    workload("vit_h14_bf16_shadows", 1280, 32, shadows=True, devices=("cuda",)),
+)
+
+
+@each("adamw_ema", WORKLOADS)
+def test_adamw_ema(bench, op, workload, stage, dtype):
+    bench(op, workload, stage, dtype)
