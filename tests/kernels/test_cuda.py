@@ -23,6 +23,8 @@ def quads(binary: Binary) -> None:
     """16 bytes of fp32 a load, four in flight; addresses known to be global memory; roundings kept apart."""
     assert binary.count(r"LDG\.E.*\.128") >= 4 and binary.count(r"STG\.E.*\.128") >= 4, binary.instructions
     assert not binary.count(r"(LD|ST)\.E.*"), "generic addressing"
+    if re.search(r"7EmaFormE\dE(13__nv_bfloat16|6__half)", binary.name):  # four low-precision weights a load
+        assert binary.count(r"LDG\.E.*\.64.*") >= 4, binary.instructions
     ijepa = "7EmaFormE1E" in binary.name  # the form whose products may not be fused into the sum
     assert (binary.count("FFMA.*") == 0) == ijepa, f"{binary.name}: {binary.instructions}"
 
