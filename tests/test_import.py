@@ -137,7 +137,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "adamw_ema": lambda: jk.adamw_ema([x], [y], [m], [v], [step], [k], lr=1e-3),
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
-    "ema_update": lambda: jk.ema_update([x], [x], 0.5),
+    "ema_update": lambda: jk.ema_update([x], [y], 0.5),
     "embed_patches": lambda: jk.embed_patches(pixels, ids, weight, bias, pos),
     "embed_patches packed": lambda: jk.embed_patches(pixels, flat, weight, bias, pos, packing=packing),
     "gather_tokens": lambda: jk.gather_tokens(x, ids),
