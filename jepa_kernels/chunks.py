@@ -24,6 +24,7 @@ class Group(NamedTuple):
 
 Groups = tuple[Group, ...]
 _kept: dict[Any, Groups] = {}  # oldest use first
+_passing: dict[Any, Groups] = {}  # of changing lists
 _captured: list[Groups] = []
 
 
@@ -45,58 +46,67 @@ def look(t: Tensor) -> tuple[object, ...]:
     return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
 
 
-def groups(op: str, lists: Lists, known: Any = None) -> Groups:
+def groups(op: str, lists: Lists, known: Any = None, *, changing: bool = False) -> Groups:
     """The chunks of a call. Built and copied to the device when lists are seen first; later calls compare addresses.
 
     lists: the first is never empty, and its tensors are cut. Each other list is empty, or as long; its i-th tensor has
     as many elements as the first list's, or one (all chunks get its address), or none (there is no tensor).
     known: what `read` returned for the lists, where the caller has it.
+    changing: lists that may lie elsewhere at the next call, as gradients do. Their tables belong to the current stream,
+    and nothing waits for the device.
     A CUDA graph bakes the table's address in: tables used while capturing are kept for the life of the process.
     """
     first = lists[0][0]
     key = read(lists, plain=False) if known is None else known
+    kept = _kept
+    if changing:
+        kept = _passing
+        key = key, torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
     capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = _kept.pop(key, None)
+    found = kept.pop(key, None)
     if found is None:
         if capturing:
             raise RuntimeError(
                 f"{op}: the first update of a list of tensors must run before graph capture, got new addresses; "
                 f"run the step once on the same tensors, then capture it"
             )
-        found = build(lists)
-    _kept[key] = found
+        found = build(lists, wait=not changing)
+    kept[key] = found
     if capturing:
         _captured.append(found)
-    if len(_kept) > KEPT:
-        if first.is_cuda:
+    if len(kept) > KEPT:
+        if first.is_cuda and not changing:
             torch.cuda.synchronize(first.device)  # another stream may still read the oldest table
-        del _kept[next(iter(_kept))]
+        del kept[next(iter(kept))]
     return found
 
 
-def build(lists: Lists) -> Groups:
-    """The chunks of these lists, unmemoised: for who holds the tensors, and so knows that the addresses stay."""
-    rows: dict[tuple[torch.dtype | None, ...], list[Tensor]] = {}
+def build(lists: Lists, *, wait: bool = True) -> Groups:
+    """The chunks of these lists, unmemoised: for who holds the tensors, and so knows that the addresses stay.
+
+    wait: until the tables are on the device, visible to every stream; else they are for the current stream alone.
+    """
+    alike: dict[tuple[torch.dtype | None, ...], list[list[Tensor | None]]] = {}
     for i, cut in enumerate(lists[0]):
-        tensors = [_present(list_[i], cut) if list_ else None for list_ in lists]
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
-        rows.setdefault(dtypes, []).append(_rows(cut.numel(), tensors))
-    # A plain, blocking copy: once per list, and visible to every stream afterwards.
+        row = [_present(tensors[i], cut) if tensors else None for tensors in lists]
+        alike.setdefault(tuple([None if t is None else t.dtype for t in row]), []).append(row)
     device = lists[0][0].device
-    return tuple(Group(torch.cat(r).to(device), dtypes) for dtypes, r in rows.items())
+    tables = {dtypes: _table(rows) for dtypes, rows in alike.items()}
+    if device.type == "cuda" and not wait:
+        return tuple(Group(t.pin_memory().to(device, non_blocking=True), dtypes) for dtypes, t in tables.items())
+    return tuple(Group(t.to(device), dtypes) for dtypes, t in tables.items())
 
 
 def _present(t: Tensor, cut: Tensor) -> Tensor | None:
     return None if t.numel() == 0 < cut.numel() else t
 
 
-def _rows(numel: int, tensors: Sequence[Tensor | None]) -> Tensor:
-    start = torch.arange(0, numel, CHUNK)
-    columns = [_addresses(t, start) for t in tensors]
-    return torch.stack([*columns, (numel - start).clamp(max=CHUNK)], 1)
-
-
-def _addresses(t: Tensor | None, start: Tensor) -> Tensor:
-    if t is None:
-        return torch.zeros_like(start)
-    return t.data_ptr() + start * (0 if t.numel() == 1 else t.element_size())
+def _table(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    numel = torch.tensor([row[0].numel() for row in rows])  # type: ignore[union-attr]
+    address = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows])
+    size = torch.tensor([[0 if t is None or t.numel() == 1 else t.element_size() for t in row] for row in rows])
+    count = (numel + CHUNK - 1) // CHUNK
+    of = torch.arange(len(rows)).repeat_interleave(count)  # the row of each chunk
+    start = (torch.arange(len(of)) - (count.cumsum(0) - count)[of]) * CHUNK
+    left = (numel[of] - start).clamp(max=CHUNK)
+    return torch.cat([address[of] + start[:, None] * size[of], left[:, None]], 1)

@@ -8,6 +8,7 @@ from torch import Tensor, strided
 
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
+from jepa_kernels.chunks import read
 from jepa_kernels.lists import PLAIN, tensors
 from jepa_kernels.ops.adamw_ema.check import OP, Checked, Lists, check_overlap, check_partner, checked
 from jepa_kernels.ops.adamw_ema.op import Table, written
@@ -47,8 +48,6 @@ class Plan:
         self.layouts = [(p.shape, p.stride()) for p in lists.params]
         self.written = written(given)
         self.shards = [(t, t._local_tensor) for t in self.written if hasattr(t, "_local_tensor")]
-        movable = [values for name, values in zip(Lists._fields, lists, strict=True) if name not in ("grads", "steps")]
-        self.movable = [t for values in movable for t in values]
         self.places = self._places()
 
     def fits(self, params: Sequence[Tensor], state: State, grads: Grads) -> bool:
@@ -78,9 +77,10 @@ class Plan:
             fail(OP, what, f"be placed as {placements}", getattr(grad, "placements", type(grad).__name__), remedy)
         return tensors(OP, "grads", [grad])[0]  # type: ignore[return-value]
 
-    def _places(self) -> list[int]:
-        """Addresses, and the sizes of parameters: other tensors of a row can't outgrow the memory that they have."""
-        return [t.data_ptr() for t in self.movable] + [p.numel() for p in self.table.lists.params]
+    def _places(self) -> Any:
+        """Where all but the gradients lies, and how: what the table knows is true where this is equal."""
+        lists = self.table.lists._replace(grads=[])
+        return read(lists, plain=True) or [x for values in lists for t in values for x in (t.data_ptr(), t.numel())]
 
 
 def check_overlap_of(plans: Sequence[Plan]) -> None:

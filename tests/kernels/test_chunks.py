@@ -9,6 +9,7 @@ from jepa_kernels import chunks
 @pytest.fixture(autouse=True)
 def _no_tables():
     chunks._kept.clear()
+    chunks._passing.clear()
 
 
 def groups(*lists):
@@ -94,3 +95,11 @@ def test_equal_addresses_of_another_size_are_another_table():
 def test_equal_addresses_of_other_lists_are_another_table():
     a, b = torch.zeros(5), torch.zeros(5)
     assert groups([a, b])[0].table.shape == (2, 2) and groups([a], [b])[0].table.shape == (1, 3)
+
+
+def test_lists_that_change_do_not_push_out_those_that_stay():
+    stay, lists = [torch.zeros(3)], [[torch.zeros(3)] for _ in range(chunks.KEPT + 1)]
+    first = groups(stay)
+    passing = [chunks.groups("op", [tensors], changing=True) for tensors in lists]
+    assert groups(stay) is first and len(chunks._passing) == chunks.KEPT
+    assert chunks.groups("op", [lists[-1]], changing=True) is passing[-1]

@@ -18,5 +18,5 @@ def forward(
     """One launch for tensors of the same dtypes that lack the same ones: usually one in all."""
     launch = extension.load().adamw_ema_forward_cuda  # type: ignore[union-attr]
     lists = (params, grads, exp_avgs, exp_avg_sqs, targets, online_shadow, target_shadow, steps)
-    for table, (_, grad, _, _, _, online_copy, target_copy, _) in groups("adamw_ema", lists):
+    for table, (_, grad, _, _, _, online_copy, target_copy, _) in groups("adamw_ema", lists, changing=True):
         launch(table, grad, online_copy, target_copy, *rest)

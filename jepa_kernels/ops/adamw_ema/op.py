@@ -143,7 +143,6 @@ class Table:
             count(self.lists.steps, arguments[2])
             return implementation(OP, "forward", backend)(*self.lists, *arguments)
         if self.read is None:
-            self.held = [t.detach() for values in self.lists._replace(grads=[]) for t in values]  # keeps the memory
             self.read = implementation(OP, "table", backend)(*self.lists)
         self.read.step(self.lists.grads, *arguments)
 

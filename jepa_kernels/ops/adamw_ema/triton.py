@@ -141,7 +141,7 @@ def forward(
     host = (0.0, 0.0, 0.0) if on_device else scalars.tolist()
     lists = (params, grads, exp_avgs, exp_avg_sqs, targets, online_shadow, target_shadow, steps)
     with device_of(params[0]):
-        for table, (_, grad, _, _, target, online_copy, target_copy, _) in groups("adamw_ema", lists):
+        for table, (_, grad, _, _, target, online_copy, target_copy, _) in groups("adamw_ema", lists, changing=True):
             _adamw_ema_forward_kernel[(len(table),)](
                 table,
                 scalars if on_device else None,

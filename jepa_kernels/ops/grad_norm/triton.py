@@ -50,7 +50,7 @@ def _grad_norm_sum_kernel(partial, out, count, BLOCK: tl.constexpr):
 
 def forward(grads: Sequence[Tensor]) -> Tensor:
     """A launch for each dtype of gradient, and one for the sum."""
-    found = groups("grad_norm", (grads,))
+    found = groups("grad_norm", (grads,), changing=True)
     partial = torch.empty(sum(len(table) for table, _ in found), dtype=torch.float64, device=grads[0].device)
     out = torch.empty((), dtype=torch.float32, device=grads[0].device)
     start = 0
