@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -426,6 +427,15 @@ def test_new_storage_of_a_parameter_is_followed():
     for p, state in run.optimizer.state.items():
         run.optimizer.state[p] = {k: v.clone() for k, v in state.items()}
     assert_same(run.train(2, 2).weights(), twin.train(2, 2).weights())
+
+
+def test_gradients_are_let_go_of_after_the_step():
+    run = Run("ours", clip=1.0)
+    backward(run.net, 0)
+    grads = [weakref.ref(p.grad) for p in run.net.parameters()]
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    assert not any(ref() is not None for ref in grads)
 
 
 def test_no_memory_is_taken_but_for_tables():

@@ -130,7 +130,8 @@ class AdamWEMA(Optimizer):
             if device is None:
                 continue
             factors = (_factor("grad_scale", scale, device), _factor("found_inf", found_inf, device))
-            update(plan.tensors, group_options, *factors, table=plan.table)
+            update(plan.table.tensors, group_options, *factors, table=plan.table)
+            plan.table.release()
             torch.autograd.graph.increment_version(plan.written)
 
     def _grads(self, params: list[Tensor]) -> list[Tensor | None]:
@@ -285,6 +286,8 @@ def _aligned(role: str, params: Sequence[Tensor], given: Given) -> list[Tensor |
     """A tensor or None for each parameter."""
     if given is None:
         return [None] * len(params)
+    if not isinstance(given, Iterable):
+        fail(OP, role, "be tensors or a dict", type(given).__name__, "pass module.parameters()", TypeError)
     if isinstance(given, Mapping):
         return [given.get(p) for p in params]
     found = list(given)

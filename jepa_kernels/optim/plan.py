@@ -8,6 +8,7 @@ from torch import Tensor, strided
 
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
+from jepa_kernels.chunks import read
 from jepa_kernels.lists import PLAIN, tensors
 from jepa_kernels.ops.adamw_ema.check import OP, Checked, Lists, check_overlap, check_partner, checked
 from jepa_kernels.ops.adamw_ema.op import Table, written
@@ -40,15 +41,13 @@ class Plan:
         given |= {name: [entries.get(key) for entries in states] for name, key in ENTRIES.items()}
         given |= {name: _unless_none([p[i] for p in partners]) for i, name in enumerate(Partners._fields)}
         self.names, self.params, self.state = names, list(params), _entries(params, state)
-        self.tensors: Checked = checked(names, **{name: given[name] for name in Lists._fields})
-        self.table, self.kept = Table(self.tensors), _kept(grads)
+        self.table = Table(checked(names, **{name: given[name] for name in Lists._fields}))
+        self.kept = _kept(grads)
         lists = self.table.lists
         self.device = lists.params[0].device if self.params else None
         self.layouts = [(p.shape, p.stride()) for p in lists.params]
         self.written = written(given)
         self.shards = [(t, t._local_tensor) for t in self.written if hasattr(t, "_local_tensor")]
-        movable = [values for name, values in zip(Lists._fields, lists, strict=True) if name not in ("grads", "steps")]
-        self.movable = [t for values in movable for t in values]
         self.places = self._places()
 
     def fits(self, params: Sequence[Tensor], state: State, grads: Grads) -> bool:
@@ -69,7 +68,6 @@ class Plan:
             usual = g is None or (g.dtype in FLOATS and g.layout is strided and g.device == device)
             if not usual or (g is not None and not (g.shape == shape and g.stride() == stride)):
                 check_partner(self.table.lists.params[i], g, "grads", self.names[i])  # type: ignore[arg-type]
-        self.tensors["grads"] = local
         self.table.take(local)
 
     def _shard(self, i: int, grad: Any) -> Tensor:
@@ -79,16 +77,17 @@ class Plan:
             fail(OP, what, f"be placed as {placements}", getattr(grad, "placements", type(grad).__name__), remedy)
         return tensors(OP, "grads", [grad])[0]  # type: ignore[return-value]
 
-    def _places(self) -> list[int]:
-        """Addresses, and the sizes of parameters: other tensors of a row can't outgrow the memory that they have."""
-        return [t.data_ptr() for t in self.movable] + [p.numel() for p in self.table.lists.params]
+    def _places(self) -> Any:
+        """Where all but the gradients lies, and how: what the table knows is true where this is equal."""
+        lists = self.table.lists._replace(grads=[])
+        return read(lists, plain=True) or [x for values in lists for t in values for x in (t.data_ptr(), t.numel())]
 
 
 def check_overlap_of(plans: Sequence[Plan]) -> None:
     """No tensor of one group lies in the memory of another, be it of the same or of another group."""
     joined: Checked = {name: [] for name in Lists._fields}
     for plan in plans:
-        for name, values in plan.tensors.items():
+        for name, values in plan.table.tensors.items():
             joined[name] += values or [None] * len(plan.names)
     check_overlap(joined, [name for plan in plans for name in plan.names])
 

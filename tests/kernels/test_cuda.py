@@ -28,6 +28,8 @@ def streams(binary: Binary, loads: int, stores: int) -> None:
 def averages(binary: Binary) -> None:
     """Four of target and of fp32 online; roundings kept apart."""
     streams(binary, 8 if "EfEE" in binary.name else 4, 4)
+    if re.search(r"7EmaFormE\dE(13__nv_bfloat16|6__half)", binary.name):  # four low-precision weights a load
+        assert binary.count(r"LDG\.E.*\.64.*") >= 4, binary.instructions
     ijepa = "7EmaFormE1E" in binary.name  # the form whose products may not be fused into the sum
     assert (binary.count("FFMA.*") == 0) == ijepa, f"{binary.name}: {binary.instructions}"
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
@@ -208,6 +209,12 @@ def test_inference_tensors_are_updated():
         assert target[0].tolist() == [3.0] * 3
 
 
+def test_the_op_refuses_lists_of_different_length():
+    momentum = torch.tensor(0.5, dtype=torch.float64)
+    with pytest.raises(IndexError):
+        torch.ops.jepa_kernels.ema_update_forward([torch.ones(3)], [], [], momentum, "lerp", "cpu")
+
+
 def test_the_cpu_kernel_refuses_types_it_is_not_built_for():
     target, online, momentum = [torch.ones(3)], [torch.ones(3).double()], torch.tensor(0.5, dtype=torch.float64)
     with pytest.raises(ValueError, match="tensors must be float32, bfloat16 or float16, got float64"):
@@ -283,6 +290,24 @@ def test_a_dispatch_mode_sees_the_op_and_changes_no_bit():
     assert mode.calls == 2 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_fake_tensors_are_traced():
+    with FakeTensorMode():
+        target, online = tensors(0), tensors(1)
+        jk.ema_update(target, online, 0.9)
+        jk.EmaTable(target, online).update(0.9)
+    meta = [t.to("meta") for t in tensors(0)]
+    jk.EmaTable(meta, [t.clone() for t in meta]).update(0.9, backend="reference")
+
+
+def test_a_table_keeps_its_lists_when_the_caller_changes_theirs():
+    target, online = tensors(0), tensors(1)
+    table = jk.EmaTable(target, online)
+    target.append(torch.zeros(1))
+    online.clear()
+    table.update(0.0, form="ijepa")
+    assert all(torch.equal(a, b) for a, b in zip(target[:-1], tensors(1), strict=True))
+
+
 def test_the_profiler_sees_the_op():
     with torch.profiler.profile() as profile:
         jk.ema_update(tensors(0), tensors(1), 0.9)
@@ -298,6 +323,15 @@ def test_shadows_larger_than_the_cache_are_streamed(start, dtype):
     jk.ema_update(target, online, 0.9, shadow=shadow)
     assert all(torch.equal(s, t.to(dtype)) for s, t in zip(shadow, target, strict=True))
     assert all(s._base is None or s._base[:start].isnan().all() for s in shadow)
+
+
+def test_an_update_of_modules_compiles():
+    target, online, expected = (nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5)) for _ in range(3))
+    expected.load_state_dict(target.state_dict())
+    momentum = torch.tensor(0.9, dtype=torch.float64)
+    torch.compile(jk.ema_update, fullgraph=True, backend="aot_eager")(target, online, momentum)
+    jk.ema_update(expected, online, momentum)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), expected.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("prepared", [False, True])

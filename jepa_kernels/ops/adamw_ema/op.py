@@ -123,14 +123,19 @@ class Table:
     """
 
     def __init__(self, tensors: Checked):
-        self.lists = filled(tensors)
-        self.held = [t.detach() for values in self.lists for t in values]  # their memory stays, whatever owners do
+        self.tensors, self.lists = tensors, filled(tensors)
+        self.none = [p.new_empty(0) for p in self.lists.params]
         self.read: Any = None
+        self.release()
 
     def take(self, grads: list[Tensor | None]) -> None:
-        """Other gradients of the same parameters."""
-        empty = self.lists.grads
-        self.lists = self.lists._replace(grads=[e if g is None else g for e, g in zip(empty, grads, strict=True)])
+        """Gradients of the same parameters for the next step."""
+        self.tensors["grads"] = grads
+        self.lists = self.lists._replace(grads=[e if g is None else g for e, g in zip(self.none, grads, strict=True)])
+
+    def release(self) -> None:
+        """Let go of the gradients: their memory is wanted between the steps."""
+        self.take([None] * len(self.none))
 
     def step(self, backend: str, *arguments: Any) -> None:
         """Count the steps, then update."""

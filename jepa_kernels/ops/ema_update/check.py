@@ -51,9 +51,8 @@ def check(sources: Sources) -> Checked:
         return checked
     name = names(sources, given)
     _check_lists(name, *checked.local)
-    if not torch.compiler.is_compiling():
-        _check_memory(name, checked.local)
     if checked.known is not None:
+        _check_memory(name, checked.local)
         _passed[checked.known] = None
         if len(_passed) > KEPT:
             del _passed[next(iter(_passed))]
@@ -156,7 +155,7 @@ def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
         _span(t, role, name[role][i])
         for role, tensors in zip(ROLES, lists, strict=True)
         for i, t in enumerate(tensors)
-        if t.numel() and not t.is_meta
+        if t.numel()
     )
     furthest: dict[bool, _Span] = {}  # by "is written"
     for span in spans:
