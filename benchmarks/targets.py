@@ -34,6 +34,12 @@ def attention(
     return tuple(Target("masked_attention", workload, p, baseline, least, what, dtype) for p, least in passes)
 
 
+def ema(workload: str, loop: float, lerp: float) -> tuple[Target, Target]:
+    """With no shadow, which the rows with one are held to as well."""
+    baselines = (("loop", loop, "the published per-parameter loop"), ("lerp", lerp, "_foreach_lerp_"))
+    return tuple(Target("ema_update", workload, "forward", name, least, what) for name, least, what in baselines)
+
+
 def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Target, Target]:
     """Of both passes."""
     return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
@@ -49,8 +55,11 @@ def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, T
 TARGETS = (
     Target("adamw_ema", "vit_b16", "forward", "fused", 1.05, "fused AdamW, _foreach_lerp_"),
     Target("adamw_ema", "vit_b16_bf16_shadows", "forward", "fused", 1.2, "fused AdamW, _foreach_lerp_, two casts"),
-    Target("ema_update", "vit_s16", "forward", "loop", 2.0, "the published per-parameter loop"),
-    Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "_foreach_lerp_"),
+    *ema("vit_s16", 2.0, 1.0),
+    *ema("vit_b16", 2.2, 1.0),
+    Target("ema_update", "vit_ti16", "forward", "lerp", 1.3, "_foreach_lerp_"),
+    Target("ema_update", "vit_b16_bf16_shadow", "forward", "lerp", 1.25, "_foreach_lerp_ and _foreach_copy_"),
+    Target("ema_update", "tiny_1000", "forward", "lerp", 1.5, "_foreach_lerp_, 1000 tensors of 64"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "repeat", 10.0, "torch.gather, index repeated, batch 32"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "backward", "repeat", 5.0, "torch.gather, index repeated, batch 32"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "index_select", 1.0, "index_select, batch 32"),

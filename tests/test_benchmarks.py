@@ -298,11 +298,11 @@ def test_schema_problems_are_named(bad, problem):
 
 def test_targets_speak_of_the_worst_fp32_row():
     found = [row(), row(ours_s=4e-3), row(dtype="bfloat16", ours_s=9.0), model_row()]
-    verdicts = {(t.name, t.baseline): (worst, holds) for t, worst, holds in targets.check(found)}
-    worst, holds = verdicts["ema_update", "lerp"]
+    verdicts = {(t.name, t.workload, t.baseline): (worst, holds) for t, worst, holds in targets.check(found)}
+    worst, holds = verdicts["ema_update", "vit_s16", "lerp"]
     assert worst["ratio"] == pytest.approx(0.5) and holds is False
-    assert verdicts["ijepa", "reference"][1] is True
-    assert verdicts["masked_attention", "loop"] == (None, None)
+    assert verdicts["ijepa", "vit_small_16_truncated", "reference"][1] is True
+    assert verdicts["masked_attention", "ragged_1572", "loop"] == (None, None)
 
 
 def test_every_op_has_a_benchmark():

@@ -61,7 +61,7 @@ def test_first_bad_id():
 
 def test_only_a_backend_file_that_is_not_there_leads_to_the_extension(monkeypatch):
     monkeypatch.setattr(define, "_implementations", {})
-    assert define.implementation("ema_update", "forward", "cpu") is _C.ema_update_forward_cpu
+    assert define.implementation("gather_tokens", "forward", "cpu") is _C.gather_tokens_forward_cpu
     monkeypatch.setitem(sys.modules, "triton.language", None)  # a part of Triton that does not import
     monkeypatch.delitem(sys.modules, "jepa_kernels.ops.ema_update.triton", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"triton\.language"):

@@ -1,10 +1,11 @@
 """ema_update over whole encoders. The pattern for every op: workloads, rivals, bytes and flops; no timing code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+import jepa_kernels as jk
 from benchmarks.workload import Inputs, Workload, each, nbytes
 
 MOMENTUM = 0.996
@@ -17,9 +18,11 @@ def encoder_shapes(width: int, depth: int, patch: int = 16, tokens: int = 196) -
     return [(1, tokens, width), (width, 3, patch, patch), (width,), *(block * depth), (width,), (width,)]
 
 
-def encoder(width: int, depth: int, shadow: bool = False) -> Callable[[torch.Generator], Inputs]:
+TINY = ((64,),) * 1000  # all of it is host time
+
+
+def lists(shapes: Sequence[tuple[int, ...]], shadow: bool) -> Callable[[torch.Generator], Inputs]:
     def make(generator: torch.Generator) -> Inputs:
-        shapes = encoder_shapes(width, depth)
         target, online = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
         inputs: Inputs = dict(target=target, online=online, momentum=MOMENTUM)
         return {**inputs, "shadow": [torch.zeros(s, dtype=torch.bfloat16) for s in shapes]} if shadow else inputs
@@ -67,6 +70,12 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {name: copied(update) for name, update in (("loop", loop), ("foreach", foreach), ("lerp", lerp))}
 
 
+def tiny_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """And our own prepared table, which saves the checks."""
+    table = jk.EmaTable(inputs["target"], inputs["online"])
+    return {**rivals(inputs), "table": lambda: table.update(inputs["momentum"])}
+
+
 def moved(inputs: Inputs, stage: str) -> float:
     return 2 * nbytes(inputs["target"]) + nbytes(inputs["online"]) + nbytes(inputs.get("shadow", ()))
 
@@ -76,11 +85,15 @@ def flops(inputs: Inputs, stage: str) -> float:
 
 
 def workload(
-    name: str, width: int, depth: int, shadow: bool = False, rivals: Any = rivals, smoke: bool = False
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    shadow: bool = False,
+    rivals: Any = rivals,
+    smoke: bool = False,
 ) -> Workload:
     return Workload(
         name,
-        encoder(width, depth, shadow),
+        lists(shapes, shadow),
         bytes=moved,
         flops=flops,
         rivals=rivals,
@@ -91,10 +104,14 @@ def workload(
     )
 
 
+VIT_TI, VIT_S, VIT_B = (encoder_shapes(width, 12) for width in (192, 384, 768))
 WORKLOADS = (
-    workload("vit_s16", 384, 12, smoke=True),
-    workload("vit_b16", 768, 12, rivals=compiled_rivals),
-    workload("vit_s16_bf16_shadow", 384, 12, shadow=True),
+    workload("vit_ti16", VIT_TI),
+    workload("vit_s16", VIT_S, smoke=True),
+    workload("vit_b16", VIT_B, rivals=compiled_rivals),
+    workload("vit_s16_bf16_shadow", VIT_S, shadow=True),
+    workload("vit_b16_bf16_shadow", VIT_B, shadow=True),
+    workload("tiny_1000", TINY, rivals=tiny_rivals),
 )
 
 

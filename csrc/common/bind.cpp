@@ -56,7 +56,7 @@ void bind_common(py::module_& m) {
   m.def("isa", [] { return isa_name(isa()); });
   m.def("set_isa", &set_isa, py::arg("name"));
   py::class_<TensorLists>(m, "TensorLists")
-      .def("__eq__", &TensorLists::operator==)
+      .def("__eq__", &TensorLists::operator==, py::is_operator())
       .def("__hash__", &TensorLists::hash);
   m.def("read_lists", &TensorLists::read, py::arg("lists"), py::arg("plain"));
   m.def("first_bad_id", &first_bad_id);

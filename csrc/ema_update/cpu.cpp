@@ -1,6 +1,7 @@
 // One pass over memory: read target and online, write target and its shadow (12 bytes a parameter in fp32).
 #include "ema_update/ema_update.h"
 
+#include "common/copy.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -18,49 +19,95 @@ template <EmaForm form> static inline vf mix(vf target, vf online, Factors f) {
   return fma(f.step, online, mul(f.keep, target));
 }
 
-template <EmaForm form, class Online, class Shadow>
-static void update_range(float* target, const Online* online, Shadow* shadow, int64_t n, Factors f) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) {
+struct None {}; // no shadow
+template <class Shadow> constexpr bool is_written = true;
+template <> constexpr bool is_written<None> = false;
+
+template <EmaForm form, class Online, class Shadow> struct Range {
+  float* target;
+  const Online* online;
+  Shadow* shadow;
+  int64_t n;
+  Factors f;
+
+  template <bool streamed> void update(int64_t i) const {
     const vf x = mix<form>(load(target + i), load(online + i), f);
     store(target + i, x);
-    if (shadow) store(shadow + i, x);
+    if constexpr (is_written<Shadow> && streamed) stream(shadow + i, x);
+    if constexpr (is_written<Shadow> && !streamed) store(shadow + i, x);
   }
-  if (const int rest = static_cast<int>(n - i)) {
-    const vf x = mix<form>(load(target + i, rest), load(online + i, rest), f);
-    store(target + i, x, rest);
-    if (shadow) store(shadow + i, x, rest);
+
+  void update_some(int64_t i, int count) const {
+    const vf x = mix<form>(load(target + i, count), load(online + i, count), f);
+    store(target + i, x, count);
+    if constexpr (is_written<Shadow>) store(shadow + i, x, count);
   }
+
+  template <bool streamed> void update_all() const {
+    int64_t i = 0;
+    if constexpr (streamed) { // from the first address on that is aligned
+      const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(shadow) / sizeof(Shadow) % W);
+      if (past) i = W - past < n ? W - past : n;
+      if (i) update_some(0, static_cast<int>(i));
+    }
+    for (; i + W <= n; i += W) update<streamed>(i);
+    if (i < n) update_some(i, static_cast<int>(n - i));
+  }
+};
+
+// Elements [begin, begin + n) of a tensor. The shadow is never read: streamed, it need not be fetched either.
+struct Share {
+  const EmaTensor& t;
+  int64_t begin, n;
+  Factors f;
+  bool streamed;
+};
+
+template <EmaForm form, class Online, class Shadow> static void update_range(const Share& s) {
+  const Range<form, Online, Shadow> range{s.t.target + s.begin,
+                                          static_cast<const Online*>(s.t.online) + s.begin,
+                                          static_cast<Shadow*>(s.t.shadow) + s.begin, s.n, s.f};
+  if (is_written<Shadow> && s.streamed)
+    range.template update_all<is_written<Shadow>>();
+  else
+    range.template update_all<false>();
 }
 
-template <EmaForm form, class Online>
-static void update_online(const EmaTensor& t, int64_t begin, int64_t n, Factors f) {
-  float* target = t.target + begin;
-  const Online* online = static_cast<const Online*>(t.online) + begin;
-  if (t.shadow && t.shadow_dtype == DType::bf16)
-    return update_range<form>(target, online, static_cast<bf16*>(t.shadow) + begin, n, f);
-  if (t.shadow && t.shadow_dtype == DType::f16)
-    return update_range<form>(target, online, static_cast<f16*>(t.shadow) + begin, n, f);
-  update_range<form>(target, online, t.shadow ? static_cast<float*>(t.shadow) + begin : nullptr, n, f);
-}
-
-template <EmaForm form> static void update(const EmaTensor& t, int64_t begin, int64_t n, Factors f) {
-  with_float(t.online_dtype, [&](auto x) { update_online<form, decltype(x)>(t, begin, n, f); });
+template <EmaForm form> static void update(const Share& s) {
+  with_float(s.t.online_dtype, [&](auto x) {
+    using Online = decltype(x);
+    if (!s.t.shadow) return update_range<form, Online, None>(s);
+    with_float(s.t.shadow_dtype, [&](auto y) { update_range<form, Online, decltype(y)>(s); });
+  });
 }
 
 static void require_float(DType type) {
   if (type != DType::f32 && type != DType::bf16 && type != DType::f16) refuse(type);
 }
 
+static void update(EmaForm form, const Share& s) {
+  switch (form) {
+  case EmaForm::lerp:
+    return update<EmaForm::lerp>(s);
+  case EmaForm::ijepa:
+    return update<EmaForm::ijepa>(s);
+  case EmaForm::vjepa2:
+    return update<EmaForm::vjepa2>(s);
+  }
+}
+
 // Threads share the parameters as one long axis: each takes a contiguous share of all elements.
 void ema_update_cpu(const EmaUpdateParams& p) {
-  int64_t total = 0;
+  int64_t total = 0, shadow_bytes = 0;
   for (int64_t i = 0; i < p.count; ++i) {
-    total += p.tensors[i].numel;
-    require_float(p.tensors[i].online_dtype);
-    require_float(p.tensors[i].shadow_dtype);
+    const EmaTensor& t = p.tensors[i];
+    require_float(t.online_dtype);
+    require_float(t.shadow_dtype);
+    total += t.numel;
+    if (t.shadow) shadow_bytes += t.numel * (t.shadow_dtype == DType::f32 ? 4 : 2);
   }
   const Factors f{set1(static_cast<float>(p.momentum)), set1(static_cast<float>(1.0 - p.momentum))};
+  const bool streamed = shadow_bytes > STREAM_BYTES;
   constexpr int64_t WORTH_A_THREAD = 1 << 14;
   const int64_t useful = total / WORTH_A_THREAD + 1;
   const int threads = useful < p.threads ? static_cast<int>(useful) : p.threads;
@@ -70,19 +117,9 @@ void ema_update_cpu(const EmaUpdateParams& p) {
       const EmaTensor& t = p.tensors[i];
       const int64_t from = begin > start ? begin - start : 0;
       const int64_t to = end - start < t.numel ? end - start : t.numel;
-      if (from >= to) continue;
-      switch (p.form) {
-      case EmaForm::lerp:
-        update<EmaForm::lerp>(t, from, to - from, f);
-        break;
-      case EmaForm::ijepa:
-        update<EmaForm::ijepa>(t, from, to - from, f);
-        break;
-      case EmaForm::vjepa2:
-        update<EmaForm::vjepa2>(t, from, to - from, f);
-        break;
-      }
+      if (from < to) update(p.form, {t, from, to - from, f, streamed});
     }
+    if (streamed) _mm_sfence();
   });
 }
 

@@ -32,6 +32,16 @@ def test_chunks_cover_every_element_once():
     assert steps == [0, 2 * chunks.CHUNK, 4 * chunks.CHUNK] and not table[:, 2].any()
 
 
+def test_chunks_of_more_elements_than_int32_counts():
+    n = (1 << 31) + 5
+    target, online = (torch.empty(n, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))  # no page is touched
+    ((table, _),) = groups([target], [online], ())
+    first, last = table[:, 0] - target.data_ptr(), table[-1].tolist()
+    assert torch.equal(first, torch.arange(0, 4 * n, 4 * chunks.CHUNK)) and table[:, 3].sum() == n
+    assert torch.equal(table[:, 1] - online.data_ptr(), first // 2)
+    assert last == [target.data_ptr() + 4 * (1 << 31), online.data_ptr() + 2 * (1 << 31), 0, 5]
+
+
 def test_each_set_of_dtypes_is_one_launch():
     target = [torch.zeros(5) for _ in range(4)]
     dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16)

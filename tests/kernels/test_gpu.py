@@ -1,5 +1,6 @@
 """What only a GPU can show: no sync, other streams, graph capture, and the bits of the CPU kernels."""
 
+import timeit
 from contextlib import contextmanager
 
 import pytest
@@ -90,6 +91,63 @@ def test_ema_update_can_be_captured_once_it_ran(backend):
         graph.replay()
         jk.ema_update(expected, online, value, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(target, expected, strict=True))
+
+
+@each_backend
+def test_a_captured_table_replays_with_other_momenta_and_weights(backend):
+    target, online, shadow = tensors(0), tensors(1), tensors(2, torch.bfloat16)
+    momentum = torch.tensor(0.5, dtype=torch.float64, device="cuda")
+    table, graph = jk.EmaTable(target, online, shadow=shadow), torch.cuda.CUDAGraph()
+    table.update(momentum, backend=backend)
+    with torch.cuda.graph(graph):
+        table.update(momentum, backend=backend)
+    expected = [t.clone() for t in target]
+    for value in (0.9, 0.99, 1.0):
+        momentum.fill_(value)
+        torch._foreach_mul_(online, 1.5)
+        graph.replay()
+        jk.ema_update(expected, online, value, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(target, expected, strict=True))
+        assert all(torch.equal(s, t.bfloat16()) for s, t in zip(shadow, target, strict=True))
+
+
+@each_backend
+def test_a_table_names_weights_that_moved(backend):
+    target, online = tensors(0), tensors(1)
+    table = jk.EmaTable(target, online)
+    table.update(0.5, backend=backend)
+    before, online[3].data = [t.clone() for t in target], online[3].clone()
+    with pytest.raises(ValueError, match=r"online\[3\] must stay as it was when the table was built"), no_sync():
+        table.update(0.5, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(target, before, strict=True))
+
+
+@each_backend
+def test_ema_update_of_more_elements_than_int32_counts(backend):
+    n = (1 << 31) + 5
+    if torch.cuda.mem_get_info()[0] < 7 * n:
+        pytest.skip("needs 14 GB of free GPU memory")
+    target, online = torch.zeros(n, device="cuda"), torch.ones(n, device="cuda", dtype=torch.bfloat16)
+    jk.ema_update([target], [online], 0.5, backend=backend)
+    assert target.min() == 0.5 == target.max()
+
+
+@each_backend
+def test_an_update_costs_the_host_little(backend):
+    """Of ViT-H's count of tensors, with the kernel out of the way: 200 us a call, 30 us with a table."""
+    target, online = ([torch.zeros(64, device="cuda") for _ in range(390)] for _ in range(2))
+    table = jk.EmaTable(target, online)
+    calls = {
+        "call": lambda: jk.ema_update(target, online, 0.996, backend=backend),
+        "table": lambda: table.update(0.996, backend=backend),
+    }
+    us = {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        us[name] = min(timeit.repeat(call, number=20, repeat=10)) / 20 * 1e6
+    print({name: round(value, 1) for name, value in us.items()})
+    assert us["call"] < 200 and us["table"] < us["call"]
 
 
 def test_latent_loss_needs_no_sync():

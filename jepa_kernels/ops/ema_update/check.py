@@ -16,7 +16,7 @@ FORMS = ("lerp", "ijepa", "vjepa2")
 Source = Sequence[Tensor] | nn.Module | None
 Sources = tuple[Source, Source, Source]
 Names = dict[str, list[str]]  # by role
-_passed: dict[Any, None] = {}  # oldest use first
+_passed: dict[Any, None] = {}  # oldest first
 
 
 class Checked(NamedTuple):
@@ -39,13 +39,12 @@ def check(sources: Sources) -> Checked:
     """The lists of these modules or lists; raises the error that names the first tensor at fault."""
     given = tuple(_listed(source, role) for source, role in zip(sources, ROLES, strict=True))
     checked = reread(given)
-    if checked.known is None or checked.known not in _passed:
-        name = names(sources, given)
-        _check_lists(name, *checked.local)
-        if not torch.compiler.is_compiling():
-            _check_memory(name, checked.local)
+    if checked.known is not None and checked.known in _passed:
+        return checked
+    name = names(sources, given)
+    _check_lists(name, *checked.local)
     if checked.known is not None:
-        _passed.pop(checked.known, None)
+        _check_memory(name, checked.local)
         _passed[checked.known] = None
         if len(_passed) > KEPT:
             del _passed[next(iter(_passed))]
@@ -73,7 +72,7 @@ def _listed(source: Source, role: str) -> list[Any]:
         if source is None and role == "shadow":
             return []
         fail(OP, role, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
-    return source if type(source) is list else list(source)
+    return list(source)
 
 
 def _local(t: Any, role: str) -> Tensor:
@@ -142,7 +141,7 @@ def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
         _span(t, role, name[role][i])
         for role, tensors in zip(ROLES, lists, strict=True)
         for i, t in enumerate(tensors)
-        if t.numel() and not t.is_meta
+        if t.numel()
     )
     furthest: dict[bool, _Span] = {}  # by "is written"
     for span in spans:

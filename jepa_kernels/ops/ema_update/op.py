@@ -37,11 +37,12 @@ def ema_update(
     momentum: in [0, 1]; a float, or a 0-dim tensor of fp64 (reproduces a float's bits) or fp32. A compiled or
         captured step passes a tensor.
     shadow: tensors of the same shapes, bf16, fp16 or fp32, that get a rounded copy of the new target.
-    form: the roundings in fp32, each equal bit for bit to the published code that it is named after:
-        "lerp"    target + (1 - momentum) * (online - target), one fused multiply-add: `_foreach_lerp_` of
-                  torch.optim.swa_utils, timm's ModelEmaV3 and lightly, up to the last bit;
-        "ijepa"   both products rounded, then their sum: the loops of I-JEPA and V-JEPA;
-        "vjepa2"  momentum * target rounded, then a fused multiply-add: the `_foreach` calls of V-JEPA 2.
+    form: the roundings in fp32; the public recipes differ from each other in the last bit.
+        "lerp"    target + (1 - momentum) * (online - target), one fused multiply-add: what torch.optim.swa_utils,
+                  timm's ModelEmaV3 and lightly compute with `lerp_`, within one rounding of theirs.
+        "ijepa"   both products rounded, then their sum: the loops of I-JEPA and V-JEPA, bit for bit.
+        "vjepa2"  momentum * target rounded, then a fused multiply-add: the `_foreach_mul_` and `_foreach_add_` of
+                  V-JEPA 2, bit for bit.
 
     Lists that stay the same are updated with less host time by an `EmaTable`.
     No gradient. Tensors of several devices, that share memory with a target, or that do not match raise ValueError,

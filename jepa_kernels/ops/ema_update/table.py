@@ -32,7 +32,8 @@ class EmaTable:
         sources = (target, online, shadow)
         self._lists = check(sources)
         self._names = names(sources, self._lists.given)
-        self._looks = [[look(t) for t in tensors] for tensors in self._lists.local]
+        readable = self._lists.local if self._lists.known is not None else ()
+        self._looks = [[look(t) for t in tensors] for tensors in readable]
         self._prepared: dict[str, Any] = {}
 
     def update(self, momentum: float | Tensor, *, form: str = "lerp", backend: str | None = None) -> None:
