@@ -12,7 +12,8 @@ struct Norm {
 };
 
 // `registers` registers of elements ahead of their use. The rows of the next token are asked for while this
-// one is computed: gathered rows are short, and the hardware's own prefetch stops at each one's end.
+// one is computed: gathered rows are short, and the hardware's own prefetch stops at each one's end. Every
+// pass asks for its share, so that memory is never idle and never has more to do at once than it takes.
 template <int registers, class T> static inline void prefetch(const T* p) {
   constexpr int LINE = 64;
   for (int byte = 0; byte < registers * W * int(sizeof(T)); byte += LINE)
@@ -24,7 +25,7 @@ template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, f
   vf sum[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    prefetch<4>(next + i);
+    prefetch<2>(next + i / 2);
     for (int u = 0; u < 4; ++u) sum[u] = add(sum[u], load(row + i + u * W));
   }
   for (; i < n; i += W)
@@ -33,11 +34,13 @@ template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, f
 
   const vf m = set1(mean);
   vf square[4] = {zero(), zero(), zero(), zero()};
-  for (i = 0; i + 4 * W <= n; i += 4 * W)
+  for (i = 0; i + 4 * W <= n; i += 4 * W) {
+    prefetch<2>(next + (n + i) / 2);
     for (int u = 0; u < 4; ++u) {
       const vf d = sub(load(row + i + u * W), m);
       square[u] = fma(d, d, square[u]);
     }
+  }
   for (; i < n; i += W) {
     const int rest = n - i < W ? static_cast<int>(n - i) : W;
     const vf d = select(first(rest), sub(load(row + i, rest), m), zero());
