@@ -63,8 +63,18 @@ def patches_of(ids):
     torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
+def weights_of(ids):
+    jk.distance_weights(ids, ids + 50, (2, 5, 10), backend="triton")
+
+
 @pytest.mark.parametrize(
-    "op, call", [("latent_loss", loss_of), ("gather_tokens", tokens_of), ("embed_patches", patches_of)]
+    "op, call",
+    [
+        ("distance_weights", weights_of),
+        ("latent_loss", loss_of),
+        ("gather_tokens", tokens_of),
+        ("embed_patches", patches_of),
+    ],
 )
 def test_lengths_that_change_compile_nothing_new(target, op, call):
     target.reset(90)
