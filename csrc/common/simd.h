@@ -92,17 +92,6 @@ static inline void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x)); }
 static inline void stream(f16* p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_f16(x)); }
 
-// Sums in double, in the two halves of a register's lanes.
-using vd = __m512d;
-static inline vd dzero() { return _mm512_setzero_pd(); }
-static inline double hsum(vd a) { return _mm512_reduce_add_pd(a); }
-static inline void add_squares(vf x, vd (&sums)[2]) {
-  const vd low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-  const vd high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
-  sums[0] = _mm512_fmadd_pd(low, low, sums[0]);
-  sums[1] = _mm512_fmadd_pd(high, high, sums[1]);
-}
-
 #else // AVX2 and FMA
 
 using vf = __m256;
@@ -192,19 +181,26 @@ static inline void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
 static inline void stream(bf16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x)); }
 static inline void stream(f16* p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16(x)); }
 
+#endif
+
+// Sums in double, in halves of eight lanes.
 using vd = __m256d;
 static inline vd dzero() { return _mm256_setzero_pd(); }
 static inline double hsum(vd a) {
   const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1));
   return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
 }
-static inline void add_squares(vf x, vd (&sums)[2]) {
+static inline void add_squares(__m256 x, vd (&sums)[2]) {
   const vd low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)),
            high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
   sums[0] = _mm256_fmadd_pd(low, low, sums[0]);
   sums[1] = _mm256_fmadd_pd(high, high, sums[1]);
 }
-
+#if defined(__AVX512F__)
+static inline void add_squares(vf x, vd (&sums)[2]) {
+  add_squares(_mm512_castps512_ps256(x), sums);
+  add_squares(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)), sums);
+}
 #endif
 
 // n <= W elements, `stride` apart.

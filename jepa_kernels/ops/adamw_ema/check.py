@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
+from jepa_kernels.chunks import read
 from jepa_kernels.lists import check_strided, overlap, same_layout, tensors
 
 OP = "adamw_ema"
@@ -46,6 +47,27 @@ class Lists(NamedTuple):
 
 STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 OPTIONAL = ("targets", "online_shadow", "target_shadow")
+
+
+_passed: dict[Any, None] = {}  # lists that passed, oldest first
+KEPT = 16
+
+
+def check_call(**given: Any) -> Checked:
+    """`checked` and `check_overlap`; lists of plain tensors that passed before and lie as they lay pass at once."""
+    lists = {k: [] if v is None and k in OPTIONAL else v for k, v in given.items()}
+    usual = not torch.compiler.is_compiling() and all(type(v) is list for v in lists.values())
+    known = read(list(lists.values()), plain=True) if usual else None
+    if known is not None and known in _passed:
+        return lists
+    lists = checked(**given)
+    if not torch.compiler.is_compiling():
+        check_overlap(lists)
+    if known is not None:
+        _passed[known] = None
+        if len(_passed) > KEPT:
+            del _passed[next(iter(_passed))]
+    return lists
 
 
 def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:

@@ -16,10 +16,9 @@ from jepa_kernels.ops.adamw_ema.check import (
     Lists,
     Options,
     Scalar,
+    check_call,
     check_factor,
     check_options,
-    check_overlap,
-    checked,
 )
 
 KERNELS = (
@@ -75,9 +74,7 @@ def adamw_ema(
     """
     given: dict[str, Any] = dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     given |= dict(targets=targets, online_shadow=online_shadow, target_shadow=target_shadow)
-    tensors = checked(**given)
-    if not torch.compiler.is_compiling():
-        check_overlap(tensors)
+    tensors = check_call(**given)
     options = Options(lr, weight_decay, momentum, betas, eps, maximize)
     device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
     check_options(options, device)
