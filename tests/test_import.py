@@ -29,10 +29,12 @@ ROPE = ["pairing", "theta", "frequencies", "angle_dtype"]
 PUBLIC = {
     "BackendError": None,
     "BackendWarning": None,
+    "CollapseStats": None,
     "Packing": None,
     "Rope": ["positions", "k_positions", *ROPE],
     "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
+    "collapse_stats": ["z", "backend"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
     "explain": ["op", "args", "kwargs"],
@@ -47,6 +49,7 @@ PUBLIC = {
     "patch_positions": ["ids", "grid"],
     "rope": ["x", "positions", *ROPE, "backend"],
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
+    "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],
     "use_backend": ["backend", "per_op"],
 }
 
