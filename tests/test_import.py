@@ -32,6 +32,7 @@ PUBLIC = {
     "AdamWEMA": ["params", "target_params", *ADAMW, "shadow", "max_grad_norm", "maximize", "capturable"],
     "BackendError": None,
     "BackendWarning": None,
+    "CollapseStats": None,
     "EmaTable": ["target", "online", "shadow"],
     "Packing": None,
     "Rope": ["positions", "k_positions", *ROPE],
@@ -40,6 +41,7 @@ PUBLIC = {
     ],
     "assemble_tokens": ["context", "mask_token", "context_ids", "target_ids", "pos_embed", *PACKINGS, "backend"],
     "available_backends": ["op"],
+    "collapse_stats": ["z", "backend"],
     "distance_weights": ["context_ids", "target_ids", "grid", "packing", "target_packing", "scale", "backend"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
@@ -60,6 +62,7 @@ PUBLIC = {
     "patch_positions": ["ids", "grid"],
     "rope": ["x", "positions", *ROPE, "backend"],
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
+    "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],
     "use_backend": ["backend", "per_op"],
 }
 

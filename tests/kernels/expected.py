@@ -402,6 +402,32 @@ def assembled_calls() -> Iterator[Call]:
         yield Call(f"channels-{channels}", assembled(torch.float32, channels), launches, (), {}, HOPPER)
 
 
+def slices_of(dtype: torch.dtype, channels: int, **options: int) -> Callable[[], object]:
+    """Forward and backward of two views."""
+
+    def make() -> Tensor:
+        z, step = torch.zeros(2, 70, channels, dtype=dtype, requires_grad=True), torch.zeros((), dtype=torch.int64)
+        loss = jk.sigreg(z, step=step, **options, backend="triton")
+        return torch.autograd.grad(loss, z)[0]
+
+    return make
+
+
+def slices_calls() -> Iterator[Call]:
+    stages = ("directions", "moments", "sum", "forward", "directions", "factors", "derivative", "backward")
+    launches = tuple(f"_sigreg_{stage}_kernel" for stage in stages)
+    products = {launches[i]: ("HGMMA.*",) for i in (1, 6, 7)}
+    yield Call("elsewhere", slices_of(torch.float32, 512), launches, (), {}, (80, 100), blocks=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Call(f"e512-{dtype}", slices_of(dtype, 512), launches, (), {}, HOPPER, products, blocks=1)
+    for name, make in (
+        ("float16", slices_of(torch.float16, 384)),
+        ("many-knots", slices_of(torch.float32, 64, knots=64, slices=100)),
+        ("odd", slices_of(torch.float32, 37, slices=33)),
+    ):
+        yield Call(name, make, launches, (), {}, HOPPER, blocks=1)
+
+
 CALLS = {
     "adamw_ema": tuple(adamw_calls()),
     "assemble_tokens": tuple(assembled_calls()),
@@ -414,4 +440,5 @@ CALLS = {
     "latent_loss": tuple(loss_calls()),
     "masked_attention": tuple(attention_calls()),
     "rope": tuple(rope_calls()),
+    "sigreg": tuple(slices_calls()),
 }

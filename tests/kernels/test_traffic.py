@@ -248,8 +248,23 @@ def test_embed_patches_stays_near_its_floors(name, kernel, rows, embed_dim, shar
         assert useful >= share and modelled * 1e6 <= limit
 
 
+def test_sigreg_stays_near_its_floor(record_property):
+    """Forward at 4096 x 512 and 1000 slices, scaled from 256 x 128 and 125: three products of TF32, at half rate."""
+    rows, width, slices = 4096, 512, 1000
+    TRAFFIC.clear()
+    WORK.clear()
+    jk.sigreg(torch.zeros(256, 128), slices=125, backend="triton")
+    useful = 256 * 128 * 125 / WORK["multiply_adds"]
+    floor, scale = 3 * 2 * rows * width * slices / (PRODUCTS / 2), rows * width * slices / (256 * 128 * 125)
+    modelled = max(floor / useful, scale * TRAFFIC["read"] / CACHE) + 4 * LAUNCH_S
+    record_property("useful_share", round(useful, 3))
+    record_property("modelled_us", round(modelled * 1e6, 1))
+    print(f"sigreg: {useful:.2f} of products useful, {modelled * 1e6:.0f} us modelled, floor {floor * 1e6:.0f} us")
+    assert useful >= 0.97 and modelled * 1e6 <= 55
+
+
 def test_every_op_with_a_triton_kernel_is_counted():
     from jepa_kernels._core.info import kernels
 
-    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention", "embed_patches"}
+    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention", "embed_patches", "sigreg"}
     assert counted == {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}

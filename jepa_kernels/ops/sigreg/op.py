@@ -17,7 +17,7 @@ from jepa_kernels.ops.sigreg.ranks import add_over_ranks
 OP = "sigreg"
 MOST = 2**63  # seeds and steps lie below
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def sigreg(
