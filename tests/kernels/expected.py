@@ -44,7 +44,8 @@ def ema(online: torch.dtype, shadow: torch.dtype | None, form: str) -> Callable[
     def make() -> None:
         target = [torch.zeros(100), torch.zeros(7, 3)]
         copies = None if shadow is None else [torch.zeros_like(t, dtype=shadow) for t in target]
-        jk.ema_update(target, [t.to(online) for t in target], 0.996, shadow=copies, form=form, backend="triton")
+        weights = [torch.zeros_like(t, dtype=online) for t in target]
+        jk.ema_update(target, weights, 0.996, shadow=copies, form=form, backend="triton")
 
     return make
 
