@@ -428,9 +428,27 @@ def slices_calls() -> Iterator[Call]:
         yield Call(name, make, launches, (), {}, HOPPER, blocks=1)
 
 
+def spread_of(dtype: torch.dtype, channels: int, turned: bool = False) -> Callable[[], object]:
+    def make() -> object:
+        z = torch.zeros(channels, 70, dtype=dtype).T if turned else torch.zeros(70, channels, dtype=dtype)
+        return jk.collapse_stats(z, backend="triton")
+
+    return make
+
+
+def spread_calls() -> Iterator[Call]:
+    launches = tuple(f"_collapse_stats_{stage}_kernel" for stage in ("forward", "features", "sum"))
+    wide = {launches[0]: (r"LDG\.E.*\.128",)}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield Call(f"e1280-{dtype}", spread_of(dtype, 1280), launches, holds=wide)
+    yield Call("odd", spread_of(torch.float32, 37), launches, (), {}, HOPPER)
+    yield Call("turned", spread_of(torch.bfloat16, 48, turned=True), launches, (), {}, HOPPER)
+
+
 CALLS = {
     "adamw_ema": tuple(adamw_calls()),
     "assemble_tokens": tuple(assembled_calls()),
+    "collapse_stats": tuple(spread_calls()),
     "distance_weights": tuple(weights_calls()),
     "ema_update": tuple(ema_calls()),
     "embed_patches": tuple(embed_calls()),

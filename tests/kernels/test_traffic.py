@@ -60,6 +60,13 @@ def weights():
     return 12 * context.numel() + 8 * target.numel()
 
 
+def spread(dtype: torch.dtype):
+    """Rows are read for their norms and, from the cache but counted here, for their sums; sums of 64 rows in fp32."""
+    z = torch.ones(640, 1408, dtype=dtype)
+    jk.collapse_stats(z, backend="triton")
+    return z.numel() * dtype.itemsize
+
+
 def gather(backward: bool):
     """Contexts of I-JEPA: 111 of 256 tokens kept. Forward copies them; backward writes every token once."""
     ids, packing = Packing.from_ids([torch.arange(n) * 2 for n in (100, 122)])
@@ -109,6 +116,8 @@ CASES = [
     ("adamw_ema-vit_h14-shadows", lambda: adamw(True), 1, 632e6 * 40, 1.04, 5890),
     ("assemble_tokens-vjepa2", lambda: assembled(False), 1, 48 * (1480 + 508) * 384 * 2, 1.04, 22),
     ("assemble_tokens-vjepa2-backward", lambda: assembled(True), 2, 48 * (1480 + 508) * 384 * 2, 1.04, 24),
+    ("collapse_stats-vjepa2_g-bf16", lambda: spread(torch.bfloat16), 3, 24 * 1470 * 1408 * 2, 2.4, 62),
+    ("collapse_stats-vjepa2_g-fp32", lambda: spread(torch.float32), 3, 24 * 1470 * 1408 * 4, 2.3, 112),
     ("distance_weights-vjepa21", weights, 1, 24 * 1024 * (12 + 16 * 8), 1.04, 4),
     ("ema_update-vit_h14", lambda: ema(False), 1, 632e6 * 12, 1.04, 1770),
     ("ema_update-vit_h14-shadow", lambda: ema(True), 1, 632e6 * 14, 1.04, 2065),
@@ -266,5 +275,6 @@ def test_sigreg_stays_near_its_floor(record_property):
 def test_every_op_with_a_triton_kernel_is_counted():
     from jepa_kernels._core.info import kernels
 
-    counted = {name.split("-")[0] for name, *_ in CASES} | {"masked_attention", "embed_patches", "sigreg"}
+    others = {"embed_patches", "info_nce", "masked_attention", "sigreg"}
+    counted = {name.split("-")[0] for name, *_ in CASES} | others
     assert counted == {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}

@@ -12,7 +12,7 @@ from jepa_kernels.ops.collapse_stats import reference
 
 OP = "collapse_stats"
 
-KERNELS = (Kernel("cpu"),)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 class CollapseStats(NamedTuple):
