@@ -1,0 +1,153 @@
+"""AdamWEMA: what is wrong, from the first or between steps, is named before anything is written."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import jepa_kernels as jk
+from tests.test_optim import Run, assert_same, backward, shadowed
+
+
+def resize(run):
+    run.net[3].weight.data = torch.zeros(2, 33)
+
+
+def halve(run):
+    run.net.bfloat16()
+
+
+def free(run):
+    run.target[3].weight.data = torch.zeros(0)
+
+
+def share(run):
+    run.target[3].bias.data = run.net[3].bias.data
+
+
+def state_lost(run):
+    del run.optimizer.state[run.net[3].weight]["exp_avg"]
+
+
+def sparse(run):
+    run.net[3].weight.grad = None
+    run.net[3].weight.grad = torch.zeros(3, 33).to_sparse()
+
+
+def option(**values):
+    return lambda run: run.optimizer.param_groups[1].update(values)
+
+
+WEIGHT = r"param_groups\[0\]\['params'\]\[1\]"
+BIAS = r"param_groups\[1\]\['params'\]\[3\]"
+BROKEN = [
+    (resize, ValueError, f"adamw_ema: the grad of {WEIGHT} must have shape .2, 33. and strides"),
+    (
+        halve,
+        TypeError,
+        r"adamw_ema: param_groups\[0\]\['params'\]\[0\] must be float32, got bfloat16; keep fp32 weights",
+    ),
+    (free, ValueError, f"adamw_ema: the target of {WEIGHT} must have shape .3, 33. and strides"),
+    (share, ValueError, f"adamw_ema: .+{BIAS} must share no memory with .+{BIAS}, got overlapping storage"),
+    (state_lost, TypeError, rf"adamw_ema: exp_avgs\[1\] must be a tensor, as {WEIGHT} has a gradient, got None"),
+    (sparse, TypeError, f"adamw_ema: the grad of {WEIGHT} must be a strided tensor, got torch.sparse_coo; convert it"),
+    (option(momentum=float("nan")), ValueError, r"adamw_ema: momentum must lie in \[0, 1\], got nan"),
+    (option(lr=-1.0), ValueError, "adamw_ema: lr must be at least 0, got -1.0"),
+    (option(max_grad_norm=0.0), ValueError, "AdamWEMA: max_grad_norm must be a positive number or None, got 0.0; 1.0"),
+]
+
+
+@pytest.mark.parametrize("break_it, error, message", BROKEN, ids=[m[:60] for *_, m in BROKEN])
+def test_what_breaks_between_steps_is_named_and_nothing_is_written(break_it, error, message):
+    run = Run("ours").train(2)
+    run.optimizer.zero_grad()
+    backward(run.net, 2)
+    break_it(run)
+    before = copy.deepcopy((run.weights(), run.optimizer.state_dict()["state"]))
+    with pytest.raises(error, match=message):
+        run.optimizer.step()
+    assert_same(run.weights(), before[0])
+    for a, b in zip(before[1].values(), run.optimizer.state_dict()["state"].values(), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+P, K = nn.Parameter(torch.ones(3)), torch.ones(3)
+WRONG = [
+    (dict(params=P), TypeError, "params argument given to the optimizer should be an iterable of Tensors or dicts"),
+    (dict(params=[]), ValueError, "optimizer got an empty parameter list"),
+    (dict(params=[dict(params={P})]), TypeError, "optimizer parameters need to be organized in ordered collections"),
+    (
+        dict(params=[nn.Parameter(torch.ones(3).bfloat16())]),
+        TypeError,
+        "must be float32, got bfloat16; keep fp32 weights",
+    ),
+    (dict(params=[nn.Parameter(torch.ones(3).cfloat())]), TypeError, "must be float32, got complex64"),
+    (dict(target_params=[K, K]), ValueError, r"AdamWEMA: target_params must hold 1 tensors, got 2; pass one"),
+    (
+        dict(target_params=[K.bfloat16()]),
+        TypeError,
+        r"the target of param_groups\[0\]\['params'\]\[0\] must be float32",
+    ),
+    (
+        dict(target_params=[torch.ones(4)]),
+        ValueError,
+        r"the target of param_groups.+ must have shape \(3,\) and strides",
+    ),
+    (dict(target_params=[P]), ValueError, "must share no memory with .+, got overlapping storage; give each a tensor"),
+    (
+        dict(shadow=[K]),
+        TypeError,
+        r"AdamWEMA: shadow must be a pair \(online, target\), got list; pass None for either",
+    ),
+    (dict(shadow=([K], None)), TypeError, "the online_shadow of .+ must be bfloat16 or float16, got float32"),
+    (
+        dict(shadow=(None, [K.bfloat16()])),
+        ValueError,
+        "the target_shadow of .+ must have a target to copy, got no target",
+    ),
+    (dict(lr=-1.0), ValueError, "adamw_ema: lr must be at least 0, got -1.0"),
+    (dict(momentum=2), ValueError, r"adamw_ema: momentum must lie in \[0, 1\], got 2"),
+    (dict(betas=(0.9, 1.5)), ValueError, r"adamw_ema: betas must lie in \[0, 1\), got"),
+    (dict(max_grad_norm=-1.0), ValueError, "AdamWEMA: max_grad_norm must be a positive number or None, got -1.0"),
+    (
+        dict(params=[dict(params=[P], target_params=[K])], target_params=[K]),
+        ValueError,
+        "AdamWEMA: targets and shadows must be given for all groups or by each, got both; leave one of them out",
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong, error, message", WRONG, ids=[m[:60] for *_, m in WRONG])
+def test_bad_arguments_are_named(wrong, error, message):
+    with pytest.raises(error, match=message):
+        jk.AdamWEMA(**dict(params=[P]) | wrong)
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
+    p, q, k = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3)), torch.zeros(3)
+    optimizer = jk.AdamWEMA([p], [k], momentum=0.5)
+    with pytest.raises(ValueError, match=r"the target of param_groups\[0\].+ must share no memory with"):
+        optimizer.add_param_group(dict(params=[q], target_params=[k]))
+    assert len(optimizer.param_groups) == 1 and q not in optimizer.state
+    optimizer.step()
+    assert k.tolist() == [0.5] * 3
+
+
+def test_both_gradients_of_one_weight_are_refused():
+    p, *_, online, _, optimizer = shadowed()
+    p.grad, online.grad = torch.ones(300), torch.ones(300, dtype=torch.bfloat16)
+    message = (
+        r"AdamWEMA: one of param_groups\[0\]\['params'\]\[0\] and its online shadow must have a gradient, got both"
+    )
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+def test_amsgrad_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    saved = torch.optim.AdamW([p], amsgrad=True).state_dict()
+    with pytest.raises(
+        ValueError, match="AdamWEMA: a loaded group must have amsgrad=False, got True; continue it with"
+    ):
+        jk.AdamWEMA([p]).load_state_dict(saved)
