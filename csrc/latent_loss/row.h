@@ -80,8 +80,7 @@ template <LossKind kind> static inline vf derivative(vf d, vf slope) {
     const vf size = to_power(vabs(d), slope);
     return select(less(d, zero()), sub(zero(), size), size);
   }
-  const vf sign = select(less(zero(), d), set1(1.f), select(less(d, zero()), set1(-1.f), zero()));
-  return add(sign, sub(d, d)); // NaN stays NaN
+  return select(less(zero(), d), set1(1.f), select(less(d, zero()), set1(-1.f), d)); // 0 and NaN stay
 }
 // sum + distance, with s the derivative; bend is -beta / 2, or 1 / power. smooth_l1 on both sides of beta:
 // s (d - beta s / 2).

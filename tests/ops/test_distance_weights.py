@@ -1,5 +1,6 @@
 """distance_weights: values by hand, equivalences, the dense loss of V-JEPA 2.1, and messages."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,6 +87,13 @@ def test_a_token_that_is_a_target_has_infinite_weight(backend):
     assert weights.tolist() == [[1.0, float("inf")]]
 
 
+def test_sides_of_numpy(backend):
+    context, target = torch.tensor([[0, 30000]]), torch.tensor([[1]])
+    sides = list(np.array([1, 200, 200], np.int16))  # their product is none
+    expected = jk.distance_weights(context, target, (1, 200, 200), backend=backend)
+    assert torch.equal(jk.distance_weights(context, target, sides, backend=backend), expected)
+
+
 def test_the_largest_grid_is_exact(kernel):
     # the far end of the grid: 3 * 1023^2, and one frame nearer
     target, grid = torch.tensor([[0]]), (1024, 1024, 1024)
@@ -153,6 +161,8 @@ BAD = [
     (dict(grid=(2, 2)), ValueError, r"grid must be \(Gt, Gh, Gw\), each 1 to 1024, got \(2, 2\); an image has one"),
     (dict(grid=(1, 2, 1025)), ValueError, r"grid must be \(Gt, Gh, Gw\), each 1 to 1024, got \(1, 2, 1025\)"),
     (dict(grid=(1, 2, 2.0)), ValueError, r"grid must be \(Gt, Gh, Gw\), each 1 to 1024, got \(1, 2, 2.0\)"),
+    (dict(grid=(True, 2, 2)), ValueError, r"grid must be \(Gt, Gh, Gw\), each 1 to 1024, got \(True, 2, 2\)"),
+    (dict(grid=4), TypeError, r"grid must be \(Gt, Gh, Gw\), each 1 to 1024, got int; an image has one"),
     (dict(scale=0.0), ValueError, "scale must be greater than 0 and finite, got 0.0; leave it out"),
     (dict(scale=float("nan")), ValueError, "scale must be greater than 0 and finite, got nan"),
     (dict(scale="1"), TypeError, "scale must be a number, got str"),

@@ -172,13 +172,28 @@ def test_targets_that_are_not_chosen_are_not_read(kernel):
     assert torch.equal(jk.latent_loss(pred, target, ids, backend=kernel), clean)
 
 
-def test_nan_and_infinity_in_pred_propagate(backend):
-    pred, target, ids = draw()
-    pred[1, 2, 3] = float("nan")
-    loss, grad = value_and_grad(pred, target, ids, backend=backend)
-    assert math.isnan(loss.item()) and grad[1, 2, 3].isnan() and grad.isnan().sum() == 1
-    pred[1, 2, 3] = float("inf")
-    assert value_and_grad(pred, target, ids, backend=backend)[0].item() == float("inf")
+@pytest.mark.parametrize("channel", [3, 43])  # of a whole register, and of the last lanes
+@pytest.mark.parametrize(
+    "options, slope",
+    [
+        (dict(kind="smooth_l1"), 1.0),
+        (dict(kind="smooth_l1", beta=1e-3), 1.0),
+        (dict(kind="l1"), 1.0),
+        (dict(kind="l1", power=1.5), math.inf),
+        (dict(kind="l1", power=2.0), math.inf),
+        (dict(kind="l2"), math.inf),
+    ],
+)
+def test_nan_and_infinity_in_pred_propagate(backend, options, slope, channel):
+    pred, target, ids = draw(channels=44)
+    clean = value_and_grad(pred, target, ids, **options, backend=backend)[1]
+    for value, derivative in ((math.inf, slope), (-math.inf, -slope), (math.nan, math.nan)):
+        pred[1, 2, channel] = value
+        loss, grad = value_and_grad(pred, target, ids, **options, backend=backend)
+        assert loss.item() == pytest.approx(abs(value), nan_ok=True)
+        assert grad[1, 2, channel].item() == pytest.approx(derivative / pred.numel(), rel=1e-6, nan_ok=True)
+        grad[1, 2, channel] = clean[1, 2, channel]
+        assert torch.equal(grad, clean)
 
 
 def test_mixed_dtypes_as_under_autocast(backend):
@@ -315,10 +330,13 @@ BAD = [
     (dict(reduction="sum"), ValueError, "reduction must be one of mask, token, got 'sum'"),
     (dict(beta=0.0), ValueError, "beta must be at least 1e-30, got 0.0; use kind='l1'"),
     (dict(beta=1e-40), ValueError, "beta must be at least 1e-30, got 1e-40; use kind='l1'"),
+    (dict(beta=math.inf), ValueError, r"beta must be at most 1e\+30, got inf; use kind='l2', scaled by"),
+    (dict(beta=1e39), ValueError, r"beta must be at most 1e\+30, got 1e\+39; use kind='l2', scaled by"),
     (dict(beta=None), TypeError, "beta must be a number, got NoneType; pass a float"),
     (dict(eps="small"), TypeError, "eps must be a number, got str; pass a float"),
     (dict(packing=IDS), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
-    (dict(eps=-1.0), ValueError, "eps must be greater than 0, got -1.0"),
+    (dict(eps=-1.0), ValueError, "eps must be greater than 0 and finite, got -1.0; use 1e-5"),
+    (dict(eps=math.inf), ValueError, "eps must be greater than 0 and finite, got inf; use 1e-5"),
     (dict(target=TARGET.to("meta")), ValueError, "target must be on cpu, got meta"),
     (
         dict(pred=PRED[0], ids=IDS[0], packing=Packing.from_lengths([1, 1, 1])),

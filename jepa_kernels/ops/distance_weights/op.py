@@ -1,6 +1,7 @@
 """Public face of `distance_weights`."""
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ def distance_weights(
 
     context_ids: int64 [M, K], increasing within each row, or packed [T] with packing; patch (t, h, w) of the grid is
         n = (t * Gh + h) * Gw + w.
-    target_ids: int64 [M, L], or packed with target_packing: row or sequence s belongs to the contexts of s, so a
-        context that several masks share stands there once a mask.
+    target_ids: int64 [M, L], increasing within each row, or packed with target_packing: row or sequence s
+        belongs to the contexts of s, so a context that several masks share stands there once a mask.
     grid: (Gt, Gh, Gw), each 1 to 1024.
     packing, target_packing: both or none, of as many sequences.
     scale: > 0, the distance whose weight is 1. Published: 1, or Gh // 16 for larger crops.
@@ -50,9 +51,9 @@ def distance_weights(
     """
     _check(context_ids, target_ids, grid, scale)
     _check_sequences(context_ids, target_ids, packing, target_packing)
-    count = grid[0] * grid[1] * grid[2]
+    frames, height, width = grid = (int(grid[0]), int(grid[1]), int(grid[2]))
     for name, ids, p in (("context_ids", context_ids, packing), ("target_ids", target_ids, target_packing)):
-        check_ids(OP, ids, count, None if p is None else p.cu_seqlens, name)
+        check_ids(OP, ids, frames * height * width, None if p is None else p.cu_seqlens, name)
     backend = select(OP, KERNELS, backend, context_ids, dtype=torch.float32)
     if backend == "reference":
         named = dict(packing=packing, target_packing=target_packing)
@@ -67,11 +68,18 @@ def _check(context_ids: Tensor, target_ids: Tensor, grid: Any, scale: float) -> 
         check_tensor(OP, name, ids, shape, dtypes=INT64, device=getattr(context_ids, "device", None))
         if not ids.is_contiguous():
             fail(OP, name, "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    if len(grid) != 3 or not all(isinstance(n, int) and 1 <= n <= MAX_SIDE for n in grid):
-        fail(OP, "grid", f"be (Gt, Gh, Gw), each 1 to {MAX_SIDE}", grid, "an image has one frame: (1, Gh, Gw)")
+    requirement, remedy = f"be (Gt, Gh, Gw), each 1 to {MAX_SIDE}", "an image has one frame: (1, Gh, Gw)"
+    if not isinstance(grid, (tuple, list)):
+        fail(OP, "grid", requirement, type(grid).__name__, remedy, TypeError)
+    if len(grid) != 3 or not all(_is_side(n) for n in grid):
+        fail(OP, "grid", requirement, grid, remedy)
     check_number(OP, "scale", scale)
     if not 0 < scale < math.inf:
         fail(OP, "scale", "be greater than 0 and finite", scale, "leave it out for distances in patches")
+
+
+def _is_side(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool) and 1 <= int(n) <= MAX_SIDE
 
 
 def _check_sequences(

@@ -16,7 +16,7 @@ OP = "latent_loss"
 KINDS = ("smooth_l1", "l1", "l2")
 REDUCTIONS = ("mask", "token")
 
-MIN_BETA = 1e-30  # its inverse is an fp32 number
+MIN_BETA, MAX_BETA = 1e-30, 1e30  # it and its inverse are fp32 numbers
 WEIGHTS = (torch.float32, torch.float64)
 
 
@@ -62,8 +62,8 @@ def latent_loss(
     target: [B, N, E], fp32, bf16 or fp16 (its own dtype), any strides; only the rows that ids name are read.
     ids: int64 in [0, N), increasing in each row: [M, K], or [T] with a packing of masks * B sequences. None: pred is
         [M, N, E] and every token counts.
-    beta: >= 1e-30, in units of the normalised target. power: >= 1, of l1 only; 1 and 2 cost no power.
-    normalize: False compares with y itself. eps: > 0.
+    beta: 1e-30 to 1e30, in units of the normalised target. power: >= 1, of l1 only; 1 and 2 cost no power.
+    normalize: False compares with y itself. eps: > 0, finite.
     norm: the encoder's last layer norm, whose input target then is: weight and bias [E], any floating dtype, and eps.
     levels: E holds this many latents of equal width side by side, those of several layers; each is normalised by
         itself, first by norm with its share of weight and bias, then without affine.
@@ -134,12 +134,14 @@ def _check_distance(kind: str, beta: float, power: float, eps: float, reduction:
     check_number(OP, "eps", eps)
     if not beta >= MIN_BETA:
         fail(OP, "beta", f"be at least {MIN_BETA}", beta, "use kind='l1' for beta = 0")
+    if beta > MAX_BETA:
+        fail(OP, "beta", f"be at most {MAX_BETA}", beta, "use kind='l2', scaled by 1 / (2 beta)")
     if not 1 <= power < math.inf:
         fail(OP, "power", "be at least 1 and finite", power, "use 1 for the absolute difference")
     if power != 1 and kind != "l1":
         fail(OP, "power", f"be 1 with kind {kind!r}", power, "use kind='l1', |d|^power / power")
-    if not eps > 0:
-        fail(OP, "eps", "be greater than 0", eps, "use 1e-5")
+    if not 0 < eps < math.inf:
+        fail(OP, "eps", "be greater than 0 and finite", eps, "use 1e-5")
 
 
 def _check_norm(pred: Tensor, norm: Any, levels: int) -> None:
@@ -158,8 +160,8 @@ def _check_norm(pred: Tensor, norm: Any, levels: int) -> None:
         if len(x) != channels:
             fail(OP, name, f"have {channels} channels like pred", len(x), "concatenate those of all levels")
     check_number(OP, "norm eps", norm[2])
-    if not norm[2] > 0:
-        fail(OP, "norm eps", "be greater than 0", norm[2], "use the encoder's, 1e-6")
+    if not 0 < norm[2] < math.inf:
+        fail(OP, "norm eps", "be greater than 0 and finite", norm[2], "use the encoder's, 1e-6")
 
 
 def _check_weight(pred: Tensor, weight: Any) -> None:

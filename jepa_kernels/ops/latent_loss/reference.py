@@ -65,7 +65,9 @@ def _distance(pred: Tensor, target: Tensor, kind: str, beta: float, power: float
         return F.smooth_l1_loss(pred, target, reduction="none", beta=beta)
     if kind == "l2":
         return F.mse_loss(pred, target, reduction="none")
-    return F.l1_loss(pred, target, reduction="none").pow(power) / power
+    d = pred - target
+    sign = torch.where(d > 0, 1.0, torch.where(d < 0, -1.0, d)).detach()  # NaN stays: the gradient of abs would be 0
+    return (d * sign).pow(power) / power
 
 
 def _average(per_token: Tensor, group: Tensor, masks: int, channels: int, reduction: str) -> Tensor:
