@@ -64,7 +64,7 @@ def test_the_online_network_is_no_part_of_the_module():
 
 def test_the_forward_is_the_targets():
     ema, x = EMA(network()), torch.randn(4, 5)
-    assert torch.equal(ema(x), copy.deepcopy(ema.module)(x)) and ema.shadow is None
+    assert torch.equal(ema(x), copy.deepcopy(ema.module)(x)) and ema.shadow_copies() == {}
 
 
 def test_frozen_parameters_stay_and_move_once_trained():
@@ -144,8 +144,8 @@ def test_channels_last_networks_move():
     train(online, 1)
     ema.update()
     assert equal(weights(ema.module), [halfway(t, q) for t, q in zip(expected, online.parameters(), strict=True)])
-    assert torch.equal(ema.shadow[1].weight, ema.module[1].weight.bfloat16())
-    assert not ema.shadow[1].weight.is_contiguous()
+    low = ema.shadow_copies()[online[1].weight]
+    assert torch.equal(low, ema.module[1].weight.bfloat16()) and not low.is_contiguous()
 
 
 def test_a_compiled_step_is_not_compiled_again_for_each_update():
@@ -239,8 +239,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit():
         train(run_on, step)
         resumed.update(run_on)
     assert equal(list(resumed.state_dict().values()), list(whole.state_dict().values()))
-    shadows = [copied.shadow.state_dict().values() for copied in (resumed, whole)]
-    assert equal(*map(list, shadows))
+    assert equal(*(list(ema.shadow_copies().values()) for ema in (resumed, whole)))
 
 
 @pytest.mark.parametrize("layout", ["plain", "timm", "nested"])
@@ -255,9 +254,7 @@ def test_states_of_other_layouts_load(layout):
     else:
         nn.ModuleDict({"ema": ema}).load_state_dict({f"ema.{k}": v for k, v in donor.state_dict().items()})
     assert equal(weights(ema.module), weights(donor)) and ema.step == 7
-    with torch.autocast("cpu", torch.bfloat16):
-        ema(torch.randn(2, 5))
-    assert torch.equal(ema.shadow[0].weight, donor[0].weight.bfloat16())
+    assert torch.equal(ema.shadow_copies()[online[0].weight], donor[0].weight.bfloat16())
 
 
 def test_a_state_that_does_not_fit_is_refused():
@@ -274,9 +271,10 @@ def test_copies_of_a_target_are_its_own():
     train(online, 1)
     ema.update()
     assert equal(weights(twin.module), before)
-    twin.update(online)
+    twin.update()  # it follows the same network
     assert equal(weights(twin.module), weights(ema.module))
-    assert torch.equal(twin.shadow[0].weight, ema.shadow[0].weight) and twin.shadow[1].weight is twin.module[1].weight
+    low, own = twin.shadow_copies()[online[0].weight], ema.shadow_copies()[online[0].weight]
+    assert torch.equal(low, own) and low is not own
 
 
 class Timm:
@@ -351,6 +349,23 @@ BAD = [
     (dict(decay=-0.1), ValueError, r"EMA: decay must lie in \[0, 1\], got -0.1"),
     (dict(decay=0.9, min_decay=7), ValueError, r"EMA: min_decay must lie in \[0, 1\], got 7"),
     (dict(shadow_dtype=torch.int8), TypeError, "EMA: shadow_dtype must be bfloat16, float16 or None, got torch.int8"),
+    (
+        dict(momentum=0.9998, update_after_step=100),
+        ValueError,
+        "EMA: update_after_step must be left out without decay, got 100; pass timm's decay by its name: decay=0.9998",
+    ),
+    (dict(use_warmup=True), ValueError, "EMA: use_warmup must be left out without decay, got True; pass timm's"),
+    (
+        dict(momentum=0.5, decay=0.9),
+        ValueError,
+        "EMA: momentum must be left out with decay, got 0.5; choose one of momentum and decay",
+    ),
+    (
+        dict(decay=0.9, use_warmup=True, warmup_gamma=0),
+        ValueError,
+        "EMA: warmup_gamma must be a positive number, got 0; timm's default is 1",
+    ),
+    (dict(decay=0.9, warmup_power="2"), ValueError, "EMA: warmup_power must be a positive number, got '2'; timm's"),
     (dict(form="fast"), ValueError, "EMA: form must be one of lerp, ijepa, vjepa2, got 'fast'"),
 ]
 
@@ -383,6 +398,40 @@ def test_another_network_is_refused_before_the_first_write():
     with pytest.raises(ValueError, match=r"^EMA: online must have the target's buffers, got 0.extra in one alone; "):
         ema.update(other)
     assert equal(weights(ema.module), before) and ema.step == 0
+
+
+@pytest.mark.parametrize("copying", [lambda ema, net: ema.apply_update_(net, 0.0), EMA.set], ids=["0.0", "set"])
+def test_copies_of_another_shape_are_refused_before_the_first_write(copying):
+    online = network()
+    ema = EMA(online)
+    ema.update()
+    before = weights(ema.module)
+    train(online, 1)
+    online[3].weight.data = torch.ones(1, 7)
+    with pytest.raises(ValueError, match=r"^EMA: online 3.weight must have the target's shape \(3, 7\), got \(1, 7\)"):
+        copying(ema, online)
+    assert equal(weights(ema.module), before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 1.0])
+def test_frozen_parameters_stay_at_any_momentum(momentum):
+    online = network()
+    online[0].weight.requires_grad_(False)
+    ema = EMA(online)
+    before = ema.module[0].weight.clone()
+    train(online, 1)
+    ema.apply_update_(online, momentum)
+    assert torch.equal(ema.module[0].weight, before)
+
+
+def test_the_state_of_a_network_with_a_child_named_module_loads():
+    online, donor = (nn.ModuleDict(dict(module=network(seed), head=nn.Linear(3, 2))) for seed in (0, 1))
+    ema = EMA(online)
+    ema.load_state_dict(donor.state_dict())
+    assert equal(weights(ema.module), weights(donor))
+    again = EMA(online)
+    again.load_state_dict(ema.state_dict())
+    assert equal(weights(again.module), weights(donor))
 
 
 def test_a_momentum_out_of_range_changes_nothing():

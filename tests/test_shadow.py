@@ -42,6 +42,12 @@ def moved(module, scale=0.3):
     return module
 
 
+def read_under_autocast(ema, dtype=BF16):
+    """The parameters that a forward finds."""
+    with torch.autocast("cpu", dtype), ema.cast_weights():
+        return dict(ema.module.named_parameters())
+
+
 def video_encoder():
     return Encoder(**SIZES, tubelet_size=2, rope="tiled")
 
@@ -91,7 +97,7 @@ def test_a_forward_through_the_shadow_casts_no_weight(name):
 
 def test_what_autocast_leaves_alone_is_shared():
     ema = EMA(Encoder(**SIZES), shadow_dtype=BF16)
-    own, low = dict(ema.module.named_parameters()), dict(ema.shadow.named_parameters())
+    own, low = dict(ema.module.named_parameters()), read_under_autocast(ema)
     assert own.keys() == low.keys()
     for name, p in low.items():
         if "norm" in name:
@@ -103,18 +109,19 @@ def test_what_autocast_leaves_alone_is_shared():
 
 def test_outside_of_autocast_the_target_itself_runs():
     ema, x = EMA(moved(Encoder(**SIZES)), shadow_dtype=BF16), torch.randn(1, 3, 32, 32)
-    assert torch.equal(ema(x), ema.module(x)) and ema.under_autocast() is None
-    with torch.autocast("cpu", torch.float16):
-        assert ema.under_autocast() is None
-    with torch.autocast("cpu", BF16):
-        assert ema.under_autocast() is ema.shadow
+    assert torch.equal(ema(x), ema.module(x))
+    with ema.cast_weights():
+        assert ema.module.pos_embed.dtype == ema.module.blocks[0].mlp.fc1.weight.dtype == torch.float32
+    for dtype, found in ((torch.float16, torch.float32), (BF16, BF16)):
+        assert read_under_autocast(ema, dtype)["blocks.0.mlp.fc1.weight"].dtype == found
+    assert ema.module.blocks[0].mlp.fc1.weight.dtype == torch.float32
 
 
 def test_a_network_without_memory_has_a_shadow_too():
     with torch.device("meta"):
         ema = EMA(nn.Linear(3, 3), shadow_dtype=BF16)
         with torch.autocast("cpu", BF16):
-            assert ema.shadow.weight.is_meta and ema(torch.randn(2, 3)).shape == (2, 3)
+            assert ema.shadow_copies().popitem()[1].is_meta and ema(torch.randn(2, 3)).shape == (2, 3)
 
 
 def test_a_weight_that_another_layer_reads_is_not_rounded():
@@ -128,8 +135,8 @@ def test_a_weight_that_another_layer_reads_is_not_rounded():
             return self.head(self.embed(x))
 
     ema = EMA(Tied(), shadow_dtype=BF16)
-    assert ema.shadow.head.weight is ema.shadow.embed.weight is ema.module.embed.weight
-    assert ema.shadow.head.bias.dtype == BF16
+    low = read_under_autocast(ema)
+    assert low["embed.weight"] is ema.module.head.weight is ema.module.embed.weight and low["head.bias"].dtype == BF16
 
 
 def test_a_layer_with_a_forward_of_its_own_keeps_its_weight():
@@ -137,14 +144,13 @@ def test_a_layer_with_a_forward_of_its_own_keeps_its_weight():
         def forward(self, x):
             return super().forward(x) * self.weight.square().mean().sqrt()
 
-    assert EMA(Scaled(3, 3), shadow_dtype=BF16).shadow.weight.dtype == torch.float32
+    assert read_under_autocast(EMA(Scaled(3, 3), shadow_dtype=BF16))["weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("write", ["load", "by hand", "set", "storage", "frozen"])
 def test_the_shadow_follows_what_is_written_to_the_target(write):
     online = moved(Encoder(**SIZES))
     ema, donor, x = EMA(online, shadow_dtype=BF16), moved(Encoder(**SIZES)), torch.randn(1, 3, 32, 32)
-    shadow = ema.shadow
     if write == "load":
         ema.load_state_dict(donor.state_dict())
     elif write == "by hand":
@@ -160,7 +166,6 @@ def test_the_shadow_follows_what_is_written_to_the_target(write):
         ema.update()
     with torch.autocast("cpu", BF16):
         assert torch.equal(ema(x), ema.module(x))
-    assert ema.shadow is shadow
 
 
 def test_mode_and_hooks_are_the_targets():
@@ -169,13 +174,12 @@ def test_mode_and_hooks_are_the_targets():
     handle = ema.module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.autocast("cpu", BF16):
         out = ema(x)
-    assert not ema.shadow.training and not ema.shadow[2].training and seen == [out]
+    assert seen == [out] and ema.module[2].num_batches_tracked == 0
     handle.remove()
     ema.module.train()
     with torch.autocast("cpu", BF16):
         ema(x)
-    assert ema.shadow[2].training and len(seen) == 1
-    assert ema.shadow[2].running_mean is ema.module[2].running_mean and ema.module[2].num_batches_tracked == 1
+    assert len(seen) == 1 and ema.module[2].num_batches_tracked == 1
 
 
 def test_an_update_makes_no_temporary_larger_than_its_tables():
@@ -202,9 +206,12 @@ def test_training_with_shadows_has_the_same_bits():
     assert torch.equal(torch.stack(plain), torch.stack(ours))
     states = model.state_dict(), shadowed.state_dict()
     assert list(states[0]) == list(states[1]) and all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert shadowed.ema.shadow.blocks[0].attn.qkv.weight.dtype == BF16
+    assert read_under_autocast(shadowed.ema)["blocks.0.attn.qkv.weight"].dtype == BF16
     twin = copy.deepcopy(shadowed)
-    assert twin.ema.module is twin.target_encoder and twin.ema.shadow.norm.weight is twin.target_encoder.norm.weight
+    assert twin.ema.module is twin.target_encoder and read_under_autocast(twin.ema)["norm.weight"] is not None
+    twin.ema.update()
+    trained = [p for p in twin.context_encoder.parameters() if p.requires_grad]
+    assert set(twin.ema.pairs()) == set(trained)
 
 
 def test_targets_of_a_loaded_model_are_those_of_its_weights():

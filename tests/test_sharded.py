@@ -126,6 +126,8 @@ def sharded_updates_are_local_and_equal_the_whole_ones(_):
     ema.check_sync()
     with pytest.raises(ValueError, match=r"^EMA: shadow_dtype must be None for a sharded target, got a DTensor w"):
         pair(mesh, shadow_dtype=torch.bfloat16)[1].update()
+    with pytest.raises(ValueError, match=r"^EMA: online must be a whole network, got a sharded FSDP.*; build"):
+        EMA(online)
 
 
 @on(ranks=2)

@@ -134,8 +134,9 @@ def test_a_bfloat16_run_resumes_bit_for_bit_and_reads_rounded_target_weights(con
     resumed = fit(config, tmp_path / "halves", resume=True, changes=changes)
     assert same({**resumed.state(), "config": None}, {**whole.state(), "config": None})
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole") != rows_of_fp32(config, tmp_path / "fp32")
-    qkv = (network.blocks[0].attn.qkv.weight for network in (whole.model.ema.shadow, whole.model.target_encoder))
-    assert torch.equal(next(qkv), next(qkv).bfloat16())
+    model = whole.model
+    online, target = (network.blocks[0].attn.qkv.weight for network in (model.context_encoder, model.target_encoder))
+    assert torch.equal(model.ema.shadow_copies()[online], target.bfloat16())
     assert list(whole.state()["model"]) == list(IJEPA(whole.config.model).state_dict())
 
 

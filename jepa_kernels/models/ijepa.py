@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -93,6 +94,7 @@ class IJEPA(nn.Module):
         self.ema: EMA
         object.__setattr__(self, "ema", EMA(self.context_encoder, shadow_dtype=shadow_dtype))  # no submodule: ...
         self.target_encoder = self.ema.module  # ... its weights have their published names here alone
+        self.register_load_state_dict_post_hook(_after_load)
 
     def forward(self, batch: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
         """Predict the target latents: batch [B, C, H, W] -> [masks * B, Kt, E], or packed [Tt, E]."""
@@ -104,8 +106,8 @@ class IJEPA(nn.Module):
     @torch.no_grad()
     def targets(self, batch: Tensor) -> Tensor:
         """The target encoder's latents of every patch [B, N, E]."""
-        shadow = self.ema.under_autocast()
-        return (self.target_encoder if shadow is None else shadow)(batch)
+        with self.ema.cast_weights():
+            return self.target_encoder(batch)
 
     def compare(self, predicted: Tensor, targets: Tensor, masks: Masks | tuple[Tensor, Tensor]) -> Tensor:
         """Smooth-L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks."""
@@ -127,6 +129,12 @@ class IJEPA(nn.Module):
         own = "context_encoder.norm.weight" in state
         parts = {"model": (self, state)} if own else self._published(state)
         checkpoints.load("IJEPA", parts, lambda: "pass weights of this model" if own else _remedy(state))
+        self.ema.refresh()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> IJEPA:
+        super()._apply(fn, recurse)
+        self.ema.refresh()
         return self
 
     def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
@@ -151,6 +159,10 @@ class IJEPA(nn.Module):
         if masks.batch != batch.shape[0]:
             fail("IJEPA", "masks", f"belong to {batch.shape[0]} images", masks.batch, "sample that many")
         return masks
+
+
+def _after_load(model: IJEPA, _: Any) -> None:
+    model.ema.refresh()
 
 
 def _rectangular(batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
@@ -189,6 +201,7 @@ def train_step(
     """One step: loss, backward, optimiser, moving average. Returns the loss, without a device sync.
 
     model: an IJEPA, or a wrapper that keeps one in `.module` (DDP).
+    optimizer: one without targets; or an `AdamWEMA` with those of model.ema (`ema.pairs()`), which moves them itself.
     momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser.
     dtype: run the networks under autocast to it; None: in the parameters' dtype.
     scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
@@ -196,13 +209,15 @@ def train_step(
     ijepa = cast(IJEPA, getattr(model, "module", model))
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
         loss = ijepa.compare(model(batch, masks), ijepa.targets(batch), masks)
-    if scaler is None:
-        loss.backward()
-        optimizer.step()
-    else:
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+    moves_targets = isinstance(optimizer, jk.AdamWEMA) and bool(optimizer.targets)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    with ijepa.ema.moved_by(cast(jk.AdamWEMA, optimizer), momentum) if moves_targets else nullcontext():
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    ijepa.ema.apply_update_(ijepa.context_encoder, momentum)
+    if not moves_targets:
+        ijepa.ema.apply_update_(ijepa.context_encoder, momentum)
     return loss.detach()

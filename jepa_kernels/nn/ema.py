@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels import schedules
-from jepa_kernels._core.check import fail, is_number
-from jepa_kernels.nn.pairing import Pairing, unwrap
+import jepa_kernels as jk
+from jepa_kernels._core.check import fail
+from jepa_kernels.nn.momentum import check_absent, check_no_options, decayed, scheduled
+from jepa_kernels.nn.pairing import Pair, Pairing, unwrap
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.nn.sync import check_same
 from jepa_kernels.ops.ema_update.check import FORMS
@@ -36,19 +37,25 @@ class EMA(nn.Module):
     online: a module, or its wrapper by DDP or torch.compile; fp32, or bf16 and fp16: the target is fp32. Parameters
         that are frozen (requires_grad False) at an update are skipped, shared ones move once, buffers of the state
         dict are copied.
-    momentum: in [0, 1], at step 0. final_momentum: at total_steps and after; default 1 where total_steps is given.
+    momentum: in [0, 1], at step 0; default 0.996. final_momentum: at total_steps and after; default 1 where
+        total_steps is given.
     schedule: "linear", "cosine" or "constant"; None: linear where one of these two is given, else constant.
     shadow_dtype: bf16 or fp16: the update also writes low-precision copies of the weights that autocast casts, and
         `forward` under autocast to that dtype reads them: the same bits, no weight cast (2 bytes a parameter more).
+        Writes to the target by others are seen, but for those through `.data`: call `refresh` after them.
     form: the roundings, see `ema_update`.
     decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device, exclude_buffers: as of
         `timm.utils.ModelEmaV3`. With decay its formulas replace the schedule, the target is in eval mode, and fp32
         buffers are averaged unless exclude_buffers; else the target keeps online's mode, as upstream's do, and
-        exclude_buffers=False averages them. foreach is accepted and has no effect.
+        exclude_buffers=False averages them. foreach is accepted and has no effect. decay is passed by name: the
+        second argument is the momentum, with which these options are refused.
 
     .module: the target, fp32, without gradient; shard it with `fully_shard` as the online network: an update is of
-        the local shards, with no communication. .shadow: the module that `forward` runs under autocast, or None.
+        the local shards, with no communication.
     .step: number of updates; part of the state dict.
+
+    A deep copy follows the same online network, or its copy where both are copied as parts of one object.
+    torch.compile leaves `update` out of its graphs: a step with it breaks in two, and is not compiled again.
 
     Raises ValueError and TypeError for arguments and networks that do not fit, before the first write.
     """
@@ -56,7 +63,7 @@ class EMA(nn.Module):
     def __init__(
         self,
         online: nn.Module,
-        momentum: float = 0.996,
+        momentum: float | None = None,
         *,
         final_momentum: float | None = None,
         total_steps: int | None = None,
@@ -77,42 +84,47 @@ class EMA(nn.Module):
         _check_names(shadow_dtype, form)
         self.decay, self.form, self.step = decay, form, 0
         self.average_buffers = decay is not None if exclude_buffers is None else not exclude_buffers
-        self._momentum: Callable[[int], float]
+        timm: dict[str, Any] = dict(min_decay=min_decay, update_after_step=update_after_step, use_warmup=use_warmup)
+        timm |= dict(warmup_gamma=warmup_gamma, warmup_power=warmup_power)
         if decay is None:
-            self._momentum = _schedule(schedule, momentum, final_momentum, total_steps)
+            check_no_options(timm)
+            self._momentum = scheduled(momentum, final_momentum, total_steps, schedule)
         else:
-            _check_alone(final_momentum=final_momentum, total_steps=total_steps, schedule=schedule)
-            for name, value in (("decay", decay), ("min_decay", min_decay)):
-                _check_momentum(name, value)
-            warmup = dict(use_warmup=use_warmup, gamma=warmup_gamma, power=warmup_power)
-            limits = dict(decay=decay, min_decay=min_decay, update_after_step=update_after_step)
-            self._momentum = partial(schedules.momentum_warmup, **limits, **warmup)  # type: ignore[arg-type]
-        self._online = (unwrap(online),)  # in a tuple: not a part of this module
-        self.module = _target(self._online[0], device)
+            own = dict(momentum=momentum, final_momentum=final_momentum, total_steps=total_steps, schedule=schedule)
+            check_absent("with decay", **own)
+            self._momentum = decayed(decay, timm)
+        self._followed = Followed(unwrap(online))
+        self.module = _target(self._followed.network, device)
         if decay is not None:
             self.module.eval()
         self._shadow = None if shadow_dtype is None else Shadow(self.module, shadow_dtype)
         self._pairing: Pairing | None = None
-
-    @property
-    def shadow(self) -> nn.Module | None:
-        """The target with low-precision copies of what autocast casts; it shares everything else."""
-        return None if self._shadow is None else self._shadow.module
+        self.register_load_state_dict_post_hook(_after_load)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The target's output; under autocast to shadow_dtype from the low-precision copies, with the same bits."""
-        shadow = self.under_autocast()
-        return (self.module if shadow is None else shadow)(*args, **kwargs)
+        with self.cast_weights():
+            return self.module(*args, **kwargs)
 
-    def under_autocast(self) -> nn.Module | None:
-        """The shadow, in the target's mode and up to date, where autocast is on to its dtype; else None."""
+    @contextmanager
+    def cast_weights(self) -> Iterator[None]:
+        """Within it, if autocast is on to shadow_dtype: the target's low-precision copies in place of its weights."""
         if self._shadow is None or not self._shadow.serves():
-            return None
-        if not torch.compiler.is_compiling():  # compiled code trusts the last update
+            yield
+            return
+        if not torch.compiler.is_compiling():  # compiled code trusts the last update, load or move
             self._shadow.refresh()
-        if self._shadow.module.training != self.module.training:
-            self._shadow.module.train(self.module.training)
-        return self._shadow.module
+        with self._shadow.lent():
+            yield
+
+    def refresh(self) -> None:
+        """Round the low-precision copies anew.
+
+        Needed after a write that PyTorch does not count, through `.data` or by other libraries, and, where the forward
+        is compiled, after any write but an update, a load_state_dict or a `.to` of this module.
+        """
+        if self._shadow is not None:
+            self._shadow.renew()
 
     def momentum_at(self, step: int) -> float:
         """The momentum of the update after `step` finished ones (with decay: of the update that timm calls `step`)."""
@@ -131,38 +143,79 @@ class EMA(nn.Module):
         online: None: the module of the constructor. step: None: the number of updates so far.
         A loop over a CUDA graph passes its momentum, a tensor on the device, to `apply_update_` instead.
         """
-        self.apply_update_(self._online[0] if online is None else online, self.get_decay(step))
+        self.apply_update_(self._followed.network if online is None else online, self.get_decay(step))
         self.step = (self.step if step is None else step) + 1
 
     @torch._disable_dynamo
     @torch.no_grad()
     def apply_update_(self, model: nn.Module, decay: float | Tensor) -> None:
         """Move the target towards `model` with this momentum, a float or a 0-dim tensor; 0.0 copies, as `set`."""
-        if not isinstance(decay, Tensor) and decay == 0.0:
-            return self.set(model)
         pairing = self._paired(unwrap(model))
         copied = pairing.copied()  # checked before the first write
-        if self._shadow is not None:
-            self._shadow.refresh()  # what the update does not write, such as copies of frozen weights
+        if not isinstance(decay, Tensor) and decay == 0.0:
+            return self._copy([*pairing.moving().values(), *copied])
         pairing.update(decay, self.form)
         if self._shadow is not None:
             self._shadow.written()
         for target, online in copied:
             target.copy_(online)
 
-    @torch.no_grad()
+    def pairs(self) -> dict[Tensor, Tensor]:
+        """{online parameter: its target} of what updates move, the target_params of an `AdamWEMA` (see `moved_by`)."""
+        if self.form != "lerp":
+            fail("EMA", "form", "be lerp for an AdamWEMA", repr(self.form), "use another optimizer and update()")
+        return {online: target for target, online in self._paired(self._followed.network).trained()}
+
+    def shadow_copies(self) -> dict[Tensor, Tensor]:
+        """{online parameter: the low-precision copy of its target}, the second shadow of an `AdamWEMA`."""
+        copies: Mapping[Any, Tensor] = {} if self._shadow is None else self._shadow.copies
+        trained = self._paired(self._followed.network).trained()
+        return {online: copies[target] for target, online in trained if target in copies}
+
+    @contextmanager
+    def moved_by(self, optimizer: jk.AdamWEMA, momentum: float | Tensor | None = None) -> Iterator[None]:
+        """Around the step of an optimizer that moves the target itself, instead of `update`:
+
+            optimizer = AdamWEMA(net.parameters(), ema.pairs(), shadow=(None, ema.shadow_copies()))
+            with ema.moved_by(optimizer):
+                optimizer.step()
+
+        Its groups get the momentum, which the optimizer checks (None: the schedule's, and the step is counted, as by
+        `update`); buffers are copied or averaged after it. Raises ValueError where it lacks the target of a trained
+        parameter, or the copy of one.
+        """
+        pairing = self._paired(self._followed.network)
+        copied, averaged = pairing.copied(), pairing.averaged().values()
+        pairing.check_moved_by(optimizer.targets)
+        value = self.get_decay() if momentum is None else momentum
+        for group in optimizer.param_groups:
+            group["momentum"] = value
+        yield
+        if self._shadow is not None:
+            self._shadow.written()
+        if averaged:
+            jk.ema_update([target for target, _ in averaged], [online for _, online in averaged], value)
+        self._copy(copied)
+        self.step += momentum is None
+
     def set(self, model: nn.Module) -> None:
-        """Copy every parameter and buffer of `model`."""
-        pairing = self._paired(unwrap(model))
-        for target, online in [*pairing.parameters, *pairing.buffers().values()]:
+        """Copy every parameter and buffer of `model`, frozen ones too."""
+        self._copy(self._paired(unwrap(model)).all())
+
+    @torch.no_grad()
+    def _copy(self, pairs: list[Pair]) -> None:
+        for target, online in pairs:
             target.copy_(online)
         if self._shadow is not None:
             self._shadow.refresh()
 
     def _paired(self, online: nn.Module) -> Pairing:
+        """The pairing with `online`, and the copies up to date with what an update does not write."""
+        if self._shadow is not None:
+            self._shadow.refresh()
         if self._pairing is None or not self._pairing.holds(online):
-            if self._shadow is not None and self._shadow.members != list(self.module.modules()):
-                self._shadow = Shadow(self.module, self._shadow.dtype)
+            if self._shadow is not None:
+                self._shadow.renew()
             self._pairing = Pairing(online, self.module, self._shadow, averaged=self.average_buffers)
         return self._pairing
 
@@ -174,6 +227,11 @@ class EMA(nn.Module):
         """
         check_same("EMA", self.module, group)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> EMA:
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.step)
 
@@ -182,10 +240,11 @@ class EMA(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A state dict of the target network alone, or timm's, leaves the step as it is."""
-        own = [name for name in state_dict if name.startswith(prefix)]
-        if not any(name.startswith(f"{prefix}module.") for name in own):
-            for name in own:
-                state_dict[f"{prefix}module.{name.removeprefix(prefix)}"] = state_dict.pop(name)
+        given = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        names = self.module.state_dict().keys()
+        if len(names & set(given)) > len({f"module.{name}" for name in names} & set(given)):
+            for name in given:
+                state_dict[f"{prefix}module.{name}"] = state_dict.pop(prefix + name)
         state_dict.setdefault(prefix + STEP, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -193,43 +252,29 @@ class EMA(nn.Module):
         return {**self.__dict__, "_pairing": None}  # it holds addresses
 
 
+class Followed:
+    """The online network, which is no part of the module: a copy of the average follows it too."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Followed:
+        return Followed(memo.get(id(self.network), self.network))  # or its copy, where they are copied together
+
+
+def _after_load(ema: EMA, _: Any) -> None:
+    ema.refresh()
+
+
 def _target(online: nn.Module, device: torch.device | str | None) -> nn.Module:
+    if any(hasattr(m, "reshard") for m in online.modules()):
+        remedy = "build the EMA first, then shard online and the EMA's .module alike"
+        fail("EMA", "online", "be a whole network", f"a sharded {type(online).__name__}", remedy)
     target = copy.deepcopy(online).requires_grad_(False)
     for p in target.parameters():
         if p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
     return target if device is None else target.to(device)
-
-
-def _schedule(kind: str | None, start: float, final: float | None, total: int | None) -> Callable[[int], float]:
-    """The momentum as a function of the number of finished updates."""
-    moving = final is not None or total is not None
-    kind = ("linear" if moving else "constant") if kind is None else kind
-    if kind not in ("linear", "cosine", "constant"):
-        fail("EMA", "schedule", "be linear, cosine or constant", repr(kind), "leave it out: the arguments tell")
-    _check_momentum("momentum", start)
-    if kind == "constant":
-        _check_alone("schedule='constant'", final_momentum=final, total_steps=total)
-        return partial(schedules.momentum_constant, start=start)
-    final = 1.0 if final is None else final
-    _check_momentum("final_momentum", final)
-    if total is None or total < 1:
-        fail("EMA", "total_steps", "be at least 1", total, "pass ipe * epochs * ipe_scale")
-    curve = schedules.momentum if kind == "linear" else schedules.momentum_cosine
-    return partial(curve, start=start, final=final, total=int(total))
-
-
-def _check_momentum(name: str, value: Any) -> None:
-    if not is_number(value):
-        fail("EMA", name, "be a number", type(value).__name__, "pass a float", TypeError)
-    if not 0.0 <= value <= 1.0:
-        fail("EMA", name, "lie in [0, 1]", value, "0.996 to 1 is usual")
-
-
-def _check_alone(with_: str = "decay", **arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            fail("EMA", name, f"be left out with {with_}", value, f"choose one of {name} and {with_}")
 
 
 def _check_names(dtype: torch.dtype | None, form: str) -> None:

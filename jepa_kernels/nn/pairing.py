@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.nn.shadow import Shadow
 
 Pair = tuple[Tensor, Tensor]  # target, online
+BufferTable = tuple[str, dict[str, Tensor | None], set[str]]  # of a module: its name, buffers, and which are caches
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -36,21 +37,20 @@ class Pairing:
         networks = (*online.modules(), *target.modules())
         self._sharded = [m for m in networks if hasattr(m, "reshard")]
         self._reshard()
-        self._members = list(target.named_modules()), list(online.named_modules())
+        self._buffers = buffer_tables(target), buffer_tables(online)
         kinds = ("_modules", "_parameters", "_buffers")[: 3 if averaged else 2]
         self._tables = [table for m in networks for kind in kinds if (table := getattr(m, kind))]
         self._entries = list(self._found())
-        self.names, self.parameters = _named_pairs(target, online)
-        self._trained = [o.requires_grad for _, o in self.parameters]
-        self._low: dict[Tensor, Tensor] = {} if shadow is None else {kept.source(): kept.low for kept in shadow.copies}
+        self.parameters = _named_pairs(target, online)
+        self._onlines = [o for _, o in self.parameters.values()]
+        self._trained = [o.requires_grad for o in self._onlines]
+        self._low: Mapping[Any, Tensor] = {} if shadow is None else shadow.copies
         self._averaged = averaged
         self._prepare()
 
     def _prepare(self) -> None:
         """The table of what moves; online tensors of another device have a place on the target's."""
-        trained = zip(self.names, self.parameters, self._trained, strict=True)
-        moving = {name: pair for name, pair, is_trained in trained if is_trained}
-        moving |= {name: pair for name, pair in self.buffers().items() if self._moves(pair)}
+        moving = self.moving()
         apart = {name: pair for name, pair in moving.items() if pair[0].device != pair[1].device}
         places = {name: torch.empty_like(o, device=t.device) for name, (t, o) in apart.items()}
         self._staged = [(places[name], o) for name, (_, o) in apart.items()]
@@ -67,8 +67,31 @@ class Pairing:
             online is self.online
             and sum(map(len, self._tables)) == len(self._entries)
             and all(map(operator.is_, self._found(), self._entries))
-            and [o.requires_grad for _, o in self.parameters] == self._trained
+            and [o.requires_grad for o in self._onlines] == self._trained
         )
+
+    def trained(self) -> list[Pair]:
+        return [pair for pair, is_trained in zip(self.parameters.values(), self._trained, strict=True) if is_trained]
+
+    def moving(self) -> dict[str, Pair]:
+        """What an update moves: trained parameters, and averaged buffers."""
+        trained = zip(self.parameters.items(), self._trained, strict=True)
+        moving = _shaped_alike({name: pair for (name, pair), is_trained in trained if is_trained})
+        return moving | self.averaged()
+
+    def averaged(self) -> dict[str, Pair]:
+        """The buffers that move."""
+        return {name: pair for name, pair in self.buffers().items() if self._moves(pair)}
+
+    def check_moved_by(self, targets: Mapping[Tensor, Tensor | None]) -> None:
+        """Whether an optimizer with these targets, each with its copy, moves all trained ones."""
+        for (name, (target, _)), is_trained in zip(self.parameters.items(), self._trained, strict=True):
+            if is_trained and target not in targets:
+                remedy = "build it with target_params=ema.pairs()"
+                fail("EMA", "optimizer", f"move the target of {name}", "none of its targets is that", remedy)
+            if is_trained and targets[target] is not self._low.get(target):
+                remedy = "build it with shadow=(None, ema.shadow_copies())"
+                fail("EMA", "optimizer", f"write the copy of {name}", "another target shadow or none", remedy)
 
     def update(self, momentum: float | Tensor, form: str) -> None:
         """Move the targets of trained parameters."""
@@ -87,16 +110,20 @@ class Pairing:
     def _moves(self, pair: Pair) -> bool:
         return self._averaged and pair[0].dtype == torch.float32
 
+    def all(self) -> list[Pair]:
+        """All parameters and buffers, checked."""
+        return list((_shaped_alike(self.parameters) | self.buffers()).values())
+
     def buffers(self) -> dict[str, Pair]:
         """All buffers of the state dicts."""
-        targets, onlines = map(state_buffers, self._members)
+        targets, onlines = map(state_buffers, self._buffers)
         if targets.keys() != onlines.keys():
             odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
         return _shaped_alike({name: (t, onlines[name]) for name, t in targets.items()})
 
     def _found(self) -> Iterator[object]:
-        return chain.from_iterable(table.values() for table in self._tables)
+        return chain.from_iterable(map(dict.values, self._tables))
 
     def _reshard(self) -> None:
         # After a forward, FSDP may leave the gathered parameters in place of the shards.
@@ -104,23 +131,26 @@ class Pairing:
             cast(Any, module).reshard()
 
 
-def state_buffers(members: Iterable[tuple[str, nn.Module]]) -> dict[str, Tensor]:
+def buffer_tables(module: nn.Module) -> list[BufferTable]:
+    return [(name, m._buffers, m._non_persistent_buffers_set) for name, m in module.named_modules()]
+
+
+def state_buffers(tables: Iterable[BufferTable]) -> dict[str, Tensor]:
     """The buffers of the state dict: others are caches, of each network's own inputs."""
-    found = {}
-    for prefix, member in members:
-        for name, buffer in member._buffers.items():
-            if buffer is not None and name not in member._non_persistent_buffers_set:
-                found[f"{prefix}.{name}".lstrip(".")] = buffer
+    found: dict[str, Tensor] = {}
+    for prefix, table, caches in tables:
+        if table:
+            named = {f"{prefix}.{name}".lstrip("."): x for name, x in table.items() if name not in caches}
+            found |= {name: x for name, x in named.items() if x is not None}
     return found
 
 
-def _named_pairs(target: nn.Module, online: nn.Module) -> tuple[list[str], list[Pair]]:
+def _named_pairs(target: nn.Module, online: nn.Module) -> dict[str, Pair]:
     named, onlines = dict(target.named_parameters()), list(online.parameters())
     if len(onlines) != len(named):
         wanted = f"have {len(named)} parameters as the target"
         fail("EMA", "online", wanted, len(onlines), "pass the network that the target was copied from")
-    pairs = _shaped_alike(dict(zip(named, zip(named.values(), onlines, strict=True), strict=True)))
-    return list(pairs), list(pairs.values())
+    return _shaped_alike(dict(zip(named, zip(named.values(), onlines, strict=True), strict=True)))
 
 
 def _shaped_alike(pairs: dict[str, Pair]) -> dict[str, Pair]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.nn.pairing import state_buffers
+from jepa_kernels.nn.pairing import buffer_tables, state_buffers
 
 
 def check_same(op: str, module: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -19,7 +19,7 @@ def check_same(op: str, module: nn.Module, group: dist.ProcessGroup | None) -> N
     """
     if not dist.is_available() or not dist.is_initialized():
         return
-    tensors = {**dict(module.named_parameters()), **state_buffers(module.named_modules())}
+    tensors = {**dict(module.named_parameters()), **state_buffers(buffer_tables(module))}
     _check_layout(op, tensors, group)
     differs = [_differs(t, group) for t in tensors.values()]
     found = torch.stack(differs) if differs else torch.zeros(0, dtype=torch.int32)

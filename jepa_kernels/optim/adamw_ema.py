@@ -72,6 +72,11 @@ class AdamWEMA(Optimizer):
         self._pair({})
         super().__init__(_with_partners(params, target_params, shadow), defaults)
 
+    @property
+    def targets(self) -> dict[Tensor, Tensor | None]:
+        """{target: its shadow, or None} of what steps move, beside the parameters."""
+        return {p.targets: p.target_shadow for p in self._partners.values() if p.targets is not None}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with "target_params" and "shadow" of its own where it has any."""
         if not isinstance(param_group, dict) or isinstance(param_group.get("params"), set):

@@ -1,0 +1,67 @@
+"""The momentum of a target network as a function of the number of finished updates, from `EMA`'s arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from jepa_kernels import schedules
+from jepa_kernels._core.check import fail, is_number
+
+Momentum = Callable[[int], float]
+TIMM = dict(min_decay=0.0, update_after_step=0, use_warmup=False, warmup_gamma=1.0, warmup_power=2 / 3)
+
+
+def scheduled(start: float | None, final: float | None, total: int | None, kind: str | None) -> Momentum:
+    """From `start` to `final`, by the schedule of this name."""
+    start = 0.996 if start is None else start
+    moving = final is not None or total is not None
+    kind = ("linear" if moving else "constant") if kind is None else kind
+    if kind not in ("linear", "cosine", "constant"):
+        fail("EMA", "schedule", "be linear, cosine or constant", repr(kind), "leave it out: the arguments tell")
+    _check_momentum("momentum", start)
+    if kind == "constant":
+        check_absent("with schedule='constant'", final_momentum=final, total_steps=total)
+        return partial(schedules.momentum_constant, start=start)
+    final = 1.0 if final is None else final
+    _check_momentum("final_momentum", final)
+    if total is None or total < 1:
+        fail("EMA", "total_steps", "be at least 1", total, "pass ipe * epochs * ipe_scale")
+    curve = schedules.momentum if kind == "linear" else schedules.momentum_cosine
+    return partial(curve, start=start, final=final, total=int(total))
+
+
+def decayed(decay: float, options: dict[str, Any]) -> Momentum:
+    """timm's, with its options."""
+    _check_momentum("decay", decay)
+    _check_momentum("min_decay", options["min_decay"])
+    for name in ("warmup_gamma", "warmup_power"):
+        value = options[name]
+        if not is_number(value) or not value > 0:
+            fail("EMA", name, "be a positive number", repr(value), f"timm's default is {TIMM[name]:.4g}")
+    names = {name: name.removeprefix("warmup_") for name in options}
+    return partial(schedules.momentum_warmup, decay=decay, **{names[name]: value for name, value in options.items()})
+
+
+def check_no_options(options: dict[str, Any]) -> None:
+    """timm's options have a meaning for its decay alone."""
+    for name, value in options.items():
+        if value != TIMM[name]:
+            remedy = "pass timm's decay by its name: decay=0.9998"
+            fail("EMA", name, "be left out without decay", value, remedy)
+
+
+def check_absent(beside: str, **arguments: Any) -> None:
+    """These arguments have no meaning `beside` others."""
+    for name, value in arguments.items():
+        if value is not None:
+            other = beside.removeprefix("with ")
+            fail("EMA", name, f"be left out {beside}", value, f"choose one of {name} and {other}")
+
+
+def _check_momentum(name: str, value: Any) -> None:
+    if not is_number(value):
+        fail("EMA", name, "be a number", type(value).__name__, "pass a float", TypeError)
+    if not 0.0 <= value <= 1.0:
+        fail("EMA", name, "lie in [0, 1]", value, "0.996 to 1 is usual")
