@@ -27,6 +27,17 @@ static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE
 
 static inline int lanes_of(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 
+// In double: of rows whose squares, or their sum, are beyond fp32.
+template <class T> static float norm_of_huge(const T* row, int64_t stride, int64_t channels) {
+  double sum = 0.0;
+  for (int64_t c = 0; c < channels; c += W) {
+    float lanes[W];
+    store(lanes, load(row + c * stride, stride, lanes_of(channels - c)));
+    for (float v : lanes) sum += static_cast<double>(v) * v;
+  }
+  return static_cast<float>(std::sqrt(sum));
+}
+
 // Norms of all rows, at least LEAST_NORM; 1 where embeddings are taken as they are.
 static void norms(const Side& side, int64_t channels, bool normalize, int threads, float* out) {
   with_float(side.dtype, [&](auto x) {
@@ -39,7 +50,8 @@ static void norms(const Side& side, int64_t channels, bool normalize, int thread
           const vf v = load(row + c * side.channel, side.channel, lanes_of(channels - c));
           sum = fma(v, v, sum);
         }
-        const float norm = std::sqrt(hsum(sum));
+        const float square = hsum(sum);
+        const float norm = std::isinf(square) ? norm_of_huge(row, side.channel, channels) : std::sqrt(square);
         out[i] = !normalize ? 1.f : norm < LEAST_NORM ? LEAST_NORM : norm;
       }
     });

@@ -78,11 +78,17 @@ def test_one_row_gives_zeros(backend):
     assert numbers(torch.randn(1, 9), backend) == [0.0] * 4
 
 
-@pytest.mark.parametrize("row", [0, 3])
-def test_nan_reaches_every_number(backend, row):
-    z = torch.randn(6, 5)
+@pytest.mark.parametrize("rows, row", [(6, 0), (6, 3), (2000, 1)])  # of 2000 rows, the rank leaves out the second
+def test_nan_reaches_every_number(backend, rows, row):
+    z = torch.randn(rows, 5)
     z[row, 2] = math.nan
     assert all(math.isnan(x) for x in numbers(z, backend))
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-24, 1e18, 1e30])
+def test_rank_of_tiny_and_huge_spreads(backend, size):
+    z = torch.randn(200, 12)
+    assert numbers(z * size, backend)[2] == pytest.approx(numbers(z, backend)[2], rel=1e-5)
 
 
 def test_no_gradient_and_nothing_lowered_under_autocast(backend):

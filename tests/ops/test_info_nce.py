@@ -142,6 +142,15 @@ def test_large_logits(kernel, normalize):
         assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
 
 
+def test_squares_beyond_fp32(backend):
+    x, y = draw()
+    size = 2.0**70  # exact: directions stay, and gradients shrink by as much
+    plain, huge = (value_and_grads(x * f, y, backend=backend) for f in (1.0, size))
+    torch.testing.assert_close(huge[0], plain[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(huge[1] * size, plain[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(huge[2:], plain[2:], rtol=1e-5, atol=1e-6)
+
+
 def test_rows_without_a_direction(backend):
     x, y = draw(4)
     x[2] = 0

@@ -38,6 +38,8 @@ def collapse_stats(z: Tensor, *, backend: str | None = None) -> CollapseStats:
     z: [..., N, E]: rows are all but the last dimension; fp32, bf16 or fp16, any strides. NaN reaches every number.
     No rows, or no features: all 0. One row: all 0.
 
+    The rank is that of spreads of any size; std and cosine square in fp32: within 1e-18 to 1e18.
+
     No gradient. Statistics are fp32, also under autocast, and summed in a fixed order.
     Raises TypeError and ValueError for what is no such tensor.
     Source: participation ratio as in Roy and Vetterli, The effective rank (EUSIPCO 2007), with squares for entropy.
@@ -46,8 +48,10 @@ def collapse_stats(z: Tensor, *, backend: str | None = None) -> CollapseStats:
     check_tensor(OP, "z", z, "B " * (dims - 2) + "N E")
     backend = select(OP, KERNELS, backend, z)
     if backend == "reference":
-        return CollapseStats(*reference.forward(z))
-    return CollapseStats(*_forward(z.detach().flatten(0, -2), backend).unbind())
+        std, least, rank, cosine = reference.forward(z)
+    else:
+        std, least, rank, cosine = _forward(z.detach().flatten(0, -2), backend).unbind()
+    return CollapseStats(std, least, torch.where(std.isnan(), std, rank), cosine)  # a NaN may be in a row it left out
 
 
 def _fake(z: Tensor, backend: str) -> Tensor:

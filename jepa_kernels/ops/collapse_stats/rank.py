@@ -1,5 +1,7 @@
 """Effective rank of evenly spaced rows, from blocks of their smaller product. What kernels of every device share."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ def effective_rank(z: Tensor) -> Tensor:
     x = z[torch.arange(count, device=z.device) * len(z) // count].to(torch.float32)
     x -= x[0].clone()  # equal rows give 0 exactly
     x -= x.mean(0)
+    top = torch.linalg.vector_norm(x, math.inf)
+    x /= torch.where(top == 0, 1.0, top)  # the products of no size overflow, or vanish
     x = x if count < x.shape[1] else x.T
     trace, squares = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
     for i in range(0, len(x), BLOCK):  # each block beside the diagonal once; `out=` keeps fp32 under autocast

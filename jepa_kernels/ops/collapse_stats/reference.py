@@ -25,6 +25,8 @@ def _rank(x: Tensor) -> Tensor:
     """(sum l)^2 / sum l^2 of the eigenvalues l of the covariance: trace and Frobenius norm of the smaller product."""
     count = min(len(x), RANK_ROWS)
     chosen = _centred(x[torch.arange(count, device=x.device) * len(x) // count])
+    top = chosen.abs().amax()
+    chosen = chosen / torch.where(top == 0, 1.0, top)  # the products of no size overflow, or vanish
     with torch.autocast(x.device.type, enabled=False):
         gram = chosen @ chosen.T if count < x.shape[1] else chosen.T @ chosen
     trace = gram.trace()

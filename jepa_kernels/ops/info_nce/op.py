@@ -35,7 +35,8 @@ def info_nce(
     S = x^ y^T / temperature, x^ = x / max(|x|, 1e-12) where `normalize`, else x; y^ likewise
     loss = (mean_i CE(S[i, :], i) + mean_j CE(S[:, j], j)) / 2
 
-    x, y: [B, E], one dtype of fp32, bf16 or fp16, any strides; B at most 2^24 with duplicates.
+    x, y: [B, E], one dtype of fp32, bf16 or fp16, any strides; B at most 2^24 with duplicates. |x_i| |y_j| below 1e38,
+        with normalize too: kernels may multiply first.
     temperature: > 0, a number or a 0-dim floating tensor on x's device, which gets a gradient (learned). A tensor on
         a GPU is not read: a value that is not positive gives meaningless numbers there.
     label_smoothing: in [0, 1], as in torch's cross_entropy: a share of the target spread evenly over all candidates.

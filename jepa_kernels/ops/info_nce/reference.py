@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def forward(
@@ -19,7 +18,7 @@ def forward(
     with torch.autocast(x.device.type, enabled=False):
         x, y = x.to(wide), y.to(wide)
         if normalize:
-            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+            x, y = _direction(x), _direction(y)
         scores = x @ y.mT / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
         if x.shape[0] == 0:
             return scores.sum()
@@ -27,6 +26,11 @@ def forward(
         if duplicates is not None:
             allowed = (duplicates[:, None] != duplicates[None, :]) | allowed.diag().diag()
         return (_entropy(scores, allowed, label_smoothing) + _entropy(scores.mT, allowed, label_smoothing)) / 2
+
+
+def _direction(x: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)  # the squares of fp32 may be none
+    return x / norm.clamp_min(1e-12).to(x.dtype)
 
 
 def _entropy(scores: Tensor, allowed: Tensor, smoothing: float) -> Tensor:

@@ -36,7 +36,7 @@ def _norms(x: Tensor, normalize: bool) -> Tensor:
     """fp32 [B]; 1 where embeddings are taken as they are."""
     if not normalize:
         return x.new_ones(x.shape[0], dtype=torch.float32)
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).clamp_min(1e-12)
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(1e-12).float()
 
 
 def _scales(norm: Tensor, column_norm: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

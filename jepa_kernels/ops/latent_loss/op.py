@@ -73,8 +73,9 @@ def latent_loss(
 
     Returns an fp32 scalar, also under autocast: statistics are never lowered. Gradient: of pred only, in its dtype;
     target and norm are taken as constants, a weight that requires grad is refused. NaN and infinities propagate.
-    The forward pass writes the gradient for a loss of gradient 1; backward scales it. Summed in a fixed order: the
-    same bits on every run and for any number of threads.
+    The forward pass writes the gradient for a loss of gradient 1; backward scales it. In bf16 a scale that is no power
+    of two rounds a second time: off by up to 2^-7 in all, not 2^-8, and for l1 by the same for a whole mask.
+    Summed in a fixed order: the same bits on every run and for any number of threads.
     Raises ValueError and TypeError for arguments that do not fit.
     Source: I-JEPA (arXiv:2301.08243) section 3; V-JEPA (arXiv:2404.08471) section 3 for l1; V-JEPA 2.1
     (arXiv:2603.14482) for levels and weights of context tokens (`distance_weights`).
