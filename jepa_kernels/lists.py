@@ -31,6 +31,19 @@ def check_strided(op: str, name: str, t: Tensor) -> None:
         fail(op, name, "be a strided tensor", t.layout, DENSE, TypeError)
     if not is_dense(t):
         fail(op, name, "fill its memory without gaps", f"strides {t.stride()}", "call .contiguous()")
+    check_stored(op, name, t)
+
+
+def check_stored(op: str, name: str, t: Tensor) -> None:
+    """The tensor's storage still holds all of its elements, as they are: kernels are given the address alone."""
+    if torch.compiler.is_compiling():
+        return
+    size = t.element_size()
+    needed, held = t.numel() * size, t.untyped_storage().nbytes() - t.storage_offset() * size
+    if held < needed:
+        fail(op, name, f"hold its {needed} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    if t.is_neg():
+        fail(op, name, "be stored as it reads", "a tensor with the negative bit", "call .resolve_neg()", TypeError)
 
 
 def is_dense(t: Tensor) -> bool:

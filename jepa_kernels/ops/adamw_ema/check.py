@@ -9,7 +9,7 @@ from torch import Tensor
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
-from jepa_kernels.lists import check_strided, overlap, same_layout, tensors
+from jepa_kernels.lists import check_stored, check_strided, overlap, same_layout, tensors
 
 OP = "adamw_ema"
 SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
@@ -115,6 +115,7 @@ def check_partner(p: Tensor, t: Tensor, role: str, name: str) -> None:
     usual = t.dtype in dtypes and t.device == p.device and t.layout is torch.strided
     if not (usual and (t.dim() == 0 if role == "steps" else same_layout(t, p))):
         _refuse_partner(p, t, f"the {_singular(role)} of {name}", dtypes, role == "steps")
+    check_stored(OP, f"the {_singular(role)} of {name}", t)
 
 
 def _refuse_partner(p: Tensor, t: Tensor, what: str, dtypes: tuple[torch.dtype, ...], is_step: bool) -> NoReturn:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import KEPT, PLAIN, read
-from jepa_kernels.lists import is_dense, same_layout
+from jepa_kernels.lists import check_stored, is_dense, same_layout
 from jepa_kernels.ops.ema_update.sharding import check_sharding
 
 OP = "ema_update"
@@ -170,10 +170,7 @@ def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
 def _span(t: Tensor, role: str, name: str) -> _Span:
     begin = t.data_ptr()
     end = begin + t.numel() * t.element_size()
-    storage = t.untyped_storage()
-    held = storage.data_ptr() + storage.nbytes() - begin if begin else 0
-    if held < end - begin:
-        fail(OP, name, f"hold its {end - begin} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    check_stored(OP, name, t)
     return _Span(begin, end, role, name)
 
 
