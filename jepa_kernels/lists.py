@@ -22,7 +22,22 @@ def tensors(op: str, argument: str, values: Any) -> list[Tensor | None]:
 def _local(op: str, name: str, t: Any) -> Tensor:
     if not isinstance(t, Tensor):
         fail(op, name, "be a tensor", type(t).__name__, "convert it with torch.as_tensor", TypeError)
-    return getattr(t, "_local_tensor", t)
+    return local_of(op, name, t)
+
+
+def local_of(op: str, name: str, t: Tensor) -> Tensor:
+    """The shard of a DTensor, when it has arrived; a tensor that holds its elements itself, or is being traced."""
+    if hasattr(t, "placements"):
+        t = t._local_tensor  # type: ignore[attr-defined]
+        t = t.wait() if hasattr(t, "wait") else t  # what a collective still fills
+    if type(t) in PLAIN or torch.compiler.is_compiling() or _is_plain(type(t)):
+        return t
+    fail(op, name, "be a plain tensor or a DTensor of such", type(t).__name__, "convert it to one", TypeError)
+
+
+def _is_plain(kind: type[Tensor]) -> bool:
+    """Another class of tensor that leaves its operations to torch; or one without memory that torch traces with."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith("torch._subclasses")
 
 
 def check_strided(op: str, name: str, t: Tensor) -> None:

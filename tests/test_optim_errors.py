@@ -184,5 +184,29 @@ def test_storage_that_was_freed_or_shrunk_is_refused_before_anything_is_written(
 def test_a_negated_view_is_no_gradient():
     p, _, optimizer = pair()
     p[1].grad = torch._neg_view(torch.ones(4, 4))
-    with pytest.raises(TypeError, match="adamw_ema: the grad of .+ must be stored as it reads, got a tensor with the"):
+    with pytest.raises(TypeError, match=r"adamw_ema: the grad of .+ must be stored as it reads, got a tensor with the"):
         optimizer.step()
+
+
+class Two(torch.Tensor):
+    """A tensor of tensors, as quantised and nested ones are: its own memory is not where its elements are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+def test_a_tensor_of_another_class_is_refused():
+    p, other = torch.ones(4), Two(torch.ones(4))
+    with pytest.raises(TypeError, match=r"grad_norm: grads\[1\] must be a plain tensor or a DTensor of such, got Two"):
+        jk.grad_norm([p, other])
+    with pytest.raises(TypeError, match=r"ema_update: a tensor of online must be a plain tensor or a DTensor .+ Two"):
+        jk.ema_update([p], [other], 0.5)
+    with pytest.raises(
+        TypeError, match=r"adamw_ema: targets\[0\] must be a plain tensor or a DTensor of such, got Two"
+    ):
+        jk.AdamWEMA([nn.Parameter(p)], [other])

@@ -1,6 +1,6 @@
 """Argument checks of `adamw_ema`: all of them pass before the first write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -10,6 +10,7 @@ from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import check_stored, check_strided, overlap, same_layout, tensors
+from jepa_kernels.sharding import layout, refuse
 
 OP = "adamw_ema"
 SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def check_call(**given: Any) -> Checked:
     if known is not None:
         _passed[known] = None
         if len(_passed) > KEPT:
-            del _passed[next(iter(_passed))]
+            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
     return lists
 
 
@@ -75,6 +76,7 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
 
     What shares memory is `check_overlap`'s to find.
     """
+    given = {k: v if type(v) is list or not isinstance(v, Iterator) else list(v) for k, v in given.items()}
     lists = {k: [] if v is None and k in OPTIONAL else tensors(OP, k, v) for k, v in given.items()}
     count = len(lists["params"])
     for k, v in lists.items():
@@ -82,7 +84,18 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
             fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
     for i in range(count):
         _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
+    if not torch.compiler.is_compiling():
+        for role in [k for k in lists if k not in ("params", "steps") and lists[k]]:
+            _check_placed(role, given[role], given["params"], names)
     return lists
+
+
+def _check_placed(role: str, values: Iterable[Any], params: Iterable[Any], names: Sequence[str] | None) -> None:
+    """Shards are updated alone: each must be that part of its tensor that the parameter's shard is."""
+    for i, (t, p) in enumerate(zip(values, params, strict=True)):
+        if t is not None and layout(t) != layout(p):
+            name = f"params[{i}]" if names is None else names[i]
+            refuse(OP, name, f"the {_singular(role)} of {name}", layout(p), layout(t))
 
 
 def _check_entry(lists: Checked, i: int, name: str) -> None:

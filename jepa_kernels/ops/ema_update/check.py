@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import KEPT, PLAIN, read
-from jepa_kernels.lists import check_stored, is_dense, same_layout
-from jepa_kernels.ops.ema_update.sharding import check_sharding
+from jepa_kernels.lists import check_stored, is_dense, local_of, same_layout
+from jepa_kernels.sharding import check_sharding
 
 OP = "ema_update"
 ROLES = ("target", "online", "shadow")
@@ -55,7 +55,7 @@ def check(sources: Sources) -> Checked:
         _check_memory(name, checked.local)
         _passed[checked.known] = None
         if len(_passed) > KEPT:
-            del _passed[next(iter(_passed))]
+            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
     return checked
 
 
@@ -86,7 +86,7 @@ def _listed(source: Source | Shadow, role: str) -> list[Any]:
 def _local(t: Any, role: str) -> Tensor:
     if not isinstance(t, Tensor):
         fail(OP, role, "hold tensors", type(t).__name__, "convert it with torch.as_tensor", TypeError)
-    return getattr(t, "_local_tensor", t)
+    return local_of(OP, f"a tensor of {role}", t)
 
 
 def names(sources: Sources, given: tuple[list[Any], ...]) -> Names:
