@@ -82,11 +82,11 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
     for k, v in lists.items():
         if len(v) != count and (v or k not in OPTIONAL):
             fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
-    for i in range(count):
-        _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
     if not torch.compiler.is_compiling():
         for role in [k for k in lists if k not in ("params", "steps") and lists[k]]:
             _check_placed(role, given[role], given["params"], names)
+    for i in range(count):
+        _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
     return lists
 
 
