@@ -77,7 +77,7 @@ def groups(op: str, lists: Lists, known: Any = None, *, changing: bool = False) 
     if len(kept) > KEPT:
         if first.is_cuda and not changing:
             torch.cuda.synchronize(first.device)  # another stream may still read the oldest table
-        del kept[next(iter(kept))]
+        kept.pop(next(iter(list(kept))), None)  # of a whole copy: another thread may add or remove one
     return found
 
 

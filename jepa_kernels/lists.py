@@ -22,7 +22,22 @@ def tensors(op: str, argument: str, values: Any) -> list[Tensor | None]:
 def _local(op: str, name: str, t: Any) -> Tensor:
     if not isinstance(t, Tensor):
         fail(op, name, "be a tensor", type(t).__name__, "convert it with torch.as_tensor", TypeError)
-    return getattr(t, "_local_tensor", t)
+    return local_of(op, name, t)
+
+
+def local_of(op: str, name: str, t: Tensor) -> Tensor:
+    """The shard of a DTensor, when it has arrived; a tensor that holds its elements itself, or is being traced."""
+    if hasattr(t, "placements"):
+        t = t._local_tensor  # type: ignore[attr-defined]
+        t = t.wait() if hasattr(t, "wait") else t  # what a collective still fills
+    if type(t) in PLAIN or torch.compiler.is_compiling() or _is_plain(type(t)):
+        return t
+    fail(op, name, "be a plain tensor or a DTensor of such", type(t).__name__, "convert it to one", TypeError)
+
+
+def _is_plain(kind: type[Tensor]) -> bool:
+    """Another class of tensor that leaves its operations to torch; or one without memory that torch traces with."""
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or kind.__module__.startswith("torch._subclasses")
 
 
 def check_strided(op: str, name: str, t: Tensor) -> None:
@@ -31,6 +46,19 @@ def check_strided(op: str, name: str, t: Tensor) -> None:
         fail(op, name, "be a strided tensor", t.layout, DENSE, TypeError)
     if not is_dense(t):
         fail(op, name, "fill its memory without gaps", f"strides {t.stride()}", "call .contiguous()")
+    check_stored(op, name, t)
+
+
+def check_stored(op: str, name: str, t: Tensor) -> None:
+    """The tensor's storage still holds all of its elements, as they are: kernels are given the address alone."""
+    if torch.compiler.is_compiling():
+        return
+    size = t.element_size()
+    needed, held = t.numel() * size, t.untyped_storage().nbytes() - t.storage_offset() * size
+    if held < needed:
+        fail(op, name, f"hold its {needed} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    if t.is_neg():
+        fail(op, name, "be stored as it reads", "a tensor with the negative bit", "call .resolve_neg()", TypeError)
 
 
 def is_dense(t: Tensor) -> bool:

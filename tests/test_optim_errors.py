@@ -151,3 +151,62 @@ def test_amsgrad_is_refused():
         ValueError, match="AdamWEMA: a loaded group must have amsgrad=False, got True; continue it with"
     ):
         jk.AdamWEMA([p]).load_state_dict(saved)
+
+
+def resized(tensor, size):
+    tensor.untyped_storage().resize_(size)
+
+
+def pair(first_step=True):
+    p = [nn.Parameter(torch.ones(4, 4)) for _ in range(2)]
+    targets = [torch.ones(4, 4) for _ in p]
+    optimizer = jk.AdamWEMA(p, targets)
+    for x in p:
+        x.grad = torch.ones(4, 4)
+    if first_step:
+        optimizer.step()
+    return p, targets, optimizer
+
+
+@pytest.mark.parametrize("size", [0, 8])
+@pytest.mark.parametrize("role", ["param", "target", "exp_avg", "grad"])
+def test_storage_that_was_freed_or_shrunk_is_refused_before_anything_is_written(role, size):
+    p, targets, optimizer = pair()
+    last = p[1]
+    of = dict(param=last, target=targets[1], exp_avg=optimizer.state[last]["exp_avg"], grad=last.grad)
+    resized(of[role], size)
+    before = p[0].detach().clone(), targets[0].clone()
+    with pytest.raises(ValueError, match=f"adamw_ema: .*must hold its 64 bytes, got a storage with {size}; do not"):
+        optimizer.step()
+    assert torch.equal(p[0], before[0]) and torch.equal(targets[0], before[1])
+
+
+def test_a_negated_view_is_no_gradient():
+    p, _, optimizer = pair()
+    p[1].grad = torch._neg_view(torch.ones(4, 4))
+    with pytest.raises(TypeError, match=r"adamw_ema: the grad of .+ must be stored as it reads, got a tensor with the"):
+        optimizer.step()
+
+
+class Two(torch.Tensor):
+    """A tensor of tensors, as quantised and nested ones are: its own memory is not where its elements are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise NotImplementedError
+
+
+def test_a_tensor_of_another_class_is_refused():
+    p, other = torch.ones(4), Two(torch.ones(4))
+    with pytest.raises(TypeError, match=r"grad_norm: grads\[1\] must be a plain tensor or a DTensor of such, got Two"):
+        jk.grad_norm([p, other])
+    with pytest.raises(TypeError, match=r"ema_update: a tensor of online must be a plain tensor or a DTensor .+ Two"):
+        jk.ema_update([p], [other], 0.5)
+    with pytest.raises(
+        TypeError, match=r"adamw_ema: targets\[0\] must be a plain tensor or a DTensor of such, got Two"
+    ):
+        jk.AdamWEMA([nn.Parameter(p)], [other])

@@ -257,6 +257,9 @@ def tensors_sharded_otherwise_are_refused(_):
             jk.ema_update([rows], [online], 0.5)
     with pytest.raises(ValueError, match=r"^ema_update: online w must be a plain tensor as target w, got a DTensor; "):
         jk.ema_update({"w": before.clone()}, {"w": rows}, 0.5)
+    for given in (dict(target_params=[columns]), dict(shadow=([columns.bfloat16()], None))):
+        with pytest.raises(ValueError, match=r"^adamw_ema: the (target|online_shadow) of .+ must have the placements "):
+            jk.AdamWEMA([nn.Parameter(rows)], **given)
     with pytest.raises(ValueError, match=r"^ema_update: shadow\[0\] must have the placements "):
         jk.ema_update([rows], [rows.clone()], 0.5, shadow=[columns.bfloat16()])
     assert torch.equal(rows.to_local(), before)

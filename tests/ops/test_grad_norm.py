@@ -106,3 +106,16 @@ BAD = [
 def test_bad_input_is_named(grads, error, message):
     with pytest.raises(error, match="grad_norm: " + message):
         jk.grad_norm(grads)
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_a_gradient_whose_storage_was_freed_or_shrunk_is_refused(size):
+    g = torch.ones(16)
+    g.untyped_storage().resize_(size)
+    with pytest.raises(ValueError, match=rf"grad_norm: grads\[1\] must hold its 64 bytes, got a storage with {size};"):
+        jk.grad_norm([torch.ones(1), g])
+
+
+def test_a_negated_view_is_refused():
+    with pytest.raises(TypeError, match=r"grad_norm: grads\[0\] must be stored as it reads.+resolve_neg"):
+        jk.grad_norm([torch._neg_view(torch.ones(4))])

@@ -1,6 +1,6 @@
 """Argument checks of `adamw_ema`: all of them pass before the first write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
-from jepa_kernels.lists import check_strided, overlap, same_layout, tensors
+from jepa_kernels.lists import check_stored, check_strided, overlap, same_layout, tensors
+from jepa_kernels.sharding import layout, refuse
 
 OP = "adamw_ema"
 SINGLE, LOW = (torch.float32,), (torch.bfloat16, torch.float16)
@@ -66,7 +67,7 @@ def check_call(**given: Any) -> Checked:
     if known is not None:
         _passed[known] = None
         if len(_passed) > KEPT:
-            del _passed[next(iter(_passed))]
+            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
     return lists
 
 
@@ -75,14 +76,26 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
 
     What shares memory is `check_overlap`'s to find.
     """
+    given = {k: v if type(v) is list or not isinstance(v, Iterator) else list(v) for k, v in given.items()}
     lists = {k: [] if v is None and k in OPTIONAL else tensors(OP, k, v) for k, v in given.items()}
     count = len(lists["params"])
     for k, v in lists.items():
         if len(v) != count and (v or k not in OPTIONAL):
             fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
+    if not torch.compiler.is_compiling():
+        for role in [k for k in lists if k not in ("params", "steps") and lists[k]]:
+            _check_placed(role, given[role], given["params"], names)
     for i in range(count):
         _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
     return lists
+
+
+def _check_placed(role: str, values: Iterable[Any], params: Iterable[Any], names: Sequence[str] | None) -> None:
+    """Shards are updated alone: each must be that part of its tensor that the parameter's shard is."""
+    for i, (t, p) in enumerate(zip(values, params, strict=True)):
+        if t is not None and layout(t) != layout(p):
+            name = f"params[{i}]" if names is None else names[i]
+            refuse(OP, name, f"the {_singular(role)} of {name}", layout(p), layout(t))
 
 
 def _check_entry(lists: Checked, i: int, name: str) -> None:
@@ -115,6 +128,7 @@ def check_partner(p: Tensor, t: Tensor, role: str, name: str) -> None:
     usual = t.dtype in dtypes and t.device == p.device and t.layout is torch.strided
     if not (usual and (t.dim() == 0 if role == "steps" else same_layout(t, p))):
         _refuse_partner(p, t, f"the {_singular(role)} of {name}", dtypes, role == "steps")
+    check_stored(OP, f"the {_singular(role)} of {name}", t)
 
 
 def _refuse_partner(p: Tensor, t: Tensor, what: str, dtypes: tuple[torch.dtype, ...], is_step: bool) -> NoReturn:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import KEPT, PLAIN, read
-from jepa_kernels.lists import is_dense, same_layout
-from jepa_kernels.ops.ema_update.sharding import check_sharding
+from jepa_kernels.lists import check_stored, is_dense, local_of, same_layout
+from jepa_kernels.sharding import check_sharding
 
 OP = "ema_update"
 ROLES = ("target", "online", "shadow")
@@ -55,7 +55,7 @@ def check(sources: Sources) -> Checked:
         _check_memory(name, checked.local)
         _passed[checked.known] = None
         if len(_passed) > KEPT:
-            del _passed[next(iter(_passed))]
+            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
     return checked
 
 
@@ -86,7 +86,7 @@ def _listed(source: Source | Shadow, role: str) -> list[Any]:
 def _local(t: Any, role: str) -> Tensor:
     if not isinstance(t, Tensor):
         fail(OP, role, "hold tensors", type(t).__name__, "convert it with torch.as_tensor", TypeError)
-    return getattr(t, "_local_tensor", t)
+    return local_of(OP, f"a tensor of {role}", t)
 
 
 def names(sources: Sources, given: tuple[list[Any], ...]) -> Names:
@@ -170,10 +170,7 @@ def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
 def _span(t: Tensor, role: str, name: str) -> _Span:
     begin = t.data_ptr()
     end = begin + t.numel() * t.element_size()
-    storage = t.untyped_storage()
-    held = storage.data_ptr() + storage.nbytes() - begin if begin else 0
-    if held < end - begin:
-        fail(OP, name, f"hold its {end - begin} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    check_stored(OP, name, t)
     return _Span(begin, end, role, name)
 
 

@@ -1,6 +1,6 @@
 """Public face of `EmaTable`."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -49,13 +49,15 @@ class EmaTable:
             self._refuse(now.local)
         update(now, self._prepared, momentum, form, backend)
 
-    def _refuse(self, local: tuple[list[Tensor], ...]) -> None:
+    def _refuse(self, local: tuple[list[Tensor], ...]) -> NoReturn:
         """Name the first tensor that is another than it was."""
         for role, tensors, looks in zip(ROLES, local, self._looks, strict=True):
             for i, (t, before) in enumerate(zip(tensors, looks, strict=True)):
-                if look(t) != before:
+                if t.layout is not torch.strided or look(t) != before:
                     wanted = f"stay as it was when the table was built: {_told(before)}"
-                    fail(OP, self._names[role][i], wanted, _told(look(t)), "build a new EmaTable")
+                    actual = _told(look(t)) if t.layout is torch.strided else str(t.layout)
+                    fail(OP, self._names[role][i], wanted, actual, "build a new EmaTable")
+        fail(OP, "the lists", "stay as they were when the table was built", "others", "build a new EmaTable")
 
 
 def _told(looks: tuple[Any, ...]) -> str:

@@ -11,19 +11,21 @@ def check_sharding(op: str, lists: Sequence[Sequence[Any]], names: Callable[[], 
     target, *others = lists
     for role, partners in zip(("online", "shadow"), others, strict=True):
         for i, (t, other) in enumerate(zip(target, partners, strict=False)):
-            if _layout(t) != _layout(other) and other.numel():
-                _refuse(op, names()["target"][i], names()[role][i], _layout(t), _layout(other))
+            if layout(t) != layout(other) and other.numel():
+                refuse(op, names()["target"][i], names()[role][i], layout(t), layout(other))
 
 
-def _layout(t: Any) -> tuple[Any, Any] | None:
+def layout(t: Any) -> tuple[Any, Any] | None:
+    """Mesh and placements of a DTensor; None of a plain tensor."""
     return (t.device_mesh, t.placements) if hasattr(t, "placements") else None
 
 
-def _refuse(op: str, target: str, name: str, wanted: Any, found: Any) -> NoReturn:
+def refuse(op: str, target: str, name: str, wanted: Any, found: Any) -> NoReturn:
+    """Say how the layouts of a tensor and of its partner `name` differ."""
     if wanted is None or found is None:
         plain, sharded = "be a plain tensor", "be a DTensor"
         requirement, actual = (plain, "a DTensor") if wanted is None else (sharded, "a plain tensor")
         fail(op, name, f"{requirement} as {target}", actual, "shard both networks alike")
     what = "mesh" if wanted[0] != found[0] else "placements"
-    a, b = (layout[what == "placements"] for layout in (wanted, found))
+    a, b = (x[what == "placements"] for x in (wanted, found))
     fail(op, name, f"have the {what} {a} of {target}", b, "shard both networks alike")
