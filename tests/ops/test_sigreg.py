@@ -185,6 +185,7 @@ MESSAGES = [
     (dict(knots=1), ValueError, r"sigreg: knots must be at least 2, got 1; .+"),
     (dict(t_max=0.0), ValueError, r"sigreg: t_max must be greater than 0 and finite, got 0.0; .+"),
     (dict(t_max=math.inf), ValueError, r"sigreg: t_max must be greater than 0 and finite, got inf; .+"),
+    (dict(t_max=np.float32("inf")), ValueError, r"sigreg: t_max must be greater than 0 and finite, got inf; .+"),
     (dict(t_max=10**400), ValueError, r"sigreg: t_max must be greater than 0 and finite, got 10+; .+"),
     (dict(group="all"), TypeError, r"sigreg: group must be a process group of this rank, got str; .+"),
     (dict(step=torch.tensor(-1)), ValueError, r"sigreg: step must lie in \[0, 2\^63\), got -1; .+"),

@@ -1,13 +1,12 @@
 """Public face of `info_nce`."""
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from jepa_kernels._core import check
-from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number
+from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number, is_positive
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.info_nce import reference
@@ -116,7 +115,7 @@ def _check_temperature(temperature: float | Tensor, device: torch.device) -> Non
         temperature = temperature.item()
     elif not is_number(temperature):
         fail(OP, "temperature", "be a number or a tensor", type(temperature).__name__, "pass a float", TypeError)
-    if not 0 < temperature <= sys.float_info.max:
+    if not is_positive(temperature):
         fail(OP, "temperature", "be positive and finite", temperature, "use 0.07; learn its logarithm")
 
 

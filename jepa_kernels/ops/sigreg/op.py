@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from numbers import Integral
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from jepa_kernels._core import check
-from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail
+from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail, is_positive
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import BACKENDS, Kernel, select, short
 from jepa_kernels.agreement import agree, bits, check_group
@@ -109,7 +108,7 @@ def _check(z: Any, slices: Any, knots: Any, t_max: Any, step: Any, seed: Any) ->
     _check_count("slices", slices, 1, "1024 is usual")
     _check_count("knots", knots, 2, "17 is usual")
     check_number(OP, "t_max", t_max)
-    if not 0 < t_max <= sys.float_info.max:
+    if not is_positive(t_max):
         fail(OP, "t_max", "be greater than 0 and finite", t_max, "3.0 is usual")
     _check_word("seed", seed)
     if isinstance(step, Tensor):
