@@ -10,6 +10,7 @@ PACKAGE = ROOT / "jepa_kernels"
 FREE = {"numpy"}  # besides the standard library and torch
 FLOORS = {
     "_core": 1,
+    "agreement": 1,
     "chunks": 1,
     "lists": 1,
     "packing": 1,

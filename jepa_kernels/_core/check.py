@@ -75,6 +75,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float, Real))
 
 
+def is_positive(value: Any) -> bool:
+    """A number above 0 and finite in float64."""
+    try:
+        return 0 < float(value) < float("inf")
+    except OverflowError:
+        return False
+
+
 def check_number(op: str, argument: str, value: Any) -> None:
     """A number, whatever its value."""
     if type(value) is not float and not is_number(value):

@@ -192,6 +192,17 @@ def test_a_learned_logarithm_of_the_temperature(kernel):
     assert log.grad.item() == pytest.approx(-math.exp(-2.0) * heat.item(), rel=1e-5)
 
 
+def test_temperatures_in_a_tensor_compile_once():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    (x, y), counter = draw(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, y, heat: jk.info_nce(x, y, heat), fullgraph=True, backend=counter)
+    for heat in torch.linspace(0.05, 1, 12):
+        assert torch.equal(compiled(x, y, heat.clone()), jk.info_nce(x, y, heat))
+    assert counter.frame_count == 1
+
+
 def test_autocast_lowers_nothing(backend):
     x, y = draw(20)
     plain = value_and_grads(x, y, backend=backend)
@@ -233,7 +244,8 @@ BAD = [
     (dict(x=X.long()), TypeError, "x must be of dtype .+, got int64"),
     (dict(y=Y.half()), TypeError, "y must be of dtype float32, got float16"),
     (dict(y=torch.zeros(2, 4)), ValueError, r"y must have shape \(3, 4\) like x, got \(2, 4\)"),
-    (dict(temperature=0), ValueError, "temperature must be positive and finite, got 0.0"),
+    (dict(temperature=0), ValueError, "temperature must be positive and finite, got 0"),
+    (dict(temperature=10**400), ValueError, "temperature must be positive and finite, got 10+"),
     (dict(temperature=-0.1), ValueError, "temperature must be positive and finite, got -0.1"),
     (dict(temperature=math.nan), ValueError, "temperature must be positive and finite, got nan"),
     (dict(temperature=math.inf), ValueError, "temperature must be positive and finite, got inf"),
@@ -241,6 +253,8 @@ BAD = [
     (dict(temperature=torch.ones(1)), ValueError, r"temperature must be a number or 0-dim, got shape \(1,\)"),
     (dict(temperature=torch.tensor(1)), TypeError, "temperature must be of dtype .+, got int64"),
     (dict(temperature="warm"), TypeError, "temperature must be a number or a tensor, got str"),
+    (dict(normalize=None), TypeError, "normalize must be a bool, got NoneType"),
+    (dict(group="all"), TypeError, "group must be a process group of this rank, got str"),
     (dict(label_smoothing=1.5), ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
     (dict(label_smoothing="some"), TypeError, "label_smoothing must be a number, got str"),
     (dict(duplicates=LABELS.int()), TypeError, "duplicates must be of dtype int64, got int32"),

@@ -98,14 +98,33 @@ def disagreement_is_an_error_everywhere(rank: int, world: int) -> None:
         "agree on normalize": lambda g: {**g, "normalize": False},
         "agree on duplicates": lambda g: {**g, "duplicates": None},
         "agree on requires_grad": lambda g: {**g, "x": g["x"].clone().requires_grad_()},
+        "agree on backend": lambda g: {**g, "backend": "reference"},
     }
     for what, change in changes.items():
         with pytest.raises(ValueError, match=f"info_nce: group must {what}, got another on rank {world - 1} than .+; "):
             jk.info_nce(**(change(given) if last else given), group=dist.group.WORLD)
     elsewhere = f"group must have fitting arguments on every rank, got an error on rank {world - 1}; "
-    message = "temperature must be positive" if last else elsewhere
-    with pytest.raises(ValueError, match=f"info_nce: {message}"):
-        jk.info_nce(**{**given, "temperature": 0.0 if last else 0.1}, group=dist.group.WORLD)
+    for bad in (0.0, 10**400):  # of the second, float raises OverflowError
+        with pytest.raises(ValueError, match=f"info_nce: {'temperature must be positive' if last else elsewhere}"):
+            jk.info_nce(**{**given, "temperature": bad if last else 0.1}, group=dist.group.WORLD)
+
+
+def other_leaves_are_an_error_everywhere(rank: int, world: int) -> None:
+    """x needs a gradient on one rank, y on the others: none of the reference's backward would be whole."""
+    given = own(rows(world), rank, world)
+    given["x" if rank == 0 else "y"].requires_grad_()
+    with pytest.raises(ValueError, match="group must agree on requires_grad, got another on rank 1 than on rank 0; "):
+        jk.info_nce(**given, backend="reference", group=dist.group.WORLD)
+
+
+def a_temperature_has_its_own_ranks_gradient(rank: int, world: int) -> None:
+    """Also where what the ranks ask for adds up to 0."""
+    given = own(rows(world), rank, world)
+    plain = value_and_grads(given, group=dist.group.WORLD)[1]
+    scale = 1.0 if rank else -(world - 1.0)
+    found = value_and_grads(given, scale, group=dist.group.WORLD)[1]
+    assert plain[2] != 0 and torch.allclose(found[2], scale * plain[2], rtol=1e-6)
+    assert all(not grad.any() for grad in found[:2])
 
 
 CHECKS = (
@@ -113,7 +132,9 @@ CHECKS = (
     averages_like_ddp,
     takes_bf16_and_repeats_its_bits,
     adds_what_each_rank_asks_for,
+    a_temperature_has_its_own_ranks_gradient,
     disagreement_is_an_error_everywhere,
+    other_leaves_are_an_error_everywhere,
 )
 
 

@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import jepa_kernels as jk
+from benchmarks.memory import peak_bytes
 from jepa_kernels._core import define
 from jepa_kernels.ops.sigreg import reference
 
@@ -183,6 +185,11 @@ MESSAGES = [
     (dict(knots=1), ValueError, r"sigreg: knots must be at least 2, got 1; .+"),
     (dict(t_max=0.0), ValueError, r"sigreg: t_max must be greater than 0 and finite, got 0.0; .+"),
     (dict(t_max=math.inf), ValueError, r"sigreg: t_max must be greater than 0 and finite, got inf; .+"),
+    (dict(t_max=np.float32("inf")), ValueError, r"sigreg: t_max must be greater than 0 and finite, got inf; .+"),
+    (dict(t_max=10**400), ValueError, r"sigreg: t_max must be greater than 0 and finite, got 10+; .+"),
+    (dict(group="all"), TypeError, r"sigreg: group must be a process group of this rank, got str; .+"),
+    (dict(step=torch.tensor(-1)), ValueError, r"sigreg: step must lie in \[0, 2\^63\), got -1; .+"),
+    (dict(seed=True), TypeError, r"sigreg: seed must be an int, got bool; .+"),
     (dict(t_max="3"), TypeError, r"sigreg: t_max must be a number, got str; .+"),
     (dict(seed=-1), ValueError, r"sigreg: seed must lie in \[0, 2\^63\), got -1; .+"),
     (dict(step=2**63), ValueError, r"sigreg: step must lie in \[0, 2\^63\), got 9223372036854775808; .+"),
@@ -199,6 +206,26 @@ MESSAGES = [
 def test_messages(wrong, error, message):
     with pytest.raises(error, match=message):
         jk.sigreg(**{"z": torch.zeros(4, 3), **wrong})
+
+
+def test_numpy_numbers_are_numbers(backend):
+    z, most = torch.randn(6, 5), 2**31 - 1
+    plain = jk.sigreg(z, slices=4, knots=5, t_max=2.0, seed=most, step=most, backend=backend)
+    whole = {name: np.int32(value) for name, value in dict(slices=4, knots=5, seed=most, step=most).items()}
+    assert torch.equal(jk.sigreg(z, **whole, t_max=np.float32(2), backend=backend), plain)
+
+
+def test_peak_memory_beyond_the_gradient_is_a_twentieth_of_the_eager_chains():
+    z = torch.randn(2048, 128, requires_grad=True)
+
+    def peak(function):
+        return peak_bytes(lambda: torch.autograd.grad(function(z, slices=256), z)) - z.numel() * 4
+
+    assert (
+        0
+        < peak(lambda *inputs, **options: jk.sigreg(*inputs, **options, backend="cpu"))
+        <= 0.05 * peak(reference.forward)
+    )
 
 
 def test_the_module_takes_new_directions_each_step_and_resumes():

@@ -2,6 +2,7 @@
 
 import os
 import re
+from datetime import timedelta
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def embeddings(world):
 
 
 def start(rank, world, store, work, results):
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    store = dist.FileStore(store, world)
+    dist.init_process_group("gloo", None, timedelta(seconds=30), world, rank, store)
     torch.set_num_threads(1)
     try:
         results[rank] = work(rank, world)
@@ -75,17 +77,57 @@ def test_unequal_ranks_equal_a_single_process(world, tmp_path):
                 assert torch.allclose(grad, parameter.grad, rtol=1e-5, atol=1e-7), backend
 
 
-def disagree(rank, world):
-    z = embeddings(world)[rank]
+CHANGES = {
+    "slices": dict(slices=17),
+    "knots": dict(knots=9),
+    "t_max": dict(t_max=2.0),
+    "seed": dict(seed=1),
+    "step": dict(step=torch.tensor(1)),
+    "backend": dict(backend="reference"),
+    "dtype": dict(dtype=torch.bfloat16),
+    "views": dict(views=3),
+    "E": dict(width=5),
+}
+
+
+def message_of(rank, views=2, width=4, dtype=torch.float32, **options):
+    z = torch.ones(views, rank, width, dtype=dtype)
     try:
-        jk.sigreg(z, slices=16 + rank, group=dist.group.WORLD)
-    except ValueError as error:
-        message = str(error)
-    return message, jk.sigreg(z, slices=16, group=dist.group.WORLD).item()
+        jk.sigreg(z, **{"slices": 16, **options}, group=dist.group.WORLD)
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+
+def disagree(rank, world):
+    """What is raised where one rank differs, then where one fails, each after a call that all agreed on."""
+    found = {}
+    for name, change in CHANGES.items():
+        assert message_of(rank) is None
+        found[name] = message_of(rank, **(change if rank == 1 else {}))
+    found["reference"] = message_of(rank, slices=16 + rank, backend="reference")
+    for name, bad in dict(z=dict(width=0), step=dict(step=-1), t_max=dict(t_max=10**400)).items():
+        found["bad " + name] = message_of(rank, **(bad if rank == 1 else {}))
+    return found, jk.sigreg(embeddings(2)[rank], slices=16, group=dist.group.WORLD).item()
+
+
+def gradient_on_one_rank(rank, world, backend):
+    z = embeddings(2)[rank].requires_grad_(rank == 0)
+    loss = jk.sigreg(z, slices=8, group=dist.group.WORLD, backend=backend)
+    return torch.autograd.grad(loss, z)[0] if rank == 0 else None
+
+
+def disagree_and_go_on(rank, world):
+    gradients = [gradient_on_one_rank(rank, world, backend) for backend in ("cpu", "reference")]
+    return *disagree(rank, world), gradients
 
 
 def test_ranks_that_disagree_raise_everywhere_and_may_go_on(tmp_path):
-    results = spawn(2, disagree, tmp_path)
-    message = r"sigreg: slices must be the same on every rank of the group, got \[16, 17\] by rank; .+"
-    assert all(re.fullmatch(message, text) for text, _ in results)
-    assert results[0][1] == results[1][1]
+    (first, one, gradients), (second, other, _) = spawn(2, disagree_and_go_on, tmp_path)
+    assert one == other and torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+    for name in [*CHANGES, "reference"]:
+        fact = "slices" if name == "reference" else name
+        message = rf"sigreg: group must agree on {fact}, got another on rank 1 than on rank 0; .+"
+        assert re.fullmatch(message, first[name]) and re.fullmatch(message, second[name]), name
+    elsewhere = "sigreg: group must have fitting arguments on every rank, got an error on rank 1; see its message"
+    for name in ("z", "step", "t_max"):
+        assert first["bad " + name] == elsewhere and second["bad " + name].startswith(f"sigreg: {name} must"), name

@@ -5,7 +5,6 @@ rows' log-sum-exps merge on the spot, the columns' over the group. Backward walk
 gradient of its x and sends each y's back to where it came from.
 """
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,12 +15,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from jepa_kernels._core.check import fail
-from jepa_kernels._core.select import BackendError, select
+from jepa_kernels._core.check import FLOATING, fail
+from jepa_kernels._core.select import BACKENDS, select
+from jepa_kernels.agreement import agree, bits, check_group
 from jepa_kernels.ops.info_nce import op, reference
 from jepa_kernels.ops.info_nce.items import items_of, shares
 
-FACTS = ("dtype", "E", "normalize", "label_smoothing", "duplicates", "temperature", "requires_grad")
+FACTS = ("dtype", "E", "backend", "normalize", "label_smoothing", "duplicates", "temperature", "requires_grad")
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,16 @@ def over_ranks(
     """The loss of the rows of all ranks; see `info_nce`."""
     if torch.compiler.is_compiling():
         fail(op.OP, "group", "be None under torch.compile", "a group", "call it inside torch.compiler.disable")
-    refused, facts = None, [0] * len(FACTS)
+    check_group(op.OP, group)
+    facts: list[int | Tensor] | Exception
     try:
-        op.check_arguments(x, y, temperature, label_smoothing, duplicates)
+        op.check_arguments(x, y, temperature, normalize, label_smoothing, duplicates)
         backend = select(op.OP, op.KERNELS, backend, x)
-        facts = _facts(x, y, temperature, normalize, label_smoothing, duplicates)
-    except (ValueError, TypeError, BackendError) as error:  # the others wait for this rank: they must hear of it
-        refused = error
-    ranks = _agree(group, 0 if refused else x.shape[0], facts, refused)
+        facts = _facts(x, y, temperature, normalize, label_smoothing, duplicates, backend)
+    except Exception as error:  # the others wait for this rank: they must hear of it, whatever it is
+        facts = error
+    sizes = agree(op.OP, group, FACTS, facts, 0 if isinstance(facts, Exception) else x.shape[0])
+    ranks = Ranks(group, dist.get_rank(group), sizes)
     labels = None if duplicates is None else ranks.gather(duplicates)
     if backend == "reference":
         x, y = (_Gather.apply(t, ranks) for t in (x, y))
@@ -109,38 +111,20 @@ def over_ranks(
 
 
 def _facts(
-    x: Tensor, y: Tensor, temperature: float | Tensor, normalize: bool, smoothing: float, duplicates: Tensor | None
-) -> list[int]:
-    """What must be the same on every rank, as whole numbers. A temperature on a GPU is not read."""
-    unread = isinstance(temperature, Tensor) and not temperature.is_cpu
-    tensors = [t for t in (x, y, temperature) if isinstance(t, Tensor)]
-    dtype = (torch.float32, torch.bfloat16, torch.float16, torch.float64).index(x.dtype)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    heat = 0 if unread else _bits(float(temperature.detach() if isinstance(temperature, Tensor) else temperature))
-    return [dtype, x.shape[1], int(normalize), _bits(smoothing), int(duplicates is not None), heat, int(wanted)]
-
-
-def _bits(x: float) -> int:
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
-
-
-def _agree(group: Any, rows: int, facts: list[int], refused: Exception | None) -> Ranks:
-    """Rows of each rank; every rank raises where one's arguments are refused or differ from the first's."""
-    device = torch.device("cuda") if "nccl" in dist.get_backend(group) else torch.device("cpu")
-    own = torch.tensor([int(refused is not None), rows, *facts], device=device)
-    each = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(each, own, group)
-    told = [row.tolist() for row in each]
-    if refused is not None:
-        raise refused
-    for rank, (bad, _, *theirs) in enumerate(told):
-        if bad:
-            fail(op.OP, "group", "have fitting arguments on every rank", f"an error on rank {rank}", "see its message")
-        for name, first, other in zip(FACTS, told[0][2:], theirs, strict=True):
-            if other != first:
-                actual = f"another on rank {rank} than on rank 0"
-                fail(op.OP, "group", f"agree on {name}", actual, "pass the same on every rank")
-    return Ranks(group, dist.get_rank(group), tuple(row[1] for row in told))
+    x: Tensor,
+    y: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    smoothing: float,
+    duplicates: Tensor | None,
+    backend: str,
+) -> list[int | Tensor]:
+    """What must be the same on every rank, as whole numbers."""
+    # Of each tensor: the reference gathers each by itself, and its backward takes part in the others'.
+    wanted = [torch.is_grad_enabled() and isinstance(t, Tensor) and t.requires_grad for t in (x, y, temperature)]
+    leaves = sum(2**place for place, needs in enumerate(wanted) if needs)
+    options = [int(normalize), bits(smoothing), int(duplicates is not None), bits(temperature), leaves]
+    return [FLOATING.index(x.dtype), x.shape[1], BACKENDS.index(backend), *options]
 
 
 class _Gather(torch.autograd.Function):
@@ -213,8 +197,7 @@ def _statistics(
 def _gradients(grad: Tensor, saved: tuple[Any, ...], ranks: Ranks, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, y and the temperature: of the sum over ranks of grad * loss."""
     x, y, temperature, items, row_lse, col_lse, share = saved
-    everywhere = ranks.sum(grad.float().clone())
-    weight = everywhere / (2 * max(ranks.total, 1))
+    weight = torch.full((), 1 / (2 * max(ranks.total, 1)), dtype=torch.float32, device=x.device)
     dx, dy = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (x, y))
     heat = torch.zeros_like(temperature)
     for rank, block in ranks.blocks(y):
@@ -228,6 +211,6 @@ def _gradients(grad: Tensor, saved: tuple[Any, ...], ranks: Ranks, options: Opti
         dist.reduce(part_y, ranks.source(rank), group=ranks.group)
         if rank == ranks.rank:
             dy = part_y
+    everywhere = ranks.sum(grad.float().clone())
     # The temperature is each rank's own: its gradient is that of the loss which this rank returns.
-    heat = torch.where(everywhere == 0, 0.0, ranks.sum(heat) * grad / everywhere)
-    return dx.to(x.dtype), dy.to(y.dtype), heat
+    return dx.mul_(everywhere).to(x.dtype), dy.mul_(everywhere).to(y.dtype), ranks.sum(heat) * grad

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core import check
-from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number
+from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number, is_positive
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.info_nce import reference
@@ -38,15 +38,18 @@ def info_nce(
     x, y: [B, E], one dtype of fp32, bf16 or fp16, any strides; B at most 2^24 with duplicates. |x_i| |y_j| below 1e38,
         with normalize too: kernels may multiply first.
     temperature: > 0, a number or a 0-dim floating tensor on x's device, which gets a gradient (learned). A tensor on
-        a GPU is not read: a value that is not positive gives meaningless numbers there.
+        a GPU is not read: a value that is not positive gives meaningless numbers there. Under torch.compile each
+        other number compiles anew: pass a tensor where it changes.
     label_smoothing: in [0, 1], as in torch's cross_entropy: a share of the target spread evenly over all candidates.
     duplicates: int64 [B], the item that row i of x and of y stands for. Entries (i, j), i != j, of equal items are
         neither positives nor negatives: left out of both log-sum-exps and of label smoothing, whose share is then
         spread over the candidates that are left. The positive of a row stays (i, i) alone.
-    group: a process group whose ranks hold B_r rows each, B_r free (also 0), E, dtype and options the same. Every rank
-        returns the loss of all rows in the order of ranks, and its gradients are those of the sum over ranks of what
-        they return, as of an all-gather: averaged over ranks, as DistributedDataParallel does with parameters, they
-        are the single-process gradients. Embeddings travel one rank's rows at a time. Runs outside torch.compile.
+    group: a process group whose ranks hold B_r rows each, B_r free (also 0); E, dtype, backend, options and which of
+        x, y and temperature need gradients are the same: one small all-gather compares them first, and its answer is
+        waited for (with NCCL, one synchronisation with the device a call). Every rank returns the loss of all rows in
+        the order of ranks, and its gradients are those of the sum over ranks of what they return, as of an all-gather:
+        averaged over ranks, as DistributedDataParallel does with parameters, they are the single-process gradients.
+        Embeddings travel one rank's rows at a time. Runs outside torch.compile.
 
     Returns an fp32 scalar, 0 for B = 0; also under autocast: statistics are fp32 and better, never lowered. Gradients:
     x, y and a tensor temperature, in their dtypes, from tiles of S computed again. Summed in a fixed order: the same
@@ -58,7 +61,7 @@ def info_nce(
         from jepa_kernels.ops.info_nce.distributed import over_ranks
 
         return over_ranks(x, y, temperature, normalize, label_smoothing, duplicates, group, backend)
-    check_arguments(x, y, temperature, label_smoothing, duplicates)
+    check_arguments(x, y, temperature, normalize, label_smoothing, duplicates)
     backend = select(OP, KERNELS, backend, x)
     if backend == "reference":
         return reference.forward(
@@ -77,7 +80,12 @@ def as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
 
 
 def check_arguments(
-    x: Tensor, y: Tensor, temperature: float | Tensor, label_smoothing: float, duplicates: Tensor | None
+    x: Tensor,
+    y: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    label_smoothing: float,
+    duplicates: Tensor | None,
 ) -> None:
     """Whatever one process can tell."""
     check_tensor(OP, "x", x, "B E")
@@ -85,6 +93,8 @@ def check_arguments(
     if y.shape != x.shape:
         fail(OP, "y", f"have shape {tuple(x.shape)} like x", tuple(y.shape), "pass one row of y for each of x")
     _check_temperature(temperature, x.device)
+    if not isinstance(normalize, bool):
+        fail(OP, "normalize", "be a bool", type(normalize).__name__, "pass True or False", TypeError)
     check_number(OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         fail(OP, "label_smoothing", "lie in [0, 1]", label_smoothing, "use 0 for none")
@@ -103,11 +113,11 @@ def _check_temperature(temperature: float | Tensor, device: torch.device) -> Non
             fail(OP, "temperature", "be a number or 0-dim", f"shape {tuple(temperature.shape)}", "index or sum it")
         if torch.compiler.is_compiling() or not (temperature.is_cpu or check.CHECK_DEVICE_VALUES):
             return
-        temperature = temperature.detach()
+        temperature = temperature.item()
     elif not is_number(temperature):
         fail(OP, "temperature", "be a number or a tensor", type(temperature).__name__, "pass a float", TypeError)
-    if not 0 < float(temperature) < float("inf"):
-        fail(OP, "temperature", "be positive and finite", float(temperature), "use 0.07; learn its logarithm")
+    if not is_positive(temperature):
+        fail(OP, "temperature", "be positive and finite", temperature, "use 0.07; learn its logarithm")
 
 
 FORWARD = (

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
-from jepa_kernels._core.check import check_number, check_tensor, fail
+from jepa_kernels._core import check
+from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail, is_positive
 from jepa_kernels._core.define import define, differentiable
-from jepa_kernels._core.select import Kernel, select, short
+from jepa_kernels._core.select import BACKENDS, Kernel, select, short
+from jepa_kernels.agreement import agree, bits, check_group
 from jepa_kernels.ops.sigreg import reference
-from jepa_kernels.ops.sigreg.ranks import add_over_ranks
 
 OP = "sigreg"
 MOST = 2**63  # seeds and steps lie below
 
 KERNELS = (Kernel("triton"), Kernel("cpu"))
+FACTS = ("dtype", "E", "views", "backend", "slices", "knots", "t_max", "seed", "step")
 
 
 def sigreg(
@@ -28,7 +31,7 @@ def sigreg(
     t_max: float = 3.0,
     step: int | Tensor = 0,
     seed: int = 0,
-    group: torch.distributed.ProcessGroup | None = None,
+    group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Sketched isotropic Gaussian regularisation: how far embeddings are from N(0, 1) along random directions.
@@ -43,29 +46,59 @@ def sigreg(
         function of (seed, step) alone, the same bits on every rank and backend; no rank sends them to another. A
         compiled step passes a tensor, which nothing compiles anew for.
     group: ranks whose embeddings count as one batch: one all-reduce of 2 x slices x knots numbers a view. N may differ
-        between ranks; views, E and the options may not, which is checked when a group's first call, or a call with
-        other options than the last, runs uncompiled. None: this process alone.
+        between ranks; views, E, dtype, backend and the options may not. Each uncompiled call compares them first, in
+        one small all-gather that every rank joins, and waits for its answer: with NCCL, one synchronisation with the
+        device. A compiled call compares nothing: compile on every rank or on none. None: this process alone.
 
     Returns an fp32 scalar, also under autocast: nothing is lowered. No embeddings: 0. About 1.0525 for embeddings from
     N(0, I), 0.4020 N where all have collapsed to 0. Gradient: of z, in its dtype; with a group, world times that of the
     joint statistic by the rank's own rows, so that DDP's mean over ranks is the gradient of a single process. Sums
     have a fixed order: the same bits on every run and for any number of threads.
-    Raises ValueError and TypeError for arguments that do not fit.
+    Raises ValueError and TypeError for arguments that do not fit, on every rank of a group where one's do not.
     Source: LeJEPA (arXiv:2511.08544) section 4; Epps and Pulley, Biometrika 70 (1983).
     """
-    _check(z, slices, knots, t_max, step, seed)
-    backend = select(OP, KERNELS, backend, z)
-    options: dict[str, Any] = dict(slices=slices, knots=knots, t_max=t_max, step=step, seed=seed)
+    if group is None:
+        _check(z, slices, knots, t_max, step, seed)
+        backend = select(OP, KERNELS, backend, z)
+    else:
+        backend = _over_ranks((z, slices, knots, t_max, step, seed), group, backend)
+    slices, knots, t_max, seed = _plain(slices), _plain(knots), float(t_max), _plain(seed)
+    step = step if isinstance(step, Tensor) else _plain(step)
     if backend == "reference":
-        return reference.forward(z, **options, group=group)
+        return reference.forward(z, slices=slices, knots=knots, t_max=t_max, step=step, seed=seed, group=group)
     if not isinstance(step, Tensor):
         step = torch.scalar_tensor(step, dtype=torch.int64)
     z = z[None] if z.dim() == 2 else z.flatten(0, -3)
     moments = _moments(z.detach(), slices, knots, t_max, step, seed, backend)
     if group is not None:
-        moments = add_over_ranks(moments, group, views=len(z), width=z.shape[-1], **options)
+        dist.all_reduce(moments, group=group)
     world = 1 if group is None else group.size()
     return _loss(z, moments, t_max, step, seed, world, backend)
+
+
+def _over_ranks(arguments: tuple[Any, ...], group: dist.ProcessGroup, backend: str | None) -> str:
+    """The backend, once arguments fit and are the same on every rank of the group."""
+    check_group(OP, group)
+    if torch.compiler.is_compiling():
+        _check(*arguments)
+        return select(OP, KERNELS, backend, arguments[0])
+    facts: list[int | Tensor] | Exception
+    try:
+        _check(*arguments)
+        chosen = select(OP, KERNELS, backend, arguments[0])
+        facts = _facts(chosen, *arguments)
+    except Exception as error:  # the others wait for this rank: they must hear of it, whatever it is
+        facts = error
+    agree(OP, group, FACTS, facts)
+    return chosen
+
+
+def _facts(
+    backend: str, z: Tensor, slices: int, knots: int, t_max: float, step: int | Tensor, seed: int
+) -> list[int | Tensor]:
+    """What must be the same on every rank, as whole numbers."""
+    embeddings = [FLOATING.index(z.dtype), z.shape[-1], z.shape[:-2].numel(), BACKENDS.index(backend)]
+    return [*embeddings, slices, knots, bits(t_max), seed, step]
 
 
 def _check(z: Any, slices: Any, knots: Any, t_max: Any, step: Any, seed: Any) -> None:
@@ -75,31 +108,45 @@ def _check(z: Any, slices: Any, knots: Any, t_max: Any, step: Any, seed: Any) ->
     _check_count("slices", slices, 1, "1024 is usual")
     _check_count("knots", knots, 2, "17 is usual")
     check_number(OP, "t_max", t_max)
-    if not 0 < t_max < math.inf:
+    if not is_positive(t_max):
         fail(OP, "t_max", "be greater than 0 and finite", t_max, "3.0 is usual")
     _check_word("seed", seed)
     if isinstance(step, Tensor):
-        if step.dim() != 0 or step.dtype != torch.int64:
-            actual = f"{short(step.dtype)} {tuple(step.shape)}"
-            fail(OP, "step", "be an int or a 0-dim int64 tensor", actual, "use torch.tensor(step)", TypeError)
-        if step.device.type != "cpu" and step.device != z.device:
-            fail(OP, "step", f"be on the CPU or on z's device {z.device}", step.device, "move it with .to(device)")
+        _check_step(step, z)
     else:
         _check_word("step", step)
 
 
+def _check_step(step: Tensor, z: Tensor) -> None:
+    if step.dim() != 0 or step.dtype != torch.int64:
+        actual = f"{short(step.dtype)} {tuple(step.shape)}"
+        fail(OP, "step", "be an int or a 0-dim int64 tensor", actual, "use torch.tensor(step)", TypeError)
+    if step.device.type != "cpu" and step.device != z.device:
+        fail(OP, "step", f"be on the CPU or on z's device {z.device}", step.device, "move it with .to(device)")
+    if not torch.compiler.is_compiling() and (step.is_cpu or check.CHECK_DEVICE_VALUES):
+        _check_word("step", step.item())
+
+
 def _check_count(argument: str, value: Any, least: int, remedy: str) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        fail(OP, argument, "be an int", type(value).__name__, remedy, TypeError)
+    _check_whole(argument, value, remedy)
     if value < least:
         fail(OP, argument, f"be at least {least}", value, remedy)
 
 
 def _check_word(argument: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        fail(OP, argument, "be an int", type(value).__name__, "pass a whole number", TypeError)
+    _check_whole(argument, value, "pass a whole number")
     if not 0 <= value < MOST:
         fail(OP, argument, "lie in [0, 2^63)", value, "take it modulo 2^63")
+
+
+def _check_whole(argument: str, value: Any, remedy: str) -> None:
+    if not isinstance(value, (int, torch.SymInt, Integral)) or isinstance(value, bool):
+        fail(OP, argument, "be an int", type(value).__name__, remedy, TypeError)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy whole number as Python's, whose products do not overflow."""
+    return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
 MOMENTS = "(Tensor z, SymInt slices, SymInt knots, float t_max, Tensor step, SymInt seed, str backend) -> Tensor"

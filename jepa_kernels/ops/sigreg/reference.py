@@ -36,11 +36,11 @@ def forward(
     angle = y[..., None] * t
     sums = torch.stack([angle.cos().sum(-3), angle.sin().sum(-3)])
     count = torch.full((), float(z.shape[-2]), dtype=torch.float64, device=z.device)
-    if group is not None:  # its gradient is summed over the ranks: world times that of the joint statistic
-        from torch.distributed.nn.functional import all_reduce
-
-        sums = all_reduce(sums, group=group)
-        torch.distributed.all_reduce(count, group=group)
+    if group is not None:  # by this rank's rows, world times the gradient of the joint statistic
+        own, sums = sums, sums.detach().clone()
+        for total in (sums, count):
+            torch.distributed.all_reduce(total, group=group)
+        sums = sums + group.size() * (own - own.detach())
     cosine, sine = sums / count.clamp(min=1).to(wide)
     distance = ((cosine - phi).square() + sine.square()) @ (weight * phi)  # [.., slices]
     return (distance.sum() * count.to(wide)) / max(distance.numel(), 1)
