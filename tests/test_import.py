@@ -87,7 +87,7 @@ def test_import_is_quick_starts_no_cuda_and_compiles_nothing(tmp_path):
     before = json.loads(python(code.replace("import jepa_kernels; ", "")))
     kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}  # as where it is installed
     runs = [json.loads(python(code, **kept)) for _ in range(4)]
-    assert min(r[0] for r in runs) < 0.05
+    assert min(r[0] for r in runs) < 0.006 * len(jk.ops.OPS)  # torch takes a millisecond for each of an op's passes
     assert runs[0][1] is False
     assert runs[0][2:] == before[2:], "triton and the compiler are for first use"
 
@@ -148,6 +148,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "adamw_ema": lambda: jk.adamw_ema([x], [y], [m], [v], [step], [k], lr=1e-3),
     "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
     "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
+    "collapse_stats": lambda: jk.collapse_stats(x),
     "distance_weights": lambda: jk.distance_weights(ids, ids, (1, 3, 3)),
     "distance_weights packed": lambda: jk.distance_weights(flat, flat, (1, 3, 3), **both),
     "ema_update": lambda: jk.ema_update([x], [y], 0.5),
@@ -165,6 +166,7 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
     "rope": lambda: jk.rope(dense, places),
     "rope of both": lambda: jk.rope_qk(dense, dense, places),
+    "sigreg": lambda: jk.sigreg(x, slices=4),
 }.items()}))
 """
 
