@@ -210,3 +210,11 @@ def test_a_tensor_of_another_class_is_refused():
         TypeError, match=r"adamw_ema: targets\[0\] must be a plain tensor or a DTensor of such, got Two"
     ):
         jk.AdamWEMA([nn.Parameter(p)], [other])
+
+
+def test_construction_plans_each_group_a_fixed_number_of_times(monkeypatch):
+    made = []
+    plan = jk.AdamWEMA._plan
+    monkeypatch.setattr(jk.AdamWEMA, "_plan", lambda self, i, grads: made.append(i) or plan(self, i, grads))
+    jk.AdamWEMA([dict(params=[nn.Parameter(torch.ones(2))]) for _ in range(20)])
+    assert len(made) == 40

@@ -46,6 +46,7 @@ class AdamWEMA(Optimizer):
     Source: AdamW (arXiv:1711.05101) algorithm 2; I-JEPA (arXiv:2301.08243) section 3.
     """
 
+    _constructing = False  # groups are then compared with each other once, at the end
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf
 
     def __init__(
@@ -70,7 +71,10 @@ class AdamWEMA(Optimizer):
         _options(defaults)
         self.grad_norms: dict[str, Tensor] = {}
         self._pair({})
+        self._constructing = True
         super().__init__(_with_partners(params, target_params, shadow), defaults)
+        self._constructing = False
+        check_overlap_of([self._plan(i, [None] * len(g["params"])) for i, g in enumerate(self.param_groups)])
 
     @property
     def targets(self) -> dict[Tensor, Tensor | None]:
@@ -90,7 +94,10 @@ class AdamWEMA(Optimizer):
         self._pair(before | {p: Partners(*row) for p, *row in zip(params, *columns, strict=True)})
         try:
             super().add_param_group(group)
-            self._planned([[None] * len(g["params"]) for g in self.param_groups])
+            if self._constructing:
+                self._plan(len(self.param_groups) - 1, [None] * len(params))
+            else:
+                self._planned([[None] * len(g["params"]) for g in self.param_groups])
         except Exception:
             self.param_groups = [g for g in self.param_groups if g is not group]
             self._pair(before)
@@ -167,12 +174,13 @@ class AdamWEMA(Optimizer):
             plan.take(present)
 
     def _planned(self, grads: list[list[Tensor | None]]) -> list[Plan]:
-        plans = []
-        for i, (group, present) in enumerate(zip(self.param_groups, grads, strict=True)):
-            partners = [self._partners.get(p, ALONE) for p in group["params"]]
-            plans.append(Plan(self._names(i), group["params"], partners, self.state, present))
+        plans = [self._plan(i, present) for i, present in enumerate(grads)]
         check_overlap_of(plans)
         return plans
+
+    def _plan(self, i: int, grads: list[Tensor | None]) -> Plan:
+        params = self.param_groups[i]["params"]
+        return Plan(self._names(i), params, [self._partners.get(p, ALONE) for p in params], self.state, grads)
 
     def _names(self, i: int) -> list[str]:
         group = self.param_groups[i]
