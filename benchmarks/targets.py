@@ -60,13 +60,14 @@ def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, T
 
 
 TARGETS = (
-    Target("adamw_ema", "vit_b16", "forward", "fused", 1.05, "fused AdamW, _foreach_lerp_"),
-    Target("adamw_ema", "vit_b16_bf16_shadows", "forward", "fused", 1.2, "fused AdamW, _foreach_lerp_, two casts"),
     *ema("vit_s16", 2.0, 1.0),
     *ema("vit_b16", 2.2, 1.0),
     Target("ema_update", "vit_ti16", "forward", "lerp", 1.3, "_foreach_lerp_"),
     Target("ema_update", "vit_b16_bf16_shadow", "forward", "lerp", 1.25, "_foreach_lerp_ and _foreach_copy_"),
     Target("ema_update", "tiny_1000", "forward", "lerp", 1.5, "_foreach_lerp_, 1000 tensors of 64"),
+    Target("adamw_ema", "vit_b16", "forward", "fused", 1.05, "fused AdamW, _foreach_lerp_"),
+    Target("adamw_ema", "vit_b16_bf16_shadows", "forward", "fused", 1.2, "fused AdamW, _foreach_lerp_, two casts"),
+    Target("grad_norm", "vit_b16", "forward", "clip", 1.5, "clip_grad_norm_'s norm"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "repeat", 10.0, "torch.gather, index repeated, batch 32"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "backward", "repeat", 5.0, "torch.gather, index repeated, batch 32"),
     Target("gather_tokens", "ijepa_vit_h14_b32", "forward", "index_select", 1.0, "index_select, batch 32"),
@@ -86,7 +87,6 @@ TARGETS = (
     Target("distance_weights", "vjepa21_16x256", "forward", "cdist", 3.0, "torch.cdist and min"),
     Target("info_nce", "b4096", "forward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
     Target("info_nce", "b4096", "backward", "published", 1.1, "the whole matrix and two cross-entropies, 4096 pairs"),
-    Target("grad_norm", "vit_b16", "forward", "clip", 1.5, "clip_grad_norm_'s norm"),
     *embedding("ijepa_vit_h14_27", "conv", 3.0, "dense convolution + gather, 27 % kept"),
     *embedding("ijepa_vit_h14_27", "unfold", 1.15, "unfold + index + linear, 27 % kept"),
     *embedding("ijepa_vit_h14_27_uint8", "float", 1.0, "our own on float pixels"),

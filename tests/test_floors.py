@@ -17,6 +17,7 @@ FLOORS = {
     "pairs": 1,
     "rotary": 1,
     "schedules": 1,
+    "sharding": 1,
     "ops": 2,
     "nn": 3,
     "optim": 3,
