@@ -247,7 +247,9 @@ def test_the_readme_examples_run_as_written(capsys):
     exec(target, names)
     assert names["target"].shape == (3, 256, 384) and names["ema"].step == 1
     exec(optimizing, names)
-    assert all(torch.equal(s, p.bfloat16()) for s, p in zip(names["shadow"], names["target"].parameters(), strict=True))
+    copies, targets = names["ema"].shadow_copies(), names["ema"].pairs()
+    assert names["ema"].step == 2 and copies
+    assert all(torch.equal(low, targets[p].bfloat16()) for p, low in copies.items())
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])
