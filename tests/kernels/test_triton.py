@@ -80,8 +80,9 @@ def test_lengths_that_change_compile_nothing_new(target, op, call):
     target.reset(90)
     for kept in (5, 7, 16, 48, 3, 1):
         call(torch.arange(kept).expand(4, kept).contiguous())
-    names = [binary.name for binary in target.binaries]
-    assert f"_{op}_forward_kernel" in names and len(names) == len(set(names)), f"compiled again: {names}"
+    names = [binary.name for binary in target.binaries]  # none of a kernel that an earlier test has compiled
+    assert target.launches.count(f"_{op}_forward_kernel") >= 6
+    assert len(names) == len(set(names)), f"compiled again: {names}"
 
 
 def test_adamw_ema_takes_scalars_of_the_host_by_value(target):
