@@ -87,7 +87,7 @@ def test_import_is_quick_starts_no_cuda_and_compiles_nothing(tmp_path):
     before = json.loads(python(code.replace("import jepa_kernels; ", "")))
     kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}  # as where it is installed
     runs = [json.loads(python(code, **kept)) for _ in range(4)]
-    assert min(r[0] for r in runs) < 0.006 * len(jk.ops.OPS)  # torch takes a millisecond for each of an op's passes
+    assert min(r[0] for r in runs) < 0.2  # 0.05 to 0.08 here; what must not be imported takes seconds
     assert runs[0][1] is False
     assert runs[0][2:] == before[2:], "triton and the compiler are for first use"
 
