@@ -6,23 +6,10 @@ import pytest
 import torch
 
 import jepa_kernels as jk
-from jepa_kernels import _C
 from jepa_kernels.testing import compare
+from tests.ops.conftest import LEVELS
 
-LEVELS = [level for level in ("avx2", "avx512", "avx512_bf16") if _C.set_isa(level)]
-_C.set_isa("best")
 SIZES = (1, 3, 0, 1000, 70_001)
-
-
-@pytest.fixture(params=[*LEVELS, pytest.param("triton", marks=pytest.mark.interp)])
-def backend(request):
-    """Each instruction set of the cpu kernel, and Triton in its interpreter."""
-    if request.param == "triton":
-        yield "triton"
-        return
-    _C.set_isa(request.param)
-    yield "cpu"
-    _C.set_isa("best")
 
 
 def tensors(seed, scale=1.0, sizes=SIZES):
