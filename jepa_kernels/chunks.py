@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from jepa_kernels._core import extension
+from jepa_kernels._core.check import PLAIN
 
 CHUNK = 1 << 14  # elements; a multiple of 16, so that each chunk is aligned as its tensor is
 KEPT = 16  # tables
-PLAIN = (Tensor, nn.Parameter)
 
 Lists = Sequence[Sequence[Tensor]]
 

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jepa_kernels._core.check import DENSE, fail
+from jepa_kernels._core.check import DENSE, PLAIN, fail
 
-PLAIN = (Tensor, nn.Parameter)
 Name = TypeVar("Name")  # ordered
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels.lists import PLAIN
+from jepa_kernels._core.check import PLAIN
 from jepa_kernels.ops.grad_norm.op import grad_norm
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from jepa_kernels._core.check import fail
+from jepa_kernels._core.check import PLAIN, fail
 from jepa_kernels.chunks import read
-from jepa_kernels.lists import PLAIN, tensors
+from jepa_kernels.lists import tensors
 from jepa_kernels.ops.adamw_ema.check import OP, Checked, Lists, check_overlap, check_partner, checked
 from jepa_kernels.ops.adamw_ema.op import Table, written
 

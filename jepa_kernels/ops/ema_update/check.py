@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.check import PLAIN, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
-from jepa_kernels.chunks import KEPT, PLAIN, read
-from jepa_kernels.lists import check_stored, is_dense, local_of, same_layout
+from jepa_kernels.chunks import KEPT, read
+from jepa_kernels.lists import check_stored, is_dense, local_of, overlap, same_layout
 from jepa_kernels.sharding import check_sharding
 
 OP = "ema_update"
@@ -142,41 +142,26 @@ def _refuse_partner(target: str, name: str, t: Tensor, other: Tensor, device: to
     fail(OP, f"{target} and {name}", wanted, strides, "store both alike, contiguous or channels_last")
 
 
-class _Span(NamedTuple):
-    begin: int
-    end: int  # past the last byte
-    role: str
-    name: str
-
-
 def _check_memory(name: Names, lists: tuple[list[Tensor], ...]) -> None:
     """No memory that is written is read or written as another tensor's. Online weights may share theirs."""
-    spans = sorted(
-        _span(t, role, name[role][i])
-        for role, tensors in zip(ROLES, lists, strict=True)
-        for i, t in enumerate(tensors)
-        if t.numel()
-    )
-    furthest: dict[bool, _Span] = {}  # by "is written"
-    for span in spans:
-        is_written = span.role != "online"
-        for other_is_written, other in furthest.items():
-            if span.begin < other.end and (is_written or other_is_written):
-                _refuse_overlap(*((span, other) if is_written else (other, span)))
-        if is_written not in furthest or furthest[is_written].end < span.end:
-            furthest[is_written] = span
+    present = {
+        (role, i): t for role, tensors in zip(ROLES, lists, strict=True) for i, t in enumerate(tensors) if t.numel()
+    }
+    for (role, i), t in present.items():
+        check_stored(OP, name[role][i], t)
+    places = present.items()
+    found = overlap([p for p in places if p[0][0] != "online"], [p for p in places if p[0][0] == "online"])
+    if found is not None:
+        other, written = found if found[1][0] != "online" else found[::-1]
+        shared = f"{_common(present[written], present[other])} bytes in common"
+        (role, i), (partner, j) = written, other
+        fail(OP, name[role][i], f"share no memory with {name[partner][j]}", shared, "clone one of them")
 
 
-def _span(t: Tensor, role: str, name: str) -> _Span:
-    begin = t.data_ptr()
-    end = begin + t.numel() * t.element_size()
-    check_stored(OP, name, t)
-    return _Span(begin, end, role, name)
-
-
-def _refuse_overlap(written: _Span, other: _Span) -> NoReturn:
-    shared = f"{min(written.end, other.end) - max(written.begin, other.begin)} bytes in common"
-    fail(OP, written.name, f"share no memory with {other.name}", shared, "clone one of them")
+def _common(a: Tensor, b: Tensor) -> int:
+    """Bytes that belong to both."""
+    end = min(t.data_ptr() + t.numel() * t.element_size() for t in (a, b))
+    return end - max(a.data_ptr(), b.data_ptr())
 
 
 def check_options(momentum: Any, form: str, device: torch.device | None) -> None:
