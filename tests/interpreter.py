@@ -90,13 +90,13 @@ def install() -> None:
         WORK["exp2"] += x.data.size
         return exp2(self, x)
 
-    def create_masked_load(self, pointers, mask, *rest):
-        loaded = load(self, pointers, mask, *rest)
-        TRAFFIC["read"] += int(mask.data.sum()) * loaded.data.itemsize
+    def create_masked_load(self, pointers, mask, *rest, **options):  # options: of the load of a descriptor's block
+        loaded = load(self, pointers, mask, *rest, **options)
+        TRAFFIC["read"] += int(np.asarray(mask.data).sum()) * loaded.data.itemsize
         return loaded
 
     def create_masked_store(self, pointers, value, mask, *rest):
-        TRAFFIC["written"] += int(mask.data.sum()) * value.data.itemsize
+        TRAFFIC["written"] += int(np.asarray(mask.data).sum()) * value.data.itemsize
         return store(self, pointers, value, mask, *rest)
 
     def patch_tensor(tensor, scope):

@@ -63,4 +63,5 @@ def take_for_cuda(monkeypatch: pytest.MonkeyPatch, op: str, module: ModuleType) 
     for stage in ("forward", "backward"):
         monkeypatch.setitem(define._implementations, (op, stage, "cuda"), getattr(module, f"{op}_{stage}_cuda"))
     monkeypatch.setitem(select._availability, ("cuda", "cpu"), None)
+    monkeypatch.setattr(select, "_ready", {})  # what earlier calls found able
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
