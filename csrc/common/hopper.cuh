@@ -39,6 +39,9 @@ __device__ inline void store_shared(Address to, const Words& w) {
 __device__ inline void store_shared(Address to, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
+__device__ inline void store_shared(Address to, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
+}
 __device__ inline float2 load_shared_pair(Address from) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(from) : "memory");
@@ -94,6 +97,17 @@ __device__ inline void load_box(Address to, const TensorMap& map, Address barrie
                : "memory");
 }
 
+// Counts 0 to `last` and again from 0 in shared memory, and returns the count before. What threads did before
+// they counted comes before what those do that see it counted.
+__device__ inline int count_up(Address counter, int last) {
+  int before;
+  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(counter), "r"(last)
+               : "memory");
+  return before;
+}
+
 __device__ inline void warpgroup_barrier(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(warpgroup + 1) : "memory");
 }
@@ -104,10 +118,22 @@ __device__ inline int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 template <class T> __device__ inline T exchange(T x, int lanes) {
   return __shfl_xor_sync(0xffffffff, x, lanes);
 }
+__device__ inline bool any_lane(bool x) { return __any_sync(0xffffffff, x); }
 
 __device__ inline float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -166,18 +192,27 @@ template <int count> __device__ inline void pin(float (&x)[count]) {
 #define JEPA_LIST56 JEPA_LIST48 ", %24, %25, %26, %27"
 #define JEPA_LIST64 JEPA_LIST56 ", %28, %29, %30, %31"
 
-// scores [64, 64] (+)= a b^T: a and b are descriptors of [64, 16], both K-major.
-template <class T> __device__ inline void multiply_shared(float* d, uint64_t a, uint64_t b, int accumulate) {
-#define JEPA_PRODUCT(type)                                                                                   \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                              \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" JEPA_LIST64                  \
-               "}, %32, %33, add, 1, 1, 0, 0;\n}"                                                            \
-               : JEPA_OUT64(d)                                                                               \
+// d [64, columns] (+)= a b^T: a and b are descriptors of [64, 16] and [columns, 16], both K-major.
+template <class T, int columns = 64>
+__device__ inline void multiply_shared(float* d, uint64_t a, uint64_t b, int accumulate) {
+#define JEPA_PRODUCT(type, n, a0, b0, add0)                                                                  \
+  if constexpr (columns == n)                                                                                \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #add0 ", 0;\n"                                       \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" JEPA_LIST##n             \
+               "}, %" #a0 ", %" #b0 ", add, 1, 1, 0, 0;\n}"                                                  \
+               : JEPA_OUT##n(d)                                                                              \
                : "l"(a), "l"(b), "r"(accumulate))
-  if constexpr (std::is_same_v<T, bf16>)
-    JEPA_PRODUCT("bf16");
-  else
-    JEPA_PRODUCT("f16");
+#define JEPA_PRODUCTS(type)                                                                                  \
+  JEPA_PRODUCT(type, 16, 8, 9, 10);                                                                          \
+  JEPA_PRODUCT(type, 48, 24, 25, 26);                                                                        \
+  JEPA_PRODUCT(type, 64, 32, 33, 34)
+  static_assert(columns == 16 || columns == 48 || columns == 64);
+  if constexpr (std::is_same_v<T, bf16>) {
+    JEPA_PRODUCTS("bf16");
+  } else {
+    JEPA_PRODUCTS("f16");
+  }
+#undef JEPA_PRODUCTS
 #undef JEPA_PRODUCT
 }
 
@@ -200,6 +235,34 @@ __device__ inline void multiply_registers(float* d, const uint32_t* a, uint64_t 
   JEPA_PRODUCT(type, 48, 24, 25, 26, 27, 28);                                                                \
   JEPA_PRODUCT(type, 56, 28, 29, 30, 31, 32);                                                                \
   JEPA_PRODUCT(type, 64, 32, 33, 34, 35, 36)
+  static_assert(columns % 8 == 0 && columns <= 64);
+  if constexpr (std::is_same_v<T, bf16>) {
+    JEPA_PRODUCTS("bf16");
+  } else {
+    JEPA_PRODUCTS("f16");
+  }
+#undef JEPA_PRODUCTS
+#undef JEPA_PRODUCT
+}
+
+// d [64, columns] += a b: descriptors of [64, 16] and [16, columns], both MN-major.
+template <class T, int columns> __device__ inline void multiply_columns(float* d, uint64_t a, uint64_t b) {
+#define JEPA_PRODUCT(type, n, a0, b0)                                                                        \
+  if constexpr (columns == n)                                                                                \
+  asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" JEPA_LIST##n             \
+               "}, %" #a0 ", %" #b0 ", add, 1, 1, 1, 1;\n}"                                                  \
+               : JEPA_OUT##n(d)                                                                              \
+               : "l"(a), "l"(b))
+#define JEPA_PRODUCTS(type)                                                                                  \
+  JEPA_PRODUCT(type, 8, 4, 5);                                                                               \
+  JEPA_PRODUCT(type, 16, 8, 9);                                                                              \
+  JEPA_PRODUCT(type, 24, 12, 13);                                                                            \
+  JEPA_PRODUCT(type, 32, 16, 17);                                                                            \
+  JEPA_PRODUCT(type, 40, 20, 21);                                                                            \
+  JEPA_PRODUCT(type, 48, 24, 25);                                                                            \
+  JEPA_PRODUCT(type, 56, 28, 29);                                                                            \
+  JEPA_PRODUCT(type, 64, 32, 33)
   static_assert(columns % 8 == 0 && columns <= 64);
   if constexpr (std::is_same_v<T, bf16>) {
     JEPA_PRODUCTS("bf16");

@@ -11,27 +11,44 @@ static AttentionInput input_of(const Tensor& x) {
   return {rows_of(x), packed ? 1 : x.size(0), packed ? x.size(0) : x.size(2)};
 }
 
-static bool mappable(const Tensor& x) {
-  bool fits = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
+static bool strides_fit(const Tensor& x) {
+  bool fits = x.stride(-1) == 1;
   for (int i = 0; i + 1 < x.dim(); ++i) fits &= x.size(i) == 1 || (x.stride(i) > 0 && x.stride(i) % 8 == 0);
   return fits || x.numel() == 0;
 }
 
-static void check(const Tensor& q, const Tensor& k, const Tensor& v, const py::args& rest) {
+static bool mappable(const Tensor& x) {
+  return strides_fit(x) && reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
+}
+
+// x, or a copy of what no tensor map describes: an expanded gradient (of a sum), and a tensor that begins
+// anywhere, in compiled code, which chooses the backend without seeing where.
+static Tensor mapped(const Tensor& x) {
+  if (mappable(x)) return x;
+  const Tensor copy = empty_like(x);
+  copy.obj.attr("copy_")(x.obj);
+  return copy;
+}
+
+struct Inputs {
+  Tensor q, k, v; // alive until the launch
+};
+
+static Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const py::args& rest) {
   check_rows(q, k, v, rest[0].cast<std::optional<Tensor>>(), rest[1].cast<std::optional<Tensor>>());
   require(rest[4].cast<int64_t>() <= 256 && rest[5].cast<int64_t>() <= 256,
           "sequences must have at most 256 queries and keys");
   require(rest[6].cast<int64_t>() == 0 && rest[7].is_none() && rest[8].is_none(),
           "frame_size, key_ranges and turns must not be given");
-  require(mappable(q) && mappable(k) && mappable(v),
-          "q, k and v must be in rows of stride 1 that begin at multiples of 16 bytes");
+  require(strides_fit(q) && strides_fit(k) && strides_fit(v),
+          "q, k and v must be in rows of stride 1 at strides of multiples of 16 bytes");
+  return {mapped(q), mapped(k), mapped(v)};
 }
 
-static MaskedAttentionCudaParams params_of(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const py::args& rest) {
+static MaskedAttentionCudaParams params_of(const Inputs& inputs, const py::args& rest) {
+  const auto& [q, k, v] = inputs;
   const auto cu_seqlens = rest[0].cast<std::optional<Tensor>>(),
              k_cu_seqlens = rest[1].cast<std::optional<Tensor>>();
-  check(q, k, v, rest);
   MaskedAttentionCudaParams p{};
   p.q = input_of(q);
   p.k = input_of(k);
@@ -59,7 +76,8 @@ static MaskedAttentionCudaParams params_of(const Tensor& q, const Tensor& k, con
 
 static std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                const py::args& rest) {
-  MaskedAttentionCudaParams p = params_of(q, k, v, rest);
+  const Inputs inputs = checked(q, k, v, rest);
+  MaskedAttentionCudaParams p = params_of(inputs, rest);
   const Tensor out = empty_like(q), lse = empty_lse(q);
   p.out = rows_of(out);
   p.lse = lse_rows_of(lse);
@@ -70,17 +88,17 @@ static std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k,
 static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, const Tensor& k,
                                          const Tensor& v, const Tensor& out, const Tensor& lse,
                                          const py::args& rest) {
-  MaskedAttentionCudaParams p = params_of(q, k, v, rest);
+  const Inputs inputs = checked(q, k, v, rest);
+  MaskedAttentionCudaParams p = params_of(inputs, rest);
   for (int i = 0; i < q.dim(); ++i)
     require(grad.size(i) == q.size(i) && out.size(i) == q.size(i), "grad and out must have q's shape");
   require(lse.dim() == q.dim() - 1 && mappable(out), "out and lse must be what forward gave");
-  // Expanded gradients (of a sum) are written out.
-  const Tensor mapped = mappable(grad) ? grad : Tensor::from(grad.obj.attr("contiguous")());
+  const Tensor grad_rows = mapped(grad);
   AttentionRows rows[3];
   const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
   p.out = rows_of(out);
   p.lse = lse_rows_of(lse);
-  p.grad = input_of(mapped);
+  p.grad = input_of(grad_rows);
   p.dq = rows[0];
   p.dk = rows[1];
   p.dv = rows[2];

@@ -7,6 +7,7 @@ namespace jepa {
 
 constexpr const char* OP = "masked_attention";
 constexpr int MOST_TILES = 4; // of a sequence: 256 queries, 256 keys
+constexpr int MULTIPROCESSOR_BYTES = 228 * 1024, BLOCK_BYTES = 227 * 1024; // of shared memory
 constexpr int HALF =
     (228 / 2 - 1) * 1024; // bytes: of two blocks on a multiprocessor, which keeps 1 KB for each
 

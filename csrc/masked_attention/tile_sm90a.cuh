@@ -31,18 +31,20 @@ template <int width> struct Tile {
   // "Matrix descriptor": address, leading offset, stride offset in 16-byte units; swizzle 1, 2, 3 for lines
   // of 128, 64, 32 bytes. The stride goes from 8 rows to the next 8, in K-major and in MN-major operands
   // alike; the leading offset is not used where a line holds all of an operand's columns.
-  static __device__ uint64_t descriptor(Address at, int line) {
+  // An address of shared memory has no more bits than the descriptor takes.
+  static __device__ uint64_t descriptor(Address tile, int offset, int line) {
     const uint64_t mode = line == 128 ? 1 : line == 64 ? 2 : 3;
-    return (at >> 4 & 0x3fff) | 1u << 16 | uint64_t(8 * line >> 4) << 32 | mode << 62;
+    const uint32_t low = (tile >> 4) + (offset >> 4 | 1 << 16);
+    return low | (uint64_t(8 * line >> 4) << 32 | mode << 62);
   }
 
   // All rows, channels [16 step, 16 step + 16): K-major.
   static __device__ uint64_t by_channel(Address tile, int step) {
-    return descriptor(tile + start(step / 4) + step % 4 * 32, line(step / 4));
+    return descriptor(tile, start(step / 4) + step % 4 * 32, line(step / 4));
   }
   // Rows [16 step, 16 step + 16), all channels of a piece: MN-major.
   static __device__ uint64_t by_row(Address tile, int piece, int step) {
-    return descriptor(tile + start(piece) + step * 16 * line(piece), line(piece));
+    return descriptor(tile, start(piece) + step * 16 * line(piece), line(piece));
   }
 };
 
@@ -77,8 +79,9 @@ __device__ void load_tile(Address to, const TileMaps& from, Address barrier, con
 }
 
 // The rows behind a sequence's last belong to another, and may be NaN: 0 * NaN would reach the sum over rows.
-template <int width> __device__ void clear_rows(Address tile, int first, int thread, int threads) {
-  for (int i = thread; i < (ROWS - first) * (width / 8); i += threads)
+template <int width, int last = ROWS>
+__device__ void clear_rows(Address tile, int first, int thread, int threads) {
+  for (int i = thread; i < (last - first) * (width / 8); i += threads)
     store_shared(tile + Tile<width>::at(first + i / (width / 8), i % (width / 8) * 8), Words{});
 }
 
@@ -87,30 +90,43 @@ template <int width> __device__ void clear_rows(Address tile, int first, int thr
 __device__ inline int fragment_row() { return threadIdx.x % THREADS / 32 * 16 + threadIdx.x % 32 / 4; }
 __device__ inline int fragment_column() { return threadIdx.x % 4 * 2; }
 
-// scores = a b^T over the channels of two tiles.
-template <class T, int width> __device__ void multiply_tiles(float (&scores)[32], Address a, Address b) {
+// scores = a b^T over the channels of two tiles, of the first `columns` rows of b.
+template <class T, int width, int columns = ROWS>
+__device__ void multiply_tiles(float (&scores)[columns / 2], Address a, Address b) {
 #pragma unroll
   for (int step = 0; step < Tile<width>::steps; ++step)
-    multiply_shared<T>(scores, Tile<width>::by_channel(a, step), Tile<width>::by_channel(b, step), step > 0);
+    multiply_shared<T, columns>(scores, Tile<width>::by_channel(a, step), Tile<width>::by_channel(b, step),
+                                step > 0);
 }
 
 // No weight for columns from `count` on.
-__device__ inline void hide_after(float (&scores)[32], int count) {
-  if (count >= ROWS) return;
+template <int n> __device__ inline void hide_after(float (&scores)[n], int count) {
+  if (count >= 2 * n) return;
+  const int left = count - fragment_column();
 #pragma unroll
-  for (int i = 0; i < 32; ++i)
-    if (i / 4 * 8 + i % 2 + fragment_column() >= count) scores[i] = -INFINITY;
+  for (int i = 0; i < n; ++i)
+    if (i / 4 * 8 + i % 2 >= left) scores[i] = -INFINITY;
 }
 
-// sum [64, width] += weights [64, 64] tile: the weights as pairs, in the order of the accumulator they were
+// sum [64, width] += weights [64, 4 n] tile: the weights as pairs, in the order of the accumulator they were
 // made from, which is that of operand A.
-template <class T, int width, int piece = 0>
-__device__ void add_rows(float (&sum)[width / 2], const uint32_t (&weights)[16], Address tile) {
+template <class T, int width, int piece = 0, int n = ROWS / 4>
+__device__ void add_rows(float (&sum)[width / 2], const uint32_t (&weights)[n], Address tile) {
 #pragma unroll
-  for (int step = 0; step < ROWS / 16; ++step)
+  for (int step = 0; step < n / 4; ++step)
     multiply_registers<T, Tile<width>::channels(piece)>(sum + 32 * piece, weights + 4 * step,
                                                         Tile<width>::by_row(tile, piece, step));
   if constexpr (piece + 1 < Tile<width>::pieces) add_rows<T, width, piece + 1>(sum, weights, tile);
+}
+
+// sum [64, width] += weights^T tile: both in shared memory, weights as a tile of 64 rows and columns.
+template <class T, int width, int piece = 0>
+__device__ void add_columns(float (&sum)[width / 2], Address weights, Address tile) {
+#pragma unroll
+  for (int step = 0; step < ROWS / 16; ++step)
+    multiply_columns<T, Tile<width>::channels(piece)>(sum + 32 * piece, Tile<ROWS>::by_row(weights, 0, step),
+                                                      Tile<width>::by_row(tile, piece, step));
+  if constexpr (piece + 1 < Tile<width>::pieces) add_columns<T, width, piece + 1>(sum, weights, tile);
 }
 
 // Four neighbouring threads hold 4 bytes each of four 16-byte words: afterwards thread t holds word t.

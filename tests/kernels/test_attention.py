@@ -1,15 +1,20 @@
 """masked_attention's Triton kernels for an H100 or H200, over head dims: the table in its README is what they use."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from jepa_kernels.ops.masked_attention import triton as launches
 from tests.kernels.expected import attention, long_attention, short_attention
 from tests.kernels.resources import MARKS, WIDTHS, measure, table
 from tests.kernels.target import REGISTERS, SHARED_BYTES
 
 pytestmark = pytest.mark.compile
+# Bytes that a kernel may spill. backward_short: on an H200 four warps took 408 us where eight, which spill nothing,
+# took 510. backward_kv: a few addresses; 16 queries at a time would spill none, but fetch as much for half the work.
+SPILLED = {("backward_short", 24): 48, ("backward_short", 32): 48, ("backward_kv", 104): 16, ("backward_kv", 128): 8}
 README = Path(__file__).parents[2] / "jepa_kernels" / "ops" / "masked_attention" / "README.md"
 
 
@@ -35,7 +40,8 @@ def test_no_spills_wide_loads_and_tensor_cores(rows, width):
     assert {row.binary.name for row in of_width} == set(long_attention() + (short_attention() if width <= 80 else ()))
     for row in of_width:
         binary = row.binary
-        assert binary.stack == 0 and not binary.count(r"(LDL|STL).*"), f"spills: {binary}"
+        spilled = SPILLED.get((binary.name.removeprefix("_masked_attention_").removesuffix("_kernel"), width), 0)
+        assert binary.stack <= spilled and (spilled or not binary.count(r"(LDL|STL).*")), f"spills: {binary}"
         assert binary.shared <= SHARED_BYTES[90]
         assert binary.count(r"HGMMA.*") and not binary.count(r"HMMA.*"), binary.instructions
         assert binary.count(r"LDG(STS)?\.E.*\.128"), binary.instructions
@@ -53,3 +59,15 @@ def test_lengths_that_change_compile_nothing_new(target):
         attention(torch.bfloat16, 48, lengths)()
     names = [binary.name for binary in target.binaries]
     assert sorted(names) == sorted(short_attention()), f"compiled again: {names}"
+
+
+@pytest.mark.parametrize("stage", ["forward", "backward_q", "backward_kv"])
+def test_fp32_products_are_summed_from_zero(target, stage):
+    """Where a product goes on from what it is added to, sums run in one long chain, which loses more."""
+    target.reset(90)
+    attention(torch.float32, 80, (40, 20))()
+    for kernel in getattr(launches, f"_masked_attention_{stage}_kernel").device_caches[90][0].values():
+        code = kernel.asm["ttir"]
+        zeros = re.findall(r"(%\w+) = arith.constant dense<0.0+e\+00>", code)
+        starts = re.findall(r"tt.dot %\w+, %\w+, (%\w+) : tensor<\w+xf32>", code)
+        assert set(starts) <= set(zeros), f"go on from {set(starts) - set(zeros)}"

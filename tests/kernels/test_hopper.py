@@ -26,7 +26,7 @@ SOURCES = {  # optimised where it pays within a minute
     CSRC / "masked_attention" / "cuda_forward_sm90a.cu": "-O1",
     EMULATION / "matrix.cpp": "-O3",
 }
-LENGTHS = (0, 1, 63, 64, 65, 111, 130, 256)
+LENGTHS = (0, 1, 63, 64, 65, 96, 111, 130, 177, 256)
 WIDTHS = (16, 24, 32, 64, 80, 88, 96, 104, 128)
 
 
@@ -38,7 +38,7 @@ def emulated(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _cuda_backend_on_the_host(emulated, monkeypatch):
     take_for_cuda(monkeypatch, OP, emulated)
-    monkeypatch.setitem(limits._capabilities, -1, (9, 0))
+    monkeypatch.setitem(limits._capabilities, -1, "9.0")
 
 
 def draw(make, dtype=torch.bfloat16):
@@ -85,6 +85,19 @@ def test_every_length_is_within_the_error_budget(width):
         assert parity.ok, str(parity)
 
 
+@pytest.mark.parametrize("width", [24, 64, 80])
+def test_short_sequences_whose_heads_share_no_keys(width):
+    case = Case("", packed((0, 1, 64, 65, 111, 128), (2, 2), width, unused=7), GRADS)
+    for parity in check_case(OP, "cuda", case, torch.bfloat16):
+        assert parity.ok, str(parity)
+
+
+def test_short_sequences_with_no_queries_or_no_keys():
+    case = Case("", packed((5, 0, 9, 70), (1, 1), 24, key_lengths=(3, 4, 0, 100)), GRADS)
+    for parity in check_case(OP, "cuda", case, torch.bfloat16):
+        assert parity.ok, str(parity)
+
+
 def test_dense_views_of_one_product_are_read_in_place():
     def make(generator):
         inputs = dense(2, (2, 2), 70, 70, 40)(generator)
@@ -109,10 +122,11 @@ def test_the_qkv_form_has_the_bits_of_its_views(packing):
     assert same(views(torch.autograd.grad(together, qkv, grad)[0]), apart)
 
 
-def test_sequences_have_the_bits_they_have_alone_beside_others_full_of_nan():
+@pytest.mark.parametrize("heads, width", [((4, 2), 88), ((2, 2), 24), ((1, 1), 80)])
+def test_sequences_have_the_bits_they_have_alone_beside_others_full_of_nan(heads, width):
     lengths = (65, 40, 130, 1)
-    tensors, starts = rows_of_four(lengths, (4, 2), 88)
-    for s in (1, 2):
+    tensors, starts = rows_of_four(lengths, heads, width)
+    for s in (0, 1, 2):
         own = slice(starts[s], starts[s + 1])
         alone = outcome(*(x[own] for x in tensors), Packing.from_lengths(lengths[s : s + 1]))
         poisoned = [torch.full_like(x, float("nan")) for x in tensors]
@@ -180,20 +194,20 @@ def test_every_limit_gives_its_reason(monkeypatch):
     assert where + strides.format("v", 19) in refusal(v=apart["v"])
     assert where + "takes no frame_size" in refusal(frame_size=1)
     assert where + "takes bfloat16, float16, got float32" in refusal(**draw(packed((4,), (1, 1), 8), torch.float32))
-    monkeypatch.setitem(limits._capabilities, -1, (8, 0))
+    monkeypatch.setitem(limits._capabilities, -1, "8.0")
     assert where + "needs a GPU of compute capability 9.0, got 8.0" in refusal()
 
 
 @pytest.mark.parametrize(
-    "length, frame_size, begin, requirement",
+    "length, frame_size, step, requirement",
     [
-        (300, 0, 0, "sequences must have at most 256 queries and keys"),
-        (20, 5, 0, "frame_size, key_ranges and turns must not be given"),
-        (20, 0, 1, "q, k and v must be in rows of stride 1 that begin at multiples of 16 bytes"),
+        (300, 0, 16, "sequences must have at most 256 queries and keys"),
+        (20, 5, 16, "frame_size, key_ranges and turns must not be given"),
+        (20, 0, 17, "q, k and v must be in rows of stride 1 at strides of multiples of 16 bytes"),
     ],
 )
-def test_the_torch_op_refuses_what_its_kernels_do_not_read(length, frame_size, begin, requirement):
-    x = torch.zeros(length * 16 + 1, dtype=torch.bfloat16)[begin : begin + length * 16].view(1, 1, length, 16)
+def test_the_torch_op_refuses_what_its_kernels_do_not_read(length, frame_size, step, requirement):
+    x = torch.zeros(1, 1, length, step, dtype=torch.bfloat16)[..., :16]
     masks = (frame_size, None, None, None, False)
     with pytest.raises(ValueError, match=f"{OP}: {requirement}; call the public function"):
         torch.ops.jepa_kernels.masked_attention_forward(x, x, x, *(None,) * 4, length, length, *masks, 1.0, "cuda")
@@ -211,6 +225,16 @@ def test_compiled_calls_of_other_lengths_are_not_compiled_anew():
     assert counter.frame_count <= 2
 
 
-def test_until_measured_it_is_taken_only_when_named():
-    lines = jk.explain(OP, **draw(packed((20, 9), (2, 1), 16))).splitlines()
-    assert lines[1].split(maxsplit=1) == ["cuda", "not yet measured on a device: taken only when named"]
+def test_a_compiled_call_takes_a_copy_of_what_begins_between_16_bytes():
+    inputs = dense(1, (2, 2), 20, 20, 16)(torch.Generator().manual_seed(0))
+    rows = {n: inputs[n].bfloat16().contiguous() for n in GRADS}
+    shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for n, x in rows.items()}
+    torch._dynamo.reset()
+    compiled = torch.compile(public(OP, "cuda"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(**shifted), public(OP, "cuda")(**rows))
+
+
+def test_it_is_the_automatic_choice_of_what_it_takes():
+    short, long = (draw(packed((n, 9), (2, 1), 16)) for n in (20, 257))
+    assert jk.explain(OP, **short).splitlines()[0] == f"{OP}: cuda (automatic)"
+    assert jk.explain(OP, **long).splitlines()[0] == f"{OP}: cpu (automatic)"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 LONGEST = 256  # queries, and keys, of a sequence: what the Hopper kernels hold in shared memory
-_capabilities: dict[int, tuple[int, int]] = {}  # by device, found once
+_capabilities: dict[int, str] = {}  # by device, found once
 
 
 class Call(NamedTuple):
@@ -27,15 +27,11 @@ def only_without_grad(call: Call) -> str | None:
     return "its backward may add in any order: taken only when named" if call.needs_grad else None
 
 
-def only_named(call: Call) -> str | None:
-    return "not yet measured on a device: taken only when named"
-
-
 def hopper(call: Call) -> str | None:
     """The Hopper kernels: whole sequences in shared memory, fetched by tensor maps."""
     capability = _capability(call.tensors[0].get_device())
-    if capability != (9, 0):
-        return f"needs a GPU of compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if capability != "9.0":
+        return f"needs a GPU of compute capability 9.0, got {capability}"
     for name, given in zip(("frame_size", "key_ranges", "rope"), call.masks, strict=True):
         if given is not None:
             return f"takes no {name}"
@@ -48,18 +44,19 @@ def hopper(call: Call) -> str | None:
     return None
 
 
-def _capability(device: int) -> tuple[int, int]:
+def _capability(device: int) -> str:
     if device not in _capabilities:
-        _capabilities[device] = torch.cuda.get_device_capability(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        _capabilities[device] = f"{major}.{minor}"
     return _capabilities[device]
 
 
-# A trace asks once: see `unavailable` in _core/select.py.
+# A trace asks once, and can take a string for a constant: see `unavailable` in _core/select.py.
 _capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _mappable(x: Tensor) -> bool:
-    """A tensor map can describe x, of 2-byte elements. A trace can't see where x begins: there a launch fails."""
+    """A tensor map can describe x, of 2-byte elements. A trace can't see where x begins: the launch copies there."""
     if x.stride(-1) != 1 or (not torch.compiler.is_compiling() and x.storage_offset() % 8):
         return False
     return all(size == 1 or (step > 0 and step % 8 == 0) for size, step in zip(x.shape[:-1], x.stride(), strict=False))

@@ -19,7 +19,9 @@ from jepa_kernels.rotary import Rope
 OP = "masked_attention"
 
 KERNELS = (
-    Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper, automatic=limits.only_named),
+    # Before triton: forward and backward together were faster on an H200 in every workload that this row takes
+    # (docs/tuning/attention.md).
+    Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper),
     Kernel("triton"),
     Kernel("cpu"),
     Kernel("sdpa", limit=limits.gives_no_lse, automatic=limits.only_without_grad),
@@ -58,7 +60,8 @@ def masked_attention(
     A query that sees no key gives 0, with gradients 0. Keys that are hidden from some queries only must be finite.
     Rows past a packing's last sequence are never read; their outputs and gradients are 0. Products and softmax
     accumulate in fp32. Under autocast q, k and v are cast to its low type. A packed sequence gets the same bits as
-    alone; two runs, and any number of threads, give the same bits.
+    alone on the same backend (on Hopper the longest sequence decides which is taken); two runs, and any number of
+    threads, give the same bits.
     Gradient: of q, k and v; the weights are computed again, so that nothing of size N x M is kept.
     Raises ValueError and TypeError for arguments that do not fit; ranges on a GPU are clamped instead.
     Source: Vaswani et al. (arXiv:1706.03762); memory-saving form by Rabe and Staats (arXiv:2112.05682) and

@@ -5,10 +5,8 @@ bits that it gets alone. Sequences of at most SHORT queries and keys stay on chi
 may hold both kinds takes a launch for each, whose programs leave the other kind at once.
 """
 
-import math
 from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 
@@ -29,6 +27,8 @@ from jepa_kernels.ops.masked_attention.triton_table import (
     BACKWARD_Q,
     FORWARD,
     SHORT_BACKWARD,
+    SHORT_BACKWARD_KV,
+    SHORT_BACKWARD_Q,
     SHORT_FORWARD,
     Tile,
     blocks_up_to,
@@ -37,8 +37,6 @@ from jepa_kernels.ops.masked_attention.triton_table import (
     tile_for,
 )
 from jepa_kernels.ops.masked_attention.triton_tiles import TAILS
-
-LOG2E = math.log2(math.e)
 
 
 class _Shape(NamedTuple):
@@ -73,10 +71,10 @@ class _Options(NamedTuple):
     half: bool
     scale: float
 
-    def compiled(self, width: int, unit: int) -> dict[str, Any]:
+    def compiled(self, q: Tensor, unit: int) -> dict[str, Any]:
         """What every kernel is compiled for."""
         turning = 0 if self.turns is None else self.turns.shape[-1]
-        return dict(PARTS=parts(width, self.half), D=width, UNIT=unit, TURNING=turning, HALF=self.half)
+        return dict(PARTS=parts(q, self.half), D=q.shape[-1], UNIT=unit, TURNING=turning, HALF=self.half)
 
 
 def _shape(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> _Shape:
@@ -149,8 +147,8 @@ def _forward_short(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sh
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit),
             _skip(given.key_ranges), _skip(given.turns), _skip(given.k_turns), shape.heads * width // 8,
             *shape.lse_places, shape.queries, shape.keys, shape.sequences, groups, shape.heads,
-            shape.heads // shape.key_heads, given.frame_size, given.scale * LOG2E, FRAMES=given.frame_size > 0,
-            TAIL=shape.packed, ROWS=tile.rows, **blocks_up_to(given.max_keys), **given.compiled(width, unit),
+            shape.heads // shape.key_heads, given.frame_size, given.scale, FRAMES=given.frame_size > 0,
+            TAIL=shape.packed, ROWS=tile.rows, **blocks_up_to(given.max_keys), **given.compiled(q, unit),
             **tile.options,
         )  # fmt: skip
 
@@ -167,9 +165,9 @@ def _forward_stream(
             q, k, v, out, lse, given.cu_seqlens, given.k_cu_seqlens, given.tiles, given.key_ranges,
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), _skip(given.key_ranges),
             shape.heads * width // 8, *shape.lse_places, shape.queries, shape.keys, shape.sequences, count,
-            shape.heads, shape.heads // shape.key_heads, given.frame_size, given.scale * LOG2E,
+            shape.heads, shape.heads // shape.key_heads, given.frame_size, given.scale,
             FRAMES=given.frame_size > 0, SHORT=short, TAIL=tail, ROWS=tile.rows, COLUMNS=tile.columns,
-            PARTS=parts(width, given.half), D=width, UNIT=unit, **tile.options,
+            PARTS=parts(q, False), D=width, UNIT=unit, **tile.options,
         )  # fmt: skip
 
 
@@ -181,7 +179,7 @@ def _turned(x: Tensor, turns: Tensor | None, half: bool) -> Tensor:
     sequences, tokens = (1, x.shape[0]) if x.dim() == 3 else (x.shape[0], x.shape[2])
     _masked_attention_turn_kernel[(sequences * triton.cdiv(tokens, 64) * heads,)](
         x, y, turns, *_strides(x, unit), _skip(turns), heads * width // 8, tokens, heads,
-        ROWS=64, PARTS=parts(width, half), D=width, UNIT=unit, TURNING=turns.shape[-1], HALF=half, num_warps=4,
+        ROWS=64, PARTS=parts(x, half), D=width, UNIT=unit, TURNING=turns.shape[-1], HALF=half, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -214,29 +212,29 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     given = _Options(*rest)
     shape, longest = _shape(q, k, given.cu_seqlens), max(given.max_queries, given.max_keys)
     whole, gradients = _gradients(q, k, stacked)
-    delta = torch.empty_like(lse)
+    offsets = lse.new_empty(*lse.shape, 2)
     with device_of(q):
         short = longest_short(q)
         if short > 0 and (shape.packed or longest <= short):
-            _backward_short(grad, q, k, v, out, lse, delta, gradients, shape, given)
+            _backward_short(grad, q, k, v, out, lse, offsets, gradients, shape, given)
         if longest > short:
             q, k = _turned(q, given.turns, given.half), _turned(k, given.k_turns, given.half)
-            _backward_q(grad, q, k, v, out, lse, delta, gradients, shape, given, short)
-            _backward_kv(grad, q, k, v, lse, delta, gradients, shape, given, short)
+            _backward_q(grad, q, k, v, out, lse, offsets, gradients, shape, given, short)
+            _backward_kv(grad, q, k, v, offsets, gradients, shape, given, short)
     return whole
 
 
 def _backward_short(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, gradients: _Gradients,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor, gradients: _Gradients,
     shape: _Shape, given: _Options,
 ) -> None:  # fmt: skip
-    tile, unit, width = SHORT_BACKWARD, _unit(q, k, v, grad), q.shape[-1]
-    q_tile, kv_tile = tile_for(BACKWARD_Q, q), tile_for(BACKWARD_KV, q)
+    tile, unit, width = tile_for(SHORT_BACKWARD, q), _unit(q, k, v, grad), q.shape[-1]
+    q_tile, kv_tile = tile_for(SHORT_BACKWARD_Q, q), tile_for(SHORT_BACKWARD_KV, q)
     dq, dk, dv, row, k_row, stacked = gradients
     programs = shape.sequences * shape.key_heads + shape.packed * TAILS.value
     if programs:
         _masked_attention_backward_short_kernel[(programs,)](
-            q, k, v, out, grad, lse, delta, dq, dk, dv, given.cu_seqlens, given.k_cu_seqlens, given.key_ranges,
+            q, k, v, out, grad, lse, offsets, dq, dk, dv, given.cu_seqlens, given.k_cu_seqlens, given.key_ranges,
             given.turns, given.k_turns,
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
             _skip(given.key_ranges), _skip(given.turns), _skip(given.k_turns), shape.heads * width // 8, row, k_row,
@@ -244,42 +242,42 @@ def _backward_short(
             given.scale, GROUP=shape.heads // shape.key_heads, TOGETHER=tile.columns,
             LONGER=given.max_keys > tile.columns, FRAMES=given.frame_size > 0, TAIL=shape.packed, STACKED=stacked,
             ROWS=tile.rows, Q_ROWS=q_tile.rows, Q_COLUMNS=q_tile.columns, KV_ROWS=kv_tile.rows,
-            KV_COLUMNS=kv_tile.columns, **given.compiled(width, unit), **tile.options,
+            KV_COLUMNS=kv_tile.columns, **given.compiled(q, unit), **tile.options,
         )  # fmt: skip
 
 
 def _backward_q(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, delta: Tensor, gradients: _Gradients,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, offsets: Tensor, gradients: _Gradients,
     shape: _Shape, given: _Options, short: int,
 ) -> None:  # fmt: skip
     tile, unit, width, tail = tile_for(BACKWARD_Q, q), _unit(q, k, v, grad), q.shape[-1], shape.packed and short < 0
     programs, count = _programs(shape, given.tiles, shape.queries, shape.heads, tile, tail)
     if programs:
         _masked_attention_backward_q_kernel[(programs,)](
-            q, k, v, out, grad, lse, delta, gradients.dq, given.cu_seqlens, given.k_cu_seqlens, given.tiles,
+            q, k, v, out, grad, lse, offsets, gradients.dq, given.cu_seqlens, given.k_cu_seqlens, given.tiles,
             given.key_ranges, given.turns,
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
             _skip(given.key_ranges), _skip(given.turns), shape.heads * width // 8, gradients.row, *shape.lse_places,
             shape.queries, shape.keys, shape.sequences, count, shape.heads, shape.heads // shape.key_heads,
             given.frame_size, given.scale, FRAMES=given.frame_size > 0, SHORT=short, TAIL=tail, ROWS=tile.rows,
-            COLUMNS=tile.columns, **given.compiled(width, unit), **tile.options,
+            COLUMNS=tile.columns, **given.compiled(q, unit), **tile.options,
         )  # fmt: skip
 
 
 def _backward_kv(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, gradients: _Gradients,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, gradients: _Gradients,
     shape: _Shape, given: _Options, short: int,
 ) -> None:  # fmt: skip
-    tile, unit, width = tile_for(BACKWARD_KV, q), _unit(q, k, v, grad), q.shape[-1]
+    tile, unit = tile_for(BACKWARD_KV, q), _unit(q, k, v, grad)
     tail = shape.packed and short < 0 and not gradients.stacked  # stacked, dq's rows hold dk and dv
     programs, count = _programs(shape, given.k_tiles, shape.keys, shape.key_heads, tile, tail)
     if programs:
         _masked_attention_backward_kv_kernel[(programs,)](
-            q, k, v, grad, lse, delta, gradients.dk, gradients.dv, given.cu_seqlens, given.k_cu_seqlens,
+            q, k, v, grad, offsets, gradients.dk, gradients.dv, given.cu_seqlens, given.k_cu_seqlens,
             given.k_tiles, given.key_ranges, given.k_turns,
             *_strides(q, unit), *_strides(k, unit), *_strides(v, unit), *_strides(grad, unit),
             _skip(given.key_ranges), _skip(given.k_turns), gradients.k_row, *shape.lse_places,
             shape.queries, shape.keys, shape.sequences, count, shape.key_heads, given.frame_size, given.scale,
             GROUP=shape.heads // shape.key_heads, FRAMES=given.frame_size > 0, SHORT=short, TAIL=tail,
-            ROWS=tile.rows, COLUMNS=tile.columns, **given.compiled(width, unit), **tile.options,
+            ROWS=tile.rows, COLUMNS=tile.columns, **given.compiled(q, unit), **tile.options,
         )  # fmt: skip

@@ -5,8 +5,10 @@ import triton.language as tl
 
 from jepa_kernels.ops.masked_attention.triton_tiles import (
     LISTS,
+    LOG2E,
     NUMBERS,
     add_products,
+    around,
     beginning,
     clear,
     clear_rows,
@@ -21,6 +23,7 @@ from jepa_kernels.ops.masked_attention.triton_tiles import (
     times,
     turn,
     where_seen,
+    whole_blocks,
     zeros,
 )
 
@@ -39,30 +42,50 @@ def finish(out, row, lse, start, queries, total, top, weight, PARTS: tl.constexp
 
 
 @triton.jit
+def _meet(
+    total, top, weight, tile, k, v, at, keys, begin, end, ranges, scale,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The sums with COLUMNS keys more, scaled down where a top rises. keys None: all rows see them all."""
+    scores = products(tile, load(k, at, keys, COLUMNS, PARTS, D, UNIT))
+    if keys is None:
+        new = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = new
+    else:
+        key = (at + tl.arange(0, COLUMNS))[None, :]
+        scores = where_seen(scores, key, begin[:, None], end[:, None], ranges, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1) * scale)
+        base = tl.where(new == float("-inf"), 0.0, new)
+    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
+    fade = tl.exp2(top - base)
+    weight = weight * fade + tl.sum(weights, 1)
+    total = add_products(times(total, fade), weights, load(v, at, keys, COLUMNS, PARTS, D, UNIT))
+    return total, new, weight
+
+
+@triton.jit
 def _stream(
     q, k, v, out, row, lse, ranges, start, queries, keys, frame_size, scale, FRAMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS queries against the keys they see, COLUMNS at a time, the sums scaled down whenever a top rises."""
+    """ROWS queries against the keys they see, COLUMNS at a time: first those that need no mask."""
     lane = start + tl.arange(0, ROWS)
     begin, end = keys_seen(lane, queries, keys, frame_size, ranges, FRAMES)
     first, last, inner, outer = hull(begin, end, lane, queries, keys)
+    whole, rest = whole_blocks(inner, outer, COLUMNS)
     tile = load(q, start, queries, ROWS, PARTS, D, UNIT)
     total = zeros(ROWS, PARTS)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
-    for at in range(first // COLUMNS * COLUMNS, last, COLUMNS):
-        scores = products(tile, load(k, at, keys, COLUMNS, PARTS, D, UNIT))
-        if (at < inner) | (at + COLUMNS > outer):
-            key = (at + tl.arange(0, COLUMNS))[None, :]
-            scores = where_seen(scores, key, begin[:, None], end[:, None], ranges, float("-inf"))
-        new = tl.maximum(top, tl.max(scores, 1) * scale)
-        base = tl.where(new == float("-inf"), 0.0, new)
-        weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
-        fade = tl.exp2(top - base)
-        weight = weight * fade + tl.sum(weights, 1)
-        total = add_products(times(total, fade), weights, load(v, at, keys, COLUMNS, PARTS, D, UNIT))
-        top = new
+    for at in range(whole, rest, COLUMNS):
+        total, top, weight = _meet(
+            total, top, weight, tile, k, v, at, None, begin, end, ranges, scale, COLUMNS, PARTS, D, UNIT
+        )
+    for at in range(first // COLUMNS * COLUMNS, last - (rest - whole), COLUMNS):
+        total, top, weight = _meet(
+            total, top, weight, tile, k, v, around(at, whole, rest), keys, begin, end, ranges, scale,
+            COLUMNS, PARTS, D, UNIT,
+        )  # fmt: skip
     finish(out, row, lse, start, queries, total, top, weight, PARTS, D)
 
 
@@ -70,7 +93,7 @@ def _stream(
 def _masked_attention_forward_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, tiles, ranges,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
-    ranges_skip, row, lse_token, lse_head, queries, keys, sequences, count, heads, group, frame_size, scale,
+    ranges_skip, row, lse_token, lse_head, queries, keys, sequences, count, heads, group, frame_size, factor,
     FRAMES: tl.constexpr, SHORT: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -94,8 +117,8 @@ def _masked_attention_forward_kernel(
         rows_of(k, k_skip, k_token, k_head, k_channel, s, k_first, head // group, UNIT),
         rows_of(v, v_skip, v_token, v_head, v_channel, s, k_first, head // group, UNIT),
         out + first * (row * 8) + head * D, row, lse + first * lse_token + head * lse_head,
-        None if ranges is None else beginning(ranges, ranges_skip, first, s, 2), start, n, m, frame_size, scale,
-        FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
+        None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
+        start, n, m, frame_size, factor * LOG2E, FRAMES, ROWS, COLUMNS, PARTS, D, UNIT,
     )  # fmt: skip
 
 

@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
-from jepa_kernels.ops.masked_attention.triton_backward import LOG2E, load_lse, stream_dkv, stream_dq
+from jepa_kernels.ops.masked_attention.triton_backward import load_lse, stream_dkv, stream_dq
 from jepa_kernels.ops.masked_attention.triton_tiles import (
     LISTS,
+    LOG2E,
     NUMBERS,
     add_products,
     beginning,
@@ -66,7 +67,7 @@ def _together(
 
 @triton.jit
 def _in_turn(
-    q, q_head, k, v, out, row, grad, g_head, lse, delta, lse_head, dq, drow, dk, dv, k_drow, ranges, turns, k_turns,
+    q, q_head, k, v, out, row, grad, g_head, lse, offsets, lse_head, dq, drow, dk, dv, k_drow, ranges, turns, k_turns,
     queries, keys, frame_size, factor, GROUP: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, KV_ROWS: tl.constexpr, KV_COLUMNS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr,
     UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
@@ -77,16 +78,16 @@ def _in_turn(
         for start in range(0, queries, ROWS):
             stream_dq(
                 (q[0] + q_head.to(tl.int64) * UNIT * h, q[1], q[2]), k, v, out + h * D, row,
-                (grad[0] + g_head.to(tl.int64) * UNIT * h, grad[1], grad[2]), lse + its, delta + its,
+                (grad[0] + g_head.to(tl.int64) * UNIT * h, grad[1], grad[2]), lse + its, offsets + 2 * its,
                 dq + h * D, drow, ranges, turns, k_turns, start, queries, keys, frame_size, factor,
                 FRAMES, ROWS, COLUMNS, PARTS, D, UNIT, TURNING, HALF, False,
             )  # fmt: skip
-    tl.debug_barrier()  # delta is read by other threads than wrote it
+    tl.debug_barrier()  # offsets are read by other threads than wrote it
     for start in range(0, keys, KV_ROWS):
         block = load(k, start, keys, KV_ROWS, PARTS, D, UNIT)
         block = turn(block, k_turns, start, keys, False, PARTS, TURNING, HALF)
         stream_dkv(
-            q, q_head, block, load(v, start, keys, KV_ROWS, PARTS, D, UNIT), grad, g_head, lse, delta, lse_head,
+            q, q_head, block, load(v, start, keys, KV_ROWS, PARTS, D, UNIT), grad, g_head, offsets, lse_head,
             dk, dv, k_drow, ranges, turns, k_turns, start, queries, keys, frame_size, factor,
             GROUP, FRAMES, KV_ROWS, KV_COLUMNS, PARTS, D, UNIT, TURNING, HALF, False,
         )  # fmt: skip
@@ -94,7 +95,7 @@ def _in_turn(
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _masked_attention_backward_short_kernel(
-    q, k, v, out, grad, lse, delta, dq, dk, dv, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
+    q, k, v, out, grad, lse, offsets, dq, dk, dv, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     g_skip, g_token, g_head, g_channel, ranges_skip, turns_skip, k_turns_skip, row, drow, k_drow, lse_token, lse_head,
     queries, keys, sequences, heads, frame_size, factor,
@@ -131,7 +132,7 @@ def _masked_attention_backward_short_kernel(
     dq += first * (drow * 8) + head * GROUP * D
     out += first * (row * 8) + head * GROUP * D
     lse += first * lse_token + head * GROUP * lse_head
-    delta += first * lse_token + head * GROUP * lse_head
+    offsets += 2 * (first * lse_token + head * GROUP * lse_head)
     if m <= TOGETHER:
         _together(
             q_rows, q_head, k_rows, v_rows, grad_rows, g_head, lse, lse_head, dq, drow, dk, dv, k_drow,
@@ -140,7 +141,7 @@ def _masked_attention_backward_short_kernel(
         )  # fmt: skip
     elif LONGER:
         _in_turn(
-            q_rows, q_head, k_rows, v_rows, out, row, grad_rows, g_head, lse, delta, lse_head,
+            q_rows, q_head, k_rows, v_rows, out, row, grad_rows, g_head, lse, offsets, lse_head,
             dq, drow, dk, dv, k_drow, its_ranges, its_turns, its_k_turns, n, m, frame_size, factor,
             GROUP, FRAMES, Q_ROWS, Q_COLUMNS, KV_ROWS, KV_COLUMNS, PARTS, D, UNIT, TURNING, HALF,
         )  # fmt: skip

@@ -6,6 +6,7 @@ import triton.language as tl
 from jepa_kernels.ops.masked_attention.triton_forward import clear_out, finish
 from jepa_kernels.ops.masked_attention.triton_tiles import (
     LISTS,
+    LOG2E,
     NUMBERS,
     add_products,
     beginning,
@@ -63,7 +64,7 @@ def _masked_attention_forward_short_kernel(
     q, k, v, out, lse, cu_seqlens, k_cu_seqlens, ranges, turns, k_turns,
     q_skip, q_token, q_head, q_channel, k_skip, k_token, k_head, k_channel, v_skip, v_token, v_head, v_channel,
     ranges_skip, turns_skip, k_turns_skip, row, lse_token, lse_head,
-    queries, keys, sequences, groups, heads, group, frame_size, scale,
+    queries, keys, sequences, groups, heads, group, frame_size, factor,
     CLASSES: tl.constexpr, LIMITS: tl.constexpr, FRAMES: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, TURNING: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +93,7 @@ def _masked_attention_forward_short_kernel(
                 None if ranges is None else beginning(ranges, ranges_skip, first, s, 2),
                 None if turns is None else beginning(turns, turns_skip, first, s, 2 * TURNING),
                 None if k_turns is None else beginning(k_turns, k_turns_skip, k_first, s, 2 * TURNING),
-                begin, n, m, frame_size, scale,
+                begin, n, m, frame_size, factor * LOG2E,
                 CLASSES, i, FRAMES, ROWS, PARTS, D, UNIT, TURNING, HALF,
             )  # fmt: skip
         fitted = LIMITS[i]

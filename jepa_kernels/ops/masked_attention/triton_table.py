@@ -26,16 +26,31 @@ class Tile(NamedTuple):
 
 
 # Sequences of more than SHORT queries or keys, by the largest D that an entry serves.
-FORWARD = {64: Tile(128, 64, 8, 3, 128), 128: Tile(128, 128, 8, 2)}
-BACKWARD_Q = {64: Tile(128, 64, 8, 2, 128), 128: Tile(128, 64, 8, 2)}
-BACKWARD_KV = {64: Tile(128, 32, 8, 2, 128), 80: Tile(128, 32, 8, 2), 96: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2)}
+FORWARD = {
+    32: Tile(64, 64, 4, 3),
+    64: Tile(128, 64, 8, 3, 128),
+    96: Tile(128, 128, 8, 2),
+    120: Tile(128, 64, 8, 2),
+    128: Tile(128, 128, 8, 2),
+}
+BACKWARD_Q = {32: Tile(64, 64, 4, 2, 168), 64: Tile(64, 64, 4, 3, 168), 128: Tile(128, 64, 8, 2)}
+BACKWARD_KV = {
+    32: Tile(64, 64, 4, 2, 168),
+    64: Tile(64, 64, 4, 2),
+    80: Tile(128, 32, 8, 2),
+    96: Tile(128, 64, 8, 2),
+    128: Tile(128, 32, 8, 2),
+}
 ELSEWHERE = {128: Tile(64, 32, 4, 2)}  # GPUs other than Hopper: less shared or tensor memory
 # fp32 multiplies on the plain units, from registers.
 FP32 = {32: Tile(64, 32, 8, 1), 64: Tile(64, 16, 8, 1), 128: Tile(64, 16, 8, 1)}
 
 SHORT = {80: 256, 128: -1}  # on Hopper, in 16 bits: what fits beside the sums of a tile of queries
 SHORT_FORWARD = Tile(64, 256, 4, 2)
-SHORT_BACKWARD = Tile(64, 128, 8, 2)  # beyond its columns BACKWARD_Q and BACKWARD_KV take turns, in the same program
+SHORT_BACKWARD = {32: Tile(64, 128, 4, 2), 128: Tile(64, 128, 8, 2)}
+# Beyond its columns the kernels that stream take turns in one program, of its warps.
+SHORT_BACKWARD_Q = {32: Tile(64, 64, 4, 2), 128: Tile(128, 64, 8, 2)}
+SHORT_BACKWARD_KV = {32: Tile(64, 64, 4, 2), 128: Tile(128, 32, 8, 2)}
 # Blocks of keys of SHORT_FORWARD: the first entry that holds them.
 KEYS = ((64,), (64, 32), (128,), (128, 32), (128, 64), (256,))
 
@@ -70,10 +85,13 @@ def blocks_up_to(longest: int) -> dict[str, Any]:
     return dict(CLASSES=needed, LIMITS=tuple(sum(row) for row in needed))
 
 
-def parts(width: int, half: bool) -> tuple[int, ...]:
-    """Powers of two, 16 or more, that hold `width` channels: two where they hold fewer in vain than one."""
+def parts(x: torch.Tensor, half: bool) -> tuple[int, ...]:
+    """Powers of two, 16 or more, that hold the channels of x: two where they hold fewer in vain than one."""
+    width = x.shape[-1]
     whole = max(triton.next_power_of_2(width), 16)
-    rest = max(triton.next_power_of_2(width - whole // 2), 16)
-    if half or rest >= whole // 2:  # a half turn pairs channels far apart
+    if half:  # a half turn pairs channels far apart
         return (whole,)
-    return (whole // 2, rest)
+    if x.dtype == torch.float32 and width > 32:  # the chains in which products are summed
+        return (32,) * ((width - 1) // 32) + (max(triton.next_power_of_2((width - 1) % 32 + 1), 16),)
+    rest = max(triton.next_power_of_2(width - whole // 2), 16)
+    return (whole,) if rest >= whole // 2 else (whole // 2, rest)

@@ -1,7 +1,7 @@
 """What the Triton kernels of `masked_attention` share: where sequences lie, tiles of rows, turning, what rows see.
 
-A tile of ROWS tokens is a tuple of parts [ROWS, P], one for each P in PARTS: powers of two that cover the D channels
-exactly where it pays (80 = 64 + 16), else padded with zeros on chip.
+A tile of ROWS tokens is a tuple of parts [ROWS, P], one for each P in PARTS: powers of two, all but the last alike,
+that cover the D channels exactly where it pays (80 = 64 + 16), else padded with zeros on chip.
 """
 
 import triton
@@ -15,6 +15,7 @@ NUMBERS = [
 ]
 LISTS = ["cu_seqlens", "k_cu_seqlens", "tiles", "ranges"]  # nor for where these begin
 TAILS = tl.constexpr(8)  # programs that clear the rows behind the last sequence
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -53,17 +54,19 @@ def rows_of(x, skip, token, head_stride, channel, s, first, head, UNIT: tl.const
 
 @triton.jit
 def load(x, start, length, ROWS: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr):
-    """Rows start..start+ROWS-1 as a tile; 0 from row `length` and from channel D on."""
+    """Rows start..start+ROWS-1 as a tile; 0 from row `length` (None: all are there) and from channel D on."""
     lane = tl.arange(0, ROWS)
-    there = (start + lane < length)[:, None]
     tile = ()
     for i in tl.static_range(len(PARTS)):
-        c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
+        c = i * PARTS[0] + tl.arange(0, PARTS[i])
+        there = (c < D)[None, :]
+        if length is not None:
+            there = there & (start + lane < length)[:, None]
         if UNIT == 1:
             at = x[0] + (start + lane).to(tl.int64)[:, None] * x[1] + c.to(tl.int64)[None, :] * x[2]
         else:  # 16 bytes a thread: the compiler sees that rows start at multiples of UNIT
             at = x[0] + x[1].to(tl.int64) * UNIT * start + (lane[:, None] * (x[1] * UNIT) + c[None, :])
-        tile = tile + (tl.load(at, mask=there & (c < D)[None, :], other=0.0),)
+        tile = tile + (tl.load(at, mask=there, other=0.0),)
     return tile
 
 
@@ -72,7 +75,7 @@ def store(x, row, start, length, tile, factor, PARTS: tl.constexpr, D: tl.conste
     """tile * factor to rows start.. of x, 8 * row elements apart."""
     lane = tl.arange(0, tile[0].shape[0])
     for i in tl.static_range(len(PARTS)):
-        c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
+        c = i * PARTS[0] + tl.arange(0, PARTS[i])
         at = x + row.to(tl.int64) * 8 * start + (lane[:, None] * (row * 8) + c[None, :])
         mask = (start + lane < length)[:, None] & (c < D)[None, :]
         tl.store(at, (tile[i].to(tl.float32) * factor).to(x.dtype.element_ty), mask=mask)
@@ -87,20 +90,32 @@ def zeros(ROWS: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _add_apart(total, product):
+    """total + product, which was summed from zero. Of a plain sum the compiler makes one long chain from `total` on."""
+    return tl.fma(product, 1.0, total)
+
+
+@triton.jit
 def products(a, b):
-    """a b^T, summed over the channels of all parts."""
+    """a b^T, summed over the channels of all parts. In fp32 each apart: long chains lose more."""
     scores = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     for i in tl.static_range(1, len(a)):
-        scores = tl.dot(a[i], tl.trans(b[i]), scores, input_precision="ieee")
+        if a[i].dtype == tl.float32:
+            scores = _add_apart(scores, tl.dot(a[i], tl.trans(b[i]), input_precision="ieee"))
+        else:
+            scores = tl.dot(a[i], tl.trans(b[i]), scores)
     return scores
 
 
 @triton.jit
 def add_products(total, weights, b):
-    """total + weights b, part by part; weights in b's type."""
+    """total + weights b, part by part; weights in b's type. In fp32 what is added is summed apart."""
     tile = ()
     for i in tl.static_range(len(b)):
-        tile = tile + (tl.dot(weights.to(b[i].dtype), b[i], total[i], input_precision="ieee"),)
+        if b[i].dtype == tl.float32:
+            tile = tile + (_add_apart(total[i], tl.dot(weights, b[i], input_precision="ieee")),)
+        else:
+            tile = tile + (tl.dot(weights.to(b[i].dtype), b[i], total[i]),)
     return tile
 
 
@@ -144,7 +159,7 @@ def turn(
         row = start + tl.arange(0, tile[0].shape[0])
         turned = ()
         for i in tl.static_range(len(PARTS)):
-            c = (PARTS[0] if i else 0) + tl.arange(0, PARTS[i])
+            c = i * PARTS[0] + tl.arange(0, PARTS[i])
             at = turns + row.to(tl.int64)[:, None] * (2 * TURNING) + c[None, :]
             mask = (row < length)[:, None] & (c < TURNING)[None, :]
             cos = tl.load(at, mask=mask, other=1.0)
@@ -202,6 +217,19 @@ def hull(begin, end, row, queries, keys):
     first = tl.min(tl.where(some, begin, keys))
     last = tl.max(tl.where(some, end, 0))
     return first, last, tl.max(begin), tl.min(tl.where(row < queries, end, keys))
+
+
+@triton.jit
+def whole_blocks(inner, outer, SIZE: tl.constexpr):
+    """Where the blocks of SIZE begin and end that lie in inner..outer-1."""
+    begin = tl.cdiv(inner, SIZE) * SIZE
+    return begin, tl.maximum(outer // SIZE * SIZE, begin)
+
+
+@triton.jit
+def around(at, begin, end):
+    """The place that `at` stands for where begin..end-1 are left out."""
+    return tl.where(at < begin, at, at + end - begin)
 
 
 @triton.jit

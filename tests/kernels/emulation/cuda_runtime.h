@@ -5,6 +5,7 @@
 #include "common/hopper.cuh"
 
 #define __shared__ static
+#define __builtin_assume(fact) static_cast<void>(fact)
 
 namespace jepa {
 
@@ -18,7 +19,8 @@ template <class T> T* aligned_address(T* p) {
 }
 template <class T> T __ldcs(const T* p) { return *aligned_address(p); }
 template <class T> T __ldg(const T* p) { return *aligned_address(p); }
-template <class T> void __stcs(T* p, const T& x) { *aligned_address(p) = x; }
+// Asked of every address that a kernel then reads or writes without an intrinsic.
+template <class T> bool __isGlobal(const T* p) { return aligned_address(p); }
 
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }

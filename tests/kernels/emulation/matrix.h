@@ -56,7 +56,7 @@ struct Product {
   std::array<std::array<uint32_t, 4>, 128> weights{};
   uint64_t a = 0, b = 0;
   int columns = 0;
-  bool from_registers = false, accumulate = false;
+  bool from_registers = false, by_columns = false, accumulate = false; // by_columns: a and b MN-major
   float (*widen)(uint16_t) = nullptr;
 
   void run() const;

@@ -72,6 +72,7 @@ inline float load_shared_float(Address from) { return read_shared<float>(from); 
 inline float2 load_shared_pair(Address from) { return read_shared<float2>(from); }
 inline void store_shared(Address to, const Words& w) { write_shared(to, w); }
 inline void store_shared(Address to, float x) { write_shared(to, x); }
+inline void store_shared(Address to, uint32_t x) { write_shared(to, x); }
 inline void publish_shared() {
   for (int& owner : Block::current()->unpublished)
     if (owner == static_cast<int>(threadIdx.x) + 1) owner = 0;
@@ -178,7 +179,28 @@ template <class T> T exchange(T x, int lanes) {
   return shuffle(x, static_cast<int>(threadIdx.x % 32) ^ lanes);
 }
 
+inline bool any_lane(bool x) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  static std::map<int, int> votes;
+  static bool outcome[32];
+  votes[warp] += x;
+  Block::current()->meet(WARP + warp, 32, [&] { outcome[warp] = std::exchange(votes[warp], 0) > 0; });
+  const bool any = outcome[warp];
+  Block::current()->meet(WARP + warp, 32, [] {});
+  return any;
+}
+inline int count_up(Address counter, int last) {
+  Block& block = *Block::current();
+  int before;
+  std::memcpy(&before, block.at(counter, 4), 4);
+  const int after = before >= last ? 0 : before + 1;
+  std::memcpy(block.at(counter, 4), &after, 4);
+  return before;
+}
+
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_log2(float x) { return std::log2(x); }
+inline float fast_reciprocal(float x) { return 1 / x; }
 
 template <class T> float widen(uint16_t bits) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -229,7 +251,8 @@ template <int count> void pin(float (&)[count]) {}
 
 // Every thread of the warpgroup brings its registers; the last one issues the product.
 template <class T>
-void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns, bool add) {
+void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns, bool add,
+           bool by_columns = false) {
   Product& coming = hopper.products[warpgroup_of()].coming;
   const int thread = static_cast<int>(threadIdx.x % 128);
   coming.sums[thread] = d;
@@ -239,16 +262,21 @@ void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int co
     p.coming.b = b;
     p.coming.columns = columns;
     p.coming.from_registers = a_registers != nullptr;
+    p.coming.by_columns = by_columns;
     p.coming.accumulate = add;
     p.coming.widen = widen<T>;
     p.add(p.coming);
   });
 }
-template <class T> void multiply_shared(float* d, uint64_t a, uint64_t b, int accumulate) {
-  issue<T>(d, nullptr, a, b, 64, accumulate);
+template <class T, int columns = 64> void multiply_shared(float* d, uint64_t a, uint64_t b, int accumulate) {
+  issue<T>(d, nullptr, a, b, columns, accumulate);
 }
 template <class T, int columns> void multiply_registers(float* d, const uint32_t* a, uint64_t b) {
   issue<T>(d, a, 0, b, columns, true);
+}
+
+template <class T, int columns> void multiply_columns(float* d, uint64_t a, uint64_t b) {
+  issue<T>(d, nullptr, a, b, columns, true, true);
 }
 
 } // namespace jepa
