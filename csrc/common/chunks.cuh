@@ -20,23 +20,29 @@ template <class T, int n> struct Pack {
   T at[n];
 };
 
-// Streaming accesses: each byte is used once, and the tensors are larger than the cache. Named as intrinsics
-// also because the compiler would send addresses that come out of memory through the slower generic path.
 template <class T, int n>
 using Word = std::conditional_t<
     n == 1, T,
     std::conditional_t<n * sizeof(T) == 16, float4, std::conditional_t<n * sizeof(T) == 8, float2, void>>>;
 
-template <int n, class T> __device__ Pack<T, n> load_pack(const T* p) {
-  const Word<T, n> word = __ldcs(reinterpret_cast<const Word<T, n>*>(p));
+// Said of addresses that come out of memory: the compiler would send them through the slower generic path.
+template <class T> __device__ T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// `streaming`: marked as first to leave the cache, for kernels that only read.
+template <int n, bool streaming = false, class T> __device__ Pack<T, n> load_pack(const T* p) {
+  const auto* words = global(reinterpret_cast<const Word<T, n>*>(p));
+  const Word<T, n> word = streaming ? __ldcs(words) : *words;
   Pack<T, n> pack;
   memcpy(&pack, &word, sizeof(pack));
   return pack;
 }
-template <int n, class T> __device__ void store_pack(T* p, const Pack<T, n>& pack) {
+template <class T, int n> __device__ void store_pack(T* p, const Pack<T, n>& pack) {
   Word<T, n> word;
   memcpy(&word, &pack, sizeof(pack));
-  __stcs(reinterpret_cast<Word<T, n>*>(p), word);
+  *global(reinterpret_cast<Word<T, n>*>(p)) = word;
 }
 
 template <class T, int n> __device__ void store_as(void* to, int i, const Pack<float, n>& x) {

@@ -69,6 +69,13 @@ private:
   int before_ = 0;
 };
 
+inline int multiprocessors(const char* op, int device) {
+  int count = 0;
+  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  check_launch(op, status == cudaSuccess, cudaGetErrorString(status));
+  return count;
+}
+
 struct Grid {
   int64_t blocks;
   int threads, shared_bytes, device;

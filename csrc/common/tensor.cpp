@@ -7,9 +7,16 @@
 
 namespace jepa {
 
-// A module attribute of torch, looked up once; the reference is kept for the process's life.
+// What is looked up once keeps its reference for the process's life: a static object's destructor would give
+// it up when the interpreter is gone.
 static py::handle torch_attribute(const char* name) {
   return py::object(py::module_::import("torch").attr(name)).release();
+}
+
+static py::handle interned(const char* name) {
+  PyObject* found = PyUnicode_InternFromString(name);
+  if (!found) throw py::error_already_set();
+  return found;
 }
 
 static PyObject* torch_dtype(DType dtype) {
@@ -31,19 +38,19 @@ int64_t size_of(DType type) {
   return sizes[static_cast<size_t>(type)];
 }
 
-static py::object call(py::handle object, const py::str& method) {
+static py::object call(py::handle object, py::handle method) {
   PyObject* found = PyObject_CallMethodNoArgs(object.ptr(), method.ptr());
   if (!found) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(found);
 }
 
 void* address_of(py::handle tensor) {
-  static const py::str data_ptr("data_ptr");
+  static const py::handle data_ptr = interned("data_ptr");
   return reinterpret_cast<void*>(call(tensor, data_ptr).cast<uintptr_t>());
 }
 
 int64_t numel_of(py::handle tensor) {
-  static const py::str numel("numel");
+  static const py::handle numel = interned("numel");
   return call(tensor, numel).cast<int64_t>();
 }
 
@@ -64,7 +71,7 @@ void* Tensor::stream() const {
 }
 
 Tensor Tensor::from(py::handle h) {
-  static const py::str shape("shape"), stride("stride"), dtype("dtype");
+  static const py::handle shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
   Tensor t;
   t.obj = py::reinterpret_borrow<py::object>(h);
   t.address = address_of(h);
@@ -80,7 +87,7 @@ Tensor Tensor::from(py::handle h) {
 }
 
 bool Tensor::is(py::handle h) {
-  static const py::str data_ptr("data_ptr");
+  static const py::handle data_ptr = interned("data_ptr");
   return !h.is_none() && hasattr(h, data_ptr);
 }
 

@@ -90,12 +90,15 @@ bool TensorLists::add(py::handle object) {
   void* address = static_cast<char*>(t.data) + t.byte_offset;
   lists_.back().push_back({address, numel, dlpack::dtype_of(t)});
   const bool contiguous = dlpack::contiguous(t);
-  facts_.insert(facts_.end(),
-                {static_cast<int64_t>(reinterpret_cast<uintptr_t>(address)),
-                 int64_t{t.device_type} << 32 | t.device_index,
-                 int64_t{t.code} << 32 | int64_t{t.bits} << 16 | t.lanes, int64_t{t.dims} << 1 | contiguous});
-  facts_.insert(facts_.end(), t.shape, t.shape + t.dims);
-  if (!contiguous) facts_.insert(facts_.end(), t.strides, t.strides + t.dims);
+  const size_t begin = facts_.size();
+  facts_.resize(begin + 4 + static_cast<size_t>(t.dims) * (contiguous ? 1 : 2)); // one growth for a tensor
+  int64_t* fact = facts_.data() + begin;
+  *fact++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address));
+  *fact++ = int64_t{t.device_type} << 32 | t.device_index;
+  *fact++ = int64_t{t.code} << 32 | int64_t{t.bits} << 16 | t.lanes;
+  *fact++ = int64_t{t.dims} << 1 | contiguous;
+  fact = std::copy_n(t.shape, t.dims, fact);
+  if (!contiguous) std::copy_n(t.strides, t.dims, fact);
   return true;
 }
 

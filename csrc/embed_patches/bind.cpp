@@ -1,6 +1,8 @@
-#include "embed_patches/arguments.h"
+#include "embed_patches/embed_patches.h"
 
 #include <vector>
+
+#include "common/tensor.h"
 
 namespace jepa {
 
@@ -20,13 +22,36 @@ private:
   std::vector<float> values_;
 };
 
+// Strides of [outer, channel, (frame,) row, column], an image being a clip of one frame.
+static void clip_strides(const Tensor& x, int64_t* strides) {
+  const int frame = x.dim() - 3;
+  for (int i = 0; i < 2; ++i) strides[i] = x.stride(i);
+  strides[2] = frame == 2 ? x.stride(2) : 0;
+  for (int i = -2; i < 0; ++i) strides[5 + i] = x.stride(i);
+}
+
 static EmbedPatchesLayer layer_of(const Tensor& pixels, const Maybe& ids, const Tensor& weight,
                                   const Runs& runs, const Channels& scale, const Channels& shift) {
-  EmbedPatchesLayer layer = layer_of(pixels, weight);
-  layer.at = kept_rows(ids, runs, pixels.size(0), layer.count());
+  const bool clip = pixels.dim() == 5, tubes = weight.dim() == 5;
+  EmbedPatchesLayer layer{};
+  layer.channels = weight.size(1);
+  layer.tubelet = clip ? weight.size(2) : 1;
+  layer.patch = weight.size(-1);
+  layer.grid_h = pixels.size(-2) / layer.patch;
+  layer.grid_w = pixels.size(-1) / layer.patch;
+  layer.embed_dim = weight.size(0);
+  layer.pixels = pixels.data();
+  layer.weight = weight.data();
+  layer.copies = tubes && !clip ? weight.size(2) : 1;
   layer.scale = scale.data();
   layer.shift = shift.data();
+  layer.dtype = weight.dtype;
+  layer.pixel_dtype = pixels.dtype;
   layer.threads = torch_threads();
+  clip_strides(pixels, layer.pixel_strides);
+  clip_strides(weight, layer.weight_strides);
+  const int64_t grid_t = clip ? pixels.size(2) / layer.tubelet : 1;
+  layer.at = kept_rows(ids, runs, pixels.size(0), grid_t * layer.grid_h * layer.grid_w);
   return layer;
 }
 
@@ -101,9 +126,6 @@ static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixe
 void bind_embed_patches(py::module_& m) {
   m.def("embed_patches_forward_cpu", &forward_cpu);
   m.def("embed_patches_backward_cpu", &backward_cpu);
-#if JEPA_CUDA
-  bind_embed_patches_cuda(m);
-#endif
 }
 
 } // namespace jepa

@@ -29,7 +29,7 @@ constexpr int64_t backward_scratch(int64_t depth, int64_t embed_dim) {
 // A patch is channels x tubelet x patch x patch pixels of one image or clip; an image is a clip of one frame.
 struct EmbedPatchesLayer {
   KeptRows at;
-  int64_t channels, tubelet, patch, grid_t, grid_h, grid_w, embed_dim;
+  int64_t channels, tubelet, patch, grid_h, grid_w, embed_dim;
   const void* pixels;
   int64_t pixel_strides[5]; // clip, channel, frame, row, column
   const void* weight;
@@ -39,8 +39,7 @@ struct EmbedPatchesLayer {
   DType dtype, pixel_dtype;   // pixel_dtype: dtype or u8
   int threads;
 
-  constexpr int64_t depth() const { return channels * tubelet * patch * patch; } // the pixels of a patch
-  constexpr int64_t count() const { return grid_t * grid_h * grid_w; }           // the patches of an image
+  int64_t depth() const { return channels * tubelet * patch * patch; } // the pixels of a patch
 };
 
 struct EmbedPatchesForwardParams {
@@ -70,51 +69,6 @@ struct EmbedPatchesBackwardParams {
   float* scratch;                         // workspace [threads, scratch_size]
   int64_t scratch_size;
 };
-
-// Of the CUDA kernels: everything on the device but scale and shift.
-namespace embed_patches {
-constexpr int MAX_CHANNELS = 64;   // that have a scale and shift
-constexpr int64_t BIAS_ROWS = 128; // of a part of dbias
-
-// Parts that dweight is summed in.
-constexpr int64_t weight_parts(int64_t rows) {
-  const int64_t parts = (rows + 2047) / 2048;
-  return parts < 1 ? 1 : parts < 16 ? parts : 16;
-}
-} // namespace embed_patches
-
-struct EmbedPatchesCudaLayer : EmbedPatchesLayer {
-  bool normalised; // by these, rather than by scale and shift
-  float scales[embed_patches::MAX_CHANNELS], shifts[embed_patches::MAX_CHANNELS];
-  void* folded; // weight as [embed_dim, depth]: itself, or a workspace
-};
-
-struct EmbedPatchesCudaForwardParams {
-  EmbedPatchesCudaLayer layer;
-  const void* bias; // may be null, as pos
-  int64_t bias_stride;
-  const void* pos;
-  int64_t pos_strides[2];
-  void* out; // [rows, embed_dim]
-  int device;
-  void* stream;
-};
-
-struct EmbedPatchesCudaBackwardParams {
-  EmbedPatchesCudaLayer layer;
-  const void* grad;
-  int64_t grad_length, grad_strides[3];   // rows of a run; strides of run, row, embedding
-  void *dpixels, *dweight, *dbias, *dpos; // contiguous; null where not wanted
-  int64_t dpixel_strides[5];
-  int64_t* places;    // workspace [rows]: where the patch of each row begins
-  float* weight_sums; // workspace [weight_parts(rows), embed_dim, depth]
-  float* bias_sums;   // workspace [rows / BIAS_ROWS, rounded up, embed_dim]
-  int device;
-  void* stream;
-};
-
-void embed_patches_forward_cuda(const EmbedPatchesCudaForwardParams& params);
-void embed_patches_backward_cuda(const EmbedPatchesCudaBackwardParams& params);
 
 JEPA_DECLARE_CPU(embed_patches_forward_cpu, EmbedPatchesForwardParams)
 JEPA_DECLARE_CPU(embed_patches_backward_cpu, EmbedPatchesBackwardParams)

@@ -34,3 +34,9 @@ def capability() -> int:
 def device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device: inside this context that is x's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def rows_of(x: Tensor) -> tuple[int | None, int, int, int]:
+    """(length, strides of run, row and channel) of rows [.., length, E]; no length where rows lie evenly."""
+    even = x.dim() == 2 or x.stride(0) == x.shape[1] * x.stride(1)
+    return None if even else max(x.shape[-2], 1), x.stride(0), x.stride(-2), x.stride(-1)

@@ -30,15 +30,27 @@ def run_of(row, cu_seqlens, runs, run_length, steps):
 
 
 @triton.jit
-def token_of(row, ids, cu_seqlens, rows, runs, run_length, steps, count):
-    """(run, id, inside): what a row stands for; not `inside` past the last run and where the id is no token."""
-    run = run_of(row, cu_seqlens, runs, run_length, steps)
-    inside = (row < rows) & (run < runs)
+def end_of(cu_seqlens, rows, runs):
+    """Behind the last run."""
+    return rows if cu_seqlens is None else tl.minimum(tl.load(cu_seqlens + runs), rows)
+
+
+@triton.jit
+def id_of(row, end, ids, count):
+    """(id, inside): what a row stands for; not `inside` from `end` on and where the id is no token."""
+    inside = row < end
     if ids is None:
-        id = (row - run * run_length).to(tl.int64)
+        id = (row % count).to(tl.int64)
     else:
         id = tl.load(ids + row, mask=inside, other=-1)
-    return run, id, inside & (id >= 0) & (id < count)
+    return id, inside & (id >= 0) & (id < count)
+
+
+@triton.jit
+def token_of(row, ids, cu_seqlens, rows, runs, run_length, steps, count):
+    """(run, id, inside): what a row stands for; not `inside` past the last run and where the id is no token."""
+    id, inside = id_of(row, end_of(cu_seqlens, rows, runs), ids, count)
+    return run_of(row, cu_seqlens, runs, run_length, steps), id, inside
 
 
 @triton.jit
@@ -71,5 +83,8 @@ def row_of(run, id, there, ids, cu_seqlens, rows, run_length, steps):
 
 @triton.jit
 def offset_of(row, length, skip, stride):
-    """Offset of a row of a tensor [.., length, E] whose rows lie `stride` apart, and `skip` after `length` of them."""
-    return (row // length).to(tl.int64) * skip + (row % length).to(tl.int64) * stride
+    """Offset of a row: rows lie `stride` apart, and `skip` after `length` of them, unless that is None."""
+    if length is None:
+        return row.to(tl.int64) * stride
+    else:
+        return (row // length).to(tl.int64) * skip + (row % length).to(tl.int64) * stride

@@ -4,24 +4,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
 from jepa_kernels._core.check import check_kept, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
-from jepa_kernels.ops.embed_patches import limits, reference
+from jepa_kernels.ops.embed_patches import reference
 from jepa_kernels.ops.embed_patches.check import check_layer, normalisation
 from jepa_kernels.packing import Packing
 
 OP = "embed_patches"
 
-KERNELS = (
-    Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.few_channels, automatic=limits.only_named),
-    Kernel("triton"),
-    Kernel("cpu"),
-)
+KERNELS = (Kernel("triton"), Kernel("cpu"))
 
 
 def embed_patches(
@@ -69,7 +64,7 @@ def embed_patches(
         check_kept(OP, ids, packing, images=pixels.shape[0], count=count, device=pixels.device)
     elif packing is not None:
         fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
-    backend = select(OP, KERNELS, backend, pixels, len(scale), weight.dtype)
+    backend = select(OP, KERNELS, backend, pixels, None, weight.dtype)
     if backend == "reference":
         return reference.forward(pixels, ids, weight, bias, pos_embed, packing=packing, mean=mean, std=std)
     cu_seqlens = None if packing is None else packing.cu_seqlens

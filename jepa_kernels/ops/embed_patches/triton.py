@@ -1,7 +1,7 @@
-"""Triton `embed_patches`: matrix products that gather the pixels of kept patches as they go.
+"""Triton `embed_patches`: the kept patches are copied side by side, in the weight's dtype, then matrix products.
 
-Forward is one launch. dweight is summed over parts of the rows, then over the parts; how many there are depends on the
-number of rows alone. No buffer is larger than the parts, and nothing is read twice but from a cache.
+A copy in long aligned rows costs less than to gather short lines of pixels once for each tile of a product; backward
+makes it anew rather than keep it. dweight is summed over parts of the rows, then over the parts.
 """
 
 import math
@@ -12,23 +12,30 @@ import torch
 import triton
 from torch import Tensor
 
-from jepa_kernels._core.triton import device_of
+from jepa_kernels._core.triton import device_of, rows_of
 from jepa_kernels.ops.embed_patches.triton_backward import (
+    _embed_patches_backward_bias_kernel,
     _embed_patches_backward_pixels_kernel,
     _embed_patches_backward_pos_kernel,
-    _embed_patches_backward_rows_kernel,
     _embed_patches_backward_sum_kernel,
     _embed_patches_backward_weight_kernel,
 )
-from jepa_kernels.ops.embed_patches.triton_forward import _embed_patches_fold_kernel, _embed_patches_forward_kernel
+from jepa_kernels.ops.embed_patches.triton_forward import (
+    _embed_patches_copy_kernel,
+    _embed_patches_fold_kernel,
+    _embed_patches_forward_kernel,
+)
 
-Gradient = tuple[Tensor, int, int, int, int, int]  # itself, rows in a run, strides of run, row and channel, channels
+Gradient = tuple[Tensor, int | None, int, int, int, int]  # itself, where its rows lie, channels
 Factors = tuple[float, ...] | None
 
 FOLD, SUM = 1024, 512  # elements of a program
 RUNS, WIDTH = 32, 256  # of dpos_embed: runs at a time, channels
 ROWS = 128  # of a part of dbias
-PART, MOST_PARTS = 2048, 16  # rows of a part of dweight, until there are too many parts
+COPY_ROWS, COPY_PIXELS = 32, 128  # of a program
+WHOLE = 256  # copied rows are a multiple, and 0 past the last one: no tile of a product needs to ask
+MULTIPROCESSORS, MOST_PARTS = 132, 16  # to be filled with parts of dweight
+PART = 8  # adding up a tile of a part takes as long as multiplying this many rows
 
 
 class Tile(NamedTuple):
@@ -48,7 +55,9 @@ class Tile(NamedTuple):
         return dict(STEP=self.step, num_warps=self.warps, num_stages=self.stages)
 
 
-LOW, FULL = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 2)  # tensor cores; fp32, which uses none
+FULL = Tile(64, 64, 32, 4, 2)  # fp32, which uses no tensor cores
+LOW = Tile(256, 128, 64, 8, 3)  # widths of published models are multiples of 128
+CHOSEN = LOW._replace(stages=5)  # of dweight with ids: its loads wait for those, so that twice the stages lead as far
 SCATTERED = Tile(64, 128, 32, 8, 3)  # of dpixels, whose stores hold an address for every few pixels
 
 
@@ -62,6 +71,10 @@ class Layer(NamedTuple):
     @property
     def size(self) -> int:
         return self.C * self.PT * self.P**2
+
+    def depth(self, tile: Tile) -> int:
+        """Of copied patches: whole steps of a product."""
+        return triton.cdiv(self.size, tile.step) * tile.step
 
 
 class Kept(NamedTuple):
@@ -83,7 +96,7 @@ class Kept(NamedTuple):
         return min(self.rows, self.count).bit_length()
 
 
-def _tile(dtype: torch.dtype, low: Tile = LOW) -> Tile:
+def _tile(dtype: torch.dtype, low: Tile) -> Tile:
     return FULL if dtype == torch.float32 else low
 
 
@@ -124,6 +137,19 @@ def _folded(weight: Tensor, layer: Layer) -> Tensor:
     return out
 
 
+def _copied(
+    pixels: Tensor, at: Kept, factors: tuple[Factors, Factors], weight: Tensor, layer: Layer, tile: Tile
+) -> Tensor:
+    """[rows, depth], in weight's dtype: the pixels of each row's patch."""
+    clips, rows, depth = _clips(pixels), triton.cdiv(at.rows, WHOLE) * WHOLE, layer.depth(tile)
+    patches = weight.new_empty(rows, depth)
+    _embed_patches_copy_kernel[rows // COPY_ROWS, triton.cdiv(depth, COPY_PIXELS)](
+        pixels, *factors, patches, *at, at.runs.bit_length(), *clips.stride(), *layer, _align(clips, layer),
+        DEPTH=depth, ROWS=COPY_ROWS, PIXELS=COPY_PIXELS, num_warps=4,
+    )  # fmt: skip
+    return patches
+
+
 def forward(
     pixels: Tensor,
     ids: Tensor | None,
@@ -135,17 +161,17 @@ def forward(
     shift: Sequence[float],
 ) -> Tensor:
     """[M, K, E], [T, E] or [B, N, E]."""
-    layer, tile, embed_dim = _layer(pixels, weight), _tile(weight.dtype), weight.shape[0]
-    at, clips = _kept(pixels, ids, cu_seqlens, layer), _clips(pixels)
+    layer, tile, embed_dim = _layer(pixels, weight), _tile(weight.dtype, LOW), weight.shape[0]
+    at, factors = _kept(pixels, ids, cu_seqlens, layer), (tuple(scale) or None, tuple(shift) or None)
     out = weight.new_empty(*((at.batch, at.count) if ids is None else ids.shape), embed_dim)
     if not out.numel():
         return out
     tables = (0 if bias is None else bias.stride(0), *((0, 0) if pos_embed is None else pos_embed.stride()))
     with device_of(pixels):
+        patches = _copied(pixels, at, factors, weight, layer, tile)
         _embed_patches_forward_kernel[(tile.programs(at.rows, embed_dim),)](
-            pixels, _folded(weight, layer), bias, pos_embed, tuple(scale) or None, tuple(shift) or None, out,
-            *at, at.runs.bit_length(), embed_dim, *clips.stride(), *tables, *layer, _align(clips, layer),
-            ROWS=tile.height, CHANNELS=tile.width, **tile.options,
+            patches, _folded(weight, layer), bias, pos_embed, out, ids, cu_seqlens, at.rows, at.runs, at.count,
+            embed_dim, *tables, layer.size, layer.depth(tile), ROWS=tile.height, CHANNELS=tile.width, **tile.options,
         )  # fmt: skip
     return out
 
@@ -161,22 +187,23 @@ def backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dpixels, dweight, dbias, dpos_embed); what is not wanted is empty."""
-    layer, embed_dim, clips = _layer(pixels, weight), weight.shape[0], _clips(pixels)
+    layer, embed_dim = _layer(pixels, weight), weight.shape[0]
+    tile = _tile(weight.dtype, LOW if ids is None else CHOSEN)
     at = _kept(pixels, ids, cu_seqlens, layer)
     shapes = (pixels.shape, weight.shape, weight.shape[:1], (at.count, embed_dim))
     found = [weight.new_empty(shape if asked else 0) for shape, asked in zip(shapes, wanted, strict=True)]
     dpixels, dweight, dbias, dpos = found
     if not grad.numel():
         return dpixels.zero_(), dweight.zero_(), dbias.zero_(), dpos.zero_()
-    gradient = (grad, grad.shape[-2], grad.stride(0), grad.stride(-2), grad.stride(-1), embed_dim)
+    gradient = (grad, *rows_of(grad), embed_dim)
     factors = (tuple(scale) or None, tuple(shift) or None)
     with device_of(pixels):
         if dpixels.numel():
             _pixels(gradient, at, _folded(weight, layer), factors[0], dpixels, layer)
-        if dweight.numel() or dbias.numel():
-            places = _places(gradient, at, clips, layer, dbias if wanted[2] else None)
+        if dbias.numel():
+            _bias(gradient, at, dbias)
         if dweight.numel():
-            _weight(gradient, at.rows, clips, places, factors, dweight, layer)
+            _weight(gradient, at, _copied(pixels, at, factors, weight, layer, tile), dweight, layer, tile)
         if dpos.numel():
             _embed_patches_backward_pos_kernel[at.count, triton.cdiv(embed_dim, WIDTH)](
                 *gradient, ids, cu_seqlens, at.rows, at.runs, at.run_length, at.search, dpos,
@@ -193,39 +220,34 @@ def _pixels(gradient: Gradient, at: Kept, weight: Tensor, scale: Factors, dpixel
     )  # fmt: skip
 
 
-def _places(gradient: Gradient, at: Kept, clips: Tensor, layer: Layer, dbias: Tensor | None) -> Tensor:
-    """Where the patch of each row begins; dbias, if there is one, from the same walk over the rows."""
-    (grad, *_, embed_dim), (image, _, *strides) = gradient, clips.stride()
-    places = grad.new_empty(at.rows, dtype=torch.int64)
-    parts, programs = triton.cdiv(at.rows, ROWS), 1 if dbias is None else triton.cdiv(embed_dim, ROWS)
-    sums = None if dbias is None else grad.new_empty(parts, embed_dim, dtype=torch.float32)
-    _embed_patches_backward_rows_kernel[parts, programs](
-        *gradient, *at, at.runs.bit_length(), image, *strides, places, sums, *layer[1:],
-        ROWS=ROWS, CHANNELS=ROWS, num_warps=8,
-    )  # fmt: skip
-    if sums is not None and dbias is not None:
-        _sum(sums, dbias)
-    return places
+def _bias(gradient: Gradient, at: Kept, dbias: Tensor) -> None:
+    parts, embed_dim = triton.cdiv(at.rows, ROWS), len(dbias)
+    sums = dbias.new_empty(parts, embed_dim, dtype=torch.float32)
+    _embed_patches_backward_bias_kernel[parts, triton.cdiv(embed_dim, ROWS)](
+        *gradient, at.ids, at.cu_seqlens, at.rows, at.runs, at.count, sums, ROWS=ROWS, CHANNELS=ROWS, num_warps=8
+    )
+    _sum(sums, dbias)
 
 
-def _weight(
-    gradient: Gradient,
-    rows: int,
-    clips: Tensor,
-    places: Tensor,
-    factors: tuple[Factors, Factors],
-    dweight: Tensor,
-    layer: Layer,
-) -> None:
-    tile, embed_dim = _tile(dweight.dtype), dweight.shape[0]
-    parts = min(triton.cdiv(rows, PART), MOST_PARTS)
-    share = triton.cdiv(rows, parts * tile.step) * tile.step
+def _weight(gradient: Gradient, at: Kept, patches: Tensor, dweight: Tensor, layer: Layer, tile: Tile) -> None:
+    embed_dim, tiles = len(dweight), tile.programs(len(dweight), layer.size)
+    parts = _parts(tiles, at.rows)
+    share = triton.cdiv(at.rows, parts * tile.step) * tile.step
     sums = dweight.new_empty(parts, embed_dim, layer.size, dtype=torch.float32)
-    _embed_patches_backward_weight_kernel[tile.programs(embed_dim, layer.size), parts](
-        *gradient, clips, places, *factors, rows, share, *clips.stride()[1:], sums, *layer, _align(clips, layer),
-        CHANNELS=tile.height, PIXELS=tile.width, **tile.options,
+    _embed_patches_backward_weight_kernel[tiles, parts](
+        *gradient, patches, at.ids, at.cu_seqlens, at.rows, at.runs, at.count, share, sums,
+        layer.size, patches.shape[1], CHANNELS=tile.height, PIXELS=tile.width, **tile.options,
     )  # fmt: skip
     _sum(sums, dweight, frames=_clips(dweight).shape[2] // layer.PT, inner=layer.P**2)
+
+
+def _parts(tiles: int, rows: int) -> int:
+    """How many parts of dweight take the least time: they fill the multiprocessors, but must be added up."""
+
+    def time(parts: int) -> float:
+        return triton.cdiv(tiles * parts, MULTIPROCESSORS) * rows / parts + PART * tiles * parts
+
+    return min(range(1, MOST_PARTS + 1), key=time)
 
 
 def _sum(parts: Tensor, out: Tensor, frames: int = 1, inner: int = 1) -> None:

@@ -3,16 +3,8 @@
 import triton
 import triton.language as tl
 
-from jepa_kernels._core.triton_rows import LISTS, offset_of, row_of
-from jepa_kernels.ops.embed_patches.triton_tiles import (
-    NOWHERE,
-    NUMBERS,
-    of_channel,
-    patch_of,
-    patches,
-    pixel_of,
-    place_of,
-)
+from jepa_kernels._core.triton_rows import LISTS, end_of, id_of, offset_of, row_of
+from jepa_kernels.ops.embed_patches.triton_tiles import NUMBERS, add_product, of_channel, patch_of, pixel_of
 
 
 @triton.jit
@@ -23,49 +15,37 @@ def gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, t
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
-def _embed_patches_backward_rows_kernel(
-    grad, length, grad_skip, grad_row, grad_channel, embed_dim,
-    ids, cu_seqlens, rows, runs, run_length, batch, count, grid_h, grid_w, steps,
-    image, frame, line, column, places, parts,
-    PT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+def _embed_patches_backward_bias_kernel(
+    grad, length, grad_skip, grad_row, grad_channel, embed_dim, ids, cu_seqlens, rows, runs, count, parts,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Where the patch of each row begins, or NOWHERE; parts of dbias, each the sum over ROWS rows."""
+    """A part of dbias: the sum over ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first, _, inside = place_of(
-        row, ids, cu_seqlens, rows, runs, run_length, batch, count, grid_h, grid_w, steps,
-        image, frame, line, column, PT, P, 1,
-    )  # fmt: skip
-    if tl.program_id(1) == 0:
-        tl.store(places + row, tl.where(inside, first, NOWHERE), mask=row < rows)
-    if parts is not None:
-        e = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
-        at = tl.program_id(0).to(tl.int64) * embed_dim + e
-        tl.store(parts + at, tl.sum(g.to(tl.float32), 0), mask=e < embed_dim)
+    e = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    _, inside = id_of(row, end_of(cu_seqlens, rows, runs), ids, count)
+    g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
+    at = tl.program_id(0).to(tl.int64) * embed_dim + e
+    tl.store(parts + at, tl.sum(g.to(tl.float32), 0), mask=e < embed_dim)
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _embed_patches_backward_weight_kernel(
     grad, length, grad_skip, grad_row, grad_channel, embed_dim,
-    pixels, places, scale, shift, rows, rows_of_part, channel, frame, line, column, parts,
-    C: tl.constexpr, PT: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
-    CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEP: tl.constexpr,
+    patches, ids, cu_seqlens, rows, runs, count, rows_of_part, parts,
+    K: tl.constexpr, DEPTH: tl.constexpr, CHANNELS: tl.constexpr, PIXELS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """A part of dweight [E, K]: grad^T x patches over `rows_of_part` rows."""
-    K: tl.constexpr = C * PT * P * P
     e = tl.program_id(0) // tl.cdiv(K, PIXELS) * CHANNELS + tl.arange(0, CHANNELS)
     k = tl.program_id(0) % tl.cdiv(K, PIXELS) * PIXELS + tl.arange(0, PIXELS)
-    offset = pixel_of(k, channel, frame, line, column, PT, P, ALIGN)
-    total = tl.zeros([CHANNELS, PIXELS], tl.float32)
     begin = tl.program_id(1) * rows_of_part
-    for start in range(begin, tl.minimum(begin + rows_of_part, rows), STEP):
+    end = tl.minimum(begin + rows_of_part, end_of(cu_seqlens, rows, runs))
+    total = tl.zeros([CHANNELS, PIXELS], tl.float32)
+    for start in range(begin, end, STEP):
         row = start + tl.arange(0, STEP)
-        first = tl.load(places + row, mask=row < rows, other=NOWHERE)
-        inside = first >= 0
-        first = tl.multiple_of(first, ALIGN)
+        _, inside = id_of(row, end, ids, count)
         g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, inside, e)
-        x = patches(pixels, first, inside, k, offset, scale, shift, grad.dtype.element_ty, K, PT * P * P)
-        total = tl.dot(tl.trans(g), x, total, input_precision="ieee")
+        x = tl.load(patches + row.to(tl.int64)[:, None] * DEPTH + k[None, :], mask=(k < DEPTH)[None, :], other=0.0)
+        total = add_product(total, tl.trans(g), x)
     at = (tl.program_id(1).to(tl.int64) * embed_dim + e)[:, None] * K + k[None, :]
     tl.store(parts + at, total, mask=(e < embed_dim)[:, None] & (k < K)[None, :])
 
@@ -124,7 +104,7 @@ def _embed_patches_backward_pixels_kernel(
             g = gradients(grad, length, grad_skip, grad_row, grad_channel, embed_dim, row, kept, e)
             at = e.to(tl.int64)[:, None] * K + k[None, :]
             w = tl.load(weight + at, mask=(e < embed_dim)[:, None] & (k < K)[None, :], other=0.0)
-            total = tl.dot(g, w, total, input_precision="ieee")
+            total = add_product(total, g, w)
     if scale is not None:
         total *= of_channel(scale, k, PT * P * P)[None, :]
     first = (token // count).to(tl.int64) * image

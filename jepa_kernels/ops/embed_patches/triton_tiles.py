@@ -1,4 +1,4 @@
-"""What the Triton kernels of `embed_patches` share: where patches lie, and tiles of their pixels.
+"""What the Triton kernels of `embed_patches` share: where patches and their pixels lie, and how products add up.
 
 The layer's shape is compiled in: C channels and patches of PT frames of P x P pixels, K = C * PT * P * P in all, in the
 order of the convolution's kernel. What changes with the masks and the images is not. ALIGN pixels lie side by side in
@@ -8,11 +8,10 @@ every line of a patch, beginning at multiples of ALIGN: said where offsets are m
 import triton
 import triton.language as tl
 
-from jepa_kernels._core.triton_rows import LENGTHS, token_of
+from jepa_kernels._core.triton_rows import LENGTHS
 
 # Arguments that kernels aren't compiled for.
 NUMBERS = [*LENGTHS, "grid_h", "grid_w"]
-NOWHERE = tl.constexpr(-16)  # where the patch of a row without one begins: a multiple of any ALIGN, too
 
 
 @triton.jit
@@ -32,17 +31,6 @@ def pixel_of(k, channel, frame, line, column, PT: tl.constexpr, P: tl.constexpr,
 
 
 @triton.jit
-def place_of(
-    row, ids, cu_seqlens, rows, runs, run_length, batch, count, grid_h, grid_w, steps,
-    image, frame, line, column, PT: tl.constexpr, P: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """(offset of the first pixel, id, inside) of the patches that rows stand for."""
-    run, id, inside = token_of(row, ids, cu_seqlens, rows, runs, run_length, steps, count)
-    first = (run % batch).to(tl.int64) * image + patch_of(id, grid_h, grid_w, frame, line, column, PT, P)
-    return tl.multiple_of(first, ALIGN), id, inside
-
-
-@triton.jit
 def of_channel(values, k, SIZE: tl.constexpr):
     """values[c] for elements k of channel c = k // SIZE."""
     x = tl.zeros(k.shape, tl.float32) + values[0]
@@ -52,9 +40,11 @@ def of_channel(values, k, SIZE: tl.constexpr):
 
 
 @triton.jit
-def patches(pixels, first, inside, k, offset, scale, shift, dtype, K: tl.constexpr, SIZE: tl.constexpr):
-    """[rows, k]: elements k of patches, normalised, in `dtype`. Rows not `inside` read nothing."""
-    x = tl.load(pixels + first[:, None] + offset[None, :], mask=inside[:, None] & (k < K)[None, :], other=0)
-    if scale is not None:
-        x = tl.fma(x.to(tl.float32), of_channel(scale, k, SIZE)[None, :], of_channel(shift, k, SIZE)[None, :])
-    return x.to(dtype)
+def add_product(total, a, b):
+    """total + a b. In fp32, where no tensor core helps, the products of a step have a sum of their own: a chain of
+    fused multiply-adds as long as the summed dimension would lose bits. Subtracted, since the compiler makes one chain
+    of what is added."""
+    if a.dtype == tl.float32:
+        return total - tl.dot(-a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total)
