@@ -23,7 +23,7 @@ class Group(NamedTuple):
 
 
 Groups = tuple[Group, ...]
-_kept: dict[Any, Groups] = {}  # oldest use first
+_kept: dict[Any, Groups] = {}  # by stream (0: any) and what was read of the lists; oldest use first
 _passing: dict[Any, Groups] = {}  # of changing lists
 _captured: list[Groups] = []
 
@@ -57,28 +57,30 @@ def groups(op: str, lists: Lists, known: Any = None, *, changing: bool = False) 
     A CUDA graph bakes the table's address in: tables used while capturing are kept for the life of the process.
     """
     first = lists[0][0]
-    key = read(lists, plain=False) if known is None else known
-    kept = _kept
-    if changing:
-        kept = _passing
-        key = key, torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else 0
-    capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = kept.pop(key, None)
-    if found is None:
-        if capturing:
-            raise RuntimeError(
-                f"{op}: the first update of a list of tensors must run before graph capture, got new addresses; "
-                f"run the step once on the same tensors, then capture it"
-            )
-        found = build(lists, wait=not changing)
-    kept[key] = found
-    if capturing:
-        _captured.append(found)
+    known = read(lists, plain=False) if known is None else known
+    kept = _passing if changing else _kept
+    if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _captured_groups(op, known, kept)
+    stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda and changing else 0
+    found = kept.pop((stream, known), None) or build(lists, wait=not changing)
+    kept[stream, known] = found
     if len(kept) > KEPT:
         if first.is_cuda and not changing:
             torch.cuda.synchronize(first.device)  # another stream may still read the oldest table
         kept.pop(next(iter(list(kept))), None)  # of a whole copy: another thread may add or remove one
     return found
+
+
+def _captured_groups(op: str, known: Any, kept: dict[Any, Groups]) -> Groups:
+    """The tables of an earlier step, on any stream: what captures waits for the device, or for that step, to begin."""
+    for (_, before), found in list(kept.items()):
+        if before == known:
+            _captured.append(found)
+            return found
+    raise RuntimeError(
+        f"{op}: the first update of a list of tensors must run before graph capture, got new addresses; "
+        f"run the step once on the same tensors, then capture it"
+    )
 
 
 def build(lists: Lists, *, wait: bool = True) -> Groups:

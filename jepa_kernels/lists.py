@@ -7,8 +7,26 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.check import DENSE, PLAIN, fail
+from jepa_kernels.chunks import KEPT
 
 Name = TypeVar("Name")  # ordered
+
+
+class Passed:
+    """Lists that passed an op's checks, by what `chunks.read` told of them. The oldest are forgotten."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, None] = {}
+
+    def __contains__(self, known: Any) -> bool:
+        return known is not None and known in self._known
+
+    def add(self, known: Any) -> None:
+        if known is None:
+            return
+        self._known[known] = None
+        if len(self._known) > KEPT:
+            self._known.pop(next(iter(list(self._known))), None)  # of a copy: another thread may add or remove one
 
 
 def tensors(op: str, argument: str, values: Any) -> list[Tensor | None]:
@@ -100,3 +118,12 @@ def overlap(
 def _span(t: Tensor) -> tuple[int, int]:
     begin = t.data_ptr()
     return begin, begin + t.numel() * t.element_size()
+
+
+def observed() -> bool:
+    """Somebody watches torch's calls: a dispatch mode (fake tensors, tracing, counting) or the profiler.
+
+    An op of long lists that nobody watches may pass its kernel by the dispatcher, which takes a third of a microsecond
+    for each tensor.
+    """
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()

@@ -6,7 +6,7 @@
 
 namespace jepa {
 
-constexpr int WIDTH = 4, UNROLL = 2;
+constexpr int WIDTH = 4;
 
 // By squaring: exponents are whole.
 __device__ double power(double base, float exponent) {
@@ -89,11 +89,11 @@ template <class Grad> struct Chunk {
 };
 
 template <class Grad>
-__global__ void __launch_bounds__(CHUNK_THREADS, 3)
+__global__ void __launch_bounds__(CHUNK_THREADS, 4)
     adamw_ema_forward_cuda_kernel(const __grid_constant__ AdamwEmaCudaParams p) {
   const AdamwEmaChunk c = p.chunks[blockIdx.x];
   const Chunk<Grad> chunk{p, c, Factors(p, c)};
-  go_through<WIDTH, UNROLL>(
+  go_through<WIDTH, 1>(
       chunk, static_cast<int>(c.numel),
       aligned(c.param, c.grad, c.exp_avg, c.exp_avg_sq, c.target, c.online_shadow, c.target_shadow));
 }

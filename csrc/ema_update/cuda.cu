@@ -1,12 +1,12 @@
 // One launch for all tensors. A block takes one chunk: 16-byte accesses where the chunk's addresses allow,
-// four of each in flight per thread, then the elements left over one by one.
+// one of each in flight per thread, then the elements left over one by one.
 #include "ema_update/ema_update.h"
 
 #include "common/chunks.cuh"
 
 namespace jepa {
 
-constexpr int WIDTH = 4, UNROLL = 4;
+constexpr int WIDTH = 4;
 
 // The factors as the published loops hand them to fp32 tensors: computed in double, rounded once.
 struct Factors {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS)
     ema_update_forward_cuda_kernel(const __grid_constant__ EmaUpdateCudaParams p) {
   const EmaChunk c = p.chunks[blockIdx.x];
   const Chunk<form, Online> chunk{c, p.shadow_dtype, Factors(momentum_of(p))};
-  go_through<WIDTH, UNROLL>(chunk, static_cast<int>(c.numel), aligned(c.target, c.online, c.shadow));
+  go_through<WIDTH, 1>(chunk, static_cast<int>(c.numel), aligned(c.target, c.online, c.shadow));
 }
 
 template <EmaForm form, class Online> static void launch_type(const EmaUpdateCudaParams& p) {

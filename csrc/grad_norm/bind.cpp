@@ -5,26 +5,26 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "common/tensor_lists.h"
 
 namespace jepa {
 
 constexpr int64_t BLOCK = 1 << 14; // elements: the order of the sum depends on it, and on nothing else
 
-static std::vector<GradNormBlock> blocks_of(const py::list& grads) {
+static std::vector<GradNormBlock> blocks_of(const TensorLists& lists) {
   std::vector<GradNormBlock> blocks;
-  for (const py::handle grad : grads) {
-    const int64_t numel = numel_of(grad);
-    const DType dtype = dtype_of(grad.attr("dtype"));
-    const char* address = static_cast<const char*>(address_of(grad));
-    for (int64_t i = 0; i < numel; i += BLOCK)
-      blocks.push_back({address + i * size_of(dtype), std::min(BLOCK, numel - i), dtype, 0.0});
+  for (const auto& grad : lists[0]) {
+    const char* address = static_cast<const char*>(grad.address);
+    for (int64_t i = 0; i < grad.numel; i += BLOCK)
+      blocks.push_back({address + i * size_of(grad.dtype), std::min(BLOCK, grad.numel - i), grad.dtype, 0.0});
   }
   return blocks;
 }
 
-static Tensor forward_cpu(const py::list& grads) {
-  std::vector<GradNormBlock> blocks = blocks_of(grads);
-  const Tensor norm = Tensor::from(grads[0]).new_empty({}, DType::f32);
+// lists: one, of the gradients, of which `first` is one.
+static Tensor run_cpu(const TensorLists& lists, const Tensor& first) {
+  std::vector<GradNormBlock> blocks = blocks_of(lists);
+  const Tensor norm = first.new_empty({}, DType::f32);
   const GradNormParams params{blocks.data(), static_cast<int64_t>(blocks.size()), torch_threads()};
   {
     py::gil_scoped_release nogil;
@@ -39,7 +39,7 @@ static Tensor forward_cpu(const py::list& grads) {
 void bind_grad_norm_cuda(py::module_&);
 
 void bind_grad_norm(py::module_& m) {
-  m.def("grad_norm_forward_cpu", &forward_cpu);
+  m.def("grad_norm_run_cpu", &run_cpu);
 #if JEPA_CUDA
   bind_grad_norm_cuda(m);
 #endif

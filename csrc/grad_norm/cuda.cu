@@ -14,7 +14,7 @@ template <class T> struct Squares {
   const T* grad;
   double sums[width] = {};
 
-  template <int n> __device__ Pack<T, n> load(int i) const { return load_pack<n>(grad + i); }
+  template <int n> __device__ Pack<T, n> load(int i) const { return load_pack<n, true>(grad + i); }
   template <int n> __device__ void finish(const Pack<T, n>& x, int) {
 #pragma unroll
     for (int k = 0; k < n; ++k) {

@@ -142,7 +142,7 @@ class AdamWEMA(Optimizer):
             if device is None:
                 continue
             factors = (_factor("grad_scale", scale, device), _factor("found_inf", found_inf, device))
-            update(plan.table.tensors, group_options, *factors, table=plan.table)
+            update(plan.table.tensors, group_options, *factors, table=plan.table, known=plan.known)
             plan.table.release()
             torch.autograd.graph.increment_version(plan.written)
 

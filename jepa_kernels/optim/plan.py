@@ -72,6 +72,11 @@ class Plan:
                 check_partner(p, g, "grads", name)
         self.passed = known
 
+    @property
+    def known(self) -> Any:
+        """Of all lists, by `chunks.read`; None where it is not known of each."""
+        return None if self.passed is None or isinstance(self.places, list) else (self.places, self.passed)
+
     def _shard(self, i: int, grad: Any) -> Tensor:
         placements = getattr(self.params[i], "placements", None)
         if getattr(grad, "placements", None) != placements:

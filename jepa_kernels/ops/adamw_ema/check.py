@@ -9,7 +9,7 @@ from torch import Tensor
 from jepa_kernels._core.check import fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
-from jepa_kernels.lists import check_stored, check_strided, overlap, same_layout, tensors
+from jepa_kernels.lists import Passed, check_stored, check_strided, overlap, same_layout, tensors
 from jepa_kernels.sharding import layout, refuse
 
 OP = "adamw_ema"
@@ -50,25 +50,24 @@ STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 OPTIONAL = ("targets", "online_shadow", "target_shadow")
 
 
-_passed: dict[Any, None] = {}  # lists that passed, oldest first
-KEPT = 16
+_passed = Passed()
 
 
-def check_call(**given: Any) -> Checked:
-    """`checked` and `check_overlap`; lists of plain tensors that passed before and lie as they lay pass at once."""
+def check_call(**given: Any) -> tuple[Checked, Any]:
+    """`checked` and `check_overlap`, and what `chunks.read` told of lists of plain tensors, none of which is missing.
+
+    Those that passed before and lie as they lay pass at once.
+    """
     lists = {k: [] if v is None and k in OPTIONAL else v for k, v in given.items()}
     usual = not torch.compiler.is_compiling() and all(type(v) is list for v in lists.values())
     known = read(list(lists.values()), plain=True) if usual else None
-    if known is not None and known in _passed:
-        return lists
+    if known in _passed:
+        return lists, known
     lists = checked(**given)
     if not torch.compiler.is_compiling():
         check_overlap(lists)
-    if known is not None:
-        _passed[known] = None
-        if len(_passed) > KEPT:
-            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
-    return lists
+    _passed.add(known)
+    return lists, known
 
 
 def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jepa_kernels._core.define import define, implementation
 from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.lists import observed
 from jepa_kernels.ops.adamw_ema import reference
 from jepa_kernels.ops.adamw_ema.check import (
     OP,
@@ -21,9 +22,10 @@ from jepa_kernels.ops.adamw_ema.check import (
     check_options,
 )
 
+# On an H200 Triton's was the faster one: docs/tuning/memory_bound.md.
 KERNELS = (
-    Kernel("cuda", dtypes=(torch.float32,)),
     Kernel("triton", dtypes=(torch.float32,)),
+    Kernel("cuda", dtypes=(torch.float32,)),
     Kernel("cpu", dtypes=(torch.float32,)),
 )
 
@@ -74,14 +76,14 @@ def adamw_ema(
     """
     given: dict[str, Any] = dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
     given |= dict(targets=targets, online_shadow=online_shadow, target_shadow=target_shadow)
-    tensors = check_call(**given)
+    tensors, known = check_call(**given)
     options = Options(lr, weight_decay, momentum, betas, eps, maximize)
     device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
     check_options(options, device)
     scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
     if device is None:
         return
-    update(tensors, options, scale, inf, backend)
+    update(tensors, options, scale, inf, backend, known=known)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
         torch.autograd.graph.increment_version(written(given))
 
@@ -93,10 +95,12 @@ def update(
     found_inf: Tensor | None = None,
     backend: str | None = None,
     table: "Table | None" = None,
+    known: Any = None,
 ) -> None:
     """One step on lists that were checked.
 
     table: of these lists, for who steps in eager mode and keeps them: it saves reading a thousand tensors.
+    known: what `chunks.read` told of them: so does this.
     """
     first: Any = tensors["params"][0]
     chosen = select(OP, KERNELS, backend, first)
@@ -107,10 +111,13 @@ def update(
     arguments = gathered(lr, weight_decay, momentum), grad_scale, found_inf, *betas, eps, maximize
     with torch.no_grad():  # parameters are leaves
         if table is not None:
-            return table.step(chosen, *arguments)
+            return table.step(chosen, known, *arguments)
         lists = filled(tensors)
         count(lists.steps, found_inf)
-        _forward(*lists, *arguments, chosen)
+        if known is None or chosen == "cpu" or observed():
+            _forward(*lists, *arguments, chosen)
+        else:
+            implementation(OP, "forward", chosen)(*lists, *arguments, known=known)
 
 
 class Table:
@@ -134,11 +141,11 @@ class Table:
         """Let go of the gradients: their memory is wanted between the steps."""
         self.take([None] * len(self.none))
 
-    def step(self, backend: str, *arguments: Any) -> None:
-        """Count the steps, then update."""
+    def step(self, backend: str, known: Any, *arguments: Any) -> None:
+        """Count the steps, then update. known: as `update` has it."""
         if backend != "cpu":
             count(self.lists.steps, arguments[2])
-            return implementation(OP, "forward", backend)(*self.lists, *arguments)
+            return implementation(OP, "forward", backend)(*self.lists, *arguments, known=known)
         if self.read is None:
             self.read = implementation(OP, "table", backend)(*self.lists)
         self.read.step(self.lists.grads, *arguments)
@@ -147,8 +154,13 @@ class Table:
 def count(steps: list[Tensor], found_inf: Tensor | None) -> None:
     """One step more, where gradients were finite, for each parameter that has one."""
     counted = [step for step in steps if step.dim() == 0]  # the others are empty
-    if counted:
-        torch._foreach_add_(counted, 1 if found_inf is None else (found_inf == 0).float())
+    if not counted:
+        return
+    if found_inf is None:
+        torch._foreach_add_(counted, 1)
+    else:  # a tensor for each: as the scalar of all, it would be waited for
+        finite: Any = torch.eq(found_inf, 0).float()
+        torch._foreach_add_(counted, [finite] * len(counted))
 
 
 def filled(tensors: Checked) -> Lists:

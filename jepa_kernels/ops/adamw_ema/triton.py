@@ -1,14 +1,15 @@
 """Triton `adamw_ema`: step, average and low-precision copies in one pass over memory, one launch for all tensors."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels._core.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 from jepa_kernels.chunks import groups
+from jepa_kernels.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 
 Tensors = Sequence[Tensor]
 
@@ -134,14 +135,18 @@ def _adamw_ema_forward_kernel(
 def forward(
     params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, targets: Tensors,
     online_shadow: Tensors, target_shadow: Tensors, scalars: Tensor, grad_scale: Tensor | None,
-    found_inf: Tensor | None, beta1: float, beta2: float, eps: float, maximize: bool,
+    found_inf: Tensor | None, beta1: float, beta2: float, eps: float, maximize: bool, known: Any = None,
 ) -> None:  # fmt: skip
-    """One launch for tensors of the same dtypes that lack the same ones: usually one in all."""
+    """One launch for tensors of the same dtypes that lack the same ones: usually one in all.
+
+    known: what `chunks.read` told of them.
+    """
     on_device = scalars.device == params[0].device
     host = (0.0, 0.0, 0.0) if on_device else scalars.tolist()
     lists = (params, grads, exp_avgs, exp_avg_sqs, targets, online_shadow, target_shadow, steps)
+    found = groups("adamw_ema", lists, known, changing=True)
     with device_of(params[0]):
-        for table, (_, grad, _, _, target, online_copy, target_copy, _) in groups("adamw_ema", lists, changing=True):
+        for table, (_, grad, _, _, target, online_copy, target_copy, _) in found:
             _adamw_ema_forward_kernel[(len(table),)](
                 table,
                 scalars if on_device else None,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from jepa_kernels._core.check import PLAIN, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
-from jepa_kernels.chunks import KEPT, read
-from jepa_kernels.lists import check_stored, is_dense, local_of, overlap, same_layout
+from jepa_kernels.chunks import read
+from jepa_kernels.lists import Passed, check_stored, is_dense, local_of, overlap, same_layout
 from jepa_kernels.sharding import check_sharding
 
 OP = "ema_update"
@@ -20,7 +20,7 @@ Source = Sequence[Tensor] | Mapping[str, Tensor] | nn.Module
 Shadow = Sequence[Tensor | None] | Mapping[str, Tensor | None] | None
 Sources = tuple[Source, Source, Shadow]
 Names = dict[str, list[str]]  # by role
-_passed: dict[Any, None] = {}  # oldest first
+_passed = Passed()
 
 
 class Checked(NamedTuple):
@@ -47,15 +47,13 @@ def check(sources: Sources) -> Checked:
     checked = reread(given)
     if not torch.compiler.is_compiling() and checked.local is not checked.given:
         check_sharding(OP, given, partial(names, sources, given))
-    if checked.known is not None and checked.known in _passed:
+    if checked.known in _passed:
         return checked
     name = names(sources, given)
     _check_lists(name, *checked.local)
     if checked.known is not None:
         _check_memory(name, checked.local)
-        _passed[checked.known] = None
-        if len(_passed) > KEPT:
-            _passed.pop(next(iter(list(_passed))), None)  # of whole copies: another thread may add or remove one
+    _passed.add(checked.known)
     return checked
 
 

@@ -7,12 +7,14 @@ from torch import Tensor
 
 from jepa_kernels._core.define import define, implementation
 from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.lists import observed
 from jepa_kernels.ops.ema_update import reference
 from jepa_kernels.ops.ema_update.check import OP, Checked, Shadow, Source, check, check_options
 
+# On an H200 Triton's was the faster one: docs/tuning/memory_bound.md.
 KERNELS = (
-    Kernel("cuda", dtypes=(torch.float32,)),
     Kernel("triton", dtypes=(torch.float32,)),
+    Kernel("cuda", dtypes=(torch.float32,)),
     Kernel("cpu", dtypes=(torch.float32,)),
 )
 
@@ -65,20 +67,15 @@ def update(lists: Checked, prepared: dict[str, Any], momentum: float | Tensor, f
         return reference.forward(target, online, momentum, shadow=shadow, form=form)
     if not isinstance(momentum, Tensor):
         momentum = torch.scalar_tensor(momentum, dtype=torch.float64)
-    if lists.known is None or _observed():
+    if lists.known is None or observed():
         with torch.no_grad():  # parameters are leaves
             _forward(target, online, shadow, momentum, form, chosen)
-    else:  # the dispatcher would take a third of a microsecond for each tensor
+    else:
         if chosen not in prepared:
             prepared[chosen] = implementation(OP, "prepare", chosen)(lists.local, lists.known)
         implementation(OP, "run", chosen)(prepared[chosen], momentum, form)
     if not torch.compiler.is_compiling():  # a graph that saved an old value must refuse its backward
         torch.autograd.graph.increment_version(lists.written)
-
-
-def _observed() -> bool:
-    """Somebody watches torch's calls: a dispatch mode (fake tensors, tracing, counting) or the profiler."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled()
 
 
 def _fake(target: Any, online: Any, shadow: Any, momentum: Any, form: str, backend: str) -> None:

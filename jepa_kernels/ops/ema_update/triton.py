@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels._core.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 from jepa_kernels.chunks import Groups, Lists, groups
+from jepa_kernels.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 
 
 @triton.jit

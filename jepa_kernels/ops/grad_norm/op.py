@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.check import fail
-from jepa_kernels._core.define import define
+from jepa_kernels._core.define import define, implementation
 from jepa_kernels._core.select import FLOATS, Kernel, select, short
-from jepa_kernels.lists import check_strided, tensors
+from jepa_kernels.chunks import read
+from jepa_kernels.lists import Passed, check_strided, observed, tensors
 from jepa_kernels.ops.grad_norm import reference
 
 OP = "grad_norm"
 
+# On an H200 CUDA's was the faster one: docs/tuning/memory_bound.md.
 KERNELS = (Kernel("cuda"), Kernel("triton"), Kernel("cpu"))
+
+_passed = Passed()
 
 
 def grad_norm(grads: Sequence[Tensor | None], *, backend: str | None = None) -> Tensor:
@@ -30,17 +34,29 @@ def grad_norm(grads: Sequence[Tensor | None], *, backend: str | None = None) -> 
 
     No gradient. Raises TypeError and ValueError for what is no such list of tensors.
     """
-    named = [(f"grads[{i}]", g) for i, g in enumerate(tensors(OP, "grads", grads)) if g is not None]
-    if not named:
+    kept, known = _checked(grads)
+    if not kept:
         return torch.zeros(())
-    kept = [g for _, g in named]
-    for name, g in named:
-        _check(name, g, kept[0].device)
     chosen = select(OP, KERNELS, backend, kept[0])
     if chosen == "reference":
         return reference.forward(kept)
+    if known is not None and not observed():
+        return implementation(OP, "forward", chosen)(kept, known)
     with torch.no_grad():
         return _forward(kept, chosen)
+
+
+def _checked(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], Any]:
+    """The gradients that there are, and what was read of them; plain ones that lie as they lay pass at once."""
+    usual = type(grads) is list and not torch.compiler.is_compiling()
+    known = read([grads], plain=True) if usual else None  # type: ignore[list-item]
+    if known in _passed:
+        return grads, known  # type: ignore[return-value]
+    named = [(f"grads[{i}]", g) for i, g in enumerate(tensors(OP, "grads", grads)) if g is not None]
+    for name, g in named:
+        _check(name, g, named[0][1].device)
+    _passed.add(known)
+    return [g for _, g in named], known
 
 
 def _check(name: str, g: Tensor, device: torch.device) -> None:

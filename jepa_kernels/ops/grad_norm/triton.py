@@ -1,6 +1,7 @@
 """Triton `grad_norm`: a program adds the squares of a chunk; one more adds what they found, in a fixed order."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -8,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels._core.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 from jepa_kernels.chunks import groups
+from jepa_kernels.triton_chunks import DTYPES, THREADS, aligned_count, pointer
 
 UNROLL = 16  # elements a thread has in flight
 SUM_BLOCK = 8192
@@ -48,9 +49,9 @@ def _grad_norm_sum_kernel(partial, out, count, BLOCK: tl.constexpr):
     tl.store(out, tl.sqrt(tl.sum(total)).to(tl.float32))
 
 
-def forward(grads: Sequence[Tensor]) -> Tensor:
-    """A launch for each dtype of gradient, and one for the sum."""
-    found = groups("grad_norm", (grads,), changing=True)
+def forward(grads: Sequence[Tensor], known: Any = None) -> Tensor:
+    """A launch for each dtype of gradient, and one for the sum. known: what `chunks.read` told of them."""
+    found = groups("grad_norm", (grads,), known, changing=True)
     partial = torch.empty(sum(len(table) for table, _ in found), dtype=torch.float64, device=grads[0].device)
     out = torch.empty((), dtype=torch.float32, device=grads[0].device)
     start = 0
