@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
@@ -26,19 +25,6 @@ def kernel(request):
 def draw(masks=2, images=3, count=10, kept=4, channels=24):
     ids = torch.stack([torch.randperm(count)[:kept].sort().values for _ in range(masks * images)])
     return torch.randn(masks * images, kept, channels), torch.randn(images, count, channels), ids
-
-
-class Ops(TorchDispatchMode):
-    """Names of our ops that ran, in order."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "jepa_kernels":
-            self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def value_and_grad(pred, *args, **kwargs):
@@ -216,72 +202,6 @@ def test_rows_without_images_count_nothing(kernel):
     empty = torch.zeros(0, 5, 24), torch.zeros(4, dtype=torch.int64)
     loss, grad = value_and_grad(torch.randn(4, 24), *empty, packing=packing, backend=kernel)
     assert loss == 0 and grad.eq(0).all()
-
-
-def test_backward_twice_gives_the_same_gradient():
-    pred, target, ids = draw()
-    pred.requires_grad_()
-    loss = jk.latent_loss(pred, target, ids)
-    first = torch.autograd.grad(loss, pred, retain_graph=True)[0].clone()
-    half = torch.autograd.grad(loss, pred, torch.tensor(0.5), retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(loss, pred)[0], first) and torch.equal(half, first / 2)
-
-
-def plain_and_compiled(function):
-    return (function, torch.compile(function, fullgraph=True, backend="aot_eager"))
-
-
-def test_a_gradient_is_its_owners_to_change(backend):
-    pred, target, ids = draw()
-    pred.requires_grad_()
-    expected = value_and_grad(pred, target, ids, backend=backend)[1]
-    for function in plain_and_compiled(jk.latent_loss):
-        loss = function(pred, target, ids, backend=backend)
-        first = torch.autograd.grad(loss, pred, retain_graph=True)[0]
-        first.mul_(3)
-        second = torch.autograd.grad(loss, pred, retain_graph=True)[0]
-        second.mul_(5)
-        third = torch.autograd.grad(loss, pred)[0]
-        for got, factor in ((first, 3), (second, 5), (third, 1)):
-            assert torch.equal(got, expected * factor) and got.grad_fn is None and not got.requires_grad
-
-
-def test_backward_accumulates_over_a_kept_graph(backend):
-    pred, target, ids = draw()
-    expected = value_and_grad(pred, target, ids, backend=backend)[1]
-    for function in plain_and_compiled(jk.latent_loss):
-        leaf = pred.clone().requires_grad_()
-        loss = function(leaf, target, ids, backend=backend)
-        for count in (1, 2, 3):
-            loss.backward(retain_graph=count < 3)
-            torch.testing.assert_close(leaf.grad, count * expected, rtol=1e-6, atol=0)
-        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-            loss.backward()
-
-
-def test_a_hook_may_change_the_gradient_in_place(backend):
-    pred, target, ids = draw()
-    expected = value_and_grad(pred, target, ids, backend=backend)[1]
-    for function in plain_and_compiled(jk.latent_loss):
-        leaf = pred.clone().requires_grad_()
-        inner = leaf * 1.0
-        inner.register_hook(lambda grad: grad.mul_(2))
-        loss = function(inner, target, ids, backend=backend)
-        for last in (False, True):
-            leaf.grad = None
-            loss.backward(retain_graph=not last)
-            assert torch.equal(leaf.grad, 2 * expected)
-
-
-def test_the_gradient_of_a_graph_used_once_is_not_copied():
-    pred, target, ids = draw()
-    pred.requires_grad_()
-    with Ops() as seen:
-        jk.latent_loss(pred, target, ids, backend="cpu").backward()
-    assert seen.names == ["latent_loss_forward"]
-    with Ops() as seen:
-        jk.latent_loss(pred, target, ids, backend="cpu").backward(torch.tensor(2.0))
-    assert seen.names == ["latent_loss_forward", "latent_loss_backward"]
 
 
 def test_float64_targets_are_for_the_reference(kernel):

@@ -246,7 +246,7 @@ def _dpred(grad: Tensor | None, unit: Tensor, half: bool, backend: str) -> Tenso
         return None
     # loss.backward() itself, where reading the scalar is no device sync: what the forward pass wrote is the gradient.
     # Given away, as its owner may change it: only where no later backward can ask for it again.
-    if type(grad) is Tensor and grad.device.type == "cpu" and not half and not _graph_is_kept() and float(grad) == 1.0:
+    if type(grad) is Tensor and grad.is_cpu and not half and not _graph_is_kept() and float(grad) == 1.0:
         return unit
     return _backward(grad, unit, half, backend)
 

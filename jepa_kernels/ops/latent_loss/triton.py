@@ -14,7 +14,8 @@ from jepa_kernels._core.triton_rows import LENGTHS, LISTS, run_of
 
 MAX_BLOCK = 4096  # channels held in registers at once; wider rows are read in several blocks
 SUM_BLOCK = 8192
-SCALE_BLOCK = 1024
+SCALE_BLOCK = 4096
+LANES = 1024  # channels of the head that a warp holds
 
 
 @triton.jit
@@ -41,42 +42,44 @@ def _to_power(x, exponent):
 
 @triton.jit
 def _distance(d, beta, inverse_beta, power, KIND: tl.constexpr):
-    if KIND == "l1":
-        return tl.abs(d)
+    """Of a difference, and its derivative; NaN stays NaN in both."""
     if KIND == "l2":
-        return d * d
+        return d * d, d + d
     if KIND == "power":
-        return _to_power(tl.abs(d), power) / power
-    return tl.where(tl.abs(d) < beta, 0.5 * d * (d * inverse_beta), tl.abs(d) - 0.5 * beta)
-
-
-@triton.jit
-def _derivative(d, beta, inverse_beta, power, KIND: tl.constexpr):
-    if KIND == "l2":
-        return d + d
-    sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0))  # NaN stays NaN
+        slope = tl.where(d < 0, -1.0, 1.0) * _to_power(tl.abs(d), power - 1.0)
+        return _to_power(tl.abs(d), power) / power, slope
     if KIND == "l1":
-        return sign
-    if KIND == "power":
-        return tl.where(d < 0, -1.0, 1.0) * _to_power(tl.abs(d), power - 1.0)
-    return tl.where(tl.abs(d) < beta, d * inverse_beta, sign)
+        return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0))
+    slope = tl.clamp(d * inverse_beta, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return slope * (d - 0.5 * beta * slope), slope
 
 
 @triton.jit
 def _load(row, c, stride, there):
-    return tl.load(row + c.to(tl.int64) * stride, mask=there, other=0.0).to(tl.float32)
+    """In fp32; `there` is None where all are."""
+    at = row + c.to(tl.int64) * stride
+    if there is None:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=there, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
 def _rstd(squares, width, eps):
-    return tl.div_rn(tl.full([], 1.0, tl.float32), tl.sqrt_rn(tl.div_rn(tl.sum(squares), width) + eps))
+    return tl.div_rn(tl.full([], 1.0, tl.float32), tl.sqrt_rn(tl.div_rn(squares, width) + eps))
 
 
 @triton.jit
-def _normed(y, there, width, eps):
-    """Deviations from the mean, squared: no cancellation."""
-    y = tl.where(there, y - tl.div_rn(tl.sum(y), width), 0.0)
-    return y * _rstd(y * y, width, eps)
+def _normed(y, tail, there, width, eps):
+    """A row in two parts. Deviations from the mean, squared: no cancellation."""
+    mean = tl.div_rn(tl.sum(y) + tl.sum(tail), width)
+    y -= mean
+    tail -= mean
+    if there is not None:
+        tail = tl.where(there, tail, 0.0)
+    rstd = _rstd(tl.sum(y * y) + tl.sum(tail * tail), width, eps)
+    return y * rstd, tail * rstd
 
 
 @triton.jit
@@ -97,34 +100,89 @@ def _latent(
 
 @triton.jit
 def _statistics(
-    target, stride, counts, channels, width, eps, mean, rstd, gain, gain_stride, shift, shift_stride,
+    target, stride, channels, width, eps, mean, rstd, gain, gain_stride, shift, shift_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / deviation of a row that several blocks hold, read twice."""
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        there = counts & (c < channels)
+        there = c < channels
         total += _latent(target, c, stride, there, mean, rstd, gain, gain_stride, shift, shift_stride)
     own_mean = tl.div_rn(tl.sum(total), width)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        there = counts & (c < channels)
+        there = c < channels
         y = _latent(target, c, stride, there, mean, rstd, gain, gain_stride, shift, shift_stride)
         y = tl.where(there, y - own_mean, 0.0)
         squares += y * y
-    return own_mean, _rstd(squares, width, eps)
+    return own_mean, _rstd(tl.sum(squares), width, eps)
 
 
 @triton.jit
-def _compare(x, t, unit, c, channels, weight, beta, inverse_beta, power, KIND: tl.constexpr):
+def _compare(x, t, unit, c, there, weight, beta, inverse_beta, power, KIND: tl.constexpr):
     """The distances of one block of channels; their gradient goes to `unit`."""
-    d = x - t
+    distance, slope = _distance(x - t, beta, inverse_beta, power, KIND)
     if unit is not None:
-        g = weight * _derivative(d, beta, inverse_beta, power, KIND)
-        tl.store(unit + c, g.to(unit.dtype.element_ty), mask=c < channels)
-    return _distance(d, beta, inverse_beta, power, KIND)
+        tl.store(unit + c, (weight * slope).to(unit.dtype.element_ty), mask=there)
+    return distance
+
+
+@triton.jit
+def _in_one_block(
+    pred, target, gain, shift, unit, channels, width, weight, beta, inverse_beta, power, eps, norm_eps,
+    pred_stride, target_stride, gain_stride, shift_stride,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Both rows stay in registers, in two powers of two: lanes past the last channel cost as much as those before."""
+    c, rest = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL)
+    there = None if FULL else rest < channels
+    y, z = _load(target, c, target_stride, None), _load(target, rest, target_stride, there)
+    x, w = _load(pred, c, pred_stride, None), _load(pred, rest, pred_stride, there)
+    if gain is not None:
+        y, z = _normed(y, z, there, width, norm_eps)
+        y = _affine(y, c, gain, gain_stride, shift, shift_stride, None)
+        z = _affine(z, rest, gain, gain_stride, shift, shift_stride, there)
+    if NORMALIZE:
+        y, z = _normed(y, z, there, width, eps)
+    head = _compare(x, y, unit, c, None, weight, beta, inverse_beta, power, KIND)
+    return tl.sum(head) + tl.sum(_compare(w, z, unit, rest, there, weight, beta, inverse_beta, power, KIND))
+
+
+@triton.jit
+def _in_blocks(
+    pred, target, gain, shift, unit, channels, width, weight, beta, inverse_beta, power, eps, norm_eps,
+    pred_stride, target_stride, gain_stride, shift_stride,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    zero, one = tl.full([], 0.0, tl.float32), tl.full([], 1.0, tl.float32)
+    norm_mean, norm_rstd, mean, rstd = zero, one, zero, one
+    if gain is not None:
+        norm_mean, norm_rstd = _statistics(
+            target, target_stride, channels, width, norm_eps, zero, one, None, 0, None, 0, BLOCK
+        )
+    if NORMALIZE:
+        mean, rstd = _statistics(
+            target, target_stride, channels, width, eps, norm_mean, norm_rstd,
+            gain, gain_stride, shift, shift_stride, BLOCK,
+        )  # fmt: skip
+    loss = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        there = c < channels
+        x = _load(pred, c, pred_stride, there)
+        y = _latent(target, c, target_stride, there, norm_mean, norm_rstd, gain, gain_stride, shift, shift_stride)
+        y = tl.where(there, (y - mean) * rstd, 0.0)
+        loss += _compare(x, y, unit, c, there, weight, beta, inverse_beta, power, KIND)
+    return tl.sum(loss)
+
+
+@triton.jit
+def _clear(unit, channels, BLOCK: tl.constexpr):
+    for start in range(0, channels, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        tl.store(unit + c, tl.zeros([BLOCK], unit.dtype.element_ty), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["row_length", *LENGTHS], do_not_specialize_on_alignment=LISTS)
@@ -134,7 +192,8 @@ def _latent_loss_forward_kernel(
     beta, inverse_beta, power, eps, norm_eps,
     pred_run, pred_row, pred_channel, target_image, target_token, target_channel,
     gain_stride, shift_stride, weight_run, weight_row,
-    KIND: tl.constexpr, NORMALIZE: tl.constexpr, PER_MASK: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, NORMALIZE: tl.constexpr, PER_MASK: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, level = program // levels, program % levels
@@ -166,37 +225,22 @@ def _latent_loss_forward_kernel(
         shift += first * shift_stride
     if unit is not None:
         unit += program.to(tl.int64) * channels
-    c = tl.arange(0, BLOCK)
-    if ONE_BLOCK:  # both rows stay in registers
-        there = counts & (c < channels)
-        x = _load(pred, c, pred_channel, there)
-        y = _load(target, c, target_channel, there)
-        if gain is not None:
-            y = _affine(_normed(y, there, width, norm_eps), c, gain, gain_stride, shift, shift_stride, there)
-        if NORMALIZE:
-            y = _normed(y, there, width, eps)
-        loss = _compare(x, y, unit, c, channels, weight, beta, inverse_beta, power, KIND)
-    else:
-        zero, one = tl.full([], 0.0, tl.float32), tl.full([], 1.0, tl.float32)
-        norm_mean, norm_rstd, mean, rstd = zero, one, zero, one
-        if gain is not None:
-            norm_mean, norm_rstd = _statistics(
-                target, target_channel, counts, channels, width, norm_eps, zero, one, None, 0, None, 0, BLOCK
-            )
-        if NORMALIZE:
-            mean, rstd = _statistics(
-                target, target_channel, counts, channels, width, eps, norm_mean, norm_rstd,
-                gain, gain_stride, shift, shift_stride, BLOCK,
+    loss = tl.full([], 0.0, tl.float32)
+    if counts:
+        if TAIL == 0:
+            loss = _in_blocks(
+                pred, target, gain, shift, unit, channels, width, weight, beta, inverse_beta, power, eps, norm_eps,
+                pred_channel, target_channel, gain_stride, shift_stride, KIND, NORMALIZE, HEAD,
             )  # fmt: skip
-        loss = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, channels, BLOCK):
-            at = start + c
-            there = counts & (at < channels)
-            x = _load(pred, at, pred_channel, there)
-            y = _latent(target, at, target_channel, there, norm_mean, norm_rstd, gain, gain_stride, shift, shift_stride)
-            y = tl.where(there, (y - mean) * rstd, 0.0)
-            loss += _compare(x, y, unit, at, channels, weight, beta, inverse_beta, power, KIND)
-    tl.store(row_loss + program, tl.where(counts, tl.sum(loss) * weight, 0.0))
+        else:
+            loss = _in_one_block(
+                pred, target, gain, shift, unit, channels, width, weight, beta, inverse_beta, power, eps, norm_eps,
+                pred_channel, target_channel, gain_stride, shift_stride, KIND, NORMALIZE, HEAD, TAIL, FULL,
+            )  # fmt: skip
+        loss *= weight
+    elif unit is not None:
+        _clear(unit, channels, HEAD)
+    tl.store(row_loss + program, loss)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -210,14 +254,22 @@ def _latent_loss_sum_kernel(row_loss, loss, rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _latent_loss_backward_kernel(unit, grad, dpred, numel, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(unit + i, mask=i < numel).to(tl.float32) * tl.load(grad)
-    tl.store(dpred + i, g.to(dpred.dtype.element_ty), mask=i < numel)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    there = i < numel - first
+    g = tl.load(unit + first + i, mask=there).to(tl.float32) * tl.load(grad)
+    tl.store(dpred + first + i, g.to(dpred.dtype.element_ty), mask=there)
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:
     """First and last."""
     return (0, 0) if x is None else (x.stride(0), x.stride(-1))
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """The largest power of two below the width, and one that holds the rest; no second part where it takes a loop."""
+    head = max(triton.next_power_of_2(width) // 2, 1)
+    return (head, triton.next_power_of_2(max(width - head, 1))) if width <= MAX_BLOCK else (MAX_BLOCK, 0)
 
 
 def forward(
@@ -249,7 +301,7 @@ def forward(
     width, halves = channels // levels, 1.0
     if kind == "l1" and power != 1:
         kind, halves = ("l2", 2.0) if power == 2 else ("power", 1.0)  # d^2 / 2
-    block = min(triton.next_power_of_2(max(width, 1)), MAX_BLOCK)
+    head, tail = _parts(width)
     with device_of(pred):
         if pred.numel() and runs:
             _latent_loss_forward_kernel[(rows * levels,)](
@@ -259,8 +311,8 @@ def forward(
                 beta, 1.0 / beta, power, eps, norm_eps,
                 pred.stride(0), pred.stride(-2), pred.stride(-1), *target.stride(),
                 _strides(gain)[0], _strides(shift)[0], *_strides(token_weight),
-                KIND=kind, NORMALIZE=normalize, PER_MASK=reduction == "mask", ONE_BLOCK=width <= block, BLOCK=block,
-                num_warps=min(max(block // 512, 1), 8),
+                KIND=kind, NORMALIZE=normalize, PER_MASK=reduction == "mask",
+                HEAD=head, TAIL=tail, FULL=head + tail == width, num_warps=min(max(head // LANES, 1), 8),
             )  # fmt: skip
         else:
             row_loss.zero_()
@@ -274,6 +326,7 @@ def backward(grad: Tensor, unit: Tensor, half: bool) -> Tensor:
     dpred = torch.empty_like(unit, dtype=torch.float16 if half else unit.dtype)
     if unit.numel():
         with device_of(unit):
-            grid = (triton.cdiv(unit.numel(), SCALE_BLOCK),)
-            _latent_loss_backward_kernel[grid](unit, grad, dpred, unit.numel(), BLOCK=SCALE_BLOCK, num_warps=4)
+            _latent_loss_backward_kernel[(triton.cdiv(unit.numel(), SCALE_BLOCK),)](
+                unit, grad, dpred, unit.numel(), BLOCK=SCALE_BLOCK, num_warps=8
+            )
     return dpred

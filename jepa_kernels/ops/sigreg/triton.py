@@ -1,189 +1,72 @@
 """Triton `sigreg`: projections in tiles that never leave the registers forward; backward writes their derivative.
 
-Products are three of TF32, as exact as fp32. A tile holds slices by rows of z, so that sums over rows stay inside a
-warp; those of the tiles are added in a fixed order, in fp64.
+Products are three of halves of eleven bits in fp16, as exact as fp32, on operands padded to whole tiles with zeros. A
+tile holds slices by rows of z, so that sums over rows stay inside a warp; those of the tiles are added in a fixed
+order, in fp64.
 """
-
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from jepa_kernels._core.triton import device_of
-from jepa_kernels.ops.sigreg.triton_tiles import (
-    knot_weight,
-    normals,
-    project,
-    turn,
-    turn_by,
+from jepa_kernels.ops.sigreg.triton_kernels import (
+    _sigreg_backward_kernel,
+    _sigreg_derivative_kernel,
+    _sigreg_directions_kernel,
+    _sigreg_factors_kernel,
+    _sigreg_forward_kernel,
+    _sigreg_halves_kernel,
+    _sigreg_moments_kernel,
+    _sigreg_sum_kernel,
 )
 
 SALT = 0x53494752 << 32  # apart from the numbers that masks are drawn from
-SLICES, ROWS, FEATURES, WARPS = 128, 64, 32, 8  # of a tile of projections
+SLICES, ROWS, FEATURES = 128, 128, 32  # a tile of projections, and a step of its products; halves fill whole tiles
+WIDE, STEP = 128, 32  # features of a tile of dz, and slices of a step of its products
 BATCH, DRAWN = 8, 128  # slices, and blocks of four of their numbers, at a time
 LANES = 256  # slices of the kernels between products
-LENGTHS = ["rows", "blocks", "views", "total", "knots", "slices"]
-
-
-@triton.jit(do_not_specialize=["key", "slices"])
-def _sigreg_directions_kernel(
-    out, step, key, slices, width, BATCH: tl.constexpr, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr
-):
-    s = tl.program_id(0) * BATCH + tl.arange(0, BATCH)[:, None]
-    at = tl.load(step)
-    e = tl.arange(0, 4 * BLOCK)[None, :]
-    out += s.to(tl.int64) * width
-    squares = tl.zeros([BATCH, 4 * BLOCK], tl.int64)
-    grid = tl.zeros([BATCH, 4 * BLOCK], tl.int32)
-    for start in range(0, width, 4 * BLOCK):
-        grid = normals(start, s, at, key, BATCH, BLOCK)
-        wide = tl.where(start + e < width, grid, 0).to(tl.int64)
-        squares += wide * wide
-    scale = (1.0 / tl.sqrt(tl.sum(squares, 1).to(tl.float64))).to(tl.float32)[:, None]
-    if ONE_BLOCK:
-        tl.store(out + e, grid.to(tl.float32) * scale, mask=(s < slices) & (e < width))
-    else:
-        for start in range(0, width, 4 * BLOCK):
-            grid = normals(start, s, at, key, BATCH, BLOCK)
-            tl.store(out + start + e, grid.to(tl.float32) * scale, mask=(s < slices) & (start + e < width))
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _sigreg_moments_kernel(
-    z, directions, parts, rows, blocks, width, slices, knots, delta, z_view, z_row, z_feature,
-    SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(1)
-    s = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
-    n = tile % blocks * ROWS + tl.arange(0, ROWS)
-    z += (tile // blocks).to(tl.int64) * z_view
-    y = project(z, directions, s, n, rows, width, slices, z_row, z_feature, SLICES, ROWS, FEATURES)
-    versine, sine = turn_by(y * delta)
-    real = tl.where((n < rows)[None, :], 1.0, y * 0.0)  # rows past the last stay at 0 in every turn
-    imaginary = y * 0.0
-    parts += tile.to(tl.int64) * 2 * knots * slices + s
-    for k in range(1, knots):
-        real, imaginary = turn(versine, sine, real, imaginary)
-        tl.store(parts + k * slices, tl.sum(real, 1), mask=s < slices)
-        tl.store(parts + (knots + k) * slices, tl.sum(imaginary, 1), mask=s < slices)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _sigreg_sum_kernel(parts, moments, rows, blocks, slices, knots, delta, LANES: tl.constexpr):
-    s = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    k = tl.program_id(1)
-    view = tl.program_id(2).to(tl.int64)
-    real = tl.zeros([LANES], tl.float64)
-    imaginary = tl.zeros([LANES], tl.float64)
-    if k > 0:
-        for block in range(blocks):
-            at = parts + ((view * blocks + block) * 2 * knots + k) * slices + s
-            real += tl.load(at, mask=s < slices, other=0.0).to(tl.float64)
-            imaginary += tl.load(at + knots * slices, mask=s < slices, other=0.0).to(tl.float64)
-    t = k.to(tl.float64) * delta
-    real += tl.where(k > 0, -tl.exp(-0.5 * t * t), 1.0) * rows
-    moments += (view * 2 * knots + k) * slices + s
-    tl.store(moments, real.to(tl.float32), mask=s < slices)
-    tl.store(moments + knots * slices, imaginary.to(tl.float32), mask=s < slices)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _sigreg_forward_kernel(moments, loss, views, slices, knots, delta, KNOTS: tl.constexpr, LANES: tl.constexpr):
-    k = tl.arange(0, KNOTS)
-    weight = tl.where((k > 0) & (k < knots), knot_weight(k, knots, delta), 0.0)
-    total = tl.zeros([], tl.float64)
-    for _ in range(views):
-        count = tl.load(moments).to(tl.float64)
-        distance = tl.zeros([KNOTS, LANES], tl.float64)
-        for _ in range(2):
-            for start in range(0, slices, LANES):
-                s = start + tl.arange(0, LANES)
-                there = ((k > 0) & (k < knots))[:, None] & (s < slices)[None, :]
-                x = tl.load(moments + k[:, None] * slices + s[None, :], mask=there, other=0.0).to(tl.float64)
-                distance += weight[:, None] * x * x
-            moments += knots * slices
-        total += tl.where(count > 0, tl.sum(distance) / tl.maximum(count, 1.0), count)
-    tl.store(loss, (total / tl.maximum(views * slices, 1)).to(tl.float32))
-
-
-@triton.jit(do_not_specialize=[*LENGTHS, "world"])
-def _sigreg_factors_kernel(moments, grad, factors, views, slices, knots, delta, world, LANES: tl.constexpr):
-    """What Horner's rule adds at each knot: the sine's moment to the real part, the cosine's to the imaginary one."""
-    s = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    k = tl.program_id(1)
-    at = tl.program_id(2).to(tl.int64) * 2 * knots * slices + s
-    scale = tl.load(grad).to(tl.float64) * world / (views * slices).to(tl.float64)
-    slope = 2.0 * scale * knot_weight(k, knots, delta) * (k.to(tl.float64) * delta)
-    count = tl.load(moments + at, mask=s < slices, other=1.0).to(tl.float64)
-    real = tl.load(moments + at + (knots + k) * slices, mask=s < slices, other=0.0).to(tl.float64)
-    imaginary = tl.load(moments + at + k * slices, mask=s < slices, other=0.0).to(tl.float64)
-    tl.store(factors + at + k * slices, (slope * real / count).to(tl.float32), mask=s < slices)
-    tl.store(factors + at + (knots + k) * slices, (slope * imaginary / count).to(tl.float32), mask=s < slices)
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _sigreg_derivative_kernel(
-    z, directions, factors, dy, rows, blocks, total, width, slices, knots, delta, z_view, z_row, z_feature,
-    SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    tile = tl.program_id(1)
-    view = (tile // blocks).to(tl.int64)
-    s = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
-    n = tile % blocks * ROWS + tl.arange(0, ROWS)
-    z += view * z_view
-    y = project(z, directions, s, n, rows, width, slices, z_row, z_feature, SLICES, ROWS, FEATURES)
-    versine, sine = turn_by(y * delta)
-    real = y * 0.0
-    imaginary = y * 0.0
-    factors += view * 2 * knots * slices + s
-    for i in range(1, knots):
-        k = knots - i
-        real += tl.load(factors + k * slices, mask=s < slices, other=0.0)[:, None]
-        imaginary += tl.load(factors + (knots + k) * slices, mask=s < slices, other=0.0)[:, None]
-        real, imaginary = turn(versine, sine, real, imaginary)
-    at = s[:, None].to(tl.int64) * total + view * rows + n[None, :]
-    tl.store(dy + at, real, mask=(s < slices)[:, None] & (n < rows)[None, :])
-
-
-@triton.jit(do_not_specialize=LENGTHS)
-def _sigreg_backward_kernel(
-    dy, directions, dz, total, width, slices, ROWS: tl.constexpr, FEATURES: tl.constexpr, SLICES: tl.constexpr
-):
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    e = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
-    sums = tl.zeros([ROWS, FEATURES], tl.float32)
-    for start in range(0, slices, SLICES):
-        s = start + tl.arange(0, SLICES)
-        at = s[None, :].to(tl.int64) * total + n[:, None]
-        left = tl.load(dy + at, mask=(n < total)[:, None] & (s < slices)[None, :], other=0.0)
-        at = s[:, None].to(tl.int64) * width + e[None, :]
-        right = tl.load(directions + at, mask=(s < slices)[:, None] & (e < width)[None, :], other=0.0)
-        sums = tl.dot(left, right, sums, input_precision="tf32x3")
-    at = n[:, None].to(tl.int64) * width + e[None, :]
-    tl.store(dz + at, sums.to(dz.dtype.element_ty), mask=(n < total)[:, None] & (e < width)[None, :])
 
 
 def directions(like: Tensor, slices: int, step: Tensor, seed: int) -> Tensor:
     """Unit vectors fp32 [slices, E] on the device of `like` [.., E]: the bits of the reference."""
     out = like.new_empty((slices, like.shape[-1]), dtype=torch.float32)
-    if step.device != like.device:
-        step = torch.full((), int(step), dtype=torch.int64, device=like.device)
-    block = min(triton.next_power_of_2(triton.cdiv(out.shape[1], 4)), DRAWN)
-    with device_of(like):
-        # The numbers are defined by their roundings.
-        _sigreg_directions_kernel[(triton.cdiv(slices, BATCH),)](
-            out, step, seed ^ SALT, slices, out.shape[1], BATCH=BATCH, BLOCK=block,
-            ONE_BLOCK=out.shape[1] <= 4 * block, num_warps=8, enable_fp_fusion=False,
-        )  # fmt: skip
+    _draw(out, slices, slices, like.shape[-1], step, seed)
     return out
 
 
-def _tiles(z: Tensor) -> tuple[int, dict[str, Any]]:
-    """Blocks of rows in a view, and the options of kernels that project."""
-    tile = dict(SLICES=SLICES, ROWS=ROWS, FEATURES=FEATURES, num_warps=WARPS, num_stages=3)
-    return triton.cdiv(z.shape[1], ROWS), tile
+def _draw(out: Tensor, slices: int, padded: int, width: int, step: Tensor, seed: int) -> None:
+    """Directions, or halves of them where `out` is in fp16, padded with zeros."""
+    if step.device != out.device:
+        step = torch.full((), int(step), dtype=torch.int64, device=out.device)
+    stride = out.shape[-1]
+    block = min(triton.next_power_of_2(triton.cdiv(stride, 4)), DRAWN)
+    with device_of(out):
+        # The numbers are defined by their roundings.
+        _sigreg_directions_kernel[(triton.cdiv(padded, BATCH),)](
+            out, step, seed ^ SALT, slices, padded, width, stride, HALVES=out.dtype == torch.float16,
+            BATCH=BATCH, BLOCK=block, ONE_BLOCK=stride <= 4 * block, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _halves(z: Tensor, slices: int, step: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of z fp16 [2, V rows, E], with a scale a row, and of directions fp16 [2, slices, E], in whole tiles."""
+    views, rows, width = z.shape
+    padded, stride = _up(rows, ROWS), _up(width, FEATURES)
+    x = z.new_empty((2, views * padded, stride), dtype=torch.float16)
+    scales = z.new_empty(views * padded, dtype=torch.float32)
+    a = z.new_empty((2, _up(slices, SLICES), stride), dtype=torch.float16)
+    _draw(a, slices, a.shape[1], width, step, seed)
+    with device_of(z):
+        _sigreg_halves_kernel[(views * padded,)](
+            z, x, scales, rows, padded, width, stride, *z.stride(),
+            BLOCK=min(triton.next_power_of_2(stride), 1024), num_warps=1,
+        )  # fmt: skip
+    return x, scales, a
+
+
+def _up(size: int, tile: int) -> int:
+    return triton.cdiv(size, tile) * tile
 
 
 def moments(z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int) -> Tensor:
@@ -191,19 +74,22 @@ def moments(z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed
 
     Those at the first knot are 0; in their place stands the number of rows.
     """
-    (views, rows, width), (blocks, tile) = z.shape, _tiles(z)
+    views, rows, _ = z.shape
+    blocks, delta = triton.cdiv(rows, ROWS), t_max / (knots - 1)
     out = z.new_empty((views, 2, knots, slices), dtype=torch.float32)
     if views == 0:
         return out
-    parts = z.new_empty((views * blocks, 2, knots, slices), dtype=torch.float32)
-    a, delta = directions(z, slices, step, seed), t_max / (knots - 1)
+    parts = z.new_empty((views * blocks * 2, 2, knots, slices), dtype=torch.float32)
+    if rows:
+        x, scales, a = _halves(z, slices, step, seed)
+        with device_of(z):
+            _sigreg_moments_kernel[(a.shape[1] // SLICES, views * blocks)](
+                x, scales, a, parts, rows, blocks, *a.shape[1:], slices, knots, delta,
+                SLICES=SLICES, ROWS=ROWS, FEATURES=FEATURES, num_warps=8, num_stages=3,
+            )  # fmt: skip
     with device_of(z):
-        if rows:
-            _sigreg_moments_kernel[(triton.cdiv(slices, SLICES), views * blocks)](
-                z, a, parts, rows, blocks, width, slices, knots, delta, *z.stride(), **tile
-            )
-        _sigreg_sum_kernel[(triton.cdiv(slices, LANES), knots, views)](
-            parts, out, rows, blocks, slices, knots, delta, LANES=LANES, num_warps=4
+        _sigreg_sum_kernel[(triton.cdiv(slices, 32), knots, views)](
+            parts, out, rows, blocks * 2, slices, knots, delta, BLOCKS=16, LANES=32, num_warps=4
         )
     return out
 
@@ -221,22 +107,25 @@ def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, w
 
 
 def backward(grad: Tensor, z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int) -> Tensor:
-    """dz: projections again, their derivative [slices, V N], and back along the directions."""
-    (views, rows, width), (blocks, tile) = z.shape, _tiles(z)
-    (_, _, knots, slices), total = moments.shape, views * rows
+    """dz: projections again, halves of their derivative [2, slices, V rows], and back along the directions."""
+    (views, rows, width), (_, _, knots, slices) = z.shape, moments.shape
+    blocks, delta = triton.cdiv(rows, ROWS), t_max / (knots - 1)
     dz = z.new_empty(z.shape)
     if dz.numel() == 0:
         return dz
-    a, delta = directions(z, slices, step, seed), t_max / (knots - 1)
-    factors, dy = torch.empty_like(moments), a.new_empty((slices, total))
+    x, scales, a = _halves(z, slices, step, seed)
+    (_, padded, stride), factors = a.shape, torch.empty_like(moments)
+    dy = a.new_empty((2, padded, x.shape[1]))
     with device_of(z):
         _sigreg_factors_kernel[(triton.cdiv(slices, LANES), knots, views)](
-            moments, grad, factors, views, slices, knots, delta, world, LANES=LANES, num_warps=4
+            moments, factors, slices, knots, delta, LANES=LANES, num_warps=4
         )
-        _sigreg_derivative_kernel[(triton.cdiv(slices, SLICES), views * blocks)](
-            z, a, factors, dy, rows, blocks, total, width, slices, knots, delta, *z.stride(), **tile
-        )
-        _sigreg_backward_kernel[(triton.cdiv(total, 64), triton.cdiv(width, 128))](
-            dy, a, dz, total, width, slices, ROWS=64, FEATURES=128, SLICES=32, num_warps=8, num_stages=3
-        )
+        _sigreg_derivative_kernel[(padded // SLICES, views * blocks)](
+            x, scales, a, factors, dy, rows, blocks, padded, stride, slices, knots, delta,
+            SLICES=SLICES, ROWS=ROWS, FEATURES=FEATURES, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        _sigreg_backward_kernel[(views * blocks, triton.cdiv(width, WIDE))](
+            dy, a, grad, dz, rows, blocks, views, padded, width, stride, slices, world,
+            ROWS=ROWS, FEATURES=WIDE, SLICES=STEP, num_warps=8, num_stages=4,
+        )  # fmt: skip
     return dz

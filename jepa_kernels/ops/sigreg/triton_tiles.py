@@ -1,4 +1,4 @@
-"""Device functions of `sigreg`: directions, tiles of projections, turns by an angle."""
+"""Device functions of `sigreg`: directions, tiles of products, turns by an angle."""
 
 import triton
 import triton.language as tl
@@ -40,30 +40,55 @@ def normals(first, slice, step, key, BATCH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def project(
-    z, directions, s, n, rows, width, slices, z_row, z_feature,
-    SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """[slices of the tile, rows of the tile]; 0 in rows past the last."""
-    y = tl.zeros([SLICES, ROWS], tl.float32)
-    for start in range(0, width, FEATURES):
-        e = start + tl.arange(0, FEATURES)
-        at = s[:, None].to(tl.int64) * width + e[None, :]
-        a = tl.load(directions + at, mask=(s < slices)[:, None] & (e < width)[None, :], other=0.0)
-        at = n[None, :].to(tl.int64) * z_row + e[:, None].to(tl.int64) * z_feature
-        x = tl.load(z + at, mask=(e < width)[:, None] & (n < rows)[None, :], other=0.0).to(tl.float32)
-        y = tl.dot(a, x, y, input_precision="tf32x3")
-    return y
+def halves(x):
+    """x, below 65504, as a sum of two numbers of 11 bits, within 2^-25 or 24 bits of it."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def turn_by(angle):
-    """1 - cos and sin, within 1e-7 for angles up to 1e4, near 0 relatively; NaN and infinities give NaN."""
+def product(left, left_low, right, right_low, there):
+    """Of halves, as exact as fp32: fp32 holds a product of two halves. From 0: tensor cores cut off what they add."""
+    left_high, right_high = tl.load(left), tl.load(right, mask=there)
+    sums = tl.dot(tl.load(left + left_low), right_high)
+    sums = tl.dot(left_high, tl.load(right + right_low, mask=there), sums)
+    return tl.dot(left_high, right_high, sums)
+
+
+@triton.jit
+def project(
+    z, scales, directions, tile, slices, rows, width,
+    SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """[slices of the tile, rows of the tile], from halves."""
+    first, e = tl.program_id(0) * SLICES, tl.arange(0, FEATURES)
+    directions += first.to(tl.int64) * width
+    z += tile.to(tl.int64) * ROWS * width
+    a = tl.arange(0, SLICES)[:, None] * width + e[None, :]
+    x = tl.arange(0, ROWS)[None, :] * width + e[:, None]
+    y = tl.zeros([SLICES, ROWS], tl.float32)
+    for start in range(0, width, FEATURES):
+        y += product(
+            directions + start + a, slices.to(tl.int64) * width, z + start + x, rows.to(tl.int64) * width, None
+        )
+    return y * tl.load(scales + tile * ROWS + tl.arange(0, ROWS))[None, :]
+
+
+@triton.jit
+def columns(y, ROWS: tl.constexpr):
+    """The left and the right half of a tile: what is computed from a whole one does not fit the registers."""
+    return tl.split(tl.permute(tl.reshape(y, [y.shape[0], 2, ROWS // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def turn_by(y, delta):
+    """1 - cos and sin of y delta, within 1e-7 up to 1e4, near 0 relatively; NaN and infinities give NaN."""
+    angle = y * delta
     shifted = tl.fma(angle, 0.6366197466850281, 12582912.0)  # leaves whole numbers of quarters in the last bits
     quarters = shifted - 12582912.0
     r = tl.fma(quarters, -1.5707963705062866, angle)  # pi / 2 in three parts
     r = tl.fma(quarters, 4.371138828673793e-08, r)
-    r = tl.fma(quarters, 1.7151245100058819e-15, r)
+    r = tl.fma(quarters, 1.7151245100058819e-15, r) + tl.fma(y, delta, -angle)
     r = tl.where(tl.abs(r) > 1.0, 1.0, r)  # beyond 2^22 quarters no digit is left
     s = r * r
     sine = ((s * -1.951527e-4 + 8.33216e-3) * s + -1.6666655e-1) * s * r + r
