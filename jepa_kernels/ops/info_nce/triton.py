@@ -1,12 +1,17 @@
 """Triton `info_nce`: one pass over tiles of S leaves partial log-sum-exps of rows and columns, merged in their order.
 
-Backward computes S again in strips of rows, no more than STRIP bytes of it at a time, turns each into the gradient of S
-and multiplies it with y and, transposed, with x. No atomics: the same bits on every run.
+Backward computes S again in strips of rows, turns each into the gradient of S and multiplies it with y and, transposed,
+with x. No atomics: the same bits on every run.
 """
+
+from collections.abc import Iterator
+from math import log
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jepa_kernels._core.triton import capability, device_of
 from jepa_kernels.ops.info_nce.triton_backward import (
@@ -14,43 +19,74 @@ from jepa_kernels.ops.info_nce.triton_backward import (
     _info_nce_normalize_kernel,
     _info_nce_product_kernel,
 )
-from jepa_kernels.ops.info_nce.triton_forward import _info_nce_forward_kernel, _info_nce_merge_kernel
+from jepa_kernels.ops.info_nce.triton_forward import (
+    _info_nce_forward_kernel,
+    _info_nce_merge_kernel,
+    _info_nce_pair_kernel,
+)
 
-STRIP = 32 << 20  # bytes: it stays in the L2 cache of the largest GPUs
-BAND = 8
-MERGE_BLOCK = 128
+HALF = 128  # columns whose sums are kept at a time
+WAVE = 132  # tiles of d x, the product of a strip with y: one for each multiprocessor of an H100
+BAND = 16
+LN2 = log(2)
+MERGE = dict(TILES=32, BLOCK=32, num_warps=4)
+PAIR_BLOCK = 512
 MAX_BLOCK = 2048
 
 
-def _tile(dtype: torch.dtype) -> dict[str, int]:
-    """128 x 128 sums; what two pipelined steps of both sides fill leaves room for a second block."""
-    return dict(ROWS=128, COLUMNS=128, STEP=128 // dtype.itemsize, num_warps=8, num_stages=3)
+def _columns(dtype: torch.dtype, plain: bool = True) -> int:
+    """Of a tile of 128 rows, whose sums registers hold: more in 16 bits, on Hopper and later, with no options."""
+    return 256 if plain and dtype != torch.float32 and capability() >= 90 else 128
 
 
-def _two_fit(dtype: torch.dtype, plain: bool) -> bool:
-    """Whether registers hold two tiles of sums, so that less is read for each: on Hopper and later, with no options."""
-    return plain and dtype != torch.float32 and capability() >= 90
+def _tile(*operands: Tensor, plain: bool = True) -> dict[str, Any]:
+    """Without the copy engine 256 columns would not leave registers for addresses."""
+    dtype, blocks = operands[0].dtype, all(_copied_in_blocks(x) for x in operands)
+    sides = dict(ROWS=128, COLUMNS=_columns(dtype, plain and blocks), STEP=128 // dtype.itemsize)
+    return dict(sides, BLOCKS=blocks, num_warps=8, num_stages=3 + blocks)
 
 
-def _norms(x: Tensor, normalize: bool) -> Tensor:
-    """fp32 [B]; 1 where embeddings are taken as they are."""
-    if not normalize:
-        return x.new_ones(x.shape[0], dtype=torch.float32)
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min(1e-12).float()
+def _copied_in_blocks(x: Tensor) -> bool:
+    """Whether the copy engine of Hopper and later takes x: rows of 16 bits, each from a multiple of 16 bytes on."""
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x.itemsize == 2 and aligned and x.stride(0) >= x.shape[1] > 0 and capability() >= 90
 
 
-def _scales(norm: Tensor, column_norm: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    return (1 / (norm * temperature)).float(), 1 / column_norm
+def _blocks(x: Tensor, tile: dict[str, Any], *sides: str) -> Tensor | TensorDescriptor:
+    """x as kernels load it with this tile."""
+    return TensorDescriptor.from_tensor(x, [tile[side] for side in sides]) if tile["BLOCKS"] else x
 
 
-def _merge(parts: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
-    """Log-sum-exps and sums, float64, of parts [tiles, 3 or 4, count]."""
+class _Vectors(NamedTuple):
+    """Of rows, and of columns: lengths, and what turns products into S log2(e); S of pairs."""
+
+    norm: Tensor
+    scale: Tensor
+    column_norm: Tensor
+    column_scale: Tensor
+    pairs: Tensor
+
+
+def _vectors(x: Tensor, y: Tensor, temperature: Tensor, shift: int, normalize: bool) -> _Vectors:
+    rows, columns = x.shape[0], y.shape[0]
+    out = _Vectors(*(x.new_empty(n, dtype=torch.float32) for n in (rows, rows, columns, columns, rows)))
+    if max(rows, columns):
+        block = min(triton.next_power_of_2(max(x.shape[1], 1)), PAIR_BLOCK)
+        _info_nce_pair_kernel[(max(rows, columns),)](
+            x, y, temperature, *out, rows, columns, x.shape[1], *x.stride(), *y.stride(), shift,
+            NORMALIZE=normalize, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _merge(parts: Tensor, pairs: Tensor, shift: int, paired: tuple[int, int], sums: bool) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps and sums, float64, of parts [tiles, 2 or 3, count] and of the pairs that entries `paired` have."""
     tiles, _, count = parts.shape
     lse = parts.new_empty(count, dtype=torch.float64)
     plain = parts.new_empty(count if sums else 0, dtype=torch.float64)
     if count:
-        _info_nce_merge_kernel[(triton.cdiv(count, MERGE_BLOCK),)](
-            parts, lse, plain, count, tiles, SUMS=sums, BLOCK=MERGE_BLOCK, num_warps=4
+        _info_nce_merge_kernel[(triton.cdiv(count, MERGE["BLOCK"]),)](
+            parts, pairs, lse, plain, count, tiles, shift, *paired, SUMS=sums, **MERGE
         )
     return lse, plain
 
@@ -66,23 +102,24 @@ def forward(
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_lse, col_lse, diagonal, row_sum, col_sum) of the block of rows of x and columns y."""
-    (rows, channels), columns, sums, tile = x.shape, y.shape[0], label_smoothing > 0, _tile(x.dtype)
-    two = _two_fit(x.dtype, plain=items is None and not sums)
-    row_tiles = triton.cdiv(rows, tile["ROWS"])
-    column_tiles = triton.cdiv(columns, tile["COLUMNS"] * (1 + two)) * (1 + two)
-    row_parts = x.new_empty(column_tiles, 4 if sums else 3, rows, dtype=torch.float32)
-    column_parts = x.new_empty(row_tiles, 4 if sums else 3, columns, dtype=torch.float32)
-    diagonal = x.new_zeros(rows, dtype=torch.float32)
-    scales = _scales(_norms(x, normalize), _norms(y, normalize), temperature)
+    (rows, channels), columns, sums = x.shape, y.shape[0], label_smoothing > 0
+    tile = _tile(x, y, plain=items is None and not sums)
+    row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+    halves = tile["COLUMNS"] // HALF
+    row_parts = x.new_empty(column_tiles * halves, 3 if sums else 2, rows, dtype=torch.float32)
+    column_parts = x.new_empty(row_tiles, 3 if sums else 2, columns, dtype=torch.float32)
     with device_of(x):
+        vectors = _vectors(x, y, temperature, shift, normalize)
         if rows and columns:
-            _info_nce_forward_kernel[(row_tiles * column_tiles // (1 + two),)](
-                x, y, *scales, items, column_items, row_parts, column_parts, diagonal, rows, columns, channels,
-                *x.stride(), *y.stride(), shift, SUMS=sums, TWO=two, BAND=BAND, **tile,
+            _info_nce_forward_kernel[(row_tiles * column_tiles,)](
+                _blocks(x, tile, "ROWS", "STEP"), _blocks(y, tile, "COLUMNS", "STEP"),
+                vectors.scale, vectors.column_scale, items, column_items, row_parts, column_parts, rows, columns,
+                channels, *x.stride(), *y.stride(), shift, SUMS=sums, HALF=HALF, BAND=BAND, **tile,
             )  # fmt: skip
-        row_lse, row_sum = _merge(row_parts, sums)
-        col_lse, col_sum = _merge(column_parts, sums)
-    return row_lse, col_lse, diagonal, row_sum, col_sum
+        paired = max(0, -shift), min(rows, columns - shift)
+        row_lse, row_sum = _merge(row_parts, vectors.pairs, 0, paired, sums)
+        col_lse, col_sum = _merge(column_parts, vectors.pairs, shift, (paired[0] + shift, paired[1] + shift), sums)
+    return row_lse, col_lse, vectors.pairs, row_sum, col_sum
 
 
 def backward(
@@ -102,65 +139,88 @@ def backward(
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dy, dtemperature) of weight * sum(G S), G held fixed; in fp32 where `wide`."""
-    norms = _norms(x, normalize), _norms(y, normalize)
-    gradients = [torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (x, y)]
-    heat = x.new_zeros((), dtype=torch.float64)
+    dx, dy = (t.new_empty(t.shape, dtype=torch.float32 if wide else t.dtype) for t in (x, y))
+    if not (x.numel() and y.numel()):
+        return dx.zero_(), dy.zero_(), x.new_zeros((), dtype=torch.float64)
+    # In fp16 small weights would be lost: its products are of fp32.
+    left, right = (t.float() if t.dtype == torch.float16 else t for t in (x, y))
+    columns_gradient = torch.empty(y.shape, dtype=torch.float32, device=y.device)
     with device_of(x):
-        if x.shape[0] and y.shape[0]:
-            scales = _scales(*norms, temperature)
-            lists = (*scales, 1 / norms[0], items, column_items, row_lse, col_lse, row_share, col_share)
-            heat = _strips(x, y, lists, gradients, shift, kept)
-        dx, dy = (
-            _normalize(t, norm, gradient, weight, temperature, normalize, wide)
-            for t, norm, gradient in zip((x, y), norms, gradients, strict=True)
-        )
-    return dx, dy, -heat * weight / temperature
+        v = _vectors(x, y, temperature, shift, normalize)
+        tile = _tile(x, y, plain=items is None and row_share is None)
+        lses = (row_lse, *_two_floats(row_lse), col_lse, *_two_floats(col_lse))
+        lists = (v.norm, v.scale, v.column_scale, items, column_items, v.pairs, *lses, row_share, col_share)
+        heat = x.new_empty(_grid(x, y, tile), dtype=torch.float32)
+        for part, d in _strips(x, y, left.dtype, lists, heat, tile, shift, kept):
+            gradient = columns_gradient.new_empty(d.shape[0], x.shape[1])
+            _product(d, right, gradient)
+            _normalize(dx[part], x[part], v.norm[part], gradient, weight, temperature, normalize)
+            _product(d, left[part], columns_gradient, turned=True, add=part.start > 0)
+        _normalize(dy, y, v.column_norm, columns_gradient, weight, temperature, normalize)
+    return dx, dy, -LN2 * heat.sum(dtype=torch.float64) * weight / temperature
+
+
+def _two_floats(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """lse log2(e) as the sum of two fp32 numbers."""
+    lse = lse / LN2
+    high = lse.float()
+    return high, (lse - high).float()
+
+
+def _width(columns: int) -> int:
+    """Of rows of a strip in memory: whole 32 bytes, as they are read 16 bytes at a time."""
+    return triton.cdiv(columns, 16) * 16
+
+
+def _grid(x: Tensor, y: Tensor, tile: dict[str, Any]) -> tuple[int, int]:
+    """Tiles of rows, and parts of tiles of columns, that each leave a sum of G S."""
+    column_tiles = triton.cdiv(_width(y.shape[0]), tile["COLUMNS"])
+    return triton.cdiv(x.shape[0], tile["ROWS"]), column_tiles * (tile["COLUMNS"] // HALF)
 
 
 def _strips(
-    x: Tensor, y: Tensor, lists: tuple[Tensor | None, ...], gradients: list[Tensor], shift: int, kept: float
-) -> Tensor:
-    """Adds d y to the gradients of x, d^T x to those of y, strip after strip; returns the sum of G S."""
-    (rows, channels), columns, tile = x.shape, y.shape[0], _tile(x.dtype)
-    # In fp16 small weights would be lost: its products are of fp32.
-    left, right = (t.float() if t.dtype == torch.float16 else t for t in (x, y))
-    width = triton.cdiv(columns, 16) * 16  # of whole 32 bytes: rows of a strip are read 16 bytes at a time
-    tiles = max(min(STRIP // (width * left.itemsize * tile["ROWS"]), triton.cdiv(rows, tile["ROWS"])), 1)
-    height, column_tiles = tiles * tile["ROWS"], triton.cdiv(width, tile["COLUMNS"])
-    d = left.new_empty(min(height, rows), width)
-    heat = x.new_empty(triton.cdiv(rows, tile["ROWS"]), column_tiles, dtype=torch.float32)
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    lists: tuple[Tensor | None, ...],
+    heat: Tensor,
+    tile: dict[str, Any],
+    shift: int,
+    kept: float,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows, and d of them, strip after strip in the same memory; sums of G S go to heat."""
+    (rows, channels), columns, width = x.shape, y.shape[0], _width(y.shape[0])
+    height = max(WAVE // triton.cdiv(channels, _columns(dtype)), 1) * tile["ROWS"]
+    strip = x.new_empty(min(height, rows), width, dtype=dtype)
+    blocks = _blocks(x, tile, "ROWS", "STEP"), _blocks(y, tile, "COLUMNS", "STEP")
     for first in range(0, rows, height):
         part = slice(first, min(first + height, rows))
         its = heat[first // tile["ROWS"] : triton.cdiv(part.stop, tile["ROWS"])]
-        _info_nce_backward_kernel[(its.numel(),)](
-            x, y, *lists, d, its, part.stop, columns, channels, *x.stride(), *y.stride(), shift, first, its.shape[0],
-            width, kept, BAND=BAND, **tile,
+        d = strip[: part.stop - first]
+        _info_nce_backward_kernel[(its.numel() * HALF // tile["COLUMNS"],)](
+            *blocks, *lists, _blocks(d, dict(tile, COLUMNS=HALF), "ROWS", "COLUMNS"), its, part.stop, columns, channels,
+            *x.stride(), *y.stride(), shift, first, its.shape[0], width, kept, HALF=HALF, BAND=BAND, **tile,
         )  # fmt: skip
-        strip = d[: part.stop - first]
-        _product(strip, right, gradients[0][part])
-        _product(strip, left[part], gradients[1], turned=True, add=first > 0)
-    return heat.sum(dtype=torch.float64)
+        yield part, d
 
 
 def _product(d: Tensor, v: Tensor, out: Tensor, turned: bool = False, add: bool = False) -> None:
     """out = d v or d^T v, or out + that; the ends of d's rows, behind v's or out's last one, are zeros."""
-    tile, (rows, channels) = _tile(v.dtype), out.shape
-    if channels:
-        grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(channels, tile["COLUMNS"]),)
-        _info_nce_product_kernel[grid](
-            d, v, out, rows, v.shape[0], d.shape[1], channels, *v.stride(), TURNED=turned, ADD=add, **tile
-        )
+    tile, (rows, channels) = _tile(d, v), out.shape
+    sides = ("STEP", "ROWS") if turned else ("ROWS", "STEP")
+    grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(channels, tile["COLUMNS"]),)
+    _info_nce_product_kernel[grid](
+        _blocks(d, tile, *sides), _blocks(v, tile, "STEP", "COLUMNS"), out, rows, v.shape[0], d.shape[1], channels,
+        *v.stride(), TURNED=turned, ADD=add, **tile,
+    )  # fmt: skip
 
 
 def _normalize(
-    x: Tensor, norm: Tensor, gradient: Tensor, weight: Tensor, temperature: Tensor, normalize: bool, wide: bool
-) -> Tensor:
+    out: Tensor, x: Tensor, norm: Tensor, gradient: Tensor, weight: Tensor, temperature: Tensor, normalize: bool
+) -> None:
     """Gradient of x from that of its direction."""
-    out = x.new_empty(x.shape, dtype=torch.float32 if wide else x.dtype)
-    if out.numel():
-        block = min(triton.next_power_of_2(x.shape[1]), MAX_BLOCK)
-        _info_nce_normalize_kernel[(x.shape[0],)](
-            x, norm, gradient, weight, temperature, out, x.shape[1], *x.stride(),
-            NORMALIZE=normalize, BLOCK=block, num_warps=4,
-        )  # fmt: skip
-    return out
+    block = min(triton.next_power_of_2(x.shape[1]), MAX_BLOCK)
+    _info_nce_normalize_kernel[(x.shape[0],)](
+        x, norm, gradient, weight, temperature, out, x.shape[1], *x.stride(),
+        NORMALIZE=normalize, BLOCK=block, num_warps=4,
+    )  # fmt: skip

@@ -3,7 +3,18 @@
 import triton
 import triton.language as tl
 
-from jepa_kernels.ops.info_nce.triton_tiles import LENGTHS, LISTS, LOG2E, load, scores, tile_of
+from jepa_kernels.ops.info_nce.triton_tiles import (
+    LENGTHS,
+    LISTS,
+    LOG2E,
+    halves,
+    load,
+    products,
+    scores,
+    shared,
+    store,
+    tile_of,
+)
 
 
 @triton.jit
@@ -16,73 +27,96 @@ def _expm1(t):
 
 
 @triton.jit
-def _less(s, lse, axis: tl.constexpr):
-    """s - lse, a log-sum-exp in two floats: where it is large, one would lose the weights' last bits."""
-    high = lse.to(tl.float32)
-    low = (lse - high.to(tl.float64)).to(tl.float32)
-    return (s - tl.expand_dims(high, axis)) - tl.expand_dims(low, axis)
+def _weights(s, high, low, i, count, axis: tl.constexpr):
+    """exp(S - lse), lse log2(e) in two floats: where it is large, one would lose the weights' last bits."""
+    s -= tl.expand_dims(tl.load(high + i, mask=i < count, other=0.0), axis)
+    return tl.exp2(s - tl.expand_dims(tl.load(low + i, mask=i < count, other=0.0), axis))
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
-def _info_nce_backward_kernel(
-    x, y, scale, column_scale, row_inverse, items, column_items, row_lse, col_lse, row_share, col_share, d, heat,
-    rows, columns, channels, x_row, x_channel, y_row, y_channel, shift, first, tiles, d_row, kept,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+@triton.jit
+def _store_gradient(
+    s, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse, col_high, col_low,
+    row_share, col_share, d, heat, tile, tj, rows, columns, shift, first, d_row, kept,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of d = G / (|x_i| |y_j|), of the strip of S whose first row is `first`, and its sum of G S to heat."""
-    ti, tj = tile_of(tl.program_id(0), tiles, tl.cdiv(columns, COLUMNS), BAND)
-    inside = ti * ROWS + tl.arange(0, ROWS)
-    i, j = first + inside, tj * COLUMNS + tl.arange(0, COLUMNS)
-    s = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, channels, STEP):
-        c = start + tl.arange(0, STEP)
-        left = load(x, i, rows, x_row, c, channels, x_channel)
-        s = tl.dot(left, tl.trans(load(y, j, columns, y_row, c, channels, y_channel)), s, input_precision="ieee")
-    s, pair = scores(s, scale, column_scale, items, column_items, i, j, rows, columns, shift)
-    own = tl.load(row_lse + i, mask=i < rows, other=0.0)
-    g = tl.exp2(_less(s, own, 1) * LOG2E)
-    g += tl.exp2(_less(s, tl.load(col_lse + j, mask=j < columns, other=0.0), 0) * LOG2E)
-    if (first + ti * ROWS + shift < (tj + 1) * COLUMNS) & (first + (ti + 1) * ROWS + shift > tj * COLUMNS):
+    """d of a tile, from its products; the sum of its G S log2(e) to heat."""
+    i, j = first + tile * ROWS + tl.arange(0, ROWS), tj * COLUMNS + tl.arange(0, COLUMNS)
+    s = scores(s, scale, column_scale, i, j, rows, columns)
+    if items is not None:
+        s = tl.where(shared(items, column_items, i, j, rows, columns), float("-inf"), s)
+    g = _weights(s, row_high, row_low, i, rows, 1) + _weights(s, col_high, col_low, j, columns, 0)
+    if (first + tile * ROWS + shift < (tj + 1) * COLUMNS) & (first + (tile + 1) * ROWS + shift > tj * COLUMNS):
         place = i + shift
-        other = tl.load(col_lse + place, mask=(i < rows) & (place >= 0) & (place < columns), other=0.0)
-        value = tl.sum(tl.where(pair & (s > float("-inf")), s, 0.0), 1).to(tl.float64)
+        paired = (i < rows) & (place >= 0) & (place < columns)
+        value = tl.load(pairs + i, mask=paired, other=float("-inf"))
+        own = tl.load(row_lse + i, mask=paired, other=0.0)
+        other = tl.load(col_lse + place, mask=paired, other=0.0)
+        pair = place[:, None] == j[None, :]
+        s = tl.where(pair, (value * LOG2E)[:, None], s)
+        value = value.to(tl.float64)
         value = _expm1((value - own).to(tl.float32)) + _expm1((value - other).to(tl.float32)) + (2.0 - 2.0 * kept)
         g = tl.where(pair, value[:, None], g)
     if row_share is not None:
         g -= tl.load(row_share + i, mask=i < rows, other=0.0)[:, None]
         g -= tl.load(col_share + j, mask=j < columns, other=0.0)[None, :]
-    g = tl.where(s == float("-inf"), 0.0, g)
-    tl.store(heat + tl.program_id(0), tl.sum(tl.where(s == float("-inf"), 0.0, s) * g))
-    g *= tl.load(row_inverse + i, mask=i < rows, other=0.0)[:, None]
+        g = tl.where(s == float("-inf"), 0.0, g)
+    tl.store(heat, tl.sum(tl.where(s == float("-inf"), 0.0, s) * g))
+    g *= (1.0 / tl.load(norm + i, mask=i < rows, other=1.0))[:, None]
     g *= tl.load(column_scale + j, mask=j < columns, other=0.0)[None, :]
-    at = d + inside.to(tl.int64)[:, None] * d_row + j[None, :]
-    tl.store(at, g.to(d.dtype.element_ty), mask=(i < rows)[:, None] & (j < d_row)[None, :])
+    store(d, g, tile * ROWS, tj * COLUMNS, rows - first, d_row, d_row, ROWS, COLUMNS, BLOCKS)
+
+
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=LISTS)
+def _info_nce_backward_kernel(
+    x, y, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse, col_high, col_low,
+    row_share, col_share, d, heat, rows, columns, channels, x_row, x_channel, y_row, y_channel, shift, first, tiles,
+    d_row, kept, BLOCKS: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """A tile of d = G / (|x_i| |y_j|), of the strip of S whose first row is `first`, by halves as forward."""
+    ti, tj = tile_of(tl.program_id(0), tiles, tl.cdiv(d_row, COLUMNS), BAND)
+    s = products(
+        x, y, first + ti * ROWS, tj * COLUMNS, rows, columns, channels, x_row, x_channel, y_row, y_channel,
+        ROWS, COLUMNS, STEP, BLOCKS,
+    )  # fmt: skip
+    heat += tl.program_id(0) * (COLUMNS // HALF)
+    if HALF < COLUMNS:
+        s, t = halves(s, ROWS, HALF)
+        tj *= 2
+        _store_gradient(
+            t, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse,
+            col_high, col_low, row_share, col_share, d, heat + 1, ti, tj + 1, rows, columns, shift, first, d_row, kept,
+            BLOCKS, ROWS, HALF,
+        )  # fmt: skip
+    _store_gradient(
+        s, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse,
+        col_high, col_low, row_share, col_share, d, heat, ti, tj, rows, columns, shift, first, d_row, kept,
+        BLOCKS, ROWS, HALF,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "depth"])
 def _info_nce_product_kernel(
-    d, v, out, rows, depth, width, channels, v_row, v_channel,
-    TURNED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    d, v, out, rows, depth, width, channels, v_row, v_channel, TURNED: tl.constexpr, ADD: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """out [rows, channels] = d [rows, depth] v [depth, channels] (ADD: + out), in fp32; TURNED: d^T is given.
 
     Rows of d in memory are `width` long, with zeros at their ends: read whole, 16 bytes at a time.
     """
     wide = tl.cdiv(channels, COLUMNS)
-    i = tl.program_id(0) // wide * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(0) % wide * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, depth, STEP):
-        k = start + tl.arange(0, STEP)
+    first, c = tl.program_id(0) // wide * ROWS, tl.program_id(0) % wide * COLUMNS
+    i, cs = first + tl.arange(0, ROWS), c + tl.arange(0, COLUMNS)
+    at = out + i.to(tl.int64)[:, None] * channels + cs[None, :]
+    there = (i < rows)[:, None] & (cs < channels)[None, :]
+    total = tl.load(at, mask=there, other=0.0) if ADD else tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(0, depth, STEP):
         if TURNED:
-            left = tl.trans(load(d, k, depth, width, i, width, 1))
+            left = tl.trans(load(d, k, first, depth, width, width, 1, STEP, ROWS, BLOCKS))
         else:
-            left = load(d, i, rows, width, k, width, 1)
-        total = tl.dot(left, load(v, k, depth, v_row, c, channels, v_channel), total, input_precision="ieee")
-    at = out + i.to(tl.int64)[:, None] * channels + c[None, :]
-    there = (i < rows)[:, None] & (c < channels)[None, :]
-    if ADD:
-        total += tl.load(at, mask=there, other=0.0)
+            left = load(d, first, k, rows, width, width, 1, ROWS, STEP, BLOCKS)
+        right = load(v, k, c, depth, channels, v_row, v_channel, STEP, COLUMNS, BLOCKS)
+        total = tl.dot(left, right, total, input_precision="ieee")
     tl.store(at, total, mask=there)
 
 
