@@ -46,7 +46,7 @@ class Encoding:
     smoke: bool = False
     stages: ClassVar[tuple[str, ...]] = ("backward",)
     dtypes: ClassVar[tuple[str, ...]] = ("float32",)
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
 
 class EncodingRun:

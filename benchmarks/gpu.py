@@ -39,13 +39,14 @@ class Outcome:
 def parts(out: Path) -> tuple[Part, ...]:
     python = (sys.executable, "-m")
     return (
-        Part("tests", (*python, "tests", "--gpu"), 220),
+        Part("tests", (*python, "tests", "--gpu"), 150),
+        Part("sanitizer", (*python, "tests.kernels.sanitized"), 60),
         Part(
             "benchmarks",
-            (*python, "benchmarks", "--device", "cuda", "--budget", "0.7", "--out", str(out / "bench")),
-            130,
+            (*python, "benchmarks", "--device", "cuda", "--budget", "0.4", "--out", str(out / "bench")),
+            220,
         ),
-        Part("rivals", (*python, "benchmarks.rivals", "--budget", "145", "--out", str(out / "rivals.json")), 160),
+        Part("rivals", (*python, "benchmarks.rivals", "--budget", "60", "--out", str(out / "rivals.json")), 70),
     )
 
 

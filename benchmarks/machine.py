@@ -64,6 +64,8 @@ def line(about: dict[str, Any]) -> str:
 
 
 def git() -> dict[str, Any]:
+    """Of a copy without its repository: JEPA_COMMIT, the commit that it was taken from."""
+
     def run(*args: str) -> str | None:
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             done = subprocess.run(["git", "-C", str(ROOT), *args], check=True, capture_output=True, text=True)
@@ -72,7 +74,7 @@ def git() -> dict[str, Any]:
 
     changed = run("status", "--porcelain")
     return {
-        "sha": run("rev-parse", "HEAD"),
+        "sha": run("rev-parse", "HEAD") or os.environ.get("JEPA_COMMIT"),
         "branch": run("rev-parse", "--abbrev-ref", "HEAD"),
         "dirty": None if changed is None else bool(changed),
     }

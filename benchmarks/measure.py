@@ -111,9 +111,8 @@ class Run:
             return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         return None
 
-    def timed(self) -> dict[str, Callable[[], Any]]:
+    def timed(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """What is timed: forward alone, or forward and backward to the same gradient."""
-        inputs = self.inputs()
         leaves = [inputs[name].requires_grad_() for name in self.case.grads]
         functions = self.functions(inputs)
         return {n: with_backward(f, leaves) for n, f in functions.items()} if leaves else functions
@@ -125,13 +124,12 @@ class Run:
         inputs = self.inputs()
         common = {**self.common(inputs), "parity": parity}
         names = [n for n in self.functions(inputs) if n != OURS]
-        del inputs
         if not parity["pass"]:
             return self.finish([failed(common, n, "parity: outside the error budget") for n in names])
         errors = {n: self.rival_error(n, exact) for n in names}
         del exact
         with torch.set_grad_enabled(self.stage == "backward"):
-            functions = {n: f for n, f in self.timed().items() if errors.get(n) is None}
+            functions = {n: f for n, f in self.timed(inputs).items() if errors.get(n) is None}
             self.made = None
             times = timing.interleave(
                 functions,

@@ -46,7 +46,11 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
 def slug(machine: dict[str, Any]) -> str:
     """A file name for a machine: its GPU, or its processor, instruction set and threads."""
     gpu = machine.get("gpu")
-    name = gpu["name"] if gpu else f"{machine['cpu']} {machine['isa']} {machine['threads']} threads"
+    name = (
+        gpu["name"].removeprefix("NVIDIA ")
+        if gpu
+        else f"{machine['cpu']} {machine['isa']} {machine['threads']} threads"
+    )
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

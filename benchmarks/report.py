@@ -106,7 +106,7 @@ def target_cells(found: list[Row]) -> list[dict[str, Any]]:
         {
             "where": f"{t.name} · {row['workload'] if row else t.workload} · {t.stage}",
             "what": t.what,
-            "least": t.least,
+            "asked": text.asked(t),
             "ratio": row["ratio"] if row else None,
             "verdict": verdicts[holds],
             "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row else 0,

@@ -1,6 +1,6 @@
 """A training step into rows: parity of the loss and every gradient first, then time, time by part, and memory."""
 
-import copy
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +19,11 @@ from benchmarks.memory import peak_bytes
 from benchmarks.rows import Row, failed, key, repro, timed_row
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
-from jepa_kernels.models.ijepa import train_step
-from jepa_kernels.nn import Block
+from jepa_kernels.models.jepa import train_step
+from jepa_kernels.nn import compile_blocks
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.996
+DRAWS = 4  # batches on which a step under autocast is held to its error budget
 
 
 @dataclass(frozen=True)
@@ -30,33 +31,46 @@ class Step:
     """A training step of one size.
 
     name      as in the row, e.g. "vit_small_16_truncated"
-    model     model() -> the network; every contestant gets a copy
+    model     model() -> the network, with the same weights at every call; model(shadow_dtype=...) with shadows
     pixels    pixels() -> the batch, float32 [B, C, H, W]
-    masks     of the batch, on the host
+    masks     of the batch, on the host; masks(step=1) are others
     flops     of one step, a multiply-add being two
-    compile   offers the reference with compiled blocks as a baseline, timed only when its row is asked for: it
-              compiles for most of a minute
+    rivals    what is timed: "reference", "sdpa" (the same around SDPA), "compile" (that with compiled blocks)
+    named     rivals that are timed only when their row is asked for: compiling takes most of a minute on a CPU
+    dtypes    float32; or bfloat16: under autocast to it
+    tuned     ours is as a GPU wants it: compiled blocks, and an AdamWEMA that moves the target and its shadows
+    small     a step of the same kind on which parity is checked, where this one does not fit into memory in fp64
     smoke     part of the one-minute run
     """
 
     name: str
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     pixels: Callable[[], Tensor]
-    masks: Callable[[], MaskBatch]
+    masks: Callable[..., MaskBatch]
     flops: Callable[[MaskBatch], float]
-    compile: bool = False
+    rivals: tuple[str, ...] = ("reference", "sdpa")
+    named: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)
+    devices: tuple[str, ...] = ("cpu",)
+    tuned: bool = False
+    small: "Step | None" = None
     smoke: bool = False
     stages: ClassVar[tuple[str, ...]] = ("step",)
-    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
-    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+
+
+def event() -> torch.cuda.Event:
+    """Now, on the GPU's clock and without waiting for it."""
+    found = torch.cuda.Event(enable_timing=True)
+    found.record()
+    return found
 
 
 class Parts:
     """Splits a step's time at the ends of its parts: hooks of modules and optimiser, a wrapper around the loss."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: str):
-        self.seconds: dict[str, list[float]] = {}
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.steps: list[list[tuple[str, Any]]] = []
+        self.cuda = device == "cuda"
         for module, part in (
             (model.context_encoder.patch_embed, "patch embedding"),
             (model.context_encoder, "encoder"),
@@ -70,78 +84,114 @@ class Parts:
         optimizer.register_step_post_hook(lambda *_: self.end("optimiser"))
 
     def begin(self) -> None:
-        self.last = time.perf_counter()
+        self.steps.append([])
+        self.end("begin")
 
     def end(self, part: str) -> None:
-        self.wait()
-        now = time.perf_counter()
-        self.seconds.setdefault(part, []).append(now - self.last)
-        self.last = now
+        self.steps[-1].append((part, event() if self.cuda else time.perf_counter()))
 
     def medians_us(self, rounds: int) -> dict[str, float]:
         """Median of each part over the last `rounds` steps, in microseconds."""
-        return {part: float(np.median(times[-rounds:]) * 1e6) for part, times in self.seconds.items()}
+        seconds: dict[str, list[float]] = {}
+        for marks in self.steps[-rounds:]:
+            for (_, before), (part, now) in itertools.pairwise(marks):
+                taken = before.elapsed_time(now) / 1e3 if self.cuda else now - before
+                seconds.setdefault(part, []).append(taken)
+        return {part: float(np.median(times) * 1e6) for part, times in seconds.items()}
+
+
+class Inputs:
+    """The batch and the masks of a step on a device, and the type that it runs under autocast to, if any."""
+
+    def __init__(self, workload: Step, device: str, dtype: str, draw: int = 0):
+        self.host_masks = workload.masks(step=draw)
+        self.masks, self.pixels = self.host_masks.to(device), workload.pixels().to(device)
+        self.low = None if dtype == "float32" else getattr(torch, dtype)
 
 
 class Stepper:
     """One contestant: its own model and optimiser, and the backends it runs on. A call is a training step."""
 
-    def __init__(self, model: nn.Module, pixels: Tensor, masks: Any, backend: Callable[[], AbstractContextManager]):
-        self.model, self.pixels, self.masks, self.backend = model, pixels, masks, backend
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, backend: Callable[[], AbstractContextManager], tuned: bool = False
+    ):
+        self.model, self.inputs, self.backend = model, inputs, backend
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.04, fused=True)
-        self.parts = Parts(model, self.optimizer, pixels.device.type)
+        self.optimizer: torch.optim.Optimizer
+        if tuned:
+            pairs, shadow = model.ema.pairs(), (None, model.ema.shadow_copies())
+            self.optimizer = jk.AdamWEMA(trained, pairs, lr=LEARNING_RATE, weight_decay=0.04, shadow=shadow)
+        else:
+            self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.04, fused=True)
+        self.parts = Parts(model, self.optimizer, inputs.pixels.device.type)
 
     def __call__(self) -> None:
+        given = self.inputs
         self.parts.begin()
         with self.backend():
-            train_step(self.model, self.optimizer, self.pixels, self.masks, MOMENTUM)
+            train_step(self.model, self.optimizer, given.pixels, given.masks, MOMENTUM, dtype=given.low)
         self.parts.end("moving average")
 
 
 class StepRun:
-    """One (model, workload): automatic backends against the plain PyTorch reference, in fp32."""
+    """One (model, workload): automatic backends against the plain PyTorch reference."""
 
     def __init__(self, name: str, workload: Step, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.settings = name, workload, settings
+        self.name, self.workload, self.dtype, self.settings = name, workload, dtype, settings
         self.group = f"{name}/{workload.name}/{stage}/{dtype}"
-        self.host_masks = workload.masks()
-        self.masks = self.host_masks.to(settings.device)
-        self.pixels = workload.pixels().to(settings.device)
-        self.network = workload.model().to(settings.device)
+        self.inputs = Inputs(workload, settings.device, dtype)
 
-    def model(self) -> nn.Module:
-        return copy.deepcopy(self.network)
+    def model(self, workload: Step, **options: Any) -> nn.Module:
+        with torch.device(self.settings.device):
+            return workload.model(**options)
+
+    def ours(self, workload: Step) -> nn.Module:
+        if not workload.tuned:
+            return self.model(workload)
+        model = self.model(workload, shadow_dtype=self.inputs.low)
+        compile_blocks(model)
+        return model
 
     def parity(self) -> dict[str, Any]:
-        """Loss and gradient of every parameter, within the error budget of the plain PyTorch step."""
-        ours = gradients(self.model(), self.pixels, self.masks)
-        with jk.use_backend("reference"):
-            eager = gradients(self.model(), self.pixels, self.masks)
-            exact = gradients(self.model().double(), self.pixels.double(), self.masks)
-        return verdict([testing.compare(n, ours[n], exact[n].to(ours[n].device), eager[n]) for n in exact])
+        """Loss and gradient of every parameter, within the error budget of the plain PyTorch step.
+
+        Under autocast of DRAWS masks together, and without the loss: few rounded numbers may be exact by luck.
+        """
+        step, low = self.workload.small or self.workload, self.inputs.low
+        ours, eager, exact = self.ours(step), self.model(step), self.model(step).double()
+        sides: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
+        for draw in range(1 if low is None else DRAWS):
+            given = Inputs(step, self.settings.device, self.dtype, draw)
+            sides[0].append(gradients(ours, given.pixels, given.masks, low))
+            with jk.use_backend("reference"):
+                sides[1].append(gradients(exact, given.pixels.double(), given.masks))
+                sides[2].append(gradients(eager, given.pixels, given.masks, low))
+        names = [n for n in sides[0][0] if n != "loss" or low is None]
+        joined = ((torch.cat([found[n].flatten() for found in side]) for side in sides) for n in names)
+        return verdict([testing.compare(n, *tensors) for n, tensors in zip(names, joined, strict=True)])
 
     def steppers(self) -> dict[str, Stepper]:
-        """Ours and the rivals: the reference, the same with SDPA (its best form), or with compiled blocks if named."""
+        """Ours and the rivals, or the one that is asked for."""
         reference = partial(jk.use_backend, "reference")
-        rivals = {"reference": reference, "sdpa": partial(jk.use_backend, "reference", masked_attention="sdpa")}
-        wanted, found = self.settings.baseline, {OURS: self.stepper(self.model(), nullcontext)}
-        if self.workload.compile and wanted == "compile":
-            return {**found, "compile": self.stepper(with_compiled_blocks(self.model()), reference)}
-        chosen = {n: b for n, b in rivals.items() if wanted in (None, n)}
-        return {**found, **{n: self.stepper(self.model(), b) for n, b in chosen.items()}}
-
-    def stepper(self, model: nn.Module, backend: Callable[[], AbstractContextManager]) -> Stepper:
-        return Stepper(model, self.pixels, self.masks, backend)
+        sdpa = partial(jk.use_backend, "reference", masked_attention="sdpa")
+        workload, wanted = self.workload, self.settings.baseline
+        chosen = workload.rivals if wanted is None else [n for n in workload.rivals + workload.named if n == wanted]
+        found = {OURS: Stepper(self.ours(workload), self.inputs, nullcontext, workload.tuned)}
+        for name in chosen:
+            model = self.model(workload)
+            if name == "compile":  # block by block: a whole step would compile for minutes
+                compile_blocks(model, dynamic=False)
+            found[name] = Stepper(model, self.inputs, reference if name == "reference" else sdpa)
+        return found
 
     def common(self, parity: dict[str, Any]) -> Row:
-        masks = self.host_masks
+        masks = self.inputs.host_masks
         return {
             "kind": "model",
             "name": self.name,
             "workload": self.workload.name,
             "pass": "step",
-            "dtype": "float32",
+            "dtype": self.dtype,
             "device": self.settings.device,
             "backend": "automatic",
             "parity": parity,
@@ -202,16 +252,10 @@ class StepRun:
         return [{**blank, **row, "repro": repro(key(row), s.device, s.threads)} for row in found]
 
 
-def gradients(model: nn.Module, pixels: Tensor, masks: Any) -> dict[str, Tensor]:
+def gradients(model: nn.Module, pixels: Tensor, masks: Any, low: torch.dtype | None = None) -> dict[str, Tensor]:
     """The loss, and the gradient of every trained parameter by name."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = model.loss(pixels, masks)
+    with torch.autocast(pixels.device.type, dtype=low, enabled=low is not None):
+        loss = model.loss(pixels, masks)
     found = torch.autograd.grad(loss, list(trained.values()))
     return {"loss": loss.detach(), **{f"d{n}": g for n, g in zip(trained, found, strict=True)}}
-
-
-def with_compiled_blocks(model: nn.Module) -> nn.Module:
-    """Block by block: a whole step would compile for minutes, and blocks are nearly all of its time."""
-    for block in (m for m in model.modules() if isinstance(m, Block)):
-        block.compile(dynamic=False)
-    return model

@@ -139,13 +139,18 @@ def row_cells(row: Row) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def asked(target: targets.Target) -> str:
+    """A ratio, and a time where one is asked."""
+    return f"{target.least:g} x" if target.most_us is None else f"{target.least:g} x, {duration(target.most_us)}"
+
+
 def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
     """What must be reached: row, asked, measured, verdict."""
     cells = []
     for target, row, holds in targets.check(found):
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
         verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
-        cells.append((f"{where}: {target.what}", f"{target.least:g} x", times(row["ratio"] if row else None), verdict))
+        cells.append((f"{where}: {target.what}", asked(target), times(row["ratio"] if row else None), verdict))
     return cells
 
 

@@ -56,7 +56,7 @@ class Workload:
     compile: tuple[str, ...] = ()
     function: str | None = None
     reference: Callable[..., Any] | None = None
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    devices: tuple[str, ...] = ("cpu",)
     small: Callable[[torch.Generator], Inputs] | None = None
     reference_timed: bool = True
     smoke: bool = False

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_kernels as jk
 from benchmarks import __main__ as front
-from benchmarks import readme, report, rows, stats, step, targets, text, timing
+from benchmarks import machine, readme, report, rows, stats, step, targets, text, timing
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
@@ -228,7 +228,7 @@ def test_parts_of_a_step_leave_no_time_out(monkeypatch):
     monkeypatch.setattr(step, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     for stepper in tiny_step(True).steppers().values():
         stepper()
-        assert stepper.parts.seconds == {part: [1.0] for part in STEP_PARTS}
+        assert stepper.parts.medians_us(1) == dict.fromkeys(STEP_PARTS, 1e6)
 
 
 def test_a_wrong_step_prints_no_number(monkeypatch):
@@ -242,7 +242,7 @@ def test_a_wrong_step_prints_no_number(monkeypatch):
 def test_step_flops_are_those_that_torch_counts():
     run = tiny_step(True)
     with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
-        step.gradients(run.model(), run.pixels, run.masks)
+        step.gradients(run.ours(run.workload), run.inputs.pixels, run.inputs.masks)
     assert run.common({})["flops"] == counter.get_total_flops()
 
 
@@ -303,6 +303,21 @@ def test_targets_speak_of_the_worst_fp32_row():
     assert worst["ratio"] == pytest.approx(0.5) and holds is False
     assert verdicts["ijepa", "vit_small_16_truncated", "reference"][1] is True
     assert verdicts["masked_attention", "ragged_1572", "loop"] == (None, None)
+
+
+def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
+    def holds(workload, ours_s):
+        measured = {**row(ours_s, 2 * ours_s), "device": "cuda", "workload": workload}
+        return {t.workload: found for t, _, found in targets.check([measured]) if t.name == "ema_update"}
+
+    assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, "vit_h14_bf16_shadow": None, "vit_g16": None}
+    assert holds("vit_h14", 2.1e-3)["vit_h14"] is False, "faster than the other, but late"
+
+
+def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setenv("JEPA_COMMIT", "abc")
+    assert machine.git() == {"sha": "abc", "branch": None, "dirty": None}
 
 
 def test_every_op_has_a_benchmark():

@@ -132,6 +132,9 @@ TARGETS = [33, 54, 40, 35, 48, 36, 42, 45] * 16
 WORKLOADS = (
     workload("vjepa2_both_masks_b8", cases.rectangular(16, 508, 1, 972, 384, PATCHES, pos=False, groups=2),
              dtypes=("float32", "bfloat16")),
+    workload("vjepa2_both_masks_b24", cases.rectangular(48, 508, 1, 972, 384, PATCHES, pos=False, groups=2),
+             small=cases.rectangular(2, 508, 1, 972, 384, PATCHES, pos=False, groups=2), dtypes=("bfloat16",),
+             devices=("cuda",)),
     workload("ijepa_b32", cases.rectangular(32, 70, 4, 42, 384, 256), smoke=True),
     workload("ijepa_b32_packed", cases.packed(CONTEXTS, TARGETS, 384, count=256)),
 )  # fmt: skip

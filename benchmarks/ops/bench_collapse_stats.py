@@ -42,7 +42,7 @@ def workload(name: str, *shape: int, **options: Any) -> Workload:
 
 WORKLOADS = (
     workload("vit_s16_b64", 64, 196, 384),
-    workload("vit_h14_b16", 16, 256, 1280, dtypes=("float32", "bfloat16")),
+    workload("vit_h14_b16", 16, 256, 1280, dtypes=("float32", "bfloat16"), devices=("cpu", "cuda")),
     workload("vit_s16_b4", 4, 196, 384, smoke=True),
 )
 

@@ -32,7 +32,15 @@ def flops(inputs: Inputs, stage: str) -> float:
 
 
 WORKLOADS = (
-    Workload("vjepa21_16x256", cases.rectangular((8, 16, 16), 16, 256, 256), moved, flops, rivals, smoke=True),
+    Workload(
+        "vjepa21_16x256",
+        cases.rectangular((8, 16, 16), 16, 256, 256),
+        moved,
+        flops,
+        rivals,
+        smoke=True,
+        devices=("cpu", "cuda"),
+    ),
     Workload("vjepa21_64_frames", cases.rectangular((32, 24, 24), 1, 4000, 8000), moved, flops, rivals),
 )
 

@@ -1,5 +1,6 @@
 """ema_update over whole encoders. The pattern for every op: workloads, rivals, bytes and flops; no timing code."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,15 +20,23 @@ def encoder_shapes(width: int, depth: int, patch: int = 16, tokens: int = 196) -
 
 
 TINY = ((64,),) * 1000  # all of it is host time
+BLOCK = 1 << 20  # numbers that are drawn: the tensors repeat them
 
 
 def lists(shapes: Sequence[tuple[int, ...]], shadow: bool) -> Callable[[torch.Generator], Inputs]:
     def make(generator: torch.Generator) -> Inputs:
-        target, online = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
+        target, online = (drawn(shapes, generator) for _ in range(2))
         inputs: Inputs = dict(target=target, online=online, momentum=MOMENTUM)
         return {**inputs, "shadow": [torch.zeros(s, dtype=torch.bfloat16) for s in shapes]} if shadow else inputs
 
     return make
+
+
+def drawn(shapes: Sequence[tuple[int, ...]], generator: torch.Generator) -> list[torch.Tensor]:
+    """Normal numbers, at the speed of copies."""
+    block = torch.randn(BLOCK, generator=generator)
+    sizes = [math.prod(s) for s in shapes]
+    return [block.repeat(-(-n // BLOCK))[:n].view(s) for n, s in zip(sizes, shapes, strict=True)]
 
 
 def lerped(target: list[torch.Tensor], online: list[torch.Tensor], weight: float) -> None:
@@ -89,7 +98,7 @@ def workload(
     shapes: Sequence[tuple[int, ...]],
     shadow: bool = False,
     rivals: Any = rivals,
-    smoke: bool = False,
+    **options: Any,
 ) -> Workload:
     return Workload(
         name,
@@ -100,18 +109,26 @@ def workload(
         mutates=("target", "shadow") if shadow else ("target",),
         keep=("target", "online"),
         traffic="rmw",
-        smoke=smoke,
+        **options,
     )
 
 
+def on_gpu(name: str, shapes: Sequence[tuple[int, ...]], shadow: bool = False) -> Workload:
+    return workload(name, shapes, shadow, devices=("cuda",), small=lists(VIT_TI, shadow))
+
+
 VIT_TI, VIT_S, VIT_B = (encoder_shapes(width, 12) for width in (192, 384, 768))
+VIT_H = encoder_shapes(1280, 32, patch=14, tokens=256)
 WORKLOADS = (
     workload("vit_ti16", VIT_TI),
     workload("vit_s16", VIT_S, smoke=True),
     workload("vit_b16", VIT_B, rivals=compiled_rivals),
     workload("vit_s16_bf16_shadow", VIT_S, shadow=True),
     workload("vit_b16_bf16_shadow", VIT_B, shadow=True),
-    workload("tiny_1000", TINY, rivals=tiny_rivals),
+    workload("tiny_1000", TINY, rivals=tiny_rivals, devices=("cpu", "cuda")),
+    on_gpu("vit_h14", VIT_H),
+    on_gpu("vit_h14_bf16_shadow", VIT_H, shadow=True),
+    on_gpu("vit_g16", encoder_shapes(1408, 40)),
 )
 
 

@@ -74,6 +74,13 @@ WORKLOADS = (
         compile=("forward",),
     ),
     workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS)),
+    workload(
+        "ijepa_vit_h14_b128",
+        cases.rectangular(128, 256, 1280, 4, 42),
+        small=cases.rectangular(2, 256, 1280, 4, 42),
+        dtypes=("bfloat16",),
+        devices=("cuda",),
+    ),
     workload("positions_vit_s16_b8", cases.rectangular(1, 196, 384, 32, 33), grads=(), smoke=True),
 )
 
