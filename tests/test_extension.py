@@ -41,6 +41,31 @@ def test_the_module_holds_no_torch_symbol_and_needs_no_torch_library():
     assert not re.search(r"NEEDED.*(torch|c10|cuda)", needed)
 
 
+EVERY_OP = """
+import contextlib, sys, torch
+from jepa_kernels import BackendError
+from jepa_kernels.ops import OPS
+from jepa_kernels.testing import check_case, op_module
+backend, device = sys.argv[1:]
+for op in OPS:
+    for case in op_module(op, "cases").CASES:
+        with contextlib.suppress(BackendError):  # a kernel that the backend lacks, or limits
+            check_case(op, backend, case, torch.bfloat16, device)
+            print(op)
+            break
+"""
+
+
+@pytest.mark.parametrize("backend, device", [("cpu", "cpu"), pytest.param("cuda", "cuda", marks=pytest.mark.gpu)])
+def test_a_process_that_ran_every_kernel_ends_well(backend, device):
+    """Destructors of static objects run when the interpreter is gone, and the driver."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    command = [sys.executable, "-c", EVERY_OP, backend, device]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "ema_update" in done.stdout, done.stderr
+
+
 def test_isa_levels_can_be_chosen_and_restored():
     best = _C.isa()
     assert best in LEVELS and _C.set_isa("avx2") and _C.isa() == "avx2"

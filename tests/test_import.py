@@ -232,7 +232,7 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 
 def test_the_readme_examples_run_as_written(capsys):
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, encoding, target, optimizing = (part.split("```")[0] for part in parts)
+    first, encoding, target, optimizing, video = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -250,6 +250,8 @@ def test_the_readme_examples_run_as_written(capsys):
     copies, targets = names["ema"].shadow_copies(), names["ema"].pairs()
     assert names["ema"].step == 2 and copies
     assert all(torch.equal(low, targets[p].bfloat16()) for p, low in copies.items())
+    exec(video, names)
+    assert names["latents"].shape == (3, 256, 384) and names["loss"].isfinite()
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])

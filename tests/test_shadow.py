@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels.masks import MultiBlock2d
-from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import EMA, Encoder
 
 SIZES = dict(crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2)

@@ -16,7 +16,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import jepa_kernels as jk
-from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import EMA
 
 CONFIG = IJEPAConfig(

@@ -154,8 +154,8 @@ def loss(
 def loss_calls() -> Iterator[Call]:
     forward, total, backward = (f"_latent_loss_{stage}_kernel" for stage in ("forward", "sum", "backward"))
     launches, wide = (forward, total, backward), (forward, backward)
-    # 2048 lanes on 128 threads: 16 elements each of pred and target, read once: 32 bytes (bf16) or 64 (fp32) of both.
-    once = {dtype: {forward: {r"LDG\.E\.128": 4 * dtype.itemsize // 2}} for dtype in (torch.float32, torch.bfloat16)}
+    # 1280 channels on 32 threads: 40 each of pred and of target, read once: 80 bytes (bf16) or 160 (fp32) of both.
+    once = {dtype: {forward: {r"LDG\.E\.128": 5 * dtype.itemsize}} for dtype in (torch.float32, torch.bfloat16)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         name = f"packed-{dtype}"
         yield Call(name, loss(dtype, 1280), launches, wide, once.get(dtype, {}))
@@ -188,23 +188,26 @@ def contrast(dtype: torch.dtype, channels: int, **options: object) -> Callable[[
 
 
 def contrast_calls() -> Iterator[Call]:
-    forward, merge, backward, product, normalize = (
-        f"_info_nce_{stage}_kernel" for stage in ("forward", "merge", "backward", "product", "normalize")
+    pair, forward, merge, backward, product, normalize = (
+        f"_info_nce_{stage}_kernel" for stage in ("pair", "forward", "merge", "backward", "product", "normalize")
     )
-    launches = (forward, merge, merge, backward, product, product, normalize, normalize)
-    held = {kernel: ("HGMMA.*", r"LDGSTS\.E.*\.128") for kernel in (forward, backward, product)}
+    launches = (pair, forward, merge, merge, pair, backward, product, normalize, product, normalize)
+    held = {kernel: ("HGMMA.*", "UTMALDG.*") for kernel in (forward, backward, product)}
     # 128 x 256 products and their sums fill the registers of one block a multiprocessor.
-    yield Call("bfloat16-elsewhere", contrast(torch.bfloat16, 1536), launches, (), {}, (80, 100), blocks=1, spilled=64)
-    for name, make, spilled in (
-        ("bfloat16", contrast(torch.bfloat16, 1536), 32),
-        ("smoothed", contrast(torch.bfloat16, 1024, label_smoothing=0.1, duplicates=torch.arange(40)), 0),
-        ("as-they-are", contrast(torch.bfloat16, 512, normalize=False), 32),
-    ):
-        yield Call(name, make, launches, (), {}, HOPPER, held, blocks=1, spilled=spilled)
+    make, full = contrast(torch.bfloat16, 1536), dict(blocks=1, spilled=264)  # where backward takes halves apart
+    yield Call("bfloat16-sm_80", make, launches, (), {}, (80,), blocks=1)
+    yield Call("bfloat16-sm_100", make, launches, (), {}, (100,), blocks=1, spilled=472)
+    yield Call("bfloat16", make, launches, (), {}, HOPPER, held, **full)
+    yield Call("as-they-are", contrast(torch.bfloat16, 512, normalize=False), launches, (), {}, HOPPER, held, **full)
+    make = contrast(torch.bfloat16, 1024, label_smoothing=0.1, duplicates=torch.arange(40))
+    held = {kernel: ("HGMMA.*", "UTMALDG.*") for kernel in (forward, backward)}
+    yield Call("smoothed", make, launches, (), {}, HOPPER, held, blocks=1)
     gathers = {kernel: ("HGMMA.*",) for kernel in (forward, backward)}
-    yield Call("float16", contrast(torch.float16, 768), launches, (), {}, HOPPER, gathers, blocks=1, spilled=32)
-    yield Call("float32", contrast(torch.float32, 512), launches, (), {}, HOPPER, blocks=1)
-    yield Call("odd", contrast(torch.float32, 33), launches, (), {}, HOPPER, blocks=1, spilled=8)
+    yield Call("float16", contrast(torch.float16, 768), launches, (), {}, HOPPER, gathers, blocks=1, spilled=520)
+    unaligned = {**gathers, product: ("HGMMA.*", "LDGSTS.*")}  # rows of 68 bytes can't be copied past registers
+    yield Call("even", contrast(torch.bfloat16, 34), launches, (), {}, HOPPER, unaligned, blocks=1, spilled=216)
+    yield Call("float32", contrast(torch.float32, 512), launches, (), {}, HOPPER, blocks=1, spilled=80)
+    yield Call("odd", contrast(torch.float32, 33), launches, (), {}, HOPPER, blocks=1, spilled=96)
 
 
 def embed(
@@ -227,26 +230,28 @@ def embed(
 
 
 def embed_calls() -> Iterator[Call]:
-    forward = "_embed_patches_forward_kernel"
-    pixels, rows, total, weight, pos = (
-        f"_embed_patches_backward_{stage}_kernel" for stage in ("pixels", "rows", "sum", "weight", "pos")
+    copy, forward = (f"_embed_patches_{stage}_kernel" for stage in ("copy", "forward"))
+    pixels, bias, total, weight, pos = (
+        f"_embed_patches_backward_{stage}_kernel" for stage in ("pixels", "bias", "sum", "weight", "pos")
     )
-    layer, gather = (forward, rows, total, weight, total, pos), ("LDGSTS.*",)
-    every, wide = (forward, pixels, *layer[1:]), (forward, rows, weight)
-    held = {forward: ("HGMMA.*", *gather), pixels: ("HGMMA.*",), weight: ("HGMMA.*", *gather)}
-    for size in (14, 16):
-        # Patches of 14 pixels begin at multiples of 2 only: copied by 4 bytes, asynchronously too.
-        make = embed(torch.bfloat16, size, 1280)
-        yield Call(f"p{size}-elsewhere", make, every, wide if size == 16 else (), {}, (80, 100), blocks=1)
-        yield Call(f"p{size}", make, every, wide if size == 16 else (), {}, HOPPER, held)
-        yield Call(f"p{size}-uint8", embed(torch.bfloat16, size, 1280, uint8=True), layer, (), {}, HOPPER, blocks=1)
-    for name, make, launches in (
-        ("float16", embed(torch.float16, 16, 1024), every),
-        ("float32", embed(torch.float32, 14, 1280), every),
-        ("clips", embed(torch.bfloat16, 16, 1408, tubelet=2), every),
-        ("every-patch", embed(torch.bfloat16, 16, 768, whole=True), every),
+    layer = (copy, forward, bias, total, copy, weight, total, pos)
+    every = (copy, forward, pixels, *layer[2:])
+    held = {pixels: ("HGMMA.*",), **dict.fromkeys((forward, weight), ("HGMMA.*", r"LDGSTS.*\.128"))}
+    # Sums of 256 x 128 fill the registers of one block a multiprocessor; a few addresses wait on the stack meanwhile.
+    for size, hopper, blackwell in ((14, 16, 80), (16, 0, 88)):
+        make, uint8 = (embed(torch.bfloat16, size, 1280, uint8=u) for u in (False, True))
+        wide = (forward, weight, copy)[: 2 + (size == 16)]  # patches of 14 pixels begin at multiples of 2 only
+        for capability, spilled in ((80, 32), (100, blackwell)):
+            yield Call(f"p{size}-elsewhere", make, every, wide, {}, (capability,), blocks=1, spilled=spilled)
+        yield Call(f"p{size}", make, every, wide, {}, HOPPER, held, blocks=1, spilled=hopper)
+        yield Call(f"p{size}-uint8", uint8, layer, (forward, weight), {}, HOPPER, blocks=1, spilled=hopper)
+    for name, make, spilled in (
+        ("float16", embed(torch.float16, 16, 1024), 0),
+        ("clips", embed(torch.bfloat16, 16, 1408, tubelet=2), 0),
+        ("every-patch", embed(torch.bfloat16, 16, 768, whole=True), 24),
     ):
-        yield Call(name, make, launches, (), {}, HOPPER)
+        yield Call(name, make, every, (), {}, HOPPER, blocks=1, spilled=spilled)
+    yield Call("float32", embed(torch.float32, 14, 1280), every, (), {}, HOPPER)
     yield Call("odd", embed(torch.float32, 5, 33), every, (), {}, HOPPER, blocks=1)
 
 
@@ -263,15 +268,15 @@ def gather(dtype: torch.dtype, channels: int, packed: bool = True) -> Callable[[
 
 
 def gather_calls() -> Iterator[Call]:
-    forward, backward = launches = tuple(f"_gather_tokens_{stage}_kernel" for stage in ("forward", "backward"))
+    wide = forward, backward = tuple(f"_gather_tokens_{stage}_kernel" for stage in ("forward", "backward"))
+    launches = (forward, "_gather_tokens_backward_search_kernel", backward)
     # 16 rows of 256 channels on 128 threads: 32 elements each, moved once.
-    once = {d: {k: {r"LDG\.E\.128": 2 * d.itemsize} for k in launches} for d in (torch.float32, torch.bfloat16)}
+    once = {d: {k: {r"LDG\.E\.128": 2 * d.itemsize} for k in wide} for d in (torch.float32, torch.bfloat16)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        counts = once.get(dtype, {})
-        yield Call(f"packed-{dtype}", gather(dtype, 1280), (forward, backward), launches, counts, blocks=8)
-    yield Call("rectangular", gather(torch.bfloat16, 1408, False), (forward, backward), launches, {}, HOPPER, blocks=7)
+        yield Call(f"packed-{dtype}", gather(dtype, 1280), launches, wide, once.get(dtype, {}), blocks=7)
+    yield Call("rectangular", gather(torch.bfloat16, 1408, False), launches, wide, {}, HOPPER, blocks=7)
     for channels in (1, 37):
-        yield Call(f"channels-{channels}", gather(torch.float32, channels), (forward, backward), (), {}, HOPPER)
+        yield Call(f"channels-{channels}", gather(torch.float32, channels), launches, (), {}, HOPPER)
 
 
 def attention(
@@ -312,7 +317,7 @@ def attention_calls() -> Iterator[Call]:
         ("float16-d64", attention(torch.float16, 64, few), 0),
         ("rope-d64", attention(torch.bfloat16, 64, few, rope=rope), 32),  # addresses of turns
         ("grouped-d64", attention(torch.bfloat16, 64, few, heads=(4, 2)), 0),
-        ("qkv-d24", attention_qkv(24), 0),
+        ("qkv-d24", attention_qkv(24), 104),  # measured faster so: see test_attention.py
     ):
         yield Call(name, make, short, short, {}, HOPPER, hgmma, blocks=1, spilled=spilled)
     ranges = torch.zeros(300, 2, dtype=torch.int32)
@@ -414,10 +419,14 @@ def slices_of(dtype: torch.dtype, channels: int, **options: int) -> Callable[[],
 
 
 def slices_calls() -> Iterator[Call]:
-    stages = ("directions", "moments", "sum", "forward", "directions", "factors", "derivative", "backward")
+    drawn = ("directions", "halves")
+    stages = (*drawn, "moments", "sum", "forward", *drawn, "factors", "derivative", "backward")
     launches = tuple(f"_sigreg_{stage}_kernel" for stage in stages)
-    products = {launches[i]: ("HGMMA.*",) for i in (1, 6, 7)}
-    yield Call("elsewhere", slices_of(torch.float32, 512), launches, (), {}, (80, 100), blocks=1)
+    products = {launches[i]: ("HGMMA.*",) for i in (2, 8, 9)}
+    # 128 x 128 projections and the turns of half of them fill the registers of one block a multiprocessor.
+    for capability, spilled in ((80, 16), (100, 104)):
+        name, make = f"e512-sm_{capability}", slices_of(torch.float32, 512)
+        yield Call(name, make, launches, (), {}, (capability,), blocks=1, spilled=spilled)
     for dtype in (torch.float32, torch.bfloat16):
         yield Call(f"e512-{dtype}", slices_of(dtype, 512), launches, (), {}, HOPPER, products, blocks=1)
     for name, make in (

@@ -103,3 +103,16 @@ def test_lists_that_change_do_not_push_out_those_that_stay():
     passing = [chunks.groups("op", [tensors], changing=True) for tensors in lists]
     assert groups(stay) is first and len(chunks._passing) == chunks.KEPT
     assert chunks.groups("op", [lists[-1]], changing=True) is passing[-1]
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_a_capture_takes_the_tables_of_the_step_before_whatever_its_stream(changing):
+    seen, new = [torch.zeros(3)], [torch.zeros(3)]
+    table = chunks.groups("op", [seen], changing=changing)
+    kept = chunks._passing if changing else chunks._kept
+    ((_, known),) = kept
+    kept[17, known] = kept.pop((0, known))
+    found = chunks._captured_groups("op", chunks.read([seen], plain=False), kept)
+    assert found is table and chunks._captured.pop() is table
+    with pytest.raises(RuntimeError, match=r"^op: the first update .+ must run before graph capture"):
+        chunks._captured_groups("op", chunks.read([new], plain=False), kept)

@@ -9,7 +9,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import jepa_kernels as jk
 from jepa_kernels.masks import Masks, MultiBlock2d
-from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.models.jepa import train_step
+from jepa_kernels.nn import compile_blocks
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import compare, poisoned_memory
@@ -186,6 +188,25 @@ def test_the_loss_compiles_as_one_graph_for_all_lengths(truncate):
         ours, theirs = torch.autograd.grad(loss, ends), torch.autograd.grad(eager, ends)
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert counter.frame_count == 2
+
+
+@each_batching
+def test_blocks_compile_once_for_all_lengths_and_give_the_same_bits(truncate):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = IJEPA(CONFIG, shadow_dtype=torch.bfloat16)
+    twins = [model, copy.deepcopy(model)]
+    compile_blocks(model, fullgraph=True, backend="aot_eager")
+    for twin in twins:
+        trained, shadow = [p for p in twin.parameters() if p.requires_grad], (None, twin.ema.shadow_copies())
+        optimizer = jk.AdamWEMA(trained, twin.ema.pairs(), shadow=shadow)
+        for step in (0, 1, 4):
+            images, masks = sample(step, truncate)
+            twin.last = train_step(twin, optimizer, images, masks.to("cpu"), 0.99, dtype=torch.bfloat16)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3, "context, predictor and target blocks"
+    assert torch.equal(twins[0].last, twins[1].last)
+    states = [twin.state_dict() for twin in twins]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def no_masks(truncate):

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
 from jepa_kernels.masks import MultiBlock2d
-from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, train_step
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs

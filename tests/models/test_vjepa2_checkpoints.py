@@ -1,0 +1,270 @@
+"""V-JEPA 2's published layouts, Meta's and Hugging Face's: names, shapes, loading, and files that do not fit."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from jepa_kernels.models import checkpoints, vjepa2
+from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
+from tests.models.test_checkpoints import block, millions, shapes
+
+SMALL = VJEPA2Config(
+    crop_size=16,
+    num_frames=4,
+    patch_size=8,
+    embed_dim=48,
+    depth=2,
+    num_heads=2,
+    predictor_embed_dim=32,
+    predictor_depth=2,
+    predictor_num_heads=2,
+    num_mask_tokens=3,
+)
+SIZES = {  # name: width, depth, heads, hidden, crop; of the encoder: parameters in millions, entries; of the predictor
+    "vit_large": (1024, 24, 16, 4096, 256, 303.9, 292, 22.1),
+    "vit_huge": (1280, 32, 16, 5120, 256, 631.6, 388, 22.3),
+    "vit_giant_xformers": (1408, 40, 22, 6144, 256, 1012.2, 484, 22.4),
+    "vit_giant_xformers_384": (1408, 40, 22, 6144, 384, 1012.2, 484, 22.4),
+    "vit_gigantic_xformers": (1664, 48, 26, 6656, 256, 1598.5, 580, None),
+}
+
+
+def meta(config):
+    with torch.device("meta"):
+        return VJEPA2(config)
+
+
+def published_encoder(width, depth, hidden, patch=16, tubelet=2):
+    found = {
+        "patch_embed.proj.weight": (width, 3, tubelet, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    for i in range(depth):
+        found |= block(f"blocks.{i}", width, hidden)
+    return found
+
+
+def published_predictor(width, depth=12, own=384, tokens=10):
+    found = {
+        "predictor_embed.weight": (own, width),
+        "predictor_embed.bias": (own,),
+        **{f"mask_tokens.{i}": (1, 1, own) for i in range(tokens)},
+        "predictor_norm.weight": (own,),
+        "predictor_norm.bias": (own,),
+        "predictor_proj.weight": (width, own),
+        "predictor_proj.bias": (width,),
+    }
+    for i in range(depth):
+        found |= block(f"predictor_blocks.{i}", own, 4 * own)
+    return found
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_names_shapes_and_counts_are_the_published_ones(name):
+    width, depth, heads, hidden, crop, encoder, entries, predictor = SIZES[name]
+    model = meta(vjepa2.SIZES[name]())
+    assert shapes(model.context_encoder) == shapes(model.target_encoder) == published_encoder(width, depth, hidden)
+    assert shapes(model.predictor) == published_predictor(width)
+    assert {b.attn.num_heads for b in model.context_encoder.blocks} == {heads}
+    assert {b.attn.num_heads for b in model.predictor.predictor_blocks} == {12}
+    assert (round(millions(model.context_encoder), 1), len(shapes(model.context_encoder))) == (encoder, entries)
+    assert predictor is None or round(millions(model.predictor), 1) == predictor
+    assert model.grid == (8, crop // 16, crop // 16)
+
+
+def test_all_sizes_are_tested():
+    assert set(SIZES) == set(vjepa2.SIZES)
+
+
+def meta_layout(model, prefix="module.backbone."):
+    parts = {"encoder": model.context_encoder, "predictor": model.predictor, "target_encoder": model.target_encoder}
+    state = {name: {prefix + k: v for k, v in part.state_dict().items()} for name, part in parts.items()}
+    tables = {"encoder": "pos_embed", "target_encoder": "pos_embed", "predictor": "predictor_pos_embed"}
+    for name, table in tables.items():
+        state[name][prefix + table] = torch.zeros(1, 8, 32)
+    return {
+        **state,
+        "opt": {},
+        "scaler": None,
+        "epoch": 10,
+        "loss": 0.1,
+        "batch_size": 24,
+        "world_size": 128,
+        "lr": 1e-3,
+    }
+
+
+HUGGINGFACE = {  # the beginning of our name: theirs
+    "encoder": {"patch_embed": "embeddings.patch_embeddings", "blocks": "layer", "norm": "layernorm"},
+    "predictor": {
+        "predictor_embed": "embeddings.predictor_embeddings",
+        "predictor_blocks": "layer",
+        "predictor_norm": "layernorm",
+        "predictor_proj": "proj",
+    },
+}
+
+
+def huggingface_layout(model):
+    """Queries, keys and values apart, mask tokens in one tensor, one encoder."""
+    found = {}
+    for part, module in (("encoder", model.target_encoder), ("predictor", model.predictor)):
+        for name, value in module.state_dict().items():
+            first, rest = name.split(".", 1)
+            if first == "mask_tokens":
+                continue
+            theirs = f"{part}.{HUGGINGFACE[part][first]}.{rest.replace('attn.', 'attention.')}"
+            if ".qkv." in theirs:
+                thirds = zip(("query", "key", "value"), value.chunk(3), strict=True)
+                found |= {theirs.replace("qkv", which): third for which, third in thirds}
+            else:
+                found[theirs] = value
+    found["predictor.embeddings.mask_tokens"] = torch.stack([t.detach() for t in model.predictor.mask_tokens])
+    return found
+
+
+@pytest.fixture
+def donor():
+    """Three networks of different weights."""
+    model = VJEPA2(SMALL)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    return model
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])
+def test_metas_layout_loads(donor, prefix, tmp_path):
+    torch.save(meta_layout(donor, prefix), tmp_path / "vitl.pt")
+    for source in (tmp_path / "vitl.pt", meta_layout(donor, prefix)):
+        model = VJEPA2(SMALL)
+        assert model.load(source) is model and same(model.state_dict(), donor.state_dict())
+
+
+def write(path, tensors):
+    save_file({name: value.detach().clone() for name, value in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hugging_faces_layout_loads_into_both_encoders(donor, dtype, tmp_path):
+    donor = donor.to(dtype)
+    state = huggingface_layout(donor)
+    for source in (state, write(tmp_path / "model.safetensors", state)):
+        model = VJEPA2(SMALL).load(source)
+        encoder = {name: value.float() for name, value in donor.target_encoder.state_dict().items()}
+        assert same(model.target_encoder.state_dict(), encoder) and same(model.context_encoder.state_dict(), encoder)
+        predictor = {name: value.float() for name, value in donor.predictor.state_dict().items()}
+        assert same(model.predictor.state_dict(), predictor)
+
+
+def test_its_own_state_dict_loads(donor):
+    prefixed = {f"module.{name}": value for name, value in donor.state_dict().items()}
+    assert same(VJEPA2(SMALL).load(prefixed).state_dict(), donor.state_dict())
+
+
+def test_both_layouts_hold_every_key_of_vit_large():
+    """Without values: all that is wrong with them is that they have none."""
+    model = meta(vjepa2.vit_large())
+    converted = checkpoints.from_huggingface(huggingface_layout(model))
+    assert len(huggingface_layout(model)) == 24 * 16 + 4 + 12 * 16 + 7
+    published = {"encoder": published_encoder(1024, 24, 4096), "predictor": published_predictor(1024)}
+    for part, wanted in {**published, "target_encoder": published["encoder"]}.items():
+        assert {name: tuple(value.shape) for name, value in converted[part].items()} == wanted
+    count = 2 * len(published["encoder"]) + len(published["predictor"])
+    for state in (meta_layout(model), huggingface_layout(model)):
+        with pytest.raises(ValueError) as error:
+            model.load(state)
+        assert str(error.value).startswith(
+            "VJEPA2: checkpoint must hold exactly the weights of this config, got encoder."
+        )
+        lines, _ = str(error.value).rsplit("; and ", 1)
+        assert lines.count(" is on the meta device") == 3 and f"; and {count - 3} more; " in str(error.value)
+
+
+def spoiled(kind, donor):
+    state, theirs = meta_layout(donor, "module."), huggingface_layout(donor)
+    weight = "encoder.layer.1.attention.key.weight"
+    if kind == "V-JEPA 1":
+        tokens = {f"module.mask_tokens.{i}": torch.zeros(1, 1, 32) for i in range(2)}
+        predictor = {k: v for k, v in state["predictor"].items() if "mask_tokens" not in k}
+        return {**state, "predictor": {**predictor, **tokens}}
+    if kind == "V-JEPA 2.1":
+        encoder = {k.replace("module.norm.", "module.norms_block.0."): v for k, v in state["encoder"].items()}
+        return {**state, "encoder": encoder}
+    if kind == "ViT-L":
+        return meta_layout(meta(vjepa2.vit_large()))
+    if kind == "no predictor":
+        return {k: v for k, v in state.items() if k != "predictor"}
+    if kind == "no key":
+        return {k: v for k, v in theirs.items() if k != weight}
+    if kind == "a key of another shape":
+        return {**theirs, weight: torch.ones(24, 48)}
+    if kind == "a key that is no tensor":
+        return {**theirs, weight: [1.0]}
+    if kind == "a key that is not finite":
+        return {**theirs, weight: torch.full((48, 48), torch.inf)}
+    if kind == "more mask tokens":
+        return {**theirs, "predictor.embeddings.mask_tokens": torch.zeros(4, 1, 1, 32)}
+    if kind == "flat mask tokens":
+        return {**theirs, "predictor.embeddings.mask_tokens": torch.zeros(96)}
+    assert kind == "a classifier"
+    return {**theirs, "classifier.weight": torch.zeros(3, 48)}
+
+
+FITS = "VJEPA2: checkpoint must hold exactly the weights of this config, got "
+OWN = "its encoder has embed_dim 48, depth 2, patch_size 8"
+
+
+@pytest.mark.parametrize(
+    "kind, message, remedy",
+    [
+        ("V-JEPA 1", FITS + "predictor.mask_tokens.2 is missing; ", OWN),
+        ("V-JEPA 2.1", FITS + "encoder.norm.weight is missing; ", "it seems to be of another model than V-JEPA 2"),
+        ("ViT-L", FITS + "encoder.blocks.2.norm1.weight is unknown; ", "its encoder seems to be of vit_large"),
+        (
+            "no predictor",
+            "VJEPA2: checkpoint must hold predictor, got batch_size, encoder, ",
+            "this model's state_dict()",
+        ),
+        ("no key", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
+        ("a key of another shape", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
+        ("a key that is no tensor", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
+        ("a key that is not finite", FITS + "encoder.blocks.1.attn.qkv.weight holds values that are not finite; ", OWN),
+        ("more mask tokens", FITS + "predictor.mask_tokens.3 is unknown; ", OWN),
+        ("flat mask tokens", FITS + "predictor.mask_tokens.0 is missing; ", OWN),
+        ("a classifier", FITS + "encoder.classifier.weight is unknown; ", OWN),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message, remedy):
+    model = VJEPA2(SMALL)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        model.load(spoiled(kind, donor))
+    assert str(error.value).startswith(message) and str(error.value).endswith(remedy)
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x02", b"\xff" * 40, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{x"]
+)
+def test_bytes_that_are_no_safetensors_are_refused(content, tmp_path):
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"bad\.safetensors must be a safetensors file of plain tensors, got: "):
+        VJEPA2(SMALL).load(path)
+
+
+def test_a_torn_file_is_refused(donor, tmp_path):
+    path = write(tmp_path / "torn.safetensors", huggingface_layout(donor))
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"torn\.safetensors must be a safetensors file of plain tensors, got: "):
+        VJEPA2(SMALL).load(path)
