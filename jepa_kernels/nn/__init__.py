@@ -1,11 +1,11 @@
 """Building blocks of the models, with the published parameter names. They call public ops and hold no dispatch."""
 
 from jepa_kernels.nn.attention import Attention
-from jepa_kernels.nn.block import MLP, Block
+from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.predictor import Predictor
 from jepa_kernels.nn.sigreg import SIGReg
 
-__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor", "SIGReg"]
+__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor", "SIGReg", "compile_blocks"]
