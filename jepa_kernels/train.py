@@ -32,7 +32,8 @@ from jepa_kernels.configs import Config, flat, read, same_run
 from jepa_kernels.data import PhotoCrops, extra, normalize
 from jepa_kernels.masks import MaskBatch, MultiBlock2d
 from jepa_kernels.models import checkpoints
-from jepa_kernels.models.ijepa import IJEPA, train_step
+from jepa_kernels.models.ijepa import IJEPA
+from jepa_kernels.models.jepa import train_step
 
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
@@ -14,7 +15,10 @@ PREFIXES = ("module.", "backbone.", "_orig_mod.")
 
 
 def read(model: str, source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
-    """A checkpoint given as a mapping, or as the path of a torch file (read with weights_only=True, on the CPU)."""
+    """A checkpoint given as a mapping, or as the path of a file, whose tensors are read to the CPU.
+
+    A torch file is read with weights_only=True; a name that ends in .safetensors tells the other format.
+    """
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
@@ -22,11 +26,14 @@ def read(model: str, source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapp
         fail(model, "checkpoint", "be a mapping of names or a path", found, "pass a state dict", TypeError)
     with open(source, "rb"):  # a missing or unreadable file raises its own OSError
         pass
+    kind = "safetensors" if os.fspath(source).endswith(".safetensors") else "torch"
     try:
+        if kind == "safetensors":
+            return load_file(source)
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader meets foreign bytes with errors of nearly every type
         why = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        text = f"{model}: {os.fspath(source)} must be a torch file of plain tensors, got: {why}; save it again"
+        text = f"{model}: {os.fspath(source)} must be a {kind} file of plain tensors, got: {why}; save it again"
         raise ValueError(text) from error
     if not isinstance(checkpoint, Mapping):
         fail(model, "checkpoint", "be a mapping of names", type(checkpoint).__name__, "pass a state dict", TypeError)
@@ -43,6 +50,63 @@ def strip(state: Mapping[str, Any]) -> dict[str, Any]:
         return name
 
     return {bare(name) if isinstance(name, str) else name: value for name, value in state.items()}
+
+
+# Of Hugging Face's VJEPA2: the beginning of a name in either network, and the published one.
+HUGGINGFACE = {
+    "encoder.embeddings.patch_embeddings.": "patch_embed.",
+    "encoder.layer.": "blocks.",
+    "encoder.layernorm.": "norm.",
+    "predictor.embeddings.predictor_embeddings.": "predictor_embed.",
+    "predictor.embeddings.mask_tokens": "mask_tokens",
+    "predictor.layer.": "predictor_blocks.",
+    "predictor.layernorm.": "predictor_norm.",
+    "predictor.proj.": "predictor_proj.",
+}
+
+
+def from_huggingface(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Hugging Face's VJEPA2 in the published layout, its one encoder in place of both. Other names stay, unknown."""
+    parts: dict[str, dict[str, Any]] = {"encoder": {}, "predictor": {}}
+    for name, value in state.items():
+        begin = next((begin for begin in HUGGINGFACE if isinstance(name, str) and name.startswith(begin)), None)
+        if begin is None:
+            parts["encoder"][name] = value
+        else:
+            own = HUGGINGFACE[begin] + name.removeprefix(begin).replace("attention.", "attn.", 1)
+            parts[begin.split(".")[0]][own] = value
+    parts = {part: _fused(values) for part, values in parts.items()}
+    tokens: Any = parts["predictor"].get("mask_tokens")
+    if _dense(tokens) and tokens.dim() == 4:
+        del parts["predictor"]["mask_tokens"]
+        parts["predictor"] |= {f"mask_tokens.{i}": token for i, token in enumerate(tokens)}
+    return {**parts, "target_encoder": parts["encoder"]}
+
+
+def _fused(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with queries, keys and values of each block stacked, where they are tensors that can be."""
+    found = dict(state)
+    for query in [name for name in state if isinstance(name, str) and ".attn.query." in name]:
+        names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        values: list[Any] = [state.get(name) for name in names]
+        if all(map(_dense, values)) and len({(v.shape, v.dtype, v.device) for v in values}) == 1:
+            stacked = torch.cat([found.pop(name) for name in names])
+            found[query.replace(".query.", ".qkv.")] = stacked
+    return found
+
+
+def _dense(value: Any) -> bool:
+    """A tensor whose rows can be taken and stacked."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided and value.dim() > 0
+
+
+def size_of(encoder: Mapping[str, Any], *, patch_dims: int) -> tuple[int, int, int] | None:
+    """(embed_dim, depth, patch_size) of the weights of an encoder of images (2) or videos (3); None if of neither."""
+    weight = encoder.get("patch_embed.proj.weight")
+    if not (isinstance(weight, Tensor) and weight.dim() == 2 + patch_dims):
+        return None
+    depth = len({name.split(".")[1] for name in map(str, encoder) if name.startswith("blocks.")})
+    return weight.shape[0], depth, weight.shape[-1]
 
 
 def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
