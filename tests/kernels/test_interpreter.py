@@ -104,3 +104,13 @@ def test_traffic_is_counted():
     TRAFFIC.clear()
     _cast_kernel[(2,)](torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16), N=64)
     assert TRAFFIC == {"read": 2 * 64 * 4, "written": 2 * 64 * 2}
+
+
+def test_what_a_scale_of_info_nce_gives_back_is_what_the_last_cut_takes():
+    """Numbers of every mantissa, cut off after 24 bits as tensor cores leave their sums."""
+    from jepa_kernels.ops.info_nce.triton_forward import LAST_CUT
+
+    exact = torch.rand(100_000, dtype=torch.float64).exp2()  # in [1, 2)
+    cut = (exact * 2**23).floor() / 2**23
+    assert ((exact - cut) / exact).mean().item() == pytest.approx(LAST_CUT.value, rel=0.02)
+    assert ((exact - cut * (1 + LAST_CUT.value)) / exact).mean().abs() < 0.02 * LAST_CUT.value
