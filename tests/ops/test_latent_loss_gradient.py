@@ -5,8 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
-
-TRITON = pytest.param("triton", marks=pytest.mark.interp)
+from tests.ops.test_latent_loss import TRITON, draw, value_and_grad
 
 
 @pytest.fixture(params=["reference", "cpu", TRITON])
@@ -17,11 +16,6 @@ def backend(request):
 @pytest.fixture(params=["cpu", TRITON])
 def kernel(request):
     return request.param
-
-
-def draw(masks=2, images=3, count=10, kept=4, channels=24):
-    ids = torch.stack([torch.randperm(count)[:kept].sort().values for _ in range(masks * images)])
-    return torch.randn(masks * images, kept, channels), torch.randn(images, count, channels), ids
 
 
 class Ops(TorchDispatchMode):
@@ -35,12 +29,6 @@ class Ops(TorchDispatchMode):
         if func.namespace == "jepa_kernels":
             self.names.append(func.__name__.split(".")[0])
         return func(*args, **(kwargs or {}))
-
-
-def value_and_grad(pred, *args, **kwargs):
-    pred = pred.detach().clone().requires_grad_()
-    loss = jk.latent_loss(pred, *args, **kwargs)
-    return loss.detach(), torch.autograd.grad(loss, pred)[0]
 
 
 def test_backward_twice_gives_the_same_gradient():

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
-
-TRITON = pytest.param("triton", marks=pytest.mark.interp)
+from tests.ops.test_latent_loss import TRITON, draw, value_and_grad
 
 
 @pytest.fixture(params=["reference", "cpu", TRITON])
@@ -20,17 +19,6 @@ def backend(request):
 @pytest.fixture(params=["cpu", TRITON])
 def kernel(request):
     return request.param
-
-
-def draw(masks=2, images=3, count=10, kept=4, channels=24):
-    ids = torch.stack([torch.randperm(count)[:kept].sort().values for _ in range(masks * images)])
-    return torch.randn(masks * images, kept, channels), torch.randn(images, count, channels), ids
-
-
-def value_and_grad(pred, *args, **kwargs):
-    pred = pred.detach().clone().requires_grad_()
-    loss = jk.latent_loss(pred, *args, **kwargs)
-    return loss.detach(), torch.autograd.grad(loss, pred)[0]
 
 
 def equal(a, b):
