@@ -419,7 +419,7 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     assert "command" not in kept and not {"host", "env"} & {*kept["machine"]} and "branch" not in kept["git"]
     tables = readme.tables(results)
     assert "| `ema_update` | vit_s16, forward | 1 ms | _foreach_lerp_ | 2 ms | **2.00 x** | 2.00 to 2.00 |" in tables
-    assert "ijepa vit_small_16_truncated: 1 ms a step of 4 images, 2.00 x against reference; 500 tokens/s" in tables
+    assert "ijepa vit_small_16_truncated: 1 ms a step, batch 4, 2.00 x against reference; 500 tokens/s" in tables
     assert "| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |" in tables
     assert tables.count("commit 0123456789") == 2
 
