@@ -190,11 +190,14 @@ class StepRun:
         chosen = workload.rivals if wanted is None else [n for n in workload.rivals + workload.named if n == wanted]
         found = {OURS: Stepper(self.ours(workload), self.inputs, nullcontext, workload.tuned)}
         for name in chosen:
-            model = self.published(workload) if name == "published" else self.model(workload)
+            if name == "published":
+                inputs = Inputs(workload, self.settings.device, self.dtype, cut=True)
+                found[name] = Stepper(self.published(workload), inputs, reference)
+                continue
+            model = self.model(workload)
             if name == "compile":  # block by block: a whole step would compile for minutes
                 compile_blocks(model, dynamic=False)
-            inputs = Inputs(workload, self.settings.device, self.dtype, cut=True) if name == "published" else self.inputs
-            found[name] = Stepper(model, inputs, sdpa if name in ("sdpa", "compile") else reference)
+            found[name] = Stepper(model, self.inputs, reference if name == "reference" else sdpa)
         return found
 
     def published(self, workload: Step) -> nn.Module:
