@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,11 @@ from benchmarks import machine, readme, report, rows, stats, step, targets, text
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_ijepa
+from benchmarks.models import bench_encoder, bench_ijepa, bench_vjepa2
+from benchmarks.models.published_vjepa2 import Published
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
+from jepa_kernels.masks import MultiBlock3d, Spec3d
 from jepa_kernels.models.ijepa import vit_tiny
 from jepa_kernels.ops import OPS
 from jepa_kernels.ops.gather_tokens import cases
@@ -239,11 +242,44 @@ def test_a_wrong_step_prints_no_number(monkeypatch):
         assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
 
 
-def test_step_flops_are_those_that_torch_counts():
-    run = tiny_step(True)
+def one_spec():
+    """Of equal lengths: the plain form of the predictor pads to the longest sequence, and torch counts that too."""
+    masks = MultiBlock3d(bench_vjepa2.grid_of(bench_vjepa2.SMALL), specs=(Spec3d(),), truncate=True)
+    workload = replace(bench_vjepa2.WORKLOADS[-1], masks=partial(masks, 2, step=0))
+    return step.StepRun("vjepa2", workload, "step", "float32", QUICK)
+
+
+@pytest.mark.parametrize("run", [partial(tiny_step, True), one_spec], ids=["ijepa", "vjepa2"])
+def test_step_flops_are_those_that_torch_counts(run):
+    run = run()
     with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         step.gradients(run.ours(run.workload), run.inputs.pixels, run.inputs.masks)
     assert run.common({})["flops"] == counter.get_total_flops()
+
+
+def video_step(packed):
+    workload = bench_vjepa2.workload("small", bench_vjepa2.SMALL, 2, packed=packed)
+    return step.StepRun("vjepa2", workload, "step", "float32", QUICK)
+
+
+def test_a_video_step_is_timed_against_the_published_form_of_the_same_loss(monkeypatch):
+    (found,) = video_step(packed=False).rows()
+    assert (found["baseline"], found["status"], found["kind"]) == ("published", "ok", "model")
+    assert found["tokens"] == found["baseline_tokens"] and rows.problems(document(found)) == []
+    honest = Published.compare
+    monkeypatch.setattr(Published, "compare", lambda *given: 1.01 * honest(*given))
+    (found,) = video_step(packed=False).rows()
+    assert found["status"] == "failed" and "the loss differs by 0.01 of it" in found["error"]
+
+
+def test_a_packed_video_step_shows_times_of_one_token_of_each_side():
+    run = video_step(packed=True)
+    steppers, times = run.steppers(), timing.Times({"ours": [2.0] * 3, "published": [3.0] * 3})
+    found = run.row(run.common({"pass": True}), "published", steppers, times, {})
+    assert found["tokens"] > found["baseline_tokens"] > 0, "truncation drops tokens"
+    assert found["ours_us"]["p50"] * found["tokens"] == pytest.approx(2e6)
+    assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
+    assert found["share_of_peak"] == pytest.approx(found["flops"] / 2.0 / 200e9)
 
 
 def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
