@@ -1,0 +1,1 @@
+"""Models of other libraries on the kernels: one instance at a time, verified, and undone to the last bit."""
