@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict, with_backward
+from benchmarks.measure import OURS, Interrupted, Settings, verdict, with_backward
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import Row, failed, key, repro, timed_row
 from jepa_kernels import testing
