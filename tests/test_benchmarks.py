@@ -22,8 +22,9 @@ from benchmarks import machine, readme, report, rows, stats, step, targets, text
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_ijepa, bench_vjepa2
+from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_vjepa2
 from benchmarks.models.published_vjepa2 import Published
+from benchmarks.patched import PatchedRun
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
 from jepa_kernels.masks import MultiBlock3d, Spec3d
@@ -291,6 +292,16 @@ def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
     assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
     assert found["share_of_peak"] == pytest.approx(run.workload.flops(run.lengths) / 2.0 / 200e9)
     assert rows.problems(document(found)) == [] and "_per_token/" in rows.key(found)
+
+
+def test_a_patched_model_is_timed_against_itself_unless_it_gives_other_numbers():
+    def wrong(model):
+        model.encoder.layernorm.weight.data.mul_(1.001)
+
+    smoke = bench_huggingface.WORKLOADS[-1]
+    for workload, status in ((smoke, "ok"), (replace(smoke, patch=wrong), "failed")):
+        (found,) = PatchedRun("huggingface", workload, "forward", "float32", QUICK).rows()
+        assert (found["baseline"], found["status"]) == ("unpatched", status) and rows.problems(document(found)) == []
 
 
 @pytest.mark.parametrize("expected, status", [((1, 2), "ok"), ((2, 1), "failed")])
