@@ -59,7 +59,7 @@ class JEPA(nn.Module):
         """
         name = type(self).__name__
         state = checkpoints.strip(checkpoints.read(name, source))
-        if "context_encoder.norm.weight" in state:
+        if "context_encoder.patch_embed.proj.weight" in state:
             checkpoints.load(name, {"model": (self, state)}, lambda: "pass weights of this model")
         else:
             parts = self._published(state)

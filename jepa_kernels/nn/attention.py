@@ -1,5 +1,7 @@
 """Multi-head attention."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,14 +25,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
-        """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
-        return self.attend(self.qkv(x), packing, rope)
+    def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None, **sight: Any) -> Tensor:
+        """x [B, N, E], or packed [T, E] with `packing` -> the same shape.
 
-    def attend(self, qkv: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
+        sight: frame_size and key_ranges of `masked_attention`, which keys a token sees; without: all.
+        """
+        return self.attend(self.qkv(x), packing, rope, **sight)
+
+    def attend(self, qkv: Tensor, packing: Packing | None = None, rope: Rope | None = None, **sight: Any) -> Tensor:
         """What follows the first product: qkv [..., 3 E] -> [..., E]."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self._project(jk.masked_attention_qkv(qkv, packing, rope=rope), packing)
+        return self._project(jk.masked_attention_qkv(qkv, packing, rope=rope, **sight), packing)
 
     def cross(
         self,
