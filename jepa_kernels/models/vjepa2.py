@@ -8,7 +8,7 @@ semantics are those of the published code.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import Masks
-from jepa_kernels.models import checkpoints
+from jepa_kernels.models import layouts
 from jepa_kernels.models.jepa import JEPA, AnyMasks
 from jepa_kernels.nn import Block, Encoder, Predictor
-
-TABLES = ("pos_embed", "predictor_pos_embed")  # some published files hold these, which rotary positions replace
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class VJEPA2(JEPA):
     the kept patches, at the cost of these alone; `model(clips, masks)` predictions.
     """
 
-    published_name, inputs = "V-JEPA 2", "clips"
+    published_name, inputs, sizes, huggingface = "V-JEPA 2", "clips", SIZES, layouts.VJEPA2
 
     def __init__(self, config: VJEPA2Config | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         c = VJEPA2Config() if config is None else config
@@ -146,26 +144,6 @@ class VJEPA2(JEPA):
         m, norm = self._masks(targets, masks), self.target_encoder.norm
         affine = norm.weight, norm.bias, norm.eps
         return jk.latent_loss(predicted, targets, m.target_ids, packing=m.target_packing, kind="l1", norm=affine)
-
-    def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
-        """Meta's layout, or Hugging Face's, whose one encoder both encoders start from."""
-        if any(str(name).startswith("encoder.layer.") for name in state):
-            state = checkpoints.from_huggingface(state)
-        parts = super()._published(state)
-        return {
-            part: (module, {name: value for name, value in given.items() if name not in TABLES})
-            for part, (module, given) in parts.items()
-        }
-
-    def _remedy(self, encoder: Mapping[str, Any]) -> str:
-        found = checkpoints.size_of(encoder, patch_dims=3)
-        if found is None or "norm.weight" not in encoder:
-            return "it seems to be of another model than V-JEPA 2"
-        for name, size in SIZES.items():
-            c = size()
-            if (c.embed_dim, c.depth, c.patch_size) == found:
-                return f"its encoder seems to be of {name}"
-        return "its encoder has embed_dim {}, depth {}, patch_size {}".format(*found)
 
     def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
         rows = context_ids.shape[0], target_ids.shape[0]
