@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import Masks
-from jepa_kernels.models import checkpoints
 from jepa_kernels.models.jepa import JEPA
 from jepa_kernels.packing import Packing
 
@@ -27,7 +23,6 @@ class VideoJEPA(JEPA):
     """
 
     inputs = "clips"
-    sizes: ClassVar[Mapping[str, Callable[..., Any]]]
     grid: tuple[int, int, int]
 
     @torch.no_grad()
@@ -65,17 +60,6 @@ class VideoJEPA(JEPA):
             levels=encoder.levels or 1,
             weight=weight,
         )
-
-    def _remedy(self, encoder: Mapping[str, Any]) -> str:
-        own = self.context_encoder.state_dict()
-        found = checkpoints.size_of(encoder, patch_dims=3)
-        if found is None or any((name in own) != (name in encoder) for name in ("norm.weight", "pos_embed")):
-            return f"it seems to be of another model than {self.published_name}"
-        for name, size in self.sizes.items():
-            c = size()
-            if (c.embed_dim, c.depth, c.patch_size) == found:
-                return f"its encoder seems to be of {name}"
-        return "its encoder has embed_dim {}, depth {}, patch_size {}".format(*found)
 
     def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
         rows = context_ids.shape[0], target_ids.shape[0]

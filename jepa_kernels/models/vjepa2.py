@@ -7,22 +7,20 @@ semantics are those of the published code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.models import checkpoints
+from jepa_kernels.models import layouts
 from jepa_kernels.models.jepa import AnyMasks
 from jepa_kernels.models.video import VideoJEPA
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.nn.block import rescale_blocks
-
-TABLES = ("pos_embed", "predictor_pos_embed")  # some published files hold these, which rotary positions replace
 
 
 @dataclass(frozen=True)
@@ -123,6 +121,7 @@ class VJEPA2(VideoJEPA):
     """
 
     published_name, sizes = "V-JEPA 2", SIZES
+    huggingface: ClassVar[layouts.Layout | None] = layouts.VJEPA2
 
     def __init__(self, config: VJEPA2Config | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         c = VJEPA2Config() if config is None else config
@@ -207,13 +206,3 @@ class VJEPA2(VideoJEPA):
         loss = self._distance(predicted.target, targets, m.target_ids, m.target_packing)
         given = predicted.context, targets, m.context_ids, m.context_packing
         return loss + self.context_weight * self._distance(*given, weight=predicted.weight)
-
-    def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
-        """Meta's layout, or Hugging Face's, whose one encoder both encoders start from."""
-        if any(str(name).startswith("encoder.layer.") for name in state):
-            state = checkpoints.from_huggingface(state)
-        parts = super()._published(state)
-        return {
-            part: (module, {name: value for name, value in given.items() if name not in TABLES})
-            for part, (module, given) in parts.items()
-        }

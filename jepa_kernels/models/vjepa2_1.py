@@ -1,4 +1,4 @@
-"""V-JEPA 2.1: the published sizes of `vjepa2.VJEPA2` with dense features.
+"""V-JEPA 2.1: `vjepa2.VJEPA2` with the options of dense features, and the published sizes.
 
 Source: V-JEPA 2.1 (arXiv:2603.14482). Its encoder has norms after each quarter of the blocks and patches of its own for
 images; positions are true rotations, spread over a fixed grid at every resolution; the loss also asks for the
@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from jepa_kernels.models.vjepa2 import VJEPA2Config
+import torch
+
+from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 
 TEACHER = 1664  # the width of ViT-G
 
@@ -50,3 +52,12 @@ def _dense(**sizes: Any) -> VJEPA2Config:
 SIZES: dict[str, Callable[..., VJEPA2Config]] = {
     f.__name__: f for f in (vit_base, vit_large, vit_giant_xformers, vit_gigantic_xformers)
 }
+
+
+class VJEPA2_1(VJEPA2):
+    """`VJEPA2` of the sizes of this file, whose checkpoints it loads; ViT-L unless given."""
+
+    published_name, sizes, huggingface = "V-JEPA 2.1", SIZES, None
+
+    def __init__(self, config: VJEPA2Config | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
+        super().__init__(vit_large() if config is None else config, shadow_dtype=shadow_dtype)
