@@ -101,7 +101,7 @@ def test_huggingfaces_probe_with_the_same_weights_and_eps_is_the_same():
     from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2AttentivePooler
 
     sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_pooler_layers=3, layer_norm_eps=1e-5)
-    theirs = far_from_its_start(VJEPA2AttentivePooler(VJEPA2Config(**sizes, attn_implementation="eager"))).double()
+    theirs = far_from_its_start(VJEPA2AttentivePooler(VJEPA2Config(**sizes, attn_implementation="sdpa"))).double()
     ours = AttentivePooler(WIDTH, HEADS, depth=4).double()
     ours.load_state_dict(renamed(theirs.state_dict()))
     x = torch.randn(2, 11, WIDTH, dtype=torch.float64)

@@ -42,7 +42,8 @@ def places(ids, grid, spread):
     found = [place(n, grid) for n in ids.tolist()]
     if spread is None:
         return found
-    return [(t, h * (spread - 1) / (grid[1] - 1), w * (spread - 1) / (grid[2] - 1)) for t, h, w in found]
+    last_row, last_column = (max(n - 1, 1) for n in grid[1:])
+    return [(t, h * (spread - 1) / last_row, w * (spread - 1) / last_column) for t, h, w in found]
 
 
 def levels(x, ids, grid, p, blocks, depth, heads, c, spread=None, causal=False):
