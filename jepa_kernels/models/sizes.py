@@ -86,7 +86,7 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
         remedy = f"pass {' and '.join(unknown)}, which shapes do not tell"
         fail(model, "checkpoint", "be of a published size", describe(sizes, size), remedy)
     given: dict[str, Any] = {field.name: size[field.name] for field in fields(config) if field.name in size}
-    if int(size["embed_dim"] * config.mlp_ratio) != size.get("hidden"):
+    if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
         given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
     given |= _crop(replace(config, **given), size)
     return replace(config, **{**given, **changes})
