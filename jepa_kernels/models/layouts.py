@@ -161,28 +161,24 @@ TIMM_POOLED = Layout(
     begins=(("fc_norm.", "encoder.norm."), ("head.", "classifier.linear.")),
 )
 BARE = Layout("the layout of timm, or of one encoder", mark=("blocks.",), begins=TIMM_POOLED.begins[1:])
-PROBE = Layout(
-    "the layout of one probe",
-    mark=("pooler.",),
-    begins=(("pooler.", "classifier.pooler."), ("linear.", "classifier.linear.")),
-)
+PROBE = Layout("the layout of one probe", mark=("pooler.",), begins=(("", "classifier."),))
 LAYOUTS = (OWN, IJEPA_OLD, VJEPA2, META, IJEPA, TIMM_POOLED, BARE, PROBE)
 
 
-def recognise(model: str, state: Mapping[Any, Any]) -> Checkpoint:
+def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkpoint:
     """The tensors of a file in any published layout, by network, in Meta's names.
 
     Names lose the parts that wrappers put into them; queries, keys and values apart are stacked, mask tokens in one
-    tensor are listed. What does not fit that is left as it is, for the model to refuse. Raises ValueError for a layout
-    that is not known, and for two tensors of one name.
+    tensor are listed. What does not fit that is left as it is, for the model to refuse. probe: which of several.
+    Raises ValueError for a layout that is not known, and for two tensors of one name.
     """
+    state, ignored = _one_probe(state, probe)
     nested = {name: own for name in NETWORKS if isinstance(own := state.get(name), Mapping)}
     if nested:
-        layout, ignored = META, {str(name): "no weights of a network" for name in state if name not in nested}
-        flat = {f"{network}.{name}": value for network, own in nested.items() for name, value in own.items()}
-        flat = _rename(model, flat, bare)
-    else:
-        flat, ignored = _rename(model, state, bare), {}
+        layout, ignored = META, ignored | {str(n): "no weights of a network" for n in state if n not in nested}
+        state = {f"{network}.{name}": value for network, own in nested.items() for name, value in own.items()}
+    flat = _rename(model, state, bare)
+    if not nested:
         known = (layout for layout in LAYOUTS if any(name.startswith(layout.mark) for name in flat))
         layout = next(known, None) or _unknown(model, flat)
     networks: dict[str, dict[str, Any]] = {}
@@ -194,6 +190,16 @@ def recognise(model: str, state: Mapping[Any, Any]) -> Checkpoint:
             ignored["target_encoder"] = "ema_encoder takes its place"
         networks["target_encoder"] = networks.pop("ema_encoder")
     return Checkpoint(layout, networks, ignored)
+
+
+def _one_probe(state: Mapping[Any, Any], probe: int) -> tuple[Mapping[Any, Any], dict[str, str]]:
+    """V-JEPA 2's files of probes hold a list, `classifiers`, of one for each setting: the one as `classifier`."""
+    probes = state.get("classifiers")
+    if not isinstance(probes, list) or not 0 <= probe < len(probes):
+        return state, {}
+    rest = {name: value for name, value in state.items() if name != "classifiers"}
+    others = {f"classifiers[{i}]": "another probe" for i in range(len(probes)) if i != probe}
+    return {**rest, "classifier": probes[probe]}, others
 
 
 def bare(name: Any) -> str:

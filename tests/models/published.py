@@ -98,3 +98,24 @@ def timm(width, depth, hidden, kernel, table, norm="norm", classes=None):
     found = affine("patch_embed.proj", width, 3, *kernel) | affine(norm, width) | {"pos_embed": (1, table, width)}
     found |= {} if classes is None else affine("head", classes, width)
     return found | blocks("blocks", depth, META, width, hidden)
+
+
+def modalities(width):
+    return {"img_mod_embed": (1, 1, width), "video_mod_embed": (1, 1, width)}
+
+
+def meta_encoder_2_1(width, depth, hidden):
+    found = affine("patch_embed.proj", width, 3, 2, 16, 16) | affine("patch_embed_img.proj", width, 3, 1, 16, 16)
+    for i in range(4):
+        found |= affine(f"norms_block.{i}", width)
+    return found | modalities(width) | blocks("blocks", depth, META, width, hidden)
+
+
+def meta_predictor_2_1(width, depth, levels, out, own=384):
+    found = affine("predictor_embed", own, width)
+    if levels > 1:
+        found = affine("predictor_embed.0", width, levels * width) | affine("predictor_embed.2", own, width)
+    found |= affine("predictor_norm", own) | modalities(own)
+    found |= affine("predictor_proj", out, own) | affine("predictor_proj_context", out, own)
+    found |= {f"mask_tokens.{i}": (1, 1, own) for i in range(8)}
+    return found | blocks("predictor_blocks", depth, META, own, 4 * own)

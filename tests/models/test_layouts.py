@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from jepa_kernels.models import layouts
+from jepa_kernels.models import layouts, sizes, vjepa, vjepa2_1
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from tests.models import published
@@ -59,6 +59,51 @@ def test_metas_models_with_tables(size, tokens, prefix):
         "predictor": published.meta_predictor(widths[0], 12, tokens, table=table),
     }
     assert found({name: prefixed(prefix, shaped(own)) for name, own in parts.items()})[1] == parts
+
+
+VJEPA = {  # of the encoder: width, depth, hidden width, patches
+    "vit_large": (1024, 24, 4096, 1568),
+    "vit_huge": (1280, 32, 5120, 1568),
+    "vit_huge_384": (1280, 32, 5120, 4608),
+}
+VJEPA2_1 = {  # of the encoder: width, depth, hidden width; of the predictor: depth, levels, width of what it predicts
+    "vit_base": (768, 12, 3072, 12, 1, 1664),
+    "vit_large": (1024, 24, 4096, 12, 1, 1664),
+    "vit_giant_xformers": (1408, 40, 6144, 24, 4, 4 * 1408),
+    "vit_gigantic_xformers": (1664, 48, 8192, 24, 4, 4 * 1664),
+}
+
+
+def test_all_sizes_are_tested():
+    assert VJEPA.keys() == vjepa.SIZES.keys() and VJEPA2_1.keys() == vjepa2_1.SIZES.keys()
+
+
+def told(module, kind, networks, config):
+    """Meta's file of these shapes is of this kind, and tells this config, whose model has just these tensors."""
+    wrapped = {part: prefixed("module.backbone.", shaped(own)) for part, own in networks.items()}
+    checkpoint, given = found(wrapped)
+    assert given == networks and sizes.model_of(checkpoint.networks) == kind.published_name
+    assert sizes.config_for("test", module.SIZES, checkpoint.networks, {}) == config
+    with torch.device("meta"):
+        model = kind(config)
+    own = {"target_encoder": model.target_encoder, "predictor": model.predictor}
+    assert {part: shapes(network.state_dict()) for part, network in own.items()} == networks
+
+
+@pytest.mark.parametrize("name", VJEPA)
+def test_metas_vjepa_and_the_config_that_its_shapes_tell(name):
+    width, depth, hidden, table = VJEPA[name]
+    encoder = published.meta_encoder(width, depth, hidden, VIDEO, table)
+    networks = {"target_encoder": encoder, "predictor": published.meta_predictor(width, 12, 2, table=table)}
+    told(vjepa, vjepa.VJEPA, networks, vjepa.SIZES[name]())
+
+
+@pytest.mark.parametrize("name", VJEPA2_1)
+def test_metas_vjepa2_1_and_the_config_that_its_shapes_tell(name):
+    width, depth, hidden, *predictor = VJEPA2_1[name]
+    encoder = published.meta_encoder_2_1(width, depth, hidden)
+    networks = {"target_encoder": encoder, "predictor": published.meta_predictor_2_1(width, *predictor)}
+    told(vjepa2_1, vjepa2_1.VJEPA2_1, networks, vjepa2_1.SIZES[name]())
 
 
 def test_the_average_of_a_distilled_model_is_the_target_encoder():
