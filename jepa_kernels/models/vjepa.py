@@ -119,7 +119,8 @@ class VJEPA(VideoJEPA):
         loss = self._distance(predicted, targets, m.target_ids, m.target_packing, power=c.loss_exp)
         if c.reg_coeff == 0 or m.batch == 0:
             return loss
-        spread = _spread(predicted.float(), m.target_packing).unflatten(0, (-1, m.batch)).mean(0)
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        spread = _spread(predicted, m.target_packing).unflatten(0, (-1, m.batch)).mean(0)
         return loss + c.reg_coeff * (1 - spread).relu().mean()
 
 

@@ -65,7 +65,7 @@ class AttentivePooler(nn.Module):
     cross_first: the queries look first, and the blocks follow on them alone; with it comes the unused layer of
         `CrossAttention` (V-JEPA).
     Parameter names and the start are those of the published code.
-    Source: V-JEPA (arXiv:2404.08471) section 4; V-JEPA 2 (arXiv:2506.09985) section 5.
+    Source: V-JEPA (arXiv:2404.08471), attentive probing; V-JEPA 2 (arXiv:2506.09985), its probes.
     """
 
     def __init__(
