@@ -8,58 +8,11 @@ import torch
 
 from jepa_kernels.models import ijepa
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from tests.models import published
 
 SMALL = IJEPAConfig(
     crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2
 )
-BLOCK = {  # name: shape for width D and hidden width M
-    "norm1.weight": "D",
-    "norm1.bias": "D",
-    "attn.qkv.weight": "3D D",
-    "attn.qkv.bias": "3D",
-    "attn.proj.weight": "D D",
-    "attn.proj.bias": "D",
-    "norm2.weight": "D",
-    "norm2.bias": "D",
-    "mlp.fc1.weight": "M D",
-    "mlp.fc1.bias": "M",
-    "mlp.fc2.weight": "D M",
-    "mlp.fc2.bias": "D",
-}
-
-
-def block(prefix, width, hidden):
-    sizes = {"D": width, "3D": 3 * width, "M": hidden}
-    return {f"{prefix}.{name}": tuple(sizes[s] for s in shape.split()) for name, shape in BLOCK.items()}
-
-
-def published_encoder(width, depth, hidden, patch, tokens):
-    shapes = {
-        "pos_embed": (1, tokens, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for i in range(depth):
-        shapes |= block(f"blocks.{i}", width, hidden)
-    return shapes
-
-
-def published_predictor(width, depth, tokens, own=384):
-    shapes = {
-        "predictor_embed.weight": (own, width),
-        "predictor_embed.bias": (own,),
-        "mask_token": (1, 1, own),
-        "predictor_pos_embed": (1, tokens, own),
-        "predictor_norm.weight": (own,),
-        "predictor_norm.bias": (own,),
-        "predictor_proj.weight": (width, own),
-        "predictor_proj.bias": (width,),
-    }
-    for i in range(depth):
-        shapes |= block(f"predictor_blocks.{i}", own, 4 * own)
-    return shapes
 
 
 def shapes(module):
@@ -87,9 +40,9 @@ def test_names_and_shapes_are_the_published_ones(name):
     width, depth, hidden, patch, tokens, predictor_depth = SIZES[name]
     with torch.device("meta"):
         model = IJEPA(ijepa.SIZES[name]())
-    assert shapes(model.context_encoder) == published_encoder(width, depth, hidden, patch, tokens)
+    assert shapes(model.context_encoder) == published.meta_encoder(width, depth, hidden, (patch, patch), tokens)
     assert shapes(model.target_encoder) == shapes(model.context_encoder)
-    assert shapes(model.predictor) == published_predictor(width, predictor_depth, tokens)
+    assert shapes(model.predictor) == published.meta_predictor(width, predictor_depth, None, table=tokens)
     blocks = *model.context_encoder.blocks, *model.predictor.predictor_blocks
     assert {b.attn.num_heads for b in blocks} == {HEADS.get(name, 16)}
 
@@ -131,7 +84,7 @@ def test_position_tables_hold_the_column_first():
     torch.testing.assert_close(table[:, 2, 24:].double(), expected, rtol=0, atol=1e-7)
 
 
-def published(model, prefix="module."):
+def meta_layout(model, prefix="module."):
     parts = {"encoder": model.context_encoder, "predictor": model.predictor, "target_encoder": model.target_encoder}
     state = {name: {prefix + k: v for k, v in part.state_dict().items()} for name, part in parts.items()}
     return {
@@ -158,10 +111,14 @@ def donor():
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])
 def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
-    torch.save(published(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
+    torch.save(meta_layout(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
     from_file, from_memory = IJEPA(SMALL), IJEPA(SMALL)
-    assert from_file.load(tmp_path / "jepa-ep300.pth.tar") is from_file
-    from_memory.load(published(donor, prefix))
+    reports = from_file.load(tmp_path / "jepa-ep300.pth.tar"), from_memory.load(meta_layout(donor, prefix))
+    for report in reports:
+        assert report.layout == "Meta's layout" and not report.missing
+        assert len(report.loaded) == len(donor.state_dict())
+        names = ("opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
+        assert report.ignored == dict.fromkeys(names, "no weights of a network")
     for model in (from_file, from_memory):
         assert all(torch.equal(v, donor.state_dict()[k]) for k, v in model.state_dict().items())
         assert not any(p.requires_grad for p in model.target_encoder.parameters())
@@ -169,7 +126,9 @@ def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_its_own_state_dict_loads(donor, prefix):
-    model = IJEPA(SMALL).load({prefix + name: value for name, value in donor.state_dict().items()})
+    model = IJEPA(SMALL)
+    report = model.load({prefix + name: value for name, value in donor.state_dict().items()})
+    assert report.layout == "its own state dict" and len(report.loaded) == len(donor.state_dict())
     assert all(torch.equal(value, donor.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -179,6 +138,9 @@ def without(state, part, name):
 
 def replaced(state, part, name, value):
     return {**state, part: {**state[part], name: value}}
+
+
+CONVOLUTION = "module.patch_embed.proj.weight"
 
 
 def spoiled(kind, state):
@@ -211,11 +173,19 @@ def spoiled(kind, state):
         return replaced(state, "encoder", "module.pos_embed", [0.0])
     if kind == "flat positions":
         return replaced(state, "encoder", "module.pos_embed", torch.ones(16 * 48))
-    if kind == "no predictor":
-        return {k: v for k, v in state.items() if k != "predictor"}
+    if kind == "no encoder":
+        return {"predictor": state["predictor"], "epoch": 3}
+    if kind == "clips":
+        weight = torch.ones(48, 3, 2, 8, 8)
+        return replaced(replaced(state, "encoder", CONVOLUTION, weight), "target_encoder", CONVOLUTION, weight)
+    if kind == "no convolution":
+        names = ("encoder", "target_encoder")
+        return {
+            n: without(state, n, "module.patch_embed.proj.weight")[n] if n in names else v for n, v in state.items()
+        }
     assert kind == "vit_tiny"
     with torch.device("meta"):
-        return published(IJEPA(ijepa.vit_tiny()))
+        return meta_layout(IJEPA(ijepa.vit_tiny()))
 
 
 FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
@@ -229,29 +199,39 @@ FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
         ("another shape", FITS + "target_encoder.norm.weight has shape (64,), the model (48,); "),
         ("not finite", FITS + "encoder.norm.bias holds values that are not finite; "),
         ("not a tensor", FITS + "encoder.norm.bias is a list; "),
-        ("an int for a name", FITS + "encoder.3 is unknown; it has embed_dim 48, depth 2, patch_size 8, 16 patches"),
+        (
+            "an int for a name",
+            FITS + "encoder.3 is unknown; its size seems to be embed_dim 48, depth 2, patch_size 8 with 16 patches",
+        ),
         ("complex", FITS + "encoder.norm.bias is of dtype complex64; "),
         ("integers", FITS + "encoder.norm.bias is of dtype int64; "),
         ("too large for float32", FITS + "encoder.norm.bias holds values that are not finite; "),
         ("sparse", FITS + "encoder.norm.bias is no dense tensor; "),
         ("no values", FITS + "encoder.norm.bias is on the meta device; "),
-        ("a list of positions", FITS + "encoder.pos_embed is a list; it seems to be of another model than I-JEPA"),
-        ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); it seems to be of anot"),
+        (
+            "a list of positions",
+            FITS + "encoder.pos_embed is a list; its size seems to be embed_dim 48",
+        ),
+        ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); its size seems to be e"),
         ("vit_tiny", FITS + "encoder.blocks.2.norm1.weight is unknown; "),
-        ("no predictor", "IJEPA: checkpoint must hold predictor, got batch_size, encoder, epoch, "),
+        ("clips", "IJEPA: checkpoint must be of I-JEPA, got one of V-JEPA 2, embed_dim 48, depth 2, patch_size 8 with"),
+        ("no convolution", FITS + "encoder.patch_embed.proj.weight is missing; target_encoder.patch_embed.proj.weight"),
+        ("no encoder", "IJEPA: checkpoint must hold encoder, target_encoder, got epoch, predictor; "),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message):
     model = IJEPA(SMALL)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError) as error:
-        model.load(spoiled(kind, published(donor)))
+        model.load(spoiled(kind, meta_layout(donor)))
     assert str(error.value).startswith(message)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if kind == "vit_tiny":
-        assert str(error.value).endswith("it seems to be of vit_tiny with 196 patches")
-    if kind == "no predictor":
-        assert str(error.value).endswith("pass a file of the published I-JEPA layout or this model's state_dict()")
+        assert str(error.value).endswith("; its size seems to be vit_tiny with 196 patches")
+    if kind == "no convolution":
+        assert str(error.value).endswith("; it seems to be of another model than I-JEPA")
+    if kind == "no encoder":
+        assert str(error.value).endswith("; pass a published file of I-JEPA or this model's state_dict()")
 
 
 class Foreign:
@@ -277,7 +257,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
 def test_names_that_are_no_text_are_refused_in_its_own_state_dict(donor, name):
     with pytest.raises(ValueError) as error:
         IJEPA(SMALL).load({**donor.state_dict(), name: torch.ones(2)})
-    assert str(error.value) == f"{FITS}model.{name} is unknown; pass weights of this model"
+    assert str(error.value).startswith(f"{FITS}encoder.{name} is unknown; ")
 
 
 def test_a_source_that_is_neither_mapping_nor_path_is_refused():
@@ -303,7 +283,7 @@ def test_any_bytes_are_refused_with_the_message(tmp_path):
 
 def test_a_torn_file_is_refused(donor, tmp_path):
     path = tmp_path / "torn.pt"
-    torch.save(published(donor), path)
+    torch.save(meta_layout(donor), path)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ValueError, match=r"torn\.pt must be a torch file of plain tensors, got: "):
         IJEPA(SMALL).load(path)

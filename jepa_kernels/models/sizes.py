@@ -1,0 +1,139 @@
+"""What the shapes of a checkpoint tell: which model it is of, of which size, and the config that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from jepa_kernels._core.check import fail
+from jepa_kernels.models.layouts import ENCODERS
+
+Networks = Mapping[str, Mapping[str, Any]]
+Sizes = Mapping[str, Callable[..., Any]]
+
+
+def model_of(networks: Networks) -> str | None:
+    """The published model that names and shapes of an encoder, and of a predictor if there is one, are those of.
+
+    Encoders of V-JEPA and V-JEPA 2 have the same, but for a table of positions that files of the latter may hold too:
+    the predictor tells them apart, and without it none is named.
+    """
+    encoder, predictor = _encoder(networks), networks.get("predictor", {})
+    weight = shape_of(encoder, "patch_embed.proj.weight")
+    if len(weight) == 4:
+        return "I-JEPA"
+    if len(weight) != 5:
+        return None
+    if any(name.startswith("norms_block.") for network in ENCODERS for name in networks.get(network, ())):
+        return "V-JEPA 2.1"
+    if "action_encoder.weight" in predictor:
+        return "V-JEPA 2-AC"
+    if not predictor:
+        return None
+    first = "predictor_pos_embed" in predictor and count(predictor, "mask_tokens.") == 2
+    return "V-JEPA" if first else "V-JEPA 2"
+
+
+def size_of(networks: Networks) -> dict[str, Any]:
+    """{field of a config: its value} as far as shapes tell; `hidden` is the width of the encoder's MLP."""
+    encoder, predictor = _encoder(networks), networks.get("predictor", {})
+    weight, own = shape_of(encoder, "patch_embed.proj.weight"), shape_of(predictor, "predictor_norm.weight")
+    found: dict[str, Any] = {"depth": count(encoder, "blocks.")}
+    if len(weight) in (4, 5):
+        found |= {"embed_dim": weight[0], "in_chans": weight[1], "patch_size": weight[-1]}
+    if len(weight) == 5:
+        found["tubelet_size"] = weight[2]
+    if hidden := shape_of(encoder, "blocks.0.mlp.fc1.weight"):
+        found["hidden"] = hidden[0]
+    if len(table := shape_of(encoder, "pos_embed")) == 3:
+        found["patches"] = table[1]
+    if own:
+        found |= {"predictor_embed_dim": own[0], "predictor_depth": count(predictor, "predictor_blocks.")}
+    if tokens := count(predictor, "mask_tokens."):
+        found["num_mask_tokens"] = tokens
+    if count(encoder, "norms_block."):
+        found |= _options(encoder, predictor)
+    return found
+
+
+def _options(encoder: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of V-JEPA 2.1; of the predictor where there is one."""
+    found: dict[str, Any] = {
+        "image_tokenizer": "patch_embed_img.proj.weight" in encoder,
+        "modality_embedding": "img_mod_embed" in encoder,
+    }
+    width, out = shape_of(encoder, "patch_embed.proj.bias"), shape_of(predictor, "predictor_proj.bias")
+    if width and out:
+        context = shape_of(predictor, "predictor_embed.0.weight") or (0, *width)
+        levels = context[1] // width[0]
+        own = out[0] == levels * width[0]
+        found |= {"levels": levels, "teacher_embed_dim": None if own else out[0]}
+        found["predict_all"] = "predictor_proj_context.weight" in predictor
+    return found
+
+
+def describe(sizes: Sizes, size: Mapping[str, Any]) -> str:
+    """The name of a published size, or numbers."""
+    named = [name for name in _alike(sizes, size) if sizes[name]().patch_size == size["patch_size"]]
+    numbers = ", ".join(f"{f} {size[f]}" for f in ("embed_dim", "depth", "patch_size") if f in size)
+    patches = f" with {size['patches']} patches" if "patches" in size else ""
+    return (named[0] if named else numbers) + patches
+
+
+def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[str, Any]) -> Any:
+    """The config of the networks in a checkpoint, with `changes`.
+
+    Shapes do not tell the heads: they are those of the published size of the same widths and depth. Raises ValueError
+    where there is none and `changes` does not give them.
+    """
+    size = size_of(networks)
+    if "embed_dim" not in size:
+        fail(model, "checkpoint", "hold an encoder", "no patch_embed.proj.weight", "pass a published file")
+    alike = _alike(sizes, size)
+    config = sizes[alike[0]]() if alike else next(iter(sizes.values()))()
+    unknown = [] if alike else ["num_heads"]
+    if hasattr(config, "predictor_num_heads") and size.get("predictor_embed_dim", config.predictor_embed_dim) != (
+        config.predictor_embed_dim
+    ):
+        unknown.append("predictor_num_heads")
+    if unknown and not changes.keys() >= set(unknown):
+        remedy = f"pass {' and '.join(unknown)}, which shapes do not tell"
+        fail(model, "checkpoint", "be of a published size", describe(sizes, size), remedy)
+    given: dict[str, Any] = {field.name: size[field.name] for field in fields(config) if field.name in size}
+    if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
+        given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
+    given |= _crop(replace(config, **given), size)
+    return replace(config, **{**given, **changes})
+
+
+def _crop(config: Any, size: Mapping[str, Any]) -> dict[str, int]:
+    """The sides of square pixels that a table of positions is of, where the config's are others."""
+    if "patches" not in size:
+        return {}
+    frames = config.num_frames // config.tubelet_size if hasattr(config, "num_frames") else 1
+    side = isqrt(size["patches"] // frames)
+    return {"crop_size": side * config.patch_size} if side * side * frames == size["patches"] else {}
+
+
+def _alike(sizes: Sizes, size: Mapping[str, Any]) -> list[str]:
+    """The published sizes of this width and depth, those of its patches first."""
+    known = {name: make() for name, make in sizes.items()}
+    alike = [n for n, c in known.items() if (c.embed_dim, c.depth) == (size.get("embed_dim"), size["depth"])]
+    return sorted(alike, key=lambda name: known[name].patch_size != size["patch_size"])
+
+
+def _encoder(networks: Networks) -> Mapping[str, Any]:
+    return networks.get("target_encoder") or networks.get("encoder") or {}
+
+
+def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = state.get(name)
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def count(state: Mapping[str, Any], begin: str) -> int:
+    return len({name.removeprefix(begin).split(".")[0] for name in state if name.startswith(begin)})
