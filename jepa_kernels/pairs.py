@@ -22,11 +22,13 @@ class Pairs:
     packing: one sequence for each target, in the targets' order.
     source: int64 [T], which row of [all contexts; all targets] stands at each row of these sequences.
     target_rows: int64 [T target], the row of every target token; rising.
+    context_rows: int64, likewise, the row of every context token of every sequence.
     """
 
     packing: Packing
     source: Tensor
     target_rows: Tensor
+    context_rows: Tensor
 
     @classmethod
     def from_lengths(
@@ -42,15 +44,17 @@ class Pairs:
         before = np.tile(c, uses)
         start = np.cumsum(before + t) - before - t
         target_rows = _rows(start + before, t)
+        context_rows = _rows(start, before)
         source = np.empty(int((before + t).sum()), dtype=np.int64)
-        source[_rows(start, before)] = np.tile(np.arange(c.sum()), uses)
+        source[context_rows] = np.tile(np.arange(c.sum()), uses)
         source[target_rows] = c.sum() + np.arange(t.sum())
-        rows = torch.from_numpy(np.concatenate([source, target_rows]))
+        rows = torch.from_numpy(np.concatenate([source, target_rows, context_rows]))
         if device is not None and torch.device(device).type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=True)
         packing = Packing.from_lengths((before + t).tolist(), device=device)
-        return cls(packing, rows[: len(source)], rows[len(source) :])
+        source_rows, *both = rows.split([len(source), len(target_rows), len(context_rows)])
+        return cls(packing, source_rows, *both)
 
 
 def _rows(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:

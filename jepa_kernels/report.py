@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from jepa_kernels.data import extra
+from jepa_kernels.files import replacing
 
 CHECKPOINT = "latest.pt"
 
@@ -23,15 +23,10 @@ class SaveError(RuntimeError):
 
 def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file beside `path` and rename it: a full disk or a crash leaves the old one whole."""
-    beside = path.with_name(path.name + ".part")
     try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            beside.write_bytes(content)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise unwritable(path, error, len(content)) from error
 
 

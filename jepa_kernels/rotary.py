@@ -164,11 +164,13 @@ def rope_of(
     return positions
 
 
-def patch_positions(ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
+def patch_positions(ids: Tensor, grid: tuple[int, int, int], *, pretrained_grid: int | None = None) -> Tensor:
     """Frame, row and column of patches: int64 ids [..., K] -> float32 [..., K, 3], in patches, for `Rope`.
 
     ids: n = (t * Gh + h) * Gw + w for patch (t, h, w) of the grid (Gt, Gh, Gw). Frames past Gt are as good: a
         predictor may look beyond the clip.
+    pretrained_grid: rows h (and columns) are spread over those of a square grid of this side G0, at fractions
+        h (G0 - 1) / (Gh - 1); frames stay. V-JEPA 2.1 takes 256 // patch_size at every resolution. None: h itself.
     Raises ValueError and TypeError for arguments that do not fit.
     """
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
@@ -176,8 +178,14 @@ def patch_positions(ids: Tensor, grid: tuple[int, int, int]) -> Tensor:
         fail("patch_positions", "ids", "be an int64 tensor", actual, "pass patch numbers", TypeError)
     if len(grid) != 3 or min(grid) < 1:
         fail("patch_positions", "grid", "be (Gt, Gh, Gw), each at least 1", grid, "an image has one frame: (1, Gh, Gw)")
+    if pretrained_grid is not None and pretrained_grid < 1:
+        fail("patch_positions", "pretrained_grid", "be at least 1", pretrained_grid, "256 // patch_size is published")
     frame, place = ids // (grid[1] * grid[2]), ids % (grid[1] * grid[2])
-    return torch.stack([frame, place // grid[2], place % grid[2]], -1).float()
+    row, column = place // grid[2], place % grid[2]
+    if pretrained_grid is not None:  # of a lone row, 0 is 0 whatever the scale
+        row = row * float(pretrained_grid - 1) / max(grid[1] - 1, 1)
+        column = column * float(pretrained_grid - 1) / max(grid[2] - 1, 1)
+    return torch.stack([frame.float(), row.float(), column.float()], -1)
 
 
 def _capturing(x: Tensor) -> bool:

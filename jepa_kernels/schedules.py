@@ -38,6 +38,14 @@ def momentum_cosine(step: int, *, start: float, final: float, total: int) -> flo
     return final - (final - start) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
 
 
+def context_weight(step: int, *, final: float = 0.5, start: int = 15000, end: int = 30000) -> float:
+    """0 before step `start`, then linear to `final` at step `end`, and `final` from there on.
+
+    Source: V-JEPA 2.1 (arXiv:2603.14482), the weight of the loss on context tokens.
+    """
+    return final * min(max((step - start) / (end - start), 0.0), 1.0)
+
+
 def momentum_constant(step: int, *, start: float) -> float:
     """`start` at every step. Source: V-JEPA 2 (arXiv:2506.09985), 0.99925."""
     return start

@@ -189,7 +189,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_whole(config, tmp_pa
     before = (out / "latest.pt").read_bytes()
     trainer, _ = train.prepare(train._parser().parse_args([str(config), "--out", str(out), "--resume"]))
     with monkeypatch.context() as patched:
-        patched.setattr(report.os, "fsync", full)
+        patched.setattr(os, "fsync", full)
         with pytest.raises(report.SaveError) as error:
             train.save(out / "latest.pt", trainer.state())
     assert str(error.value).startswith(f"train: {out / 'latest.pt'} must be writable (0.")
@@ -413,7 +413,7 @@ STATE = "train: checkpoint {path} must hold a state of this run, got "
         ("a step of text", STATE + "step is '3'; "),
         ("a foreign rng", STATE + "rng is no state of a generator; "),
         ("a path for weights", STATE + "model is a str; "),
-        ("other weights", "IJEPA: checkpoint must hold exactly the weights of this config, got model.predictor.mask_t"),
+        ("other weights", "IJEPA: checkpoint must hold exactly the weights of this config, got predictor.mask_t"),
     ],
 )
 def test_a_spoiled_checkpoint_is_refused_and_changes_nothing(config, tmp_path, capsys, kind, message):

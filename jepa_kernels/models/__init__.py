@@ -1,5 +1,5 @@
 """The models, one file each: a frozen config, named sizes, `loss(batch, masks)`, `load(state_dict | path)`."""
 
-from jepa_kernels.models import ijepa, vjepa2
+from jepa_kernels.models import ijepa, vjepa, vjepa2, vjepa2_1
 
-__all__ = ["ijepa", "vjepa2"]
+__all__ = ["ijepa", "vjepa", "vjepa2", "vjepa2_1"]

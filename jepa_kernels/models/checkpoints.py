@@ -1,112 +1,129 @@
-"""Reading published checkpoints: their layout, their prefixes, and what is wrong with one that does not fit."""
+"""Files of weights: read without running anything in them, fitted whole or not at all, written whole."""
 
+from __future__ import annotations
+
+import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS, short
+from jepa_kernels.files import replacing
 
-PREFIXES = ("module.", "backbone.", "_orig_mod.")
+Source = Mapping[str, Any] | str | os.PathLike[str]
+SHOWN = 6
 
 
-def read(model: str, source: Mapping[str, Any] | str | os.PathLike[str]) -> Mapping[str, Any]:
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint; `str` is a summary.
+
+    layout: which names it had. loaded: names of the model's tensors that were written.
+    ignored: {name in the checkpoint: why it is not loaded}. missing: {network that it lacks: what the model has there}.
+    """
+
+    model: str
+    layout: str
+    loaded: tuple[str, ...]
+    ignored: Mapping[str, str]
+    missing: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.loaded)} tensors loaded from {self.layout}"]
+        for title, found in (("ignored", self.ignored), ("missing", self.missing)):
+            for reason in dict.fromkeys(found.values()):
+                names = [name for name, why in found.items() if why == reason]
+                more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+                lines.append(f"  {title}: {', '.join(names[:SHOWN])}{more} ({reason})")
+        return "\n".join(lines)
+
+
+def read(model: str, source: Source) -> Mapping[str, Any]:
     """A checkpoint given as a mapping, or as the path of a file, whose tensors are read to the CPU.
 
-    A torch file is read with weights_only=True; a name that ends in .safetensors tells the other format.
+    A name that ends in .safetensors, or in .index.json for one in several files, tells the format; any other is a torch
+    file, read with weights_only=True: nothing in it is run. Raises ValueError for files that are torn, or hold more
+    than plain tensors and numbers.
     """
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
         found = type(source).__name__
         fail(model, "checkpoint", "be a mapping of names or a path", found, "pass a state dict", TypeError)
-    with open(source, "rb"):  # a missing or unreadable file raises its own OSError
+    path = Path(source)
+    with open(path, "rb"):  # a missing or unreadable file raises its own OSError
         pass
-    kind = "safetensors" if os.fspath(source).endswith(".safetensors") else "torch"
+    if path.name.endswith(".index.json"):
+        return _read_shards(model, path)
+    safe = path.suffix == ".safetensors"
     try:
-        if kind == "safetensors":
-            return load_file(source)
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        checkpoint = load_file(path) if safe else _read_torch(path)
     except Exception as error:  # the reader meets foreign bytes with errors of nearly every type
-        why = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        text = f"{model}: {os.fspath(source)} must be a {kind} file of plain tensors, got: {why}; save it again"
-        raise ValueError(text) from error
+        _unreadable(model, path, "safetensors" if safe else "torch", error)
     if not isinstance(checkpoint, Mapping):
         fail(model, "checkpoint", "be a mapping of names", type(checkpoint).__name__, "pass a state dict", TypeError)
     return checkpoint
 
 
-def strip(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries without the prefixes that DDP, published wrappers and torch.compile put before names."""
-
-    def bare(name: str) -> str:
-        for prefix in PREFIXES:
-            if name.startswith(prefix):
-                return bare(name.removeprefix(prefix))
-        return name
-
-    return {bare(name) if isinstance(name, str) else name: value for name, value in state.items()}
+def _read_torch(path: Path) -> Any:
+    """Tensors of a zip file, torch's format since 1.6, stay on the disk until they are used: many hold an optimiser."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-# Of Hugging Face's VJEPA2: the beginning of a name in either network, and the published one.
-HUGGINGFACE = {
-    "encoder.embeddings.patch_embeddings.": "patch_embed.",
-    "encoder.layer.": "blocks.",
-    "encoder.layernorm.": "norm.",
-    "predictor.embeddings.predictor_embeddings.": "predictor_embed.",
-    "predictor.embeddings.mask_tokens": "mask_tokens",
-    "predictor.layer.": "predictor_blocks.",
-    "predictor.layernorm.": "predictor_norm.",
-    "predictor.proj.": "predictor_proj.",
-}
-
-
-def from_huggingface(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Hugging Face's VJEPA2 in the published layout, its one encoder in place of both. Other names stay, unknown."""
-    parts: dict[str, dict[str, Any]] = {"encoder": {}, "predictor": {}}
-    for name, value in state.items():
-        begin = next((begin for begin in HUGGINGFACE if isinstance(name, str) and name.startswith(begin)), None)
-        if begin is None:
-            parts["encoder"][name] = value
-        else:
-            own = HUGGINGFACE[begin] + name.removeprefix(begin).replace("attention.", "attn.", 1)
-            parts[begin.split(".")[0]][own] = value
-    parts = {part: _fused(values) for part, values in parts.items()}
-    tokens: Any = parts["predictor"].get("mask_tokens")
-    if _dense(tokens) and tokens.dim() == 4:
-        del parts["predictor"]["mask_tokens"]
-        parts["predictor"] |= {f"mask_tokens.{i}": token for i, token in enumerate(tokens)}
-    return {**parts, "target_encoder": parts["encoder"]}
-
-
-def _fused(state: dict[str, Any]) -> dict[str, Any]:
-    """The same with queries, keys and values of each block stacked, where they are tensors that can be."""
-    found = dict(state)
-    for query in [name for name in state if isinstance(name, str) and ".attn.query." in name]:
-        names = [query.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
-        values: list[Any] = [state.get(name) for name in names]
-        if all(map(_dense, values)) and len({(v.shape, v.dtype, v.device) for v in values}) == 1:
-            stacked = torch.cat([found.pop(name) for name in names])
-            found[query.replace(".query.", ".qkv.")] = stacked
+def _read_shards(model: str, index: Path) -> dict[str, Any]:
+    """The tensors of the files beside `index`, which says what is in which."""
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        shards = sorted(set(places.values()))
+        if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
+            raise ValueError("a shard that is no .safetensors file beside it")
+    except Exception as error:
+        _unreadable(model, index, "index", error)
+    found: dict[str, Any] = {}
+    for shard in shards:
+        tensors = read(model, index.with_name(shard))
+        promised = {name for name, place in places.items() if place == shard}
+        if promised != tensors.keys():
+            differ = brief(sorted(promised ^ tensors.keys()))
+            fail(
+                model,
+                str(index.with_name(shard)),
+                "hold what the index says",
+                f"a difference in {differ}",
+                "fetch both again",
+            )
+        found |= tensors
     return found
 
 
-def _dense(value: Any) -> bool:
-    """A tensor whose rows can be taken and stacked."""
-    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided and value.dim() > 0
+def _unreadable(model: str, path: Path, kind: str, error: Exception) -> NoReturn:
+    why = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    text = f"{model}: {path} must be a {kind} file of plain tensors, got: {why}; save it again"
+    raise ValueError(text) from error
 
 
-def size_of(encoder: Mapping[str, Any], *, patch_dims: int) -> tuple[int, int, int] | None:
-    """(embed_dim, depth, patch_size) of the weights of an encoder of images (2) or videos (3); None if of neither."""
-    weight = encoder.get("patch_embed.proj.weight")
-    if not (isinstance(weight, Tensor) and weight.dim() == 2 + patch_dims):
-        return None
-    depth = len({name.split(".")[1] for name in map(str, encoder) if name.startswith("blocks.")})
-    return weight.shape[0], depth, weight.shape[-1]
+def write(model: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+    """Write a .safetensors file, whole or not at all; dtype: of every tensor, None: as they are."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        fail(model, "path", "end in .safetensors", path, "the name tells the format")
+    if dtype not in (None, *FLOATS, torch.float64):
+        fail(model, "dtype", "be real and floating", dtype, "leave it out for the weights' own", TypeError)
+    plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    try:
+        with replacing(path) as beside:
+            save_file(plain, beside, metadata={"format": "pt"})  # Hugging Face asks for it
+    except SafetensorError as error:
+        raise OSError(f"{model}: {path} must be writable, got {error}; free space or pass another path") from error
 
 
 def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
@@ -131,11 +148,13 @@ def _problem(own: Tensor, theirs: Any) -> str:
     return "" if theirs.to(own.dtype).isfinite().all() else "holds values that are not finite"
 
 
-def load(model: str, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], remedy: Callable[[], str]) -> None:
-    """Load every part {name: (module, state)}, or raise ValueError and load none."""
+def load(
+    model: str, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], remedy: Callable[[list[str]], str]
+) -> None:
+    """Load every part {name: (module, state)}, or raise ValueError and load none; remedy: what to do about problems."""
     found = [line for name, (module, state) in parts.items() for line in problems(name, module.state_dict(), state)]
     if found:
-        fail(model, "checkpoint", "hold exactly the weights of this config", brief(found), remedy())
+        fail(model, "checkpoint", "hold exactly the weights of this config", brief(found), remedy(found))
     for module, state in parts.values():
         module.load_state_dict(state)
 

@@ -6,7 +6,7 @@ Source: Assran et al., Self-Supervised Learning from Images with a Joint-Embeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import Masks
-from jepa_kernels.models import checkpoints
+from jepa_kernels.models import layouts
 from jepa_kernels.models.jepa import JEPA, AnyMasks
 from jepa_kernels.nn import Encoder, Predictor
 
@@ -81,7 +81,7 @@ class IJEPA(JEPA):
     (context [B, Kc], target [masks * B, Kt], mask-major).
     """
 
-    published_name, inputs = "I-JEPA", "images"
+    published_name, inputs, sizes, huggingface = "I-JEPA", "images", SIZES, layouts.IJEPA
 
     def __init__(self, config: IJEPAConfig | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         c = IJEPAConfig() if config is None else config
@@ -114,14 +114,3 @@ class IJEPA(JEPA):
             requirement = f"hold {batch} contexts and a multiple of {batch} targets"
             fail("IJEPA", "masks", requirement, rows, "pass ids [B, Kc] and [masks * B, Kt], mask-major")
         return Masks(batch, context_ids, target_ids)
-
-    def _remedy(self, encoder: Mapping[str, Any]) -> str:
-        found, table = checkpoints.size_of(encoder, patch_dims=2), encoder.get("pos_embed")
-        if found is None or not (isinstance(table, Tensor) and table.dim() == 3):
-            return "it seems to be of another model than I-JEPA"
-        tokens = table.shape[1]
-        for name, size in SIZES.items():
-            c = size()
-            if (c.embed_dim, c.depth, c.patch_size) == found:
-                return f"it seems to be of {name} with {tokens} patches"
-        return "it has embed_dim {}, depth {}, patch_size {}, {} patches".format(*found, tokens)

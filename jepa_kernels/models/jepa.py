@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -14,9 +14,13 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import MaskBatch, Masks
 from jepa_kernels.models import checkpoints
+from jepa_kernels.models.checkpoints import LoadReport, Source
+from jepa_kernels.models.layouts import ENCODERS, OWN, Checkpoint, Layout, recognise, to_huggingface
+from jepa_kernels.models.sizes import config_for, describe, model_of, size_of
 from jepa_kernels.nn import EMA, Encoder, Predictor
 
 AnyMasks = Masks | tuple[Tensor, Tensor]
+TABLES = ("pos_embed", "predictor_pos_embed")
 Self = TypeVar("Self", bound="JEPA")
 
 
@@ -28,6 +32,8 @@ class JEPA(nn.Module):
 
     published_name: ClassVar[str]
     inputs: ClassVar[str]  # what a batch holds, in messages
+    sizes: ClassVar[Mapping[str, Callable[..., Any]]]  # the published ones
+    huggingface: ClassVar[Layout | None] = None  # the names in transformers, which may have no such model
 
     def __init__(
         self, context_encoder: Encoder, predictor: Predictor, *, shadow_dtype: torch.dtype | None = None
@@ -49,41 +55,137 @@ class JEPA(nn.Module):
         """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor."""
         return self.compare(self(batch, masks), self.targets(batch), masks)
 
-    def load(self: Self, source: Mapping[str, Any] | str | os.PathLike[str]) -> Self:
-        """Load a published checkpoint (encoder, predictor, target_encoder) or this model's own state dict.
+    def load(self, source: Source) -> LoadReport:
+        """Load a published checkpoint in any layout, or this model's own state dict; report what became of it.
 
-        source: the mapping, or the path of a torch file, which is read with weights_only=True, or of a .safetensors
-        file. Prefixes of wrappers (`module.`, ...) are dropped. Raises ValueError, and loads nothing, for anything
-        that does not fit: missing or unknown names, other shapes, dtypes that are not real floating, values that are
-        not finite.
+        source: a mapping of names, or the path of a torch file (weights_only=True), of a .safetensors file, or of the
+        .index.json of one in several. Names may be Meta's, Hugging Face's or timm's, with any prefixes of wrappers
+        (`module.`, ...). One encoder is loaded into both; without a predictor the model's stays as it is; tables that
+        rotary positions replace, and what belongs to no network, are left out: the report says so.
+        Raises ValueError, and loads nothing, for anything else that does not fit: another model or size, missing or
+        unknown names, other shapes, dtypes that are not real floating, values that are not finite.
         """
-        name = type(self).__name__
-        state = checkpoints.strip(checkpoints.read(name, source))
-        if "context_encoder.norm.weight" in state:
-            checkpoints.load(name, {"model": (self, state)}, lambda: "pass weights of this model")
-        else:
-            parts = self._published(state)
-            checkpoints.load(name, parts, lambda: self._remedy(parts["encoder"][1]))
-        self.ema.refresh()
-        return self
-
-    def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
-        """{name: (network, its weights)} of a checkpoint of the published layout."""
+        found = recognise(type(self).__name__, checkpoints.read(type(self).__name__, source))
         modules = {
             "encoder": self.context_encoder,
-            "predictor": self.predictor,
             "target_encoder": self.target_encoder,
+            "predictor": self.predictor,
         }
-        missing = [name for name in modules if not isinstance(state.get(name), Mapping)]
-        if missing:
-            found = ", ".join(sorted(str(name) for name in state)[:8]) or "nothing"
-            remedy = f"pass a file of the published {self.published_name} layout or this model's state_dict()"
-            fail(type(self).__name__, "checkpoint", f"hold {', '.join(missing)}", found, remedy)
-        return {name: (module, checkpoints.strip(state[name])) for name, module in modules.items()}
+        networks, missing = self._completed(found)
+        report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
+        self.ema.refresh()
+        return report
 
-    def _remedy(self, encoder: Mapping[str, Any]) -> str:
-        """Name the size that an encoder of the published layout, which does not fit, seems to be of."""
-        raise NotImplementedError
+    @classmethod
+    def from_checkpoint(cls: type[Self], source: Source, **changes: Any) -> tuple[Self, LoadReport]:
+        """Build the model that a checkpoint holds the weights of, and load it.
+
+        Sizes come from the shapes, heads from the published size of these widths; `changes`: fields of the config,
+        such as num_heads where there is no such size. Raises ValueError as `load` does, or if heads are not known.
+        """
+        state = checkpoints.read(cls.__name__, source)
+        networks = recognise(cls.__name__, state).networks
+        model = cls._of(config_for(cls.__name__, cls.sizes, networks, changes))
+        return model, model.load(state)
+
+    @classmethod
+    def load_encoder(
+        cls, source: Source, *, network: str = "target_encoder", **changes: Any
+    ) -> tuple[Encoder, LoadReport]:
+        """Build one encoder alone, without gradient, from a checkpoint: what inference needs.
+
+        network: "target_encoder", as published evaluations take, or "encoder"; the other one where a file holds one.
+        changes: as of `from_checkpoint`. Raises ValueError as `load` does.
+        """
+        name = cls.__name__
+        if network not in ENCODERS:
+            fail(name, "network", f"be {' or '.join(ENCODERS)}", repr(network), "leave it out for the target encoder")
+        found = recognise(name, checkpoints.read(name, source))
+        kept = network if network in found.networks else next((n for n in ENCODERS if n in found.networks), network)
+        alone = Checkpoint(found.layout, {kept: found.networks.get(kept, {})}, dict(found.ignored))
+        alone.ignored.update({other: "one encoder was asked for" for other in found.networks if other != kept})
+        with torch.device("meta"):  # three networks of no bytes
+            encoder = cls._of(config_for(name, cls.sizes, alone.networks, changes)).target_encoder
+        missing = {} if kept == network else {network: f"the {kept} takes its place"}
+        return encoder, cls._fit({kept: (encoder.to_empty(device="cpu"), alone.networks[kept])}, alone, missing)
+
+    def save(self, path: str | os.PathLike[str], layout: str = "meta", *, dtype: torch.dtype | None = None) -> None:
+        """Write the weights to a .safetensors file, whole or not at all.
+
+        layout: "meta": all three networks, `encoder.blocks.0...`, which `load` reads back. "huggingface": what the
+            model's class in transformers holds, `VJEPA2Model` the target encoder and the predictor, `IJepaModel` the
+            target encoder alone; give its config layer_norm_eps 1e-6.
+        dtype: of the file; None: the weights' own.
+
+        Raises ValueError for another suffix or layout, OSError where the file can't be written: one that was there
+        is then as it was.
+        """
+        name = type(self).__name__
+        target, predictor = self.target_encoder.state_dict(), self.predictor.state_dict()
+        if layout == "meta":
+            networks = {"encoder": self.context_encoder.state_dict(), "target_encoder": target, "predictor": predictor}
+            tensors = {f"{network}.{key}": value for network, own in networks.items() for key, value in own.items()}
+        elif layout == "huggingface" and self.huggingface is not None:
+            tensors = to_huggingface(name, self.huggingface, {"encoder": target, "predictor": predictor})
+        else:
+            known = "meta" if self.huggingface is None else "meta or huggingface"
+            fail(name, "layout", f"be {known}", repr(layout), "leave it out for Meta's")
+        checkpoints.write(name, path, tensors, dtype)
+
+    @classmethod
+    def _of(cls: type[Self], config: Any) -> Self:
+        return cast(Callable[[Any], Self], cls)(config)  # models take their config alone
+
+    @classmethod
+    def _completed(cls, found: Checkpoint) -> tuple[dict[str, Mapping[str, Any]], dict[str, str]]:
+        """{network of the model: its weights}, one encoder in place of two; and what the checkpoint lacks."""
+        names, missing = (*ENCODERS, "predictor"), {}
+        networks: dict[str, Mapping[str, Any]] = {
+            name: found.networks[name] for name in names if name in found.networks
+        }
+        if not networks.keys() & set(ENCODERS) or (found.layout is OWN and len(networks) < len(names)):
+            wanted = ", ".join(name for name in names if name not in networks)
+            held = ", ".join(sorted([*found.networks, *found.ignored])[:8])
+            remedy = f"pass a published file of {cls.published_name} or this model's state_dict()"
+            fail(cls.__name__, "checkpoint", f"hold {wanted}", held, remedy)
+        for name, other in (ENCODERS, ENCODERS[::-1]):
+            if name not in networks:
+                networks[name], missing[name] = networks[other], f"the {other}'s weights are in its place"
+        if "predictor" not in networks:
+            missing["predictor"] = "left as it was"
+        return networks, missing
+
+    @classmethod
+    def _fit(
+        cls, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], found: Checkpoint, missing: Mapping[str, str]
+    ) -> LoadReport:
+        """Load {network: (module, weights)} but for tables that the module does without: all, or none."""
+        name, kind = cls.__name__, model_of(found.networks)
+        if kind not in (None, cls.published_name):
+            size = describe(cls.sizes, size_of(found.networks))
+            fail(name, "checkpoint", f"be of {cls.published_name}", f"one of {kind}, {size}", "build that model")
+        ignored = {
+            **found.ignored,
+            **{other: "no network of this model" for other in found.networks if other not in parts},
+        }
+        kept = {}
+        for network, (module, own) in parts.items():
+            tables = [table for table in TABLES if table in own and table not in module.state_dict()]
+            ignored |= {f"{network}.{table}": "rotary positions take its place" for table in tables}
+            kept[network] = module, {key: value for key, value in own.items() if key not in tables}
+        checkpoints.load(name, kept, lambda problems: cls._remedy(found, problems))
+        loaded = tuple(f"{network}.{key}" for network, (_, own) in kept.items() for key in own)
+        return LoadReport(name, found.layout.title, loaded, ignored, missing)
+
+    @classmethod
+    def _remedy(cls, found: Checkpoint, problems: list[str]) -> str:
+        """What to do about weights that do not fit: name what they seem to be of."""
+        size = size_of(found.networks)
+        if "num_mask_tokens" in size and all("predictor.mask_tokens." in line for line in problems):
+            return f"build the model with num_mask_tokens={size['num_mask_tokens']}, as many as it holds"
+        if "embed_dim" not in size:
+            return f"it seems to be of another model than {cls.published_name}"
+        return f"its size seems to be {describe(cls.sizes, size)}"
 
     def _apply(self: Self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -7,28 +7,42 @@ semantics are those of the published code.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.masks import Masks
-from jepa_kernels.models import checkpoints
-from jepa_kernels.models.jepa import JEPA, AnyMasks
-from jepa_kernels.nn import Block, Encoder, Predictor
-
-TABLES = ("pos_embed", "predictor_pos_embed")  # some published files hold these, which rotary positions replace
+from jepa_kernels.models import layouts
+from jepa_kernels.models.jepa import AnyMasks
+from jepa_kernels.models.video import VideoJEPA
+from jepa_kernels.nn import Encoder, Predictor
+from jepa_kernels.nn.block import rescale_blocks
 
 
 @dataclass(frozen=True)
 class VJEPA2Config:
     """Sizes of the networks; those of ViT-L unless given. crop_size and num_frames give the grid for samplers of
-    masks: the networks take clips of any size and number of frames."""
+    masks: the networks take clips of any size and number of frames.
+
+    The options of V-JEPA 2.1, which the sizes of `vjepa2_1` set; those of V-JEPA 2 unless given:
+    rope: "tiled", as V-JEPA 2 was trained, or "interleaved", a true rotation.
+    interpolate_rope: rows and columns are spread over those of 256 pixels at every resolution (see `patch_positions`);
+        predictor_interpolate_rope: the predictor's too. Published training sets both, published inference the first.
+    levels: None: one norm, after the last block. 1 to 4: a norm after each quarter of the blocks; the predictor reads
+        the latents of the last `levels` of them side by side, and predicts as many.
+    teacher_embed_dim: of distilled models, the width of the teacher's latents, all levels together, which the
+        predictor has instead of its own encoder's.
+    image_tokenizer, modality_embedding: as of `Encoder`.
+    predict_all: predictions, and a loss, at the context's places too. context_weight: of that loss, at the start;
+        weight_distance_loss: each token's divided by the root of its distance to the nearest target;
+        offset_context_loss: that distance in units of Gh // 16 patches.
+
+    frame_causal: a patch sees those of its own frame and of earlier ones alone; published encoders see all.
+    """
 
     crop_size: int | tuple[int, int] = 256  # pixels per side
     num_frames: int = 16
@@ -43,6 +57,18 @@ class VJEPA2Config:
     predictor_depth: int = 12
     predictor_num_heads: int = 12
     num_mask_tokens: int = 10  # of every published file
+    rope: str = "tiled"
+    interpolate_rope: bool = False
+    predictor_interpolate_rope: bool = False
+    levels: int | None = None
+    teacher_embed_dim: int | None = None
+    image_tokenizer: bool = False
+    modality_embedding: bool = False
+    predict_all: bool = False
+    context_weight: float = 0.5
+    weight_distance_loss: bool = True
+    offset_context_loss: bool = False
+    frame_causal: bool = False
 
 
 def vit_large(**changes: Any) -> VJEPA2Config:
@@ -71,28 +97,38 @@ SIZES: dict[str, Callable[..., VJEPA2Config]] = {
 }
 
 
-class VJEPA2(JEPA):
+class Dense(NamedTuple):
+    """What `VJEPA2` with predict_all predicts: at the targets, and at the context's places with their weights."""
+
+    target: Tensor
+    context: Tensor
+    weight: Tensor | None
+
+
+class VJEPA2(VideoJEPA):
     """A context encoder of clips, its moving average as target encoder, and a predictor, with rotary positions.
 
-    shadow_dtype, .ema: as of `IJEPA`.
-    .grid: (Gt, Gh, Gw) of the config's clips, as `MultiBlock3d` takes it.
+    shadow_dtype, .ema: as of `IJEPA`. Masks: see `VideoJEPA`.
+    .context_weight: of the loss at the context's places (predict_all), a number, or a tensor on the device, whose
+        values compiled code takes without being compiled again; see `schedules.context_weight`.
 
     Clips are [B, C, T, H, W], of sides and frames that are multiples of the patch's, square or not; images
-    [B, C, H, W] are shown for a whole patch. Masks are `Masks` of that grid (a MaskBatch of `MultiBlock3d` moved with
-    `.to(device)`: every spec's masks of every clip in one packed pass), or a pair of rectangular ids (context
-    [masks * B, Kc], target [masks * B, Kt], mask-major).
+    [B, C, H, W] are shown for a whole patch, or have patches of their own (image_tokenizer).
 
     Inference: `model.ema(clips)` is the target encoder's latents [B, N, E]; `model.ema(clips, ids, packing)` those of
-    the kept patches, at the cost of these alone; `model(clips, masks)` predictions.
+    the kept patches, at the cost of these alone; `model(clips, masks)` predictions. In anticipation
+    `model.predictor(model.context_encoder.latents(clips), ids, later_ids, grid=longer)` goes on after the clip.
     """
 
-    published_name, inputs = "V-JEPA 2", "clips"
+    published_name, sizes = "V-JEPA 2", SIZES
+    huggingface: ClassVar[layouts.Layout | None] = layouts.VJEPA2
 
     def __init__(self, config: VJEPA2Config | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         c = VJEPA2Config() if config is None else config
         if c.tubelet_size < 1 or c.num_frames < 1 or c.num_frames % c.tubelet_size:
             requirement = f"be a multiple of tubelet_size {c.tubelet_size}"
             fail("VJEPA2", "num_frames", requirement, c.num_frames, "cut the clip to one")
+        side = 256 // c.patch_size if c.patch_size > 0 else 0
         encoder = Encoder(
             c.crop_size,
             c.patch_size,
@@ -102,81 +138,71 @@ class VJEPA2(JEPA):
             c.mlp_ratio,
             c.in_chans,
             tubelet_size=c.tubelet_size,
-            rope="tiled",
+            rope=c.rope,
+            pretrained_grid=side if c.interpolate_rope else None,
+            frame_causal=c.frame_causal,
+            levels=c.levels,
+            image_tokenizer=c.image_tokenizer,
+            modality_embedding=c.modality_embedding,
         )
-        grid = (c.num_frames // c.tubelet_size, *encoder.grid)
+        height, width = encoder.grid
+        own_grid = c.num_frames // c.tubelet_size, height, width
         predictor = Predictor(
-            grid,
+            own_grid,
             c.embed_dim,
             c.predictor_embed_dim,
             c.predictor_depth,
             c.predictor_num_heads,
-            rope="tiled",
+            rope=c.rope,
             num_mask_tokens=c.num_mask_tokens,
+            pretrained_grid=side if c.predictor_interpolate_rope else None,
+            levels=c.levels or 1,
+            out_dim=c.teacher_embed_dim,
+            modality_embedding=c.modality_embedding,
+            context_proj=c.predict_all,
         )
-        _calm(encoder.blocks)
-        _calm(predictor.predictor_blocks)
+        rescale_blocks(encoder.blocks)
+        rescale_blocks(predictor.predictor_blocks)
         super().__init__(encoder, predictor, shadow_dtype=shadow_dtype)
-        self.config, self.grid = c, grid
+        self.config, self.grid = c, own_grid
+        self.context_weight: float | Tensor = c.context_weight
 
-    def forward(self, batch: Tensor, masks: AnyMasks, *, mask_index: int | Sequence[int] = 0) -> Tensor:
+    def forward(self, batch: Tensor, masks: AnyMasks, *, mask_index: int | Sequence[int] = 0) -> Tensor | Dense:
         """Predict the target latents: batch [B, C, T, H, W] -> packed [Tt, E], or [masks * B, Kt, E].
 
         mask_index: which mask token stands at the targets, or which for each mask. In published training it counts
             the lengths of clips, not the masks, so that all masks share token 0; published inference, and Hugging
             Face's, takes token 1.
+        With predict_all: `Dense`.
         """
-        m = self._masks(batch, masks)
-        context = self.context_encoder(batch, m.context_ids, m.context_packing)
+        m, encoder = self._masks(batch, masks), self.context_encoder
+        context = encoder.latents(batch, m.context_ids, m.context_packing)
+        grid, image = encoder.grid_of(batch), encoder.shows_images(batch)
         packings = m.context_packing, m.target_packing, m.pairs
-        grid = self.context_encoder.grid_of(batch)
-        return self.predictor(context, m.context_ids, m.target_ids, *packings, grid=grid, mask_index=mask_index)
+        options = dict(grid=grid, mask_index=mask_index, image=image)
+        predicted = self.predictor(context, m.context_ids, m.target_ids, *packings, **options)
+        if not self.config.predict_all:
+            return predicted
+        weight = None
+        if self.config.weight_distance_loss:
+            scale = grid[1] // 16 if self.config.offset_context_loss else 1
+            both: Any = dict(packing=m.context_packing, target_packing=m.target_packing)
+            weight = jk.distance_weights(m.context_ids, m.target_ids, grid, **both, scale=scale)
+        target, own = predicted
+        return Dense(target, own, weight)
 
-    @torch.no_grad()
-    def targets(self, batch: Tensor) -> Tensor:
-        """The target encoder's features of every patch [B, N, E], before its last norm, which `compare` applies."""
-        with self.ema.cast_weights():
-            return self.target_encoder.features(batch)
-
-    def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
+    def compare(self, predicted: Tensor | Dense, targets: Tensor, masks: AnyMasks) -> Tensor:
         """L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks.
 
-        The target encoder's last norm and the one without weights are both computed at the targets' rows alone.
+        With several levels each is normalised by itself. With predict_all the weighted distance at the context's
+        places, times `context_weight`, is added.
         """
-        m, norm = self._masks(targets, masks), self.target_encoder.norm
-        affine = norm.weight, norm.bias, norm.eps
-        return jk.latent_loss(predicted, targets, m.target_ids, packing=m.target_packing, kind="l1", norm=affine)
-
-    def _published(self, state: Mapping[str, Any]) -> dict[str, tuple[nn.Module, Mapping[str, Any]]]:
-        """Meta's layout, or Hugging Face's, whose one encoder both encoders start from."""
-        if any(str(name).startswith("encoder.layer.") for name in state):
-            state = checkpoints.from_huggingface(state)
-        parts = super()._published(state)
-        return {
-            part: (module, {name: value for name, value in given.items() if name not in TABLES})
-            for part, (module, given) in parts.items()
-        }
-
-    def _remedy(self, encoder: Mapping[str, Any]) -> str:
-        found = checkpoints.size_of(encoder, patch_dims=3)
-        if found is None or "norm.weight" not in encoder:
-            return "it seems to be of another model than V-JEPA 2"
-        for name, size in SIZES.items():
-            c = size()
-            if (c.embed_dim, c.depth, c.patch_size) == found:
-                return f"its encoder seems to be of {name}"
-        return "its encoder has embed_dim {}, depth {}, patch_size {}".format(*found)
-
-    def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
-        rows = context_ids.shape[0], target_ids.shape[0]
-        if rows[0] % max(batch, 1) or rows[1] % max(rows[0], 1):
-            requirement = f"hold a multiple of {batch} contexts, and of these as many targets"
-            fail("VJEPA2", "masks", requirement, rows, "pass ids [masks * B, Kc] and [masks * B, Kt], mask-major")
-        return Masks(batch, context_ids, target_ids)
-
-
-def _calm(blocks: nn.ModuleList) -> None:
-    """The published start: what block n = 1, 2, ... adds to its input is smaller by sqrt(2 n)."""
-    for n, block in enumerate(blocks, 1):
-        for linear in (cast(Block, block).attn.proj, cast(Block, block).mlp.fc2):
-            linear.weight.data.div_(math.sqrt(2 * n))
+        if self.config.teacher_embed_dim is not None:
+            requirement, remedy = "be None for targets of its own encoder", "a distilled model is for inference"
+            fail("VJEPA2", "teacher_embed_dim", requirement, self.config.teacher_embed_dim, remedy)
+        m = self._masks(targets, masks)
+        if not isinstance(predicted, Dense):
+            return self._distance(predicted, targets, m.target_ids, m.target_packing)
+        loss = self._distance(predicted.target, targets, m.target_ids, m.target_packing)
+        given = predicted.context, targets, m.context_ids, m.context_packing
+        return loss + self.context_weight * self._distance(*given, weight=predicted.weight)

@@ -5,7 +5,20 @@ from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
 from jepa_kernels.nn.patch_embed import PatchEmbed
+from jepa_kernels.nn.pooler import AttentiveClassifier, AttentivePooler
 from jepa_kernels.nn.predictor import Predictor
 from jepa_kernels.nn.sigreg import SIGReg
 
-__all__ = ["EMA", "MLP", "Attention", "Block", "Encoder", "PatchEmbed", "Predictor", "SIGReg", "compile_blocks"]
+__all__ = [
+    "EMA",
+    "MLP",
+    "Attention",
+    "AttentiveClassifier",
+    "AttentivePooler",
+    "Block",
+    "Encoder",
+    "PatchEmbed",
+    "Predictor",
+    "SIGReg",
+    "compile_blocks",
+]

@@ -1,5 +1,7 @@
 """Multi-head attention."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,14 +25,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
-        """x [B, N, E], or packed [T, E] with `packing` -> the same shape."""
-        return self.attend(self.qkv(x), packing, rope)
+    def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None, **sight: Any) -> Tensor:
+        """x [B, N, E], or packed [T, E] with `packing` -> the same shape.
 
-    def attend(self, qkv: Tensor, packing: Packing | None = None, rope: Rope | None = None) -> Tensor:
+        sight: frame_size and key_ranges of `masked_attention`, which keys a token sees; without: all.
+        """
+        return self.attend(self.qkv(x), packing, rope, **sight)
+
+    def attend(self, qkv: Tensor, packing: Packing | None = None, rope: Rope | None = None, **sight: Any) -> Tensor:
         """What follows the first product: qkv [..., 3 E] -> [..., E]."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self._project(jk.masked_attention_qkv(qkv, packing, rope=rope), packing)
+        return self.proj(_merged(jk.masked_attention_qkv(qkv, packing, rope=rope, **sight), packing))
 
     def cross(
         self,
@@ -43,11 +48,25 @@ class Attention(nn.Module):
         """Queries of x alone, keys and values of context: x [..., E] -> the same shape."""
         parts = [x.shape[-1], 2 * x.shape[-1]]
         (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
-        q = F.linear(x, q_weight, q_bias).unflatten(-1, (self.num_heads, -1))
-        k, v = F.linear(context, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
-        if packing is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return self._project(jk.masked_attention(q, k, v, packing, k_packing=context_packing, rope=rope), packing)
+        q, kv = F.linear(x, q_weight, q_bias), F.linear(context, kv_weight, kv_bias)
+        return self.proj(cross_attention(q, kv, self.num_heads, packing, context_packing, rope))
 
-    def _project(self, out: Tensor, packing: Packing | None) -> Tensor:
-        return self.proj((out if packing is not None else out.transpose(1, 2)).flatten(-2))
+
+def cross_attention(
+    q: Tensor,
+    kv: Tensor,
+    num_heads: int,
+    packing: Packing | None = None,
+    k_packing: Packing | None = None,
+    rope: Rope | None = None,
+) -> Tensor:
+    """Attention of queries to other tokens: q [..., E], kv [..., 2 E], dense or packed -> like q."""
+    q, (k, v) = q.unflatten(-1, (num_heads, -1)), kv.unflatten(-1, (2, num_heads, -1)).unbind(-3)
+    if packing is None:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return _merged(jk.masked_attention(q, k, v, packing, k_packing=k_packing, rope=rope), packing)
+
+
+def _merged(out: Tensor, packing: Packing | None) -> Tensor:
+    """The heads of an attention's output side by side: [..., E]."""
+    return (out if packing is not None else out.transpose(1, 2)).flatten(-2)

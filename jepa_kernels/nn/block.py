@@ -1,6 +1,8 @@
 """One transformer block."""
 
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,21 +29,29 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x += attn(norm1(x)); x += mlp(norm2(x))."""
 
-    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float = 4.0, *, eps: float = NORM_EPS) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(embed_dim, eps=eps)
         self.attn = Attention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=eps)
         self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None, qkv: Tensor | None = None
+        self,
+        x: Tensor,
+        packing: Packing | None = None,
+        rope: Rope | None = None,
+        qkv: Tensor | None = None,
+        **sight: Any,
     ) -> Tensor:
-        """x [B, N, E], or packed [T, E] with `packing` -> the same shape. qkv: what `self.qkv(x)` gives, if known."""
+        """x [B, N, E], or packed [T, E] with `packing` -> the same shape.
+
+        qkv: what `self.qkv(x)` gives, if known. sight: which keys a token sees (see `Attention`).
+        """
         if qkv is None:
-            x = x + self.attn(self.norm1(x), packing, rope)
+            x = x + self.attn(self.norm1(x), packing, rope, **sight)
         else:
-            x = x + self.attn.attend(qkv, packing, rope)
+            x = x + self.attn.attend(qkv, packing, rope, **sight)
         return x + self.mlp(self.norm2(x))
 
     def qkv(self, x: Tensor) -> Tensor:
@@ -86,3 +96,10 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def rescale_blocks(blocks: Iterable[nn.Module]) -> None:
+    """V-JEPA 2's start: what block n = 1, 2, ... adds to its input is smaller by sqrt(2 n)."""
+    for n, block in enumerate(blocks, 1):
+        for linear in (cast(Block, block).attn.proj, cast(Block, block).mlp.fc2):
+            linear.weight.data.div_(math.sqrt(2 * n))

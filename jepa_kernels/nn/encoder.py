@@ -1,15 +1,18 @@
 """The vision transformer that encodes images and videos, whole or by kept patches."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.patch_embed import PatchEmbed, sincos_2d
+from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope, patch_positions
+
+LEVELS = 4  # the quarters of the blocks, after each of which V-JEPA 2.1 has a norm
 
 
 class Encoder(nn.Module):
@@ -17,8 +20,15 @@ class Encoder(nn.Module):
 
     tubelet_size: frames of a video's patch; None: images.
     rope: how queries and keys turn with their patch's frame, row and column, a pairing of `Rope` ("tiled": V-JEPA 2,
-        "interleaved": V-JEPA 2.1): pixels of any size and number of frames. None: I-JEPA's table of positions is
-        added to the patches, for images of crop_size alone.
+        "interleaved": V-JEPA 2.1): pixels of any size and number of frames. None: a table of positions is added to
+        the patches, I-JEPA's for images of crop_size alone, V-JEPA's for clips of num_frames of them.
+    num_frames, uniform_power: of the table for clips (see `sincos_3d`).
+    pretrained_grid: of positions with rope (see `patch_positions`); V-JEPA 2.1: 256 // patch_size.
+    frame_causal: a patch sees those of its own frame and of earlier ones alone.
+    levels: None: the last block's output has a norm, `norm`. 1 to 4: `norms_block`, one after each quarter of the
+        blocks, of which the last `levels` make up `latents` (V-JEPA 2.1).
+    image_tokenizer: images, and clips of one frame, have patches of one frame, by a layer of their own.
+    modality_embedding: a learned vector is added to every patch, one for images and one for videos.
     mean, std: of each channel, applied to pixels on the way in (see `embed_patches`); uint8 pixels need them.
     """
 
@@ -36,50 +46,92 @@ class Encoder(nn.Module):
         *,
         tubelet_size: int | None = None,
         rope: str | None = None,
+        num_frames: int | None = None,
+        uniform_power: bool = True,
+        pretrained_grid: int | None = None,
+        frame_causal: bool = False,
+        levels: int | None = None,
+        image_tokenizer: bool = False,
+        modality_embedding: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        crop = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
-        if patch_size < 1 or len(crop) != 2:
-            sizes = f"crop_size {crop_size} and patch_size {patch_size}"
-            fail("Encoder", "sizes", "be a side or (height, width), and at least 1", sizes, "pass pixels")
-        if crop[0] % patch_size or crop[1] % patch_size:
-            fail("Encoder", "crop_size", f"be a multiple of patch_size {patch_size}", crop_size, "crop to a multiple")
-        if rope is None and embed_dim % 4:
-            fail("Encoder", "embed_dim", "be a multiple of 4", embed_dim, "position tables have four parts")
-        if tubelet_size is not None and rope is None:
-            fail("Encoder", "rope", "be a pairing for videos", rope, "the published one is 'tiled'")
         check_rope("Encoder", rope)
-        self.grid, self.rope = (crop[0] // patch_size, crop[1] // patch_size), rope
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size, mean=mean, std=std)
-        self.pos_embed = frozen_table(self.grid, embed_dim) if rope is None else None
+        self.grid: tuple[int, ...] = _grid(crop_size, patch_size)
+        if tubelet_size is not None and rope is None:
+            self.grid = (_frames(num_frames, tubelet_size), *self.grid)
+        if levels is not None and (depth % LEVELS or not 1 <= levels <= LEVELS):
+            wanted = f"be 1 to {LEVELS}, for a depth of as many equal parts"
+            fail("Encoder", "levels", wanted, f"{levels} with depth {depth}", "leave it out for one norm")
+        self.rope, self.pretrained_grid, self.frame_causal, self.levels = rope, pretrained_grid, frame_causal, levels
+        given = dict(mean=mean, std=std)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size, **given)
+        self.patch_embed_img = PatchEmbed(patch_size, in_chans, embed_dim, 1, **given) if image_tokenizer else None
+        self.img_mod_embed, self.video_mod_embed = modality_embeddings(embed_dim, modality_embedding)
+        table = dict(uniform_power=uniform_power)
+        self.pos_embed = frozen_table("Encoder", "embed_dim", self.grid, embed_dim, **table) if rope is None else None
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        if levels is None:
+            self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+        else:
+            self.norms_block = nn.ModuleList(nn.LayerNorm(embed_dim, eps=NORM_EPS) for _ in range(LEVELS))
         self.apply(init_weights)
 
     def forward(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """Encode every patch of images or videos, or the kept ones of all masks in one pass.
 
-        pixels [B, C, H, W] or [B, C, T, H, W]; an image given to a video encoder is shown for a whole tubelet.
+        pixels [B, C, H, W] or [B, C, T, H, W]; an image given to a video encoder without a tokenizer of its own is
+        shown for a whole tubelet.
         ids None: every patch -> [B, N, E]. ids int64 [M, K], sorted in each row, row s of image s % B -> [M, K, E].
         ids int64 [T] with `packing` of masks * B sequences -> [T, E].
         """
-        return self.norm(self.features(pixels, ids, packing))
+        return self._norms()[-1](self._outputs(pixels, ids, packing)[-1])
+
+    def latents(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+        """What predictors read: `forward`, or the latents of all trained levels side by side, [..., levels * E]."""
+        outputs = self._outputs(pixels, ids, packing)
+        return _side_by_side([norm(x) for norm, x in zip(self._norms(), outputs, strict=True)])
 
     def features(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """`forward` without the last norm."""
-        x = self.patch_embed(pixels, ids, packing, None if self.pos_embed is None else self.pos_embed[0])
-        rope = self._rope(pixels, ids)
-        for block in self.blocks:
-            x = block(x, packing, rope)
-        return x
+        """`latents` without the last norms."""
+        return _side_by_side(self._outputs(pixels, ids, packing))
+
+    def last_norm(self) -> tuple[Tensor, Tensor, float]:
+        """Weight, bias and eps of what `features` leaves out, as `latent_loss(norm=)` takes it, levels side by side."""
+        norms = self._norms()
+        return _side_by_side([n.weight for n in norms]), _side_by_side([n.bias for n in norms]), norms[0].eps
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int, int]:
         """(Gt, Gh, Gw): how many patches these pixels have along time, height and width."""
         *tubelet, height, width = self.patch_embed.proj.kernel_size
-        frames = pixels.shape[2] // tubelet[0] if pixels.dim() == 5 else 1
+        frames = 1 if self.shows_images(pixels) else pixels.shape[2] // tubelet[0]
         return frames, pixels.shape[-2] // height, pixels.shape[-1] // width
+
+    def shows_images(self, pixels: Tensor) -> bool:
+        """Whether pixels are images, or clips of one frame with a tokenizer for these."""
+        return pixels.dim() == 4 or (self.patch_embed_img is not None and pixels.shape[2] == 1)
+
+    def _norms(self) -> list[nn.LayerNorm]:
+        return [self.norm] if self.levels is None else cast(list[nn.LayerNorm], list(self.norms_block)[-self.levels :])
+
+    def _outputs(self, pixels: Tensor, ids: Tensor | None, packing: Packing | None) -> list[Tensor]:
+        """Of the last block of each trained level."""
+        x = self._embed(pixels, ids, packing)
+        rope, sight = self._rope(pixels, ids), self._sight(pixels, ids, packing)
+        quarter, outputs = len(self.blocks) // LEVELS, []
+        for n, block in enumerate(self.blocks, 1):
+            x = block(x, packing, rope, **sight)
+            if self.levels is not None and n % quarter == 0 and n // quarter > LEVELS - self.levels:
+                outputs.append(x)
+        return outputs or [x]
+
+    def _embed(self, pixels: Tensor, ids: Tensor | None, packing: Packing | None) -> Tensor:
+        image = self.shows_images(pixels)
+        embed = self.patch_embed_img if image and self.patch_embed_img is not None else self.patch_embed
+        modality = self.img_mod_embed if image else self.video_mod_embed
+        table, shift = self.pos_embed, None if modality is None else modality[0, 0]
+        return embed(pixels, ids, packing, None if table is None else table[0], shift)
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
         if self.rope is None:
@@ -87,7 +139,32 @@ class Encoder(nn.Module):
         grid = self.grid_of(pixels)
         if ids is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=pixels.device)
-        return Rope(patch_positions(ids, grid), pairing=self.rope)
+        return Rope(patch_positions(ids, grid, pretrained_grid=self.pretrained_grid), pairing=self.rope)
+
+    def _sight(self, pixels: Tensor, ids: Tensor | None, packing: Packing | None) -> dict[str, Any]:
+        if not self.frame_causal:
+            return {}
+        frames, height, width = self.grid_of(pixels)
+        if ids is None:
+            return {"frame_size": height * width}
+        return {"key_ranges": frame_ranges(ids, height * width, frames * height * width, packing)}
+
+
+def frame_ranges(ids: Tensor, frame_size: int, count: int, packing: Packing | None) -> Tensor:
+    """The kept patches that each one sees where no later frame is seen, as `key_ranges` of `masked_attention`.
+
+    ids: int64 [M, K], or [T] with `packing`, sorted in each sequence, in [0, count). Found on the device, without a
+    sync: how many ids of the sequence lie before the end of the patch's frame.
+    """
+    after = (ids // frame_size + 1) * frame_size
+    if packing is None:
+        end = torch.searchsorted(ids, after)
+    else:  # places on one line, sequence after sequence; rows past the last one lie behind all that are asked for
+        sequence = packing.sequence_of_token()
+        start = packing.cu_seqlens[sequence]
+        end = torch.searchsorted(ids + sequence * count, after + sequence * count) - start
+    end = end.to(torch.int32)
+    return torch.stack([torch.zeros_like(end), end], -1)
 
 
 def check_rope(module: str, rope: str | None) -> None:
@@ -96,8 +173,34 @@ def check_rope(module: str, rope: str | None) -> None:
         fail(module, "rope", "be interleaved, tiled or None", repr(rope), "V-JEPA 2 was trained with 'tiled'")
 
 
-def frozen_table(grid: tuple[int, int], dim: int) -> nn.Parameter:
-    """[1, N, dim]: a parameter, as in published state dicts, that is never trained."""
-    table = nn.Parameter(torch.empty(1, grid[0] * grid[1], dim, dtype=torch.float32), requires_grad=False)
-    table.data.copy_(sincos_2d(grid, dim)[None])
-    return table
+def modality_embeddings(dim: int, wanted: bool) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Of images and of videos, [1, 1, dim] each, near 0 at the start; None where they are not wanted."""
+    if not wanted:
+        return None, None
+    image, video = (nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6)) for _ in range(2))
+    return image, video
+
+
+def _side_by_side(levels: Sequence[Tensor]) -> Tensor:
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels), -1)
+
+
+def _grid(crop_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(Gh, Gw) of the crop."""
+    crop = (crop_size, crop_size) if isinstance(crop_size, int) else tuple(crop_size)
+    if patch_size < 1 or len(crop) != 2:
+        sizes = f"crop_size {crop_size} and patch_size {patch_size}"
+        fail("Encoder", "sizes", "be a side or (height, width), and at least 1", sizes, "pass pixels")
+    if crop[0] % patch_size or crop[1] % patch_size:
+        fail("Encoder", "crop_size", f"be a multiple of patch_size {patch_size}", crop_size, "crop to a multiple")
+    return crop[0] // patch_size, crop[1] // patch_size
+
+
+def _frames(num_frames: int | None, tubelet_size: int) -> int:
+    """Gt of the table of positions of clips."""
+    if num_frames is None:
+        fail("Encoder", "num_frames", "be given for a video's table of positions", None, "or pass rope='tiled'")
+    if num_frames < 1 or num_frames % tubelet_size:
+        requirement = f"be a multiple of tubelet_size {tubelet_size}"
+        fail("Encoder", "num_frames", requirement, num_frames, "cut the clip to one")
+    return num_frames // tubelet_size

@@ -1,6 +1,8 @@
 """Patch embedding and the sine-cosine position tables."""
 
+import math
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -48,9 +50,15 @@ class PatchEmbed(nn.Module):
         ids: Tensor | None = None,
         packing: Packing | None = None,
         pos_embed: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Tensor:
-        """pixels [B, C, (T,) H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E]."""
+        """pixels [B, C, (T,) H, W], pos_embed [N, E] -> [B, N, E]; ids [M, K] -> [M, K, E]; ids [T] -> [T, E].
+
+        shift [E]: added to every patch.
+        """
         weight, bias = self.proj.weight, self.proj.bias
+        if shift is not None and bias is not None:
+            bias = bias + shift
         return jk.embed_patches(pixels, ids, weight, bias, pos_embed, packing=packing, mean=self.mean, std=self.std)
 
 
@@ -64,8 +72,39 @@ def sincos_1d(positions: np.ndarray, dim: int) -> np.ndarray:
 def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
     """float32 [Gh * Gw, dim]: the first half of the channels encodes the column, the second the row (I-JEPA).
 
-    V-JEPA orders the halves row, column: its tables are not these.
+    V-JEPA's tables are not these: see `sincos_3d`.
     """
     row, column = np.divmod(np.arange(grid[0] * grid[1], dtype=np.float64), grid[1])
     table = np.concatenate([sincos_1d(column, dim // 2), sincos_1d(row, dim // 2)], axis=1)
     return torch.from_numpy(table.astype(np.float32))
+
+
+def sincos_3d(grid: tuple[int, int, int], dim: int, *, uniform_power: bool = True) -> Tensor:
+    """float32 [Gt * Gh * Gw, dim]: channels encode the frame, then the row, then the column (V-JEPA).
+
+    uniform_power: each gets 2 ceil(dim / 6) channels, and the last columns' that are beyond dim fall away; False: the
+        frame gets half of the channels, row and column a quarter each. Published models have True.
+    """
+    frame, place = np.divmod(np.arange(math.prod(grid), dtype=np.float64), grid[1] * grid[2])
+    row, column = np.divmod(place, grid[2])
+    widths = [2 * math.ceil(dim / 6)] * 3 if uniform_power else [dim // 2, dim // 4, dim // 4]
+    parts = [sincos_1d(p, width) for p, width in zip((frame, row, column), widths, strict=True)]
+    return torch.from_numpy(np.concatenate(parts, axis=1)[:, :dim].astype(np.float32))
+
+
+def frozen_table(
+    module: str, argument: str, grid: tuple[int, ...], dim: int, *, uniform_power: bool = True
+) -> nn.Parameter:
+    """[1, N, dim], of an image's (Gh, Gw) or a clip's (Gt, Gh, Gw): a parameter, as published, that is never trained.
+
+    Raises ValueError, in the name of `module`, for a width that the axes can not share.
+    """
+    parts = 2 if len(grid) == 3 and uniform_power else 4 if len(grid) == 2 else 8
+    if dim % parts:
+        fail(module, argument, f"be a multiple of {parts}", dim, "each axis has sines and cosines in the table")
+    table = nn.Parameter(torch.empty(1, math.prod(grid), dim, dtype=torch.float32), requires_grad=False)
+    if len(grid) == 2:
+        table.data.copy_(sincos_2d(grid, dim)[None])
+    else:
+        table.data.copy_(sincos_3d(cast(tuple[int, int, int], grid), dim, uniform_power=uniform_power)[None])
+    return table

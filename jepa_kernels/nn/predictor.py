@@ -10,7 +10,8 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import INT64, check_ids, check_tensor, fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.encoder import check_rope, frozen_table
+from jepa_kernels.nn.encoder import check_rope, modality_embeddings
+from jepa_kernels.nn.patch_embed import frozen_table
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.rotary import Rope, patch_positions
@@ -23,10 +24,15 @@ class Predictor(nn.Module):
     written once, in their place, and never sorted; with `rope` the first block's product is computed once for all
     copies of a context or of a mask token; the last block computes the target rows alone.
 
-    grid: (Gh, Gw), or with `rope` (Gt, Gh, Gw), of the patches.
-    rope: as of `Encoder`; None: I-JEPA's table of positions, of `grid` alone.
+    grid: (Gh, Gw) or (Gt, Gh, Gw), the latter with `rope`, of the patches.
+    rope, uniform_power, pretrained_grid: as of `Encoder`; without rope: a table of positions, of `grid` alone.
     num_mask_tokens: None: one mask token, `mask_token`, as I-JEPA's; else so many in the list `mask_tokens`, 0 at the
         start, as V-JEPA's.
+    levels: so many latents of width embed_dim stand side by side in the context; several are embedded by two layers
+        with a GELU between them.
+    out_dim: of the predictions; None: levels * embed_dim.
+    modality_embedding: a learned vector is added to every token, one for images and one for videos.
+    context_proj: predictions at the context's own places too, by a layer of their own (V-JEPA 2.1).
     """
 
     def __init__(
@@ -40,28 +46,41 @@ class Predictor(nn.Module):
         *,
         rope: str | None = None,
         num_mask_tokens: int | None = None,
+        uniform_power: bool = True,
+        pretrained_grid: int | None = None,
+        levels: int = 1,
+        out_dim: int | None = None,
+        modality_embedding: bool = False,
+        context_proj: bool = False,
     ) -> None:
         super().__init__()
         dim = predictor_embed_dim
-        if rope is None and dim % 4:
-            fail("Predictor", "predictor_embed_dim", "be a multiple of 4", dim, "position tables have four parts")
         check_rope("Predictor", rope)
-        if len(grid) != (2 if rope is None else 3):
-            wanted = "be (Gh, Gw)" if rope is None else "be (Gt, Gh, Gw) with rope"
+        if len(grid) != 3 and (rope is not None or len(grid) != 2):
+            wanted = "be (Gh, Gw) or (Gt, Gh, Gw)" if rope is None else "be (Gt, Gh, Gw) with rope"
             fail("Predictor", "grid", wanted, grid, "pass the encoder's grid")
-        for name, count in (("depth", depth), ("num_mask_tokens", num_mask_tokens)):
+        for name, count in (("depth", depth), ("num_mask_tokens", num_mask_tokens), ("levels", levels)):
             if count is not None and count < 1:
                 fail("Predictor", name, "be at least 1", count, "the published predictors have 12 blocks")
-        self.grid, self.rope = tuple(grid), rope
-        self.predictor_embed = nn.Linear(embed_dim, dim)
+        self.grid, self.rope, self.pretrained_grid = tuple(grid), rope, pretrained_grid
+        self.predictor_embed: nn.Module = nn.Linear(embed_dim, dim)
+        if levels > 1:
+            wide = nn.Linear(levels * embed_dim, embed_dim)
+            self.predictor_embed = nn.Sequential(wide, nn.GELU(), self.predictor_embed)
+        self.img_mod_embed, self.video_mod_embed = modality_embeddings(dim, modality_embedding)
         if num_mask_tokens is None:
             self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         else:
             self.mask_tokens = nn.ParameterList(torch.zeros(1, 1, dim) for _ in range(num_mask_tokens))
-        self.predictor_pos_embed = frozen_table((grid[0], grid[1]), dim) if rope is None else None
+        self.predictor_pos_embed = None
+        if rope is None:
+            named = "Predictor", "predictor_embed_dim"
+            self.predictor_pos_embed = frozen_table(*named, self.grid, dim, uniform_power=uniform_power)
         self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.predictor_proj = nn.Linear(dim, embed_dim)
+        out_dim = levels * embed_dim if out_dim is None else out_dim
+        self.predictor_proj = nn.Linear(dim, out_dim)
+        self.predictor_proj_context = nn.Linear(dim, out_dim) if context_proj else None
         self.apply(init_weights)
 
     def forward(
@@ -75,19 +94,25 @@ class Predictor(nn.Module):
         *,
         grid: tuple[int, int, int] | None = None,
         mask_index: int | Sequence[int] = 0,
-    ) -> Tensor:
+        image: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict the latents at `target_ids`, which look at one context each: target s at context s % contexts.
 
         Rectangular: context [S, Kc, E], context_ids [S, Kc], target_ids [M, Kt], S divides M -> [M, Kt, E].
         Packed: context [Tc, E], context_ids [Tc], target_ids [Tt], with their packings -> [Tt, E].
+        With context_proj: a pair, the latter at `context_ids` of every sequence, [M, Kc, E] or [Tc, E] for S = M.
         pairs: built from the packings' lengths when left out; pass it in compiled code.
         grid: (Gt, Gh, Gw) of these ids, with rope; None: the constructor's. It may go on after the clip's last frame.
         mask_index: which of `mask_tokens` stands at the targets: one for all, or one for each group of consecutive
             sequences (masks).
+        image: whose modality embedding is added, images' or videos'.
         """
         token = self._tokens(mask_index)
         checked = self._checked(grid, context, (context_ids, context_packing), (target_ids, target_packing))
         context = self.predictor_embed(context).to(token.dtype)  # under autocast the blocks add up in full precision
+        modality = self.img_mod_embed if image else self.video_mod_embed
+        if modality is not None:
+            context, token = context + modality[0], token + modality[0]
         if context_packing is not None and target_packing is not None and pairs is None:
             lengths = context_packing.lengths, target_packing.lengths
             pairs = Pairs.from_lengths(*lengths, device=context.device)
@@ -106,7 +131,19 @@ class Predictor(nn.Module):
         for i, block in enumerate(blocks):
             repeated = i == 0 and rope is not None
             x = block(x, packing, rope, place(block.qkv(context), block.qkv(token)) if repeated else None)
-        targets = x[:, context_ids.shape[-1] :] if pairs is None else _take(x, pairs.target_rows)
+        kept = context_ids.shape[-1]
+        if self.predictor_proj_context is not None:
+            x = self.predictor_norm(last(x, packing, rope))
+            targets, own = (
+                (x[:, kept:], x[:, :kept])
+                if pairs is None
+                else (
+                    _take(x, pairs.target_rows),
+                    _take(x, pairs.context_rows),
+                )
+            )
+            return self.predictor_proj(targets), self.predictor_proj_context(own)
+        targets = x[:, kept:] if pairs is None else _take(x, pairs.target_rows)
         targets = last.cross(targets, x, target_packing, packing, target_rope)
         return self.predictor_proj(self.predictor_norm(targets))
 
@@ -154,7 +191,9 @@ class Predictor(nn.Module):
         else:
             ids = torch.cat([context_ids, target_ids]).index_select(0, pairs.source)
         shape = cast(tuple[int, int, int], grid)
-        positions, targets = patch_positions(ids, shape), patch_positions(target_ids, shape)
+        positions, targets = (
+            patch_positions(x, shape, pretrained_grid=self.pretrained_grid) for x in (ids, target_ids)
+        )
         return Rope(positions, pairing=self.rope), Rope(targets, positions, pairing=self.rope)
 
 

@@ -18,17 +18,18 @@ def linear(x, p, name):
     return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
 
-def attention(x, p, name, heads, turn=lambda q: q):
-    """turn: what positions do to the queries and keys of a head."""
+def attention(x, p, name, heads, turn=lambda q: q, seen=None):
+    """turn: what positions do to the queries and keys of a head. seen: bool, which keys a query sees; None: all."""
     outputs = []
     queries, keys, values = (y.chunk(heads, -1) for y in linear(x, p, f"{name}.qkv").chunk(3, -1))
     for q, k, v in zip(map(turn, queries), map(turn, keys), values, strict=True):
-        outputs.append((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        outputs.append((scores if seen is None else scores.masked_fill(~seen, -math.inf)).softmax(-1) @ v)
     return linear(torch.cat(outputs, -1), p, f"{name}.proj")
 
 
-def block(x, p, name, heads, *turn):
-    x = x + attention(norm(x, p, f"{name}.norm1"), p, f"{name}.attn", heads, *turn)
+def block(x, p, name, heads, *options):
+    x = x + attention(norm(x, p, f"{name}.norm1"), p, f"{name}.attn", heads, *options)
     h = linear(norm(x, p, f"{name}.norm2"), p, f"{name}.mlp.fc1")
     return x + linear(h * (1 + torch.erf(h / math.sqrt(2))) / 2, p, f"{name}.mlp.fc2")
 

@@ -160,8 +160,12 @@ def donor():
 def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
     torch.save(published(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
     from_file, from_memory = IJEPA(SMALL), IJEPA(SMALL)
-    assert from_file.load(tmp_path / "jepa-ep300.pth.tar") is from_file
-    from_memory.load(published(donor, prefix))
+    reports = from_file.load(tmp_path / "jepa-ep300.pth.tar"), from_memory.load(published(donor, prefix))
+    for report in reports:
+        assert report.layout == "Meta's layout" and not report.missing
+        assert len(report.loaded) == len(donor.state_dict())
+        names = ("opt", "scaler", "epoch", "loss", "batch_size", "world_size", "lr")
+        assert report.ignored == dict.fromkeys(names, "no weights of a network")
     for model in (from_file, from_memory):
         assert all(torch.equal(v, donor.state_dict()[k]) for k, v in model.state_dict().items())
         assert not any(p.requires_grad for p in model.target_encoder.parameters())
@@ -169,7 +173,9 @@ def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_its_own_state_dict_loads(donor, prefix):
-    model = IJEPA(SMALL).load({prefix + name: value for name, value in donor.state_dict().items()})
+    model = IJEPA(SMALL)
+    report = model.load({prefix + name: value for name, value in donor.state_dict().items()})
+    assert report.layout == "its own state dict" and len(report.loaded) == len(donor.state_dict())
     assert all(torch.equal(value, donor.state_dict()[name]) for name, value in model.state_dict().items())
 
 
@@ -179,6 +185,9 @@ def without(state, part, name):
 
 def replaced(state, part, name, value):
     return {**state, part: {**state[part], name: value}}
+
+
+CONVOLUTION = "module.patch_embed.proj.weight"
 
 
 def spoiled(kind, state):
@@ -211,8 +220,16 @@ def spoiled(kind, state):
         return replaced(state, "encoder", "module.pos_embed", [0.0])
     if kind == "flat positions":
         return replaced(state, "encoder", "module.pos_embed", torch.ones(16 * 48))
-    if kind == "no predictor":
-        return {k: v for k, v in state.items() if k != "predictor"}
+    if kind == "no encoder":
+        return {"predictor": state["predictor"], "epoch": 3}
+    if kind == "clips":
+        weight = torch.ones(48, 3, 2, 8, 8)
+        return replaced(replaced(state, "encoder", CONVOLUTION, weight), "target_encoder", CONVOLUTION, weight)
+    if kind == "no convolution":
+        names = ("encoder", "target_encoder")
+        return {
+            n: without(state, n, "module.patch_embed.proj.weight")[n] if n in names else v for n, v in state.items()
+        }
     assert kind == "vit_tiny"
     with torch.device("meta"):
         return published(IJEPA(ijepa.vit_tiny()))
@@ -229,16 +246,24 @@ FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
         ("another shape", FITS + "target_encoder.norm.weight has shape (64,), the model (48,); "),
         ("not finite", FITS + "encoder.norm.bias holds values that are not finite; "),
         ("not a tensor", FITS + "encoder.norm.bias is a list; "),
-        ("an int for a name", FITS + "encoder.3 is unknown; it has embed_dim 48, depth 2, patch_size 8, 16 patches"),
+        (
+            "an int for a name",
+            FITS + "encoder.3 is unknown; its size seems to be embed_dim 48, depth 2, patch_size 8 with 16 patches",
+        ),
         ("complex", FITS + "encoder.norm.bias is of dtype complex64; "),
         ("integers", FITS + "encoder.norm.bias is of dtype int64; "),
         ("too large for float32", FITS + "encoder.norm.bias holds values that are not finite; "),
         ("sparse", FITS + "encoder.norm.bias is no dense tensor; "),
         ("no values", FITS + "encoder.norm.bias is on the meta device; "),
-        ("a list of positions", FITS + "encoder.pos_embed is a list; it seems to be of another model than I-JEPA"),
-        ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); it seems to be of anot"),
+        (
+            "a list of positions",
+            FITS + "encoder.pos_embed is a list; its size seems to be embed_dim 48",
+        ),
+        ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); its size seems to be e"),
         ("vit_tiny", FITS + "encoder.blocks.2.norm1.weight is unknown; "),
-        ("no predictor", "IJEPA: checkpoint must hold predictor, got batch_size, encoder, epoch, "),
+        ("clips", "IJEPA: checkpoint must be of I-JEPA, got one of V-JEPA 2, embed_dim 48, depth 2, patch_size 8 with"),
+        ("no convolution", FITS + "encoder.patch_embed.proj.weight is missing; target_encoder.patch_embed.proj.weight"),
+        ("no encoder", "IJEPA: checkpoint must hold encoder, target_encoder, got epoch, predictor; "),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message):
@@ -249,9 +274,11 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message):
     assert str(error.value).startswith(message)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if kind == "vit_tiny":
-        assert str(error.value).endswith("it seems to be of vit_tiny with 196 patches")
-    if kind == "no predictor":
-        assert str(error.value).endswith("pass a file of the published I-JEPA layout or this model's state_dict()")
+        assert str(error.value).endswith("; its size seems to be vit_tiny with 196 patches")
+    if kind == "no convolution":
+        assert str(error.value).endswith("; it seems to be of another model than I-JEPA")
+    if kind == "no encoder":
+        assert str(error.value).endswith("; pass a published file of I-JEPA or this model's state_dict()")
 
 
 class Foreign:
@@ -277,7 +304,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
 def test_names_that_are_no_text_are_refused_in_its_own_state_dict(donor, name):
     with pytest.raises(ValueError) as error:
         IJEPA(SMALL).load({**donor.state_dict(), name: torch.ones(2)})
-    assert str(error.value) == f"{FITS}model.{name} is unknown; pass weights of this model"
+    assert str(error.value).startswith(f"{FITS}encoder.{name} is unknown; ")
 
 
 def test_a_source_that_is_neither_mapping_nor_path_is_refused():

@@ -294,14 +294,14 @@ FIRST = torch.arange(17).repeat(4, 1)
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Encoder(16, 4, 64, 1, 2, tubelet_size=2), "Encoder: rope must be a pairing for videos, got None; "),
+        (lambda: Encoder(16, 4, 64, 1, 2, tubelet_size=2), "Encoder: num_frames must be given for a video's table of"),
         (lambda: Encoder(16, 4, 64, 1, 2, rope="spiral"), "Encoder: rope must be interleaved, tiled or None, got 'spi"),
         (lambda: Encoder((16, 4, 4), 4, 64, 1, 2), "Encoder: sizes must be a side or (height, width), and at least 1"),
         (lambda: Encoder(16, 0, 64, 1, 2), "Encoder: sizes must be a side or (height, width), and at least 1, got"),
         (lambda: Encoder(16, 4, 64, 1, 2, mean=(0.5,) * 3), "PatchEmbed: mean and std must be given together, got"),
         (lambda: Encoder(16, 4, 64, 1, 2, mean=[1], std=[1]), "PatchEmbed: mean and std must hold 3 numbers like the"),
         (lambda: Predictor((4, 4), 64, 48, 1, 2, rope="tiled"), "Predictor: grid must be (Gt, Gh, Gw) with rope, got"),
-        (lambda: Predictor((2, 4, 4), 64, 48, 1, 2), "Predictor: grid must be (Gh, Gw), got (2, 4, 4); "),
+        (lambda: Predictor((4,), 64, 48, 1, 2), "Predictor: grid must be (Gh, Gw) or (Gt, Gh, Gw), got (4,); "),
         (lambda: Predictor((4, 4), 64, 48, 0, 2), "Predictor: depth must be at least 1, got 0; "),
         (lambda: with_table(num_mask_tokens=0), "Predictor: num_mask_tokens must be at least 1, got 0; "),
         (lambda: predict(with_table(), grid=GRID), "Predictor: grid must be None without rope, got (3, 4, 6); "),

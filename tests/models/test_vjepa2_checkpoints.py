@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jepa_kernels.models import checkpoints, vjepa2
+from jepa_kernels.models import vjepa2
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from tests.models.test_checkpoints import block, millions, shapes
 
@@ -146,7 +146,11 @@ def test_metas_layout_loads(donor, prefix, tmp_path):
     torch.save(meta_layout(donor, prefix), tmp_path / "vitl.pt")
     for source in (tmp_path / "vitl.pt", meta_layout(donor, prefix)):
         model = VJEPA2(SMALL)
-        assert model.load(source) is model and same(model.state_dict(), donor.state_dict())
+        report = model.load(source)
+        assert same(model.state_dict(), donor.state_dict()) and not report.missing
+        tables = {"encoder.pos_embed", "target_encoder.pos_embed", "predictor.predictor_pos_embed"}
+        replaced = {name for name, why in report.ignored.items() if why == "rotary positions take its place"}
+        assert replaced == tables and report.ignored["opt"] == "no weights of a network"
 
 
 def write(path, tensors):
@@ -159,7 +163,9 @@ def test_hugging_faces_layout_loads_into_both_encoders(donor, dtype, tmp_path):
     donor = donor.to(dtype)
     state = huggingface_layout(donor)
     for source in (state, write(tmp_path / "model.safetensors", state)):
-        model = VJEPA2(SMALL).load(source)
+        model = VJEPA2(SMALL)
+        report = model.load(source)
+        assert report.missing == {"target_encoder": "the encoder's weights are in its place"} and not report.ignored
         encoder = {name: value.float() for name, value in donor.target_encoder.state_dict().items()}
         assert same(model.target_encoder.state_dict(), encoder) and same(model.context_encoder.state_dict(), encoder)
         predictor = {name: value.float() for name, value in donor.predictor.state_dict().items()}
@@ -168,26 +174,24 @@ def test_hugging_faces_layout_loads_into_both_encoders(donor, dtype, tmp_path):
 
 def test_its_own_state_dict_loads(donor):
     prefixed = {f"module.{name}": value for name, value in donor.state_dict().items()}
-    assert same(VJEPA2(SMALL).load(prefixed).state_dict(), donor.state_dict())
+    model = VJEPA2(SMALL)
+    model.load(prefixed)
+    assert same(model.state_dict(), donor.state_dict())
 
 
-def test_both_layouts_hold_every_key_of_vit_large():
-    """Without values: all that is wrong with them is that they have none."""
-    model = meta(vjepa2.vit_large())
-    converted = checkpoints.from_huggingface(huggingface_layout(model))
-    assert len(huggingface_layout(model)) == 24 * 16 + 4 + 12 * 16 + 7
-    published = {"encoder": published_encoder(1024, 24, 4096), "predictor": published_predictor(1024)}
-    for part, wanted in {**published, "target_encoder": published["encoder"]}.items():
-        assert {name: tuple(value.shape) for name, value in converted[part].items()} == wanted
-    count = 2 * len(published["encoder"]) + len(published["predictor"])
+@pytest.mark.parametrize("part", ["predictor.", "target_encoder."])
+def test_a_part_of_its_own_state_dict_is_refused(donor, part):
+    state = {name: value for name, value in donor.state_dict().items() if not name.startswith(part)}
+    with pytest.raises(ValueError, match=f"VJEPA2: checkpoint must hold {part[:-1]}, got "):
+        VJEPA2(SMALL).load(state)
+
+
+def test_weights_without_values_are_refused():
+    model = meta(SMALL)
     for state in (meta_layout(model), huggingface_layout(model)):
         with pytest.raises(ValueError) as error:
             model.load(state)
-        assert str(error.value).startswith(
-            "VJEPA2: checkpoint must hold exactly the weights of this config, got encoder."
-        )
-        lines, _ = str(error.value).rsplit("; and ", 1)
-        assert lines.count(" is on the meta device") == 3 and f"; and {count - 3} more; " in str(error.value)
+        assert str(error.value).startswith(FITS + "encoder.") and str(error.value).count(" is on the meta device") == 3
 
 
 def spoiled(kind, donor):
@@ -202,8 +206,12 @@ def spoiled(kind, donor):
         return {**state, "encoder": encoder}
     if kind == "ViT-L":
         return meta_layout(meta(vjepa2.vit_large()))
-    if kind == "no predictor":
-        return {k: v for k, v in state.items() if k != "predictor"}
+    if kind == "V-JEPA 2-AC":
+        return {**state, "predictor": {**state["predictor"], "module.action_encoder.weight": torch.zeros(32, 7)}}
+    if kind == "no layout":
+        return {"layer.weight": torch.zeros(3), "layer.bias": torch.zeros(3)}
+    if kind == "one name twice":
+        return {**state, "encoder": {**state["encoder"], "norm.weight": torch.ones(48)}}
     if kind == "no key":
         return {k: v for k, v in theirs.items() if k != weight}
     if kind == "a key of another shape":
@@ -216,32 +224,40 @@ def spoiled(kind, donor):
         return {**theirs, "predictor.embeddings.mask_tokens": torch.zeros(4, 1, 1, 32)}
     if kind == "flat mask tokens":
         return {**theirs, "predictor.embeddings.mask_tokens": torch.zeros(96)}
-    assert kind == "a classifier"
-    return {**theirs, "classifier.weight": torch.zeros(3, 48)}
+    assert kind == "an unknown name"
+    return {**theirs, "decoder.weight": torch.zeros(3, 48)}
 
 
 FITS = "VJEPA2: checkpoint must hold exactly the weights of this config, got "
-OWN = "its encoder has embed_dim 48, depth 2, patch_size 8"
+OWN = "; its size seems to be embed_dim 48, depth 2, patch_size 8"
+OTHER = "VJEPA2: checkpoint must be of V-JEPA 2, got one of "
+TOKENS = "; build the model with num_mask_tokens=4, as many as it holds"
 
 
 @pytest.mark.parametrize(
     "kind, message, remedy",
     [
-        ("V-JEPA 1", FITS + "predictor.mask_tokens.2 is missing; ", OWN),
-        ("V-JEPA 2.1", FITS + "encoder.norm.weight is missing; ", "it seems to be of another model than V-JEPA 2"),
-        ("ViT-L", FITS + "encoder.blocks.2.norm1.weight is unknown; ", "its encoder seems to be of vit_large"),
+        ("V-JEPA 1", OTHER + "V-JEPA, embed_dim 48, depth 2, patch_size 8 with 8 patches", "; build that model"),
+        ("V-JEPA 2.1", OTHER + "V-JEPA 2.1, embed_dim 48", "; build that model"),
+        ("V-JEPA 2-AC", OTHER + "V-JEPA 2-AC, embed_dim 48", "; build that model"),
         (
-            "no predictor",
-            "VJEPA2: checkpoint must hold predictor, got batch_size, encoder, ",
-            "this model's state_dict()",
+            "ViT-L",
+            FITS + "encoder.blocks.2.norm1.weight is unknown; ",
+            "; its size seems to be vit_large with 8 patches",
+        ),
+        ("no layout", "VJEPA2: checkpoint must be of a published layout, got layer.bias, layer.weight", "state_dict()"),
+        (
+            "one name twice",
+            "VJEPA2: checkpoint must hold each tensor once, got encoder.norm.weight twice",
+            "of the two",
         ),
         ("no key", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
         ("a key of another shape", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
         ("a key that is no tensor", FITS + "encoder.blocks.1.attn.qkv.weight is missing; ", OWN),
         ("a key that is not finite", FITS + "encoder.blocks.1.attn.qkv.weight holds values that are not finite; ", OWN),
-        ("more mask tokens", FITS + "predictor.mask_tokens.3 is unknown; ", OWN),
+        ("more mask tokens", FITS + "predictor.mask_tokens.3 is unknown; ", TOKENS),
         ("flat mask tokens", FITS + "predictor.mask_tokens.0 is missing; ", OWN),
-        ("a classifier", FITS + "encoder.classifier.weight is unknown; ", OWN),
+        ("an unknown name", FITS + "encoder.decoder.weight is unknown; ", OWN),
     ],
 )
 def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message, remedy):
