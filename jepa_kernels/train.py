@@ -54,9 +54,10 @@ class Trainer:
         self.model.target_encoder.blocks[-1].register_forward_hook(self._keep_latents)
 
     def _keep_latents(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
-        """Some inputs' target latents, which V-JEPA 2 itself norms at the targets alone."""
-        some = max(2, STAT_ROWS // features.shape[1])
-        self.latents = self.model.target_encoder.norm(features[:some])
+        """Some inputs' target latents, of the last level; V-JEPA 2 itself has them at the targets alone."""
+        some, width = max(2, STAT_ROWS // features.shape[1]), features.shape[2]
+        weight, bias, eps = self.model.target_encoder.last_norm()
+        self.latents = F.layer_norm(features[:some], (width,), weight[-width:], bias[-width:], eps)
 
     def schedule(self) -> dict[str, float]:
         """Learning rate, weight decay and momentum of the step to come; the first two are set."""

@@ -258,11 +258,11 @@ def _value(name: str, default: Any, value: Any) -> Any:
         if isinstance(default, bool) == isinstance(value, bool):
             if isinstance(default, float):
                 return float(value)
-            if isinstance(default, bool) or (isinstance(default, int) and isinstance(value, int)):
+            if isinstance(value, int if default is None else type(default)):
                 return value
     except (TypeError, ValueError):
         pass
-    kind = type(default).__name__
+    kind = "int" if default is None else type(default).__name__
     if isinstance(default, tuple):
         kind = "a list of names" if isinstance(default[0], str) else f"{len(default)} numbers"
     fail("train", name, f"be {kind}", repr(value), "correct the config", TypeError)
@@ -270,7 +270,7 @@ def _value(name: str, default: Any, value: Any) -> Any:
 
 def _check(config: Config) -> None:
     o = config.optimization
-    sizes = {f"model.{key}": size for key, size in vars(config.model).items() if isinstance(size, int)}
+    sizes = {f"model.{key}": size for key, size in vars(config.model).items() if type(size) is int}
     rates = {f"optimization.{key}": getattr(o, key) for key in ("start_lr", "lr", "final_lr", "weight_decay")}
     for name, value, least in (
         *((name, size, 1) for name, size in sizes.items()),
