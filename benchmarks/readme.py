@@ -16,17 +16,16 @@ from benchmarks import rows, targets, text
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROBE = "ijepa-probe.json"
+PROBES = {"ijepa": "I-JEPA", "vjepa2": "V-JEPA 2"}  # of training runs: kept in ijepa-probe.json, ...
 KEPT = ("schema", "status", "started", "seconds", "machine", "git", "versions", "peaks", "rows")
 PRIVATE = {"machine": ("host", "env", "load_before"), "git": ("branch",)}
-FEATURES = {"trained": "I-JEPA, trained", "random_init": "random initialisation", "raw_pixels": "raw pixels"}
 
 
 def adopt(source: Path, results: Path = RESULTS) -> Path:
     """Copy a result into `results`, without what only its machine's owner needs; raises ValueError for a bad one."""
     document = json.loads(source.read_text())
-    if "probe" in document:
-        path = results / PROBE
+    if "probes" in document:
+        path = results / f"{document['config']['architecture']}-probe.json"
         rows.write(path, document)
         return path
     wrong = rows.problems(document)
@@ -56,10 +55,10 @@ def slug(machine: dict[str, Any]) -> str:
 
 def tables(results: Path = RESULTS) -> str:
     """Everything between the markers, from the files in `results`."""
-    paths = sorted(p for p in results.glob("*.json") if p.name != PROBE)
+    probes = {results / f"{model}-probe.json": model for model in PROBES}
+    paths = sorted(p for p in results.glob("*.json") if p not in probes)
     parts = [measured(p.name, json.loads(p.read_text())) for p in paths]
-    if (results / PROBE).exists():
-        parts.append(probe(json.loads((results / PROBE).read_text())))
+    parts += [probe(model, json.loads(p.read_text())) for p, model in probes.items() if p.exists()]
     return "\n\n".join(parts)
 
 
@@ -102,20 +101,28 @@ def steps(found: list[rows.Row]) -> list[str]:
     return ["", "Training steps (context and target tokens):", "", *lines] if lines else []
 
 
-def probe(document: dict[str, Any]) -> str:
+def probe(model: str, document: dict[str, Any]) -> str:
     """Accuracy of trained features, of random initialisation and of raw pixels, with intervals."""
-    scores, about = document["probe"], document["machine"]
+    about = document["machine"]
     head = (
-        f"`python -m jepa_kernels train ijepa`: {document['step']} steps and the probe in {document['seconds']:.0f} s "
-        f"({about['cpu']}, {about['threads']} threads, torch {about['torch']}, {commit({'sha': document['commit']})}). "
-        f"Which of the {scores['photos']} photos is a held-out grey crop from? Chance: {scores['chance']:.3f}; "
-        f"95 % intervals over {scores['seeds']} seeds of {scores['crops_per_seed']} crops:"
+        f"`python -m jepa_kernels train {model}`: {document['step']} steps and the probes in "
+        f"{document['seconds']:.0f} s ({about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{commit({'sha': document['commit']})}), with 95 % intervals."
     )
-    cells = [
-        (title, *(score(scores[p][feature]) for p in ("knn", "linear"))) for feature, title in FEATURES.items()
-    ]  # fmt: skip
-    gain = [score(scores[p]["trained_minus_random_init"]) for p in ("knn", "linear")]
-    cells.append(("trained minus random, paired", *gain))
+    return "\n\n".join([head, *(answers(PROBES[model], asked) for asked in document["probes"])])
+
+
+def answers(model: str, asked: dict[str, Any]) -> str:
+    """One probe's question and table."""
+    counted = f"{asked['seeds']} seeds of {asked['per_seed']}"
+    head = f"{asked['question']} Chance: {asked['chance']:.3f}; {counted}:"
+    titles = {
+        "trained": f"{model}, trained",
+        "random_init": "random initialisation",
+        "raw_pixels": "raw pixels",
+        "trained_minus_random_init": "trained minus random, paired",
+    }
+    cells = [(title, *(score(asked[p][name]) for p in ("knn", "linear"))) for name, title in titles.items()]
     return "\n".join([head, "", *table(("features", "k-NN", "linear"), cells)])
 
 

@@ -1,7 +1,7 @@
-"""Probe: from frozen features of a held-out grey crop, tell which photo it comes from.
+"""Probes: what frozen features of held-out photos and clips tell, against random initialisation and raw pixels.
 
-A classifier is fitted on crops of one half of every photo and scored on crops of the other half. Crops are
-grey, since colour alone may identify a photo.
+A classifier is fitted on one part of every photo or video and scored on another. Pictures are grey, since colour alone
+may identify a photo.
 """
 
 from __future__ import annotations
@@ -13,27 +13,35 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from jepa_kernels.data import PHOTOS, PhotoCrops, extra, normalize
+from jepa_kernels.video import VideoClips
 
-CHUNK = 100  # images per forward
+CHUNK = 100  # images or clips per forward
 PIXEL_SIDE = 16  # raw pixels are averaged to this side: fewer inputs classify better than all of them
+CLIP_GRID = (4, 8, 8)  # and clips to this: as many
 
 PROBES = ("knn", "linear")
 FEATURES = ("trained", "random_init", "raw_pixels")
+Fresh = Callable[[], nn.Module]
+Draw = Callable[[str, int], tuple[Tensor, np.ndarray]]
 
 
 @torch.no_grad()
 def encode(encoder: nn.Module, pixels: Tensor) -> np.ndarray:
-    """Mean latent of every image: pixels [n, 3, H, W] -> [n, E]."""
+    """Mean latent of every image [n, 3, H, W] or clip [n, 3, T, H, W] -> [n, E]."""
     device = next(encoder.parameters()).device
     chunks = [encoder(chunk.to(device)).float().mean(1).cpu() for chunk in pixels.split(CHUNK)]
     return torch.cat(chunks).numpy()
 
 
 def raw_pixels(pixels: Tensor) -> np.ndarray:
-    """The grey image itself, averaged to PIXEL_SIDE x PIXEL_SIDE."""
-    return nn.functional.adaptive_avg_pool2d(pixels[:, :1], PIXEL_SIDE).flatten(1).numpy()
+    """The grey picture itself, averaged to PIXEL_SIDE x PIXEL_SIDE, or CLIP_GRID."""
+    grey = pixels[:, :1]
+    if pixels.dim() == 5:
+        return nn.functional.adaptive_avg_pool3d(grey, CLIP_GRID).flatten(1).numpy()
+    return nn.functional.adaptive_avg_pool2d(grey, PIXEL_SIDE).flatten(1).numpy()
 
 
 def correct(probe: str, x: np.ndarray, y: np.ndarray, held_out_x: np.ndarray, held_out_y: np.ndarray) -> np.ndarray:
@@ -62,26 +70,16 @@ def bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
-def crops(size: int, half: str, seed: int, per_photo: int) -> tuple[Tensor, np.ndarray]:
-    """`per_photo` grey, normalised crops of one half of every photo, and the photos' numbers."""
-    count = per_photo * len(PHOTOS)
-    dataset = PhotoCrops(size, half=half, grey=1.0, scale=(0.1, 0.5), length=count, seed=seed)
-    pixels, labels = zip(*(dataset[i] for i in range(count)), strict=True)
-    return normalize(torch.stack(pixels)), np.array(labels)
+def compare(question: str, encoder: nn.Module, fresh: Fresh, draw: Draw, classes: int, *, seeds: int) -> dict[str, Any]:
+    """Accuracy on held-out inputs of trained features, of random initialisation and of raw pixels.
 
-
-def run(
-    encoder: nn.Module, fresh: Callable[[], nn.Module], size: int, *, seeds: int = 5, per_photo: int = 20
-) -> dict[str, Any]:
-    """Accuracy on held-out crops of trained features, of random initialisation and of raw pixels.
-
-    encoder: the trained encoder, pixels [n, 3, size, size] -> [n, N, E]. fresh: makes one at random
-    initialisation, a new one for every seed of crops. Returns {probe: {features: {mean, ci95}}}, with
-    `trained_minus_random_init` paired crop by crop; intervals: bootstrap, 95 %, over seeds and crops.
+    encoder: the trained encoder, inputs -> [n, N, E]. fresh: makes one at random initialisation, a new one for every
+    seed. draw: (part, seed) -> (inputs, labels), part "train" or "held_out". Returns {probe: {features: {mean, ci95}}},
+    with `trained_minus_random_init` paired input by input; intervals: bootstrap, 95 %, over seeds and inputs.
     """
     hits: dict[str, dict[str, list[np.ndarray]]] = {p: {f: [] for f in FEATURES} for p in PROBES}
     for seed in range(seeds):
-        (x, y), (held_x, held_y) = (crops(size, half, seed, per_photo) for half in ("train", "held_out"))
+        (x, y), (held_x, held_y) = (draw(part, seed) for part in ("train", "held_out"))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             random = fresh()
@@ -91,10 +89,55 @@ def run(
             for p in PROBES:
                 hits[p][name].append(correct(p, seen, y, held_out, held_y))
     scores: dict[str, Any] = {p: _scores({f: np.stack(rows) for f, rows in hits[p].items()}) for p in PROBES}
-    return {**scores, "chance": 1 / len(PHOTOS), "photos": len(PHOTOS), "seeds": seeds, "crops_per_seed": len(y)}
+    return {"question": question, "chance": 1 / classes, "seeds": seeds, "per_seed": len(held_y), **scores}
 
 
 def _scores(hits: dict[str, np.ndarray]) -> dict[str, Any]:
     values = {name: rows.astype(float) for name, rows in hits.items()}
     values["trained_minus_random_init"] = values["trained"] - values["random_init"]
     return {name: {"mean": float(v.mean()), "ci95": list(bootstrap(v))} for name, v in values.items()}
+
+
+def draw_all(inputs: Dataset[tuple[Tensor, int]]) -> tuple[Tensor, np.ndarray]:
+    """Every item of one epoch, normalised, and the labels."""
+    pixels, labels = zip(*(inputs[i] for i in range(len(inputs))), strict=True)  # type: ignore[arg-type]
+    return normalize(torch.stack(pixels)), np.array(labels)
+
+
+def photos(encoder: nn.Module, fresh: Fresh, size: int, *, seeds: int = 5, per_photo: int = 20) -> list[dict[str, Any]]:
+    """Which photo does a crop come from? Learnt on one half of every photo, scored on the other.
+
+    encoder, fresh: see `compare`. size: pixels per side. per_photo: grey crops of each half of each photo.
+    """
+
+    def crops(half: str, seed: int) -> tuple[Tensor, np.ndarray]:
+        length = per_photo * len(PHOTOS)
+        return draw_all(PhotoCrops(size, half=half, grey=1.0, scale=(0.1, 0.5), length=length, seed=seed))
+
+    question = f"Which of the {len(PHOTOS)} photos is a held-out grey crop from?"
+    return [compare(question, encoder, fresh, crops, len(PHOTOS), seeds=seeds)]
+
+
+def clips(
+    encoder: nn.Module, fresh: Fresh, make: Callable[..., VideoClips], *, seeds: int = 5, per_video: int = 50
+) -> list[dict[str, Any]]:
+    """Which video does a clip come from? Is it played forwards? Learnt on one span of every video, scored on another.
+
+    encoder, fresh: see `compare`. make: VideoClips of a size and number of frames. per_video: grey clips of each span
+    of each video; to ask for the arrow of time every other one is turned round, and none is mirrored.
+    """
+    videos = len(make().videos)
+
+    def which(span: str, seed: int) -> tuple[Tensor, np.ndarray]:
+        return draw_all(make(span=span, grey=1.0, scale=(0.1, 0.5), length=per_video * videos, seed=seed))
+
+    def arrow(span: str, seed: int) -> tuple[Tensor, np.ndarray]:
+        length = per_video * videos
+        pixels, _ = draw_all(make(span=span, grey=1.0, scale=(0.3, 1.0), flip=False, length=length, seed=seed))
+        backwards = np.arange(length) // videos % 2 == 1
+        pixels[backwards] = pixels[backwards].flip(2)
+        return pixels, backwards
+
+    asked = [(f"Which of the {videos} videos is a held-out grey clip from?", which, videos)] if videos > 1 else []
+    asked += [("Is a held-out grey clip played forwards or backwards?", arrow, 2)]
+    return [compare(question, encoder, fresh, draw, classes, seeds=seeds) for question, draw, classes in asked]

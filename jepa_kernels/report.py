@@ -75,15 +75,15 @@ def commit() -> str | None:
         return None
 
 
-def show(scores: dict[str, Any]) -> None:
-    """Print the probe's scores as a table."""
+def show(probes: list[dict[str, Any]]) -> None:
+    """Print each probe's scores as a table."""
     rich = extra("rich.table")
-    table = rich.Table(title="Which photo is this held-out grey crop from?", caption=f"chance: {scores['chance']:.3f}")
-    for column in ("probe", "features", "accuracy", "95 % interval"):
-        table.add_column(column)
-    for probe, rows in scores.items():
-        if isinstance(rows, dict):
-            for name, score in rows.items():
+    for asked in probes:
+        table = rich.Table(title=asked["question"], caption=f"chance: {asked['chance']:.3f}")
+        for column in ("probe", "features", "accuracy", "95 % interval"):
+            table.add_column(column)
+        for probe in ("knn", "linear"):
+            for name, score in asked[probe].items():
                 low, high = score["ci95"]
                 table.add_row(probe, name.replace("_", " "), f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}")
-    extra("rich").print(table)
+        extra("rich").print(table)

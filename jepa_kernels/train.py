@@ -1,7 +1,7 @@
-"""A plain training loop: `python -m jepa_kernels train ijepa`, or `train my.yaml`.
+"""A plain training loop: `python -m jepa_kernels train ijepa`, `train vjepa2`, or `train my.yaml`.
 
 In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), curves.png, probe.json.
-Crops, masks and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
+Crops, clips, masks and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from jepa_kernels import CollapseStats, collapse_stats, probe, report, schedules
+from jepa_kernels import CollapseStats, collapse_stats, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
 from jepa_kernels.configs import Config, flat, read, same_run
-from jepa_kernels.data import PhotoCrops, extra, normalize
-from jepa_kernels.masks import MaskBatch, MultiBlock2d
+from jepa_kernels.data import extra, normalize
+from jepa_kernels.masks import MaskBatch
+from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models import checkpoints
-from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.models.jepa import train_step
+from jepa_kernels.recipes import RECIPES
 
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
@@ -47,13 +48,16 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, torch.device(device), 0
         self.dtype = torch.bfloat16 if config.optimization.use_bfloat16 else None
-        self.model = IJEPA(config.model, shadow_dtype=self.dtype).to(self.device)
+        self.model = RECIPES[config.architecture].model(config.model, shadow_dtype=self.dtype).to(self.device)
         self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
         self.latents = torch.empty(0)
-        self.model.target_encoder.register_forward_hook(self._keep_latents)  # its shadow has the same hooks
+        self.model.target_encoder.blocks[-1].register_forward_hook(self._keep_latents)
 
-    def _keep_latents(self, module: nn.Module, inputs: Any, latents: Tensor) -> None:
-        self.latents = latents.detach()
+    def _keep_latents(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
+        """Some inputs' target latents, of the last level; V-JEPA 2 itself has them at the targets alone."""
+        some, width = max(2, STAT_ROWS // features.shape[1]), features.shape[2]
+        weight, bias, eps = self.model.target_encoder.last_norm()
+        self.latents = F.layer_norm(features[:some], (width,), weight[-width:], bias[-width:], eps)
 
     def schedule(self) -> dict[str, float]:
         """Learning rate, weight decay and momentum of the step to come; the first two are set."""
@@ -70,7 +74,7 @@ class Trainer:
         return {"lr": lr, "weight_decay": decay, "momentum": momentum}
 
     def advance(self, pixels: Tensor, masks: MaskBatch) -> dict[str, Any]:
-        """One step on uint8 pixels [B, 3, H, W]; returns what the log shows of it."""
+        """One step on uint8 pixels [B, 3, H, W] or [B, 3, T, H, W]; returns what the log shows of it."""
         row = self.schedule()
         batch = normalize(pixels.to(self.device, non_blocking=True))
         on_device, momentum = masks.to(self.device), row["momentum"]
@@ -143,21 +147,20 @@ def _groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def latent_stats(latents: Tensor) -> CollapseStats:
-    """How much target latents [B, N, E] differ between images, of up to STAT_ROWS rows.
+    """How much target latents [B, N, E] differ between inputs.
 
-    Latents are layer-normalised, as the loss sees them, and the mean over images is taken out at each place, so
+    Latents are layer-normalised, as the loss sees them, and the mean over inputs is taken out at each place, so
     that latents which tell only the place count as collapsed.
     """
-    images = max(2, STAT_ROWS // latents.shape[1])
-    z = F.layer_norm(latents[:images].float(), latents.shape[-1:])
-    z = z - z[0]  # images that are alike give 0 exactly
+    z = F.layer_norm(latents.float(), latents.shape[-1:])
+    z = z - z[0]  # inputs that are alike give 0 exactly
     return collapse_stats(z - z.mean(0))
 
 
 class _Collate:
-    """Stack crops and draw their masks, in the worker."""
+    """Stack crops or clips and draw their masks, in the worker."""
 
-    def __init__(self, masks: MultiBlock2d) -> None:
+    def __init__(self, masks: Sampler) -> None:
         self.masks = masks
 
     def __call__(self, items: list[tuple[Tensor, int]]) -> tuple[Tensor, MaskBatch]:
@@ -165,19 +168,15 @@ class _Collate:
 
 
 def batches(config: Config, start: int = 0) -> DataLoader[Any]:
-    """Load (pixels uint8 [B, 3, H, W], masks) of the steps from `start` on: functions of (seed, step) alone."""
-    d, size = config.data, config.model.crop_size
-    if not isinstance(size, int):
-        fail("train", "model.crop_size", "be one number", size, "the photo crops are square")
-    crops = PhotoCrops(
-        size, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed
-    )
-    masks = MultiBlock2d(size // config.model.patch_size, seed=config.seed, **vars(config.mask))
+    """Load (pixels uint8 [B, 3, H, W] or [B, 3, T, H, W], masks) of the steps from `start` on: functions of
+    (seed, step) alone."""
+    d = config.data
+    inputs, masks = RECIPES[config.architecture].inputs(config)
     masks.step = start
     indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
     generator = torch.Generator()  # the loader would draw its workers' seed from the global one
     return DataLoader(
-        crops,
+        inputs,
         d.batch_size,
         sampler=indices,
         collate_fn=_Collate(masks),
@@ -228,7 +227,7 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
             row = trainer.advance(pixels, masks)
             if not math.isfinite(row["loss"]):
                 fail("train", "loss", "be finite", f"{row['loss']} at step {trainer.step}", "lower optimization.lr")
-            row["images_per_s"] = len(pixels) / (time.perf_counter() - started)
+            row[f"{trainer.model.inputs}_per_s"] = len(pixels) / (time.perf_counter() - started)
             _append(log, row)
             show(row)
             if trainer.step % config.logging.checkpoint_every == 0:
@@ -264,14 +263,13 @@ def _progress(total: int, done: int) -> Iterator[Any]:
 
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
-    """The probe's scores with what is needed to repeat them."""
+    """The probes' scores with what is needed to repeat them."""
     config = trainer.config
-    size: Any = config.model.crop_size
+    recipe = RECIPES[config.architecture]
     trainer.model.eval()
-    fresh = lambda: IJEPA(config.model).target_encoder.to(trainer.device)  # noqa: E731
-    scores = probe.run(trainer.model.target_encoder, fresh, size, **vars(config.probe))
+    fresh = lambda: recipe.model(config.model).target_encoder.to(trainer.device)  # noqa: E731
     return {
-        "probe": scores,
+        "probes": recipe.probes(config, trainer.model.target_encoder, fresh),
         "step": trainer.step,
         "config": config.plain(),
         "machine": report.machine(),
@@ -281,7 +279,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a shipped name, such as ijepa, or a YAML file")
+    parser.add_argument("config", help="a shipped name, such as ijepa or vjepa2, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
@@ -294,17 +292,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
     """Read the config, build or resume the run, make its folder."""
-    for module in ("rich", "matplotlib", "sklearn", "skimage"):  # before the first step, not after the last
-        extra(module)
     changes = list(options.set)
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
+    for module in ("rich", "matplotlib", "sklearn", *RECIPES[config.architecture].needs):
+        extra(module)  # before the first step, not after the last
     out = options.out or Path("runs") / Path(options.config).stem
     latest = out / report.CHECKPOINT
     if latest.exists() and not options.resume:
         fail("train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out")
-    batches(config)  # refuses impossible crops and masks before anything is written
+    batches(config)  # refuses impossible crops, clips and masks before anything is written
     trainer = Trainer(config, usable_device("train", "--device", options.device))
     if options.resume:
         if not latest.exists():
@@ -336,7 +334,7 @@ def main(argv: list[str]) -> int:
             result = evaluate(trainer)
             result["seconds"] = time.perf_counter() - started
             report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
-            report.show(result["probe"])
+            report.show(result["probes"])
     except (report.SaveError, BackendError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

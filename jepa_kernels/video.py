@@ -118,7 +118,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
                 frames = load_video(path, round(SPARE * self.size))
             except ValueError as error:
                 self.skipped[video] = str(error)
-                warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=4)
+                warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=1)
                 continue
             begin, end = (round(share * len(frames)) for share in SPANS[self.span])
             self.videos.append(video)

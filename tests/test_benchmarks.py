@@ -435,9 +435,9 @@ PROBE_SCORES = {
     for name, mean in (("trained", 0.6), ("random_init", 0.4), ("raw_pixels", 0.3), ("trained_minus_random_init", 0.2))
 }
 PROBE = {
-    "probe": {"knn": PROBE_SCORES, "linear": PROBE_SCORES, "chance": 0.05, "photos": 20, "seeds": 5,
-              "crops_per_seed": 400},
-    "step": 1000, "seconds": 200.0, "commit": "0123456789abcdef", "config": {},
+    "probes": [{"question": question, "chance": 0.05, "seeds": 5, "per_seed": 400, "knn": PROBE_SCORES,
+                "linear": PROBE_SCORES} for question in ("Which one?", "Which way?")],
+    "step": 1000, "seconds": 200.0, "commit": "0123456789abcdef", "config": {"architecture": "vjepa2"},
     "machine": {"cpu": "A Processor", "threads": 2, "torch": "2.13.0"},
 }  # fmt: skip
 
@@ -461,13 +461,16 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     run.write_text(json.dumps(document(*every_target(), command="python -m benchmarks --out /somewhere")))
     training.write_text(json.dumps(PROBE))
     path = readme.adopt(run, results)
-    assert path.name == "a-processor-avx2-2-threads.json" and readme.adopt(training, results).name == readme.PROBE
+    assert (
+        path.name == "a-processor-avx2-2-threads.json" and readme.adopt(training, results).name == "vjepa2-probe.json"
+    )
     kept = json.loads(path.read_text())
     assert "command" not in kept and not {"host", "env"} & {*kept["machine"]} and "branch" not in kept["git"]
     tables = readme.tables(results)
     assert "| `ema_update` | vit_s16, forward | 1 ms | _foreach_lerp_ | 2 ms | **2.00 x** | 2.00 to 2.00 |" in tables
     assert "ijepa vit_small_16_truncated: 1 ms a step, batch 4, 2.00 x against reference; 500 tokens/s" in tables
-    assert "| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |" in tables
+    assert tables.count("| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |") == 2
+    assert "| V-JEPA 2, trained | 0.600 (" in tables and "Which way? Chance: 0.050; 5 seeds of 400:" in tables
     assert tables.count("commit 0123456789") == 2
 
 

@@ -1,11 +1,14 @@
 """The probe: finds separable features, is at chance on noise, intervals, and runs on an encoder."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from jepa_kernels import data, probe
+from jepa_kernels import data, probe, video
+from tests.videos import write
 
 pytest.importorskip("sklearn")
 
@@ -41,24 +44,89 @@ def test_seeds_that_disagree_widen_the_interval():
     assert low < 0.3 and high > 0.7
 
 
-def test_crops_are_grey_and_balanced():
-    pixels, labels = probe.crops(16, "held_out", 0, 2)
-    grey = pixels * torch.tensor(data.IMAGENET_STD).view(3, 1, 1) + torch.tensor(data.IMAGENET_MEAN).view(3, 1, 1)
+def drawn(monkeypatch, ask, **options):
+    """What a probe would fit and score on: {question: {part: (inputs, labels)}}."""
+    found = {}
+
+    def compare(question, encoder, fresh, draw, classes, seeds):
+        found[question] = {part: draw(part, 0) for part in ("train", "held_out")}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(probe, "compare", compare)
+        ask(None, None, **options)
+    return found
+
+
+def denormalized(pixels):
+    shape = 3, *[1] * (pixels.dim() - 2)
+    return pixels * torch.tensor(data.IMAGENET_STD).view(shape) + torch.tensor(data.IMAGENET_MEAN).view(shape)
+
+
+def test_photo_crops_are_grey_and_balanced(monkeypatch):
+    (parts,) = drawn(monkeypatch, probe.photos, size=16, per_photo=2).values()
+    pixels, labels = parts["held_out"]
+    grey = denormalized(pixels)
+    assert pixels.shape == (40, 3, 16, 16)
     assert (grey[:, 0] - grey[:, 1]).abs().max() < 1e-5 and (grey[:, 0] - grey[:, 2]).abs().max() < 1e-5
     assert np.bincount(labels).tolist() == [2] * len(data.PHOTOS)
 
 
-def test_run_compares_trained_random_and_pixels():
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = nn.Conv2d(3, 8, 8, stride=8)
+def ramps(folder, *starts):
+    """A video for each start: frame t has brightness start + t everywhere."""
+    for start in starts:
+        frames = np.broadcast_to((start + np.arange(60, dtype=np.uint8))[:, None, None, None], (60, 32, 32, 3))
+        yield write(folder / f"{start}.mp4", np.ascontiguousarray(frames))
 
-        def forward(self, pixels):
-            return self.proj(pixels).flatten(2).mT
 
+def test_clips_are_grey_and_balanced_and_half_of_each_video_is_turned_round(monkeypatch, tmp_path):
+    make = partial(video.VideoClips, 16, 4, videos=list(ramps(tmp_path, 0, 70, 140)))
+    which, arrow = drawn(monkeypatch, probe.clips, make=make, per_video=4).values()
+    for part in ("train", "held_out"):
+        pixels, labels = which[part]
+        assert pixels.shape == (12, 3, 4, 16, 16) and np.bincount(labels).tolist() == [4, 4, 4]
+        grey = denormalized(pixels)
+        assert (grey - grey[:, :1]).abs().max() < 1e-5
+        pixels, backwards = arrow[part]
+        brighter = (pixels[:, 0, -1].mean((1, 2)) > pixels[:, 0, 0].mean((1, 2))).numpy()
+        assert (brighter == ~backwards).all()
+        assert [backwards[n::3].tolist() for n in range(3)] == [[False, True, False, True]] * 3
+
+
+def test_one_video_is_asked_for_its_direction_alone(monkeypatch, tmp_path):
+    make = partial(video.VideoClips, 16, 4, videos=list(ramps(tmp_path, 0)))
+    assert list(drawn(monkeypatch, probe.clips, make=make)) == ["Is a held-out grey clip played forwards or backwards?"]
+
+
+class Patches(nn.Module):
+    """An encoder of patches of 8 pixels, each to 8 numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 8, 8, stride=8)
+
+    def forward(self, pixels):
+        return self.proj(pixels).flatten(2).mT
+
+
+class Brightness(Patches):
+    """An encoder of clips, to one token: which quarter of the range their brightness lies in, and what it grows by."""
+
+    def forward(self, pixels):
+        grey = denormalized(pixels)[:, 0].mean((2, 3))
+        quarter = (grey.mean(1) * 255 / 65).long().clamp(0, 3)
+        return torch.cat([nn.functional.one_hot(quarter, 4), (grey[:, -1:] - grey[:, :1])], 1)[:, None]
+
+
+class Frames(Patches):
+    """An encoder of clips that does not know one frame from another."""
+
+    def forward(self, pixels):
+        return super().forward(pixels.mean(2))
+
+
+def test_photos_compares_trained_random_and_pixels():
     before = torch.get_rng_state()
-    scores = probe.run(Patches(), Patches, 32, seeds=2, per_photo=3)
+    (scores,) = probe.photos(Patches(), Patches, 32, seeds=2, per_photo=3)
     state = torch.get_rng_state()
     for kind in probe.PROBES:
         for name in probe.FEATURES:
@@ -66,8 +134,16 @@ def test_run_compares_trained_random_and_pixels():
             assert 0 <= low <= scores[kind][name]["mean"] <= high <= 1
         gap = scores[kind]["trained"]["mean"] - scores[kind]["random_init"]["mean"]
         assert scores[kind]["trained_minus_random_init"]["mean"] == pytest.approx(gap)
-    assert scores["chance"] == 1 / len(data.PHOTOS) and scores["crops_per_seed"] == 3 * len(data.PHOTOS)
+    assert scores["chance"] == 1 / len(data.PHOTOS) and scores["per_seed"] == 3 * len(data.PHOTOS)
     torch.set_rng_state(before)
-    again = probe.run(Patches(), Patches, 32, seeds=2, per_photo=3)
+    (again,) = probe.photos(Patches(), Patches, 32, seeds=2, per_photo=3)
     assert again == scores
     assert torch.equal(torch.get_rng_state(), state)  # fresh encoders draw from a generator of their own
+
+
+def test_brightness_tells_the_video_and_its_growth_the_arrow_of_time(tmp_path):
+    make = partial(video.VideoClips, 16, 4, videos=list(ramps(tmp_path, 0, 65, 130, 195)))
+    which, arrow = probe.clips(Brightness(), Frames, make, seeds=2, per_video=20)
+    assert which["knn"]["trained"]["mean"] == 1.0 == arrow["linear"]["trained"]["mean"]
+    assert 0.3 < arrow["linear"]["random_init"]["mean"] < 0.7
+    assert which["chance"] == 0.25 and arrow["chance"] == 0.5 and which["per_seed"] == arrow["per_seed"] == 80

@@ -16,6 +16,7 @@ import yaml
 
 from jepa_kernels import configs, report, train
 from jepa_kernels.models.ijepa import IJEPA
+from jepa_kernels.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -88,8 +89,10 @@ def test_the_command_trains_plots_and_probes(config, tmp_path):
     assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "run/probe.json").read_text())
     assert result["step"] == 3 and result["config"]["optimization"]["steps"] == 3
+    (asked,) = result["probes"]
+    assert result["config"]["architecture"] == "ijepa" and asked["question"].startswith("Which of the 20 photos is ")
     for probe in ("knn", "linear"):
-        assert set(result["probe"][probe]) == {"trained", "random_init", "raw_pixels", "trained_minus_random_init"}
+        assert set(asked[probe]) == {"trained", "random_init", "raw_pixels", "trained_minus_random_init"}
     assert "3 steps" in done.stdout and "trained minus random init" in done.stdout
 
 
@@ -232,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(config,
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (["optimisation.lr=1"], "train: config must use known keys (model, data, mask, optimization, logging, probe, "),
+        (["optimisation.lr=1"], "train: config must use known keys (architecture, model, data, mask, opt"),
         (["optimization.Lr=1"], "train: config must use known keys (steps, warmup, "),
         (["optimization.lr=quick"], "train: optimization.lr must be float, got 'quick'; correct the config"),
         (["optimization.lr=-1"], "train: optimization.lr must be at least 0, got -1.0; correct the config"),
@@ -243,6 +246,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(config,
         (["data.batch_size=1"], "train: data.batch_size must be at least 2, got 1; correct the config"),
         (["data.crop_scale=[0.5, 0.2]"], "PhotoCrops: scale must satisfy 0 < least <= most <= 1, got (0.5, 0.2); "),
         (["mask.min_keep=100"], "MultiBlock2d: min_keep must be less than the smallest context block, "),
+        (["architecture=ajepa"], "train: architecture must be one of ijepa, vjepa2, got 'ajepa'; check the spelling"),
         (["model.size=vit_massive"], "train: model.size must be one of vit_tiny, vit_small, vit_base, vit_large, "),
         (["model.depth=0"], "train: model.depth must be at least 1, got 0; correct the config"),
         (["model.patch_size=0"], "train: model.patch_size must be at least 1, got 0; correct the config"),
@@ -462,7 +466,7 @@ def test_every_shipped_config_is_a_config():
     for name in configs.shipped():
         config = configs.read(name)
         with torch.device("meta"):
-            IJEPA(config.model)
+            RECIPES[config.architecture].model(config.model)
         assert len(train.batches(config)) == config.optimization.steps
 
 

@@ -8,19 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from jepa_kernels import data, video
+from tests.videos import write
 
-av = pytest.importorskip("av")
-
-
-def write(path, frames):
-    """A video of uint8 frames [T, H, W, 3], which starts with its index."""
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("mpeg4", rate=25, bit_rate=4_000_000)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        for array in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array)))
-        container.mux(stream.encode())
-    return path
+pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.models.ijepa import SIZES, IJEPAConfig
+from jepa_kernels.models import ijepa, vjepa2
+from jepa_kernels.models.ijepa import IJEPAConfig
+from jepa_kernels.models.vjepa2 import VJEPA2Config
+from jepa_kernels.video import VIDEOS
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
@@ -29,8 +32,18 @@ class Data:
 
 
 @dataclass(frozen=True)
+class ClipData(Data):
+    """Clips of videos; see video.VideoClips."""
+
+    batch_size: int = 24
+    crop_ratio: tuple[float, float] = (0.75, 1.35)
+    frame_step: int = 4
+    videos: tuple[str, ...] = tuple(VIDEOS)
+
+
+@dataclass(frozen=True)
 class Optimization:
-    """I-JEPA's schedules; the defaults are the paper's, per step instead of per epoch."""
+    """The published schedules; the defaults are those of the I-JEPA paper, per step instead of per epoch."""
 
     steps: int = 1000
     warmup: float = 40 / 300  # share of the steps
@@ -62,28 +75,70 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class ClipMask:
+    """The two kinds of masks of V-JEPA, each as masks.Spec3d has it."""
+
+    short_num_blocks: int = 8
+    short_spatial_scale: tuple[float, float] = (0.15, 0.15)
+    long_num_blocks: int = 2
+    long_spatial_scale: tuple[float, float] = (0.7, 0.7)
+    aspect_ratio: tuple[float, float] = (0.75, 1.5)
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
 class Probe:
-    """See probe.run."""
+    """See probe.photos."""
 
     seeds: int = 5
     per_photo: int = 20
 
 
 @dataclass(frozen=True)
-class Config:
-    """A training run: everything that its result depends on."""
+class ClipProbe:
+    """See probe.clips."""
 
-    model: IJEPAConfig = field(default_factory=IJEPAConfig)
+    seeds: int = 5
+    per_video: int = 50
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
+
+    architecture: str = "ijepa"
+    model: IJEPAConfig | VJEPA2Config = field(default_factory=IJEPAConfig)
     data: Data = field(default_factory=Data)
-    mask: Mask = field(default_factory=Mask)
+    mask: Mask | ClipMask = field(default_factory=Mask)
     optimization: Optimization = field(default_factory=Optimization)
     logging: Logging = field(default_factory=Logging)
-    probe: Probe = field(default_factory=Probe)
+    probe: Probe | ClipProbe = field(default_factory=Probe)
     seed: int = 0
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: mappings, lists, numbers."""
         return json.loads(json.dumps(asdict(self)))
+
+
+# What a config leaves out: I-JEPA's and V-JEPA 2's own values.
+DEFAULTS = {
+    "ijepa": Config(),
+    "vjepa2": Config(
+        architecture="vjepa2",
+        model=VJEPA2Config(),
+        data=ClipData(),
+        mask=ClipMask(),
+        optimization=Optimization(
+            start_lr=1e-4,
+            lr=5.25e-4,
+            final_lr=5.25e-4,
+            final_weight_decay=0.04,
+            ema=(0.99925, 0.99925),
+        ),
+        probe=ClipProbe(),
+    ),
+}
+SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {"ijepa": ijepa.SIZES, "vjepa2": vjepa2.SIZES}
 
 
 def shipped() -> list[str]:
@@ -145,19 +200,33 @@ def _parse(yaml: Any, text: str, source: str) -> dict[str, Any]:
 
 def _config(tree: dict[str, Any]) -> Config:
     tree = dict(tree)
+    architecture = tree.pop("architecture", "ijepa")
+    _one_of("architecture", architecture, DEFAULTS)
+    defaults = DEFAULTS[architecture]
     model = tree.pop("model", None) or {}
-    size = model.get("size", "vit_small") if isinstance(model, Mapping) else "vit_small"
-    if not isinstance(size, str) or size not in SIZES:
-        fail("train", "model.size", f"be one of {', '.join(SIZES)}", repr(size), "check the spelling")
-    built: dict[str, Any] = {"model": _fill("model", SIZES[size](), model, besides="size")}
-    sections = {"data": Data, "mask": Mask, "optimization": Optimization, "logging": Logging, "probe": Probe}
-    for name, section in sections.items():
-        built[name] = _fill(name, section(), tree.pop(name, None) or {})
-    config = Config(**built, seed=_value("seed", 0, tree.pop("seed", 0)))
+    built: dict[str, Any] = {"model": _fill("model", _sized(defaults, model), model, besides="size")}
+    sections = [f.name for f in fields(Config) if f.name not in ("architecture", "model", "seed")]
+    for name in sections:
+        built[name] = _fill(name, getattr(defaults, name), tree.pop(name, None) or {})
+    config = Config(architecture, **built, seed=_value("seed", 0, tree.pop("seed", 0)))
     if tree:
-        _unknown("", str(next(iter(tree))), ["model", *sections, "seed"])
+        _unknown("", str(next(iter(tree))), ["architecture", "model", *sections, "seed"])
     _check(config)
     return config
+
+
+def _sized(defaults: Config, model: Any) -> Any:
+    """The networks' config that the other keys of the section change: a named size, or the defaults."""
+    if not isinstance(model, Mapping) or "size" not in model:
+        return defaults.model
+    sizes = SIZES[defaults.architecture]
+    _one_of("model.size", model["size"], sizes)
+    return sizes[model["size"]]()
+
+
+def _one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        fail("train", name, f"be one of {', '.join(known)}", repr(value), "check the spelling")
 
 
 def _fill(section: str, defaults: T, given: Mapping[str, Any], besides: str = "") -> T:
@@ -181,22 +250,27 @@ def _unknown(where: str, key: str, known: list[str]) -> None:
 def _value(name: str, default: Any, value: Any) -> Any:
     """`value` in the type of `default`; YAML reads 1e-3 as text, which counts as a number here."""
     try:
-        if isinstance(default, tuple) and isinstance(value, list | tuple) and len(value) == len(default):
-            return tuple(float(v) for v in value)
+        if isinstance(default, tuple) and isinstance(value, list | tuple):
+            if isinstance(default[0], str) and all(isinstance(v, str) for v in value):
+                return tuple(value)
+            if len(value) == len(default):
+                return tuple(float(v) for v in value)
         if isinstance(default, bool) == isinstance(value, bool):
             if isinstance(default, float):
                 return float(value)
-            if isinstance(default, bool) or (isinstance(default, int) and isinstance(value, int)):
+            if isinstance(value, int if default is None else type(default)):
                 return value
     except (TypeError, ValueError):
         pass
-    kind = f"{len(default)} numbers" if isinstance(default, tuple) else type(default).__name__
+    kind = "int" if default is None else type(default).__name__
+    if isinstance(default, tuple):
+        kind = "a list of names" if isinstance(default[0], str) else f"{len(default)} numbers"
     fail("train", name, f"be {kind}", repr(value), "correct the config", TypeError)
 
 
 def _check(config: Config) -> None:
     o = config.optimization
-    sizes = {f"model.{key}": size for key, size in vars(config.model).items() if isinstance(size, int)}
+    sizes = {f"model.{key}": size for key, size in vars(config.model).items() if type(size) is int}
     rates = {f"optimization.{key}": getattr(o, key) for key in ("start_lr", "lr", "final_lr", "weight_decay")}
     for name, value, least in (
         *((name, size, 1) for name, size in sizes.items()),
@@ -206,8 +280,7 @@ def _check(config: Config) -> None:
         ("data.num_workers", config.data.num_workers, 0),
         ("optimization.steps", o.steps, 1),
         ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
-        ("probe.seeds", config.probe.seeds, 1),
-        ("probe.per_photo", config.probe.per_photo, 1),
+        *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:
             fail("train", name, f"be at least {least}", value, "correct the config")
