@@ -41,14 +41,14 @@ def patch(
     of a forward; the pairing is that of the `rotate_queries_or_keys` beside the class. Where attention gives its
     weights too (I-JEPA, V-JEPA), they are None, except to a block called with return_attention=True. `PatchEmbed` and
     `PatchEmbed3D` become one product over pixels read in place. Encoders and predictors, wrappers of several masks and
-    probes keep their own forward. Calls with attn_mask, and training with attn_drop, run attention's own.
+    probes keep their own forward; calls with attn_mask run attention's own.
 
     model: a network, or a module that holds several. only: names of modules; None: all that can be.
     angle_dtype: of the products of positions and frequencies; None: as the unpatched model rounds them, which in bf16
         and under autocast is more coarsely than float32.
     verify: compare each replaced module alone before and after, within the error budget.
-    Left alone, with the reason: attention among action tokens, causal attention, heads that no kernel takes, dropout in
-    evaluation. Raises ValueError for another signature, and ValueError and RuntimeError as `patching.apply`.
+    Left alone, with the reason: attention among action tokens, causal, with dropout of its weights or with heads that
+    no kernel takes. Raises ValueError for another signature, and ValueError and RuntimeError as `patching.apply`.
     Source: I-JEPA (arXiv:2301.08243), V-JEPA (arXiv:2404.08471), V-JEPA 2 (arXiv:2506.09985).
     """
     ropes = Ropes(angle_dtype)
@@ -84,11 +84,13 @@ def _why_not_attention(attention: Any) -> str | None:
     if "action_tokens" in _signature(attention):
         return "action tokens stand among its patches"
     if width not in WIDTHS:
-        return f"its heads have {width} channels; kernels take multiples of 8 up to {WIDTHS[-1]}"
+        return f"its heads have {width} channels, kernels take multiples of 8 up to {WIDTHS[-1]}"
     if getattr(attention, "is_causal", False):
         return "it is causal"
-    if getattr(attention, "use_sdpa", False) and attention.proj_drop_prob > 0:
+    if getattr(attention, "use_sdpa", False) and attention.proj_drop_prob > 0:  # SDPA is given this one, as published
         return f"it drops {attention.proj_drop_prob} of its weights, in evaluation too"
+    if not getattr(attention, "use_sdpa", False) and attention.attn_drop.p > 0:
+        return f"it drops {attention.attn_drop.p} of its weights in training, which no kernel does"
     if _has(attention, *ROPE):
         if {attention.d_dim, attention.h_dim, attention.w_dim} != {2 * (width // 3 // 2)}:
             return "its axes turn another number of channels than published"
@@ -130,10 +132,6 @@ def _gives_weights(attention: Any) -> bool:
         return isinstance(type(attention).forward(attention, x), tuple)
 
 
-def _drops(attention: Any) -> bool:
-    return attention.training and attention.attn_drop.p > 0 and not getattr(attention, "use_sdpa", False)
-
-
 def _attend(attention: Any, qkv: Tensor, rope: Rope | None = None) -> Tensor:
     scale = None if getattr(attention, "use_sdpa", False) else attention.scale  # which SDPA was never given
     out = jk.masked_attention_qkv(qkv, rope=rope, scale=scale)
@@ -146,8 +144,6 @@ def _attention(
     """mask: ids of the tokens, which attention without positions does not read."""
     if attn_mask is not None:
         return type(self).forward(self, x, mask, attn_mask)
-    if _drops(self):
-        return type(self).forward(self, x)
     out = _attend(self, self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
     return (out, None) if gives_weights else out
 
@@ -164,7 +160,7 @@ def _rope_attention(
     ropes: Ropes,
     pairing: str,
 ) -> Tensor:
-    if attn_mask is not None or _drops(self):
+    if attn_mask is not None:
         return type(self).forward(self, x, mask, attn_mask, T, H_patches, W_patches)
     grid = (self.grid_size, self.grid_size) if H_patches is None or W_patches is None else (H_patches, W_patches)
     qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -203,4 +199,7 @@ def _outputs(module: Any) -> dict[str, Tensor]:
         out = module(tokens)
         return {"attention": out[0] if isinstance(out, tuple) else out}
     kept = torch.tensor([[0, 1, 4, 6, 11], [2, 3, 5, 8, 20]], device=tokens.device)
-    return {"attention": module(tokens, T=2, H_patches=2, W_patches=3), "of kept patches": module(tokens[:, :5], kept)}
+    return {
+        "attention": module(tokens, T=2, H_patches=2, W_patches=3),
+        "attention of kept patches": module(tokens[:, :5], kept),
+    }

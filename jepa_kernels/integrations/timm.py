@@ -20,9 +20,9 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
 
     `Attention` reads queries, keys and values where the qkv product left them (or after q_norm and k_norm);
     `PatchEmbed` is one product over pixels read in place. All else stays timm's: norms, scales, gates, dropout.
-    Calls with attn_mask or is_causal, and training with attn_drop, run timm's own forward. Left alone, with the reason:
-    attention of another form (rotary, differential, pooling), head widths that no kernel takes, a patch embedding that
-    pads, overlaps or keeps the grid.
+    Calls with attn_mask or is_causal run timm's own forward. Left alone, with the reason: attention of another form
+    (rotary, differential, pooling), with attn_drop or with heads that no kernel takes; a patch embedding that pads,
+    overlaps or keeps the grid.
 
     model: a VisionTransformer of timm, or a module that holds one. only: names of modules; None: all that can be.
     verify: compare the features of one drawn image before and after, within the error budget.
@@ -60,7 +60,7 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def _attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    if attn_mask is not None or is_causal or (self.training and self.attn_drop.p > 0):
+    if attn_mask is not None or is_causal:
         return type(self).forward(self, x, attn_mask, is_causal)
     gate = None if self.gate is None else self.gate(x).sigmoid()
     out = _attend(self, self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
@@ -86,8 +86,10 @@ PATCH_EMBED = Replacement(_patch_embed, convolution.WHAT, ("x",))
 
 
 def _why_not_attention(attention: Any) -> str | None:
+    if attention.attn_drop.p > 0:
+        return f"it drops {attention.attn_drop.p} of its weights in training, which no kernel does"
     if attention.head_dim not in WIDTHS:
-        return f"its heads have {attention.head_dim} channels; kernels take multiples of 8 up to {WIDTHS[-1]}"
+        return f"its heads have {attention.head_dim} channels, kernels take multiples of 8 up to {WIDTHS[-1]}"
     return None
 
 

@@ -18,16 +18,26 @@ def results(model, run):
     return {name: x.detach() for name, x in {**found, **named}.items()}
 
 
-def failures(model, patch, run, changed=lambda forward: forward):
-    """What leaves the budget once `patch` has patched `model`; changed: of the patched run, by torch.compile."""
+def failures(models, patch, run, changed=lambda run: run):
+    """What leaves the budget where `patch` patches models, held side by side: one alone may be exact by luck.
+
+    changed: of the patched run, by torch.compile.
+    """
+    sides = [_sides(model, patch, run, changed) for model in models]
+    joined = {name: [torch.cat(side) for side in zip(*(s[name] for s in sides), strict=True)] for name in sides[0]}
+    parity = [compare(name, *given) for name, given in joined.items()]
+    return [str(p) for p in parity if not p.ok]
+
+
+def _sides(model, patch, run, changed):
+    """Of one model, {name: (patched, in float64, unpatched)}."""
     exact, eager = results(copy.deepcopy(model).double(), run), results(model, run)
     with patch(model), poisoned_memory():
         actual = results(model, changed(run))
     again = results(model, run)
     assert all(torch.equal(again[name], eager[name]) for name in eager), "undo gives every bit back"
     assert any(not torch.equal(actual[name], eager[name]) for name in eager), "the patch did something"
-    parity = [compare(name, actual[name], exact[name], eager[name]) for name in exact]
-    return [str(p) for p in parity if not p.ok]
+    return {name: [side[name].flatten() for side in (actual, exact, eager)] for name in exact}
 
 
 def far_from_its_start(model):
@@ -36,3 +46,8 @@ def far_from_its_start(model):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def drawn(*shape):
+    """Numbers that every type holds exactly."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(16).round().div(16)
