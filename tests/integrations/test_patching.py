@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels.integrations.patching import Replacement, apply, seeded_input
+from jepa_kernels.integrations.patching import Replacement, apply, kind_of, own_forward, seeded_input
 
 
 class Half(nn.Module):
@@ -104,7 +104,9 @@ def test_a_report_says_what_was_done_and_why_not(model):
         "  patched: added in one operation: left",
         "  left alone: has dropout: right",
     ]
-    assert lines[3].startswith("  verified: out: max error ") and done.verified[0].ok
+    patched, own = done.verified["out"]
+    assert lines[3:] == [f"  verified: out: a relative error of {patched:.2g}, unpatched {own:.2g}"]
+    assert 0 < own < 1e-6 and 0 < patched < 1e-6
 
 
 def test_only_takes_modules_by_name(model):
@@ -137,7 +139,7 @@ def test_verification_leaves_no_trace(model, flags):
 def test_other_numbers_are_found_and_the_model_stays_as_it_was(model, x):
     before = model.eval()(x)
     with pytest.raises(
-        RuntimeError, match=r"patch: the patched model must give the numbers of the model, got out: max"
+        RuntimeError, match=r"patch: the patched model must give the numbers of the model, got out with a rel"
     ):
         patch(model, one_bit_off)
     assert "forward" not in vars(model.left) and torch.equal(model(x), before)
@@ -177,8 +179,15 @@ def test_another_signature_is_refused_with_the_version(model):
 
 
 def test_a_forward_set_by_something_else_is_left_alone(model):
+    assert own_forward(model.left, "Half") is None and kind_of(model.left, ["Both", "Half"]) == "Half"
     model.left.forward = model.left.forward
-    assert patch(model).skipped == {"left": "has a forward of its own already, set by something else"}
+    assert own_forward(model.left, "Half") == "has a forward of its own already, set by something else"
+    assert own_forward(Twice(), "Half") == "Twice has another forward than Half"
+
+
+class Twice(Half):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return 2 * super().forward(x, scale)
 
 
 def test_a_model_with_nothing_to_replace_is_an_error(model):
