@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
-from jepa_kernels.integrations import convolution
-from jepa_kernels.integrations.patching import Patch, Replacement, apply, seeded_input
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed
+from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 from jepa_kernels.integrations.ropes import Ropes
-from jepa_kernels.ops.masked_attention.check import WIDTHS
 from jepa_kernels.rotary import Rope
 
 ATTENTION = ("qkv", "proj", "num_heads", "scale", "attn_drop", "proj_drop")
@@ -61,13 +60,14 @@ def patch(
 
 def _found(module: Any, ropes: Ropes) -> Replacement | str | None:
     """What takes the place of a module's forward, or why nothing does; None: it is nothing that could be replaced."""
+    own = own_forward(module, type(module).__name__)
     if _has(module, *ATTENTION):
-        return _why_not_attention(module) or _attention_replacement(module, ropes)
+        return own or _against_attention(module) or _attention_replacement(module, ropes)
     if _has(module, "proj", "patch_size"):
         parameters = _signature(module)[:1] + ("kwargs",) * isinstance(module.proj, nn.Conv3d)
-        return convolution.why_not(module.proj) or Replacement(_patch_embed, convolution.WHAT, parameters)
+        return own or against_product(module.proj) or Replacement(_patch_embed, EMBEDS, parameters)
     if _has(module, "attn", "norm1") and _signature(module) in BLOCK_SIGNATURES:
-        return Replacement(_block, "attention's weights computed where they are asked for", _signature(module))
+        return own or Replacement(_block, "attention's weights computed where they are asked for", _signature(module))
     return None
 
 
@@ -79,24 +79,20 @@ def _signature(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
-def _why_not_attention(attention: Any) -> str | None:
-    width = attention.qkv.out_features // 3 // attention.num_heads
+def _against_attention(attention: Any) -> str | None:
+    """Why it must keep its own forward."""
+    width, uses_sdpa = attention.qkv.out_features // 3 // attention.num_heads, getattr(attention, "use_sdpa", False)
     if "action_tokens" in _signature(attention):
         return "action tokens stand among its patches"
-    if width not in WIDTHS:
-        return f"its heads have {width} channels, kernels take multiples of 8 up to {WIDTHS[-1]}"
     if getattr(attention, "is_causal", False):
         return "it is causal"
-    if getattr(attention, "use_sdpa", False) and attention.proj_drop_prob > 0:  # SDPA is given this one, as published
-        return f"it drops {attention.proj_drop_prob} of its weights, in evaluation too"
-    if not getattr(attention, "use_sdpa", False) and attention.attn_drop.p > 0:
-        return f"it drops {attention.attn_drop.p} of its weights in training, which no kernel does"
     if _has(attention, *ROPE):
         if {attention.d_dim, attention.h_dim, attention.w_dim} != {2 * (width // 3 // 2)}:
             return "its axes turn another number of channels than published"
         if _pairing(attention) is None:
             return "no rotate_queries_or_keys(x, pos) of a known pairing stands beside it"
-    return None
+    # Published code gives SDPA the probability of another dropout, in evaluation too.
+    return against_kernel(width, attention.proj_drop_prob if uses_sdpa else attention.attn_drop.p)
 
 
 def _attention_replacement(attention: Any, ropes: Ropes) -> Replacement:
@@ -175,8 +171,9 @@ def _block(self: Any, x: Tensor, return_attention: bool = False, mask: Tensor | 
 
 
 def _patch_embed(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    tokens = convolution.embed(self.proj, x)
-    return type(self).forward(self, x, **kwargs) if tokens is None else tokens
+    if x.dim() != self.proj.weight.dim():
+        return type(self).forward(self, x, **kwargs)  # which says what it minds
+    return embed(self.proj, x)
 
 
 def _each_alone(model: nn.Module, names: Sequence[str]) -> Mapping[str, Tensor]:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations import convolution
-from jepa_kernels.integrations.patching import Patch, Replacement, apply, seeded_input
-from jepa_kernels.ops.masked_attention.check import WIDTHS
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed
+from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 
 
 def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: bool = True) -> Patch:
@@ -33,9 +32,9 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if type(module) is attention:
-            why, replacement = _why_not_attention(module), ATTENTION
+            why, replacement = _against_attention(module), ATTENTION
         elif type(module) is patch_embed:
-            why, replacement = _why_not_patch_embed(module), PATCH_EMBED
+            why, replacement = _against_patch_embed(module), PATCH_EMBED
         elif hasattr(module, "fused_attn"):  # timm's mark of attention
             why = f"{type(module).__name__} is attention of another form"
         else:
@@ -76,29 +75,27 @@ def _attend(self: Any, qkv: Tensor) -> Tensor:
 
 
 def _patch_embed(self: Any, x: Tensor) -> Tensor:
-    refused = self.strict_img_size and self.img_size is not None and tuple(x.shape[-2:]) != self.img_size
-    tokens = None if refused else convolution.embed(self.proj, x)
-    return type(self).forward(self, x) if tokens is None else self.norm(tokens)
+    uneven = any(n % size for n, size in zip(x.shape[-2:], self.patch_size, strict=True))
+    other = self.strict_img_size and tuple(x.shape[-2:]) != self.img_size
+    if self.img_size is not None and (uneven or other):
+        return type(self).forward(self, x)  # which says what it minds
+    return self.norm(embed(self.proj, x))
 
 
 ATTENTION = Replacement(_attention, "attention of the qkv product read in place", ("x", "attn_mask", "is_causal"))
-PATCH_EMBED = Replacement(_patch_embed, convolution.WHAT, ("x",))
+PATCH_EMBED = Replacement(_patch_embed, EMBEDS, ("x",))
 
 
-def _why_not_attention(attention: Any) -> str | None:
-    if attention.attn_drop.p > 0:
-        return f"it drops {attention.attn_drop.p} of its weights in training, which no kernel does"
-    if attention.head_dim not in WIDTHS:
-        return f"its heads have {attention.head_dim} channels, kernels take multiples of 8 up to {WIDTHS[-1]}"
-    return None
+def _against_attention(attention: Any) -> str | None:
+    return own_forward(attention, "Attention") or against_kernel(attention.head_dim, attention.attn_drop.p)
 
 
-def _why_not_patch_embed(patch_embed: Any) -> str | None:
+def _against_patch_embed(patch_embed: Any) -> str | None:
     if patch_embed.dynamic_img_pad:
         return "it pads images"
     if not patch_embed.flatten:
         return "it keeps the grid of patches"
-    return convolution.why_not(patch_embed.proj)
+    return own_forward(patch_embed, "PatchEmbed") or against_product(patch_embed.proj)
 
 
 def _features(model: nn.Module) -> Mapping[str, Tensor]:

@@ -142,6 +142,7 @@ class PatchEmbed3D(nn.Module):
         self.proj = nn.Conv3d(in_chans, embed_dim, sides, stride=sides)
 
     def forward(self, x, **kwargs):
+        _batch, _channels, _frames, _height, _width = x.shape
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

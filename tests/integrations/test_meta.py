@@ -54,7 +54,8 @@ def forward(kind, *, masked=True):
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
 @pytest.mark.parametrize("kind", ["ijepa", "vjepa", "vjepa2", "no-rope", "predictor"])
 def test_outputs_and_gradients_are_those_of_the_unpatched_network(kind, masked, dtype):
-    assert not failures([network(kind).to(dtype)], meta.patch, forward(kind, masked=masked))
+    networks = [network(kind, seed).to(dtype) for seed in range(3)]
+    assert not failures(networks, meta.patch, forward(kind, masked=masked))
 
 
 @pytest.mark.parametrize("kind", ["ijepa", "vjepa2"])
@@ -63,7 +64,7 @@ def test_under_autocast_too(kind):
         with torch.autocast("cpu", torch.bfloat16, enabled=next(model.parameters()).dtype == torch.float32):
             return forward(kind)(model)
 
-    assert not failures([network(kind, seed) for seed in range(3)], meta.patch, run)
+    assert not failures([network(kind, seed) for seed in range(6)], meta.patch, run)
 
 
 def interleaved(x, pos):
@@ -178,17 +179,10 @@ def test_calls_with_attn_mask_are_attentions_own():
     assert torch.equal(model(x, attn_mask=attn_mask, **grid), expected)
 
 
-def test_dropout_of_outputs_stays_and_dropout_of_weights_is_left_alone():
+def test_dropout_of_outputs_stays():
     model = network("ijepa", proj_drop=0.5).train()
     meta.patch(model)
-    assert (model.blocks[0].attn(drawn(2, 16, 64))[0] == 0).float().mean().sub(0.5).abs() < 0.1
-    found = {
-        "ijepa": (dict(attn_drop=0.25), "it drops 0.25 of its weights in training, which no kernel does"),
-        "vjepa2": (dict(proj_drop=0.25), "it drops 0.25 of its weights, in evaluation too"),
-    }
-    for kind, (options, why) in found.items():
-        done = meta.patch(network(kind, **options))
-        assert done.skipped == {"blocks.0.attn": why, "blocks.1.attn": why} and "patch_embed" in done.patched
+    assert abs((model.blocks[0].attn(drawn(2, 16, 64))[0] == 0).double().mean() - 0.5) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -196,7 +190,10 @@ def test_dropout_of_outputs_stays_and_dropout_of_weights_is_left_alone():
     [
         ("vjepa2-ac", {}, "action tokens stand among its patches"),
         ("vjepa2", dict(is_causal=True), "it is causal"),
-        ("vjepa2", dict(num_heads=16), "its heads have 4 channels, kernels take multiples of 8 up to 128"),
+        ("ijepa", dict(attn_drop=0.25), "attention dropout is 0.25, which the kernel has not: 0 allows it"),
+        # published code gives SDPA this one, in evaluation too
+        ("vjepa2", dict(proj_drop=0.25), "attention dropout is 0.25, which the kernel has not: 0 allows it"),
+        ("vjepa2", dict(num_heads=16), "the kernel takes head dims that are multiples of 8 up to 128, not 4"),
     ],
 )
 def test_other_attention_is_left_alone(kind, options, why):
@@ -224,15 +221,17 @@ def test_pixels_that_patches_do_not_divide_are_cut_as_the_convolution_does():
     embed, clips = network("vjepa2").patch_embed, drawn(1, 3, 5, 10, 9)
     expected = embed(clips)
     meta.patch(embed)
-    assert torch.equal(embed(clips), expected)
+    torch.testing.assert_close(embed(clips), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="not enough values to unpack"):  # of the network's own
+        embed(clips[:, :, 0])
 
 
 def test_a_convolution_with_hooks_or_overlap_is_left_alone():
     hooked, overlapping = network("ijepa"), network("ijepa")
     hooked.patch_embed.proj.register_forward_hook(lambda *_: None)
     overlapping.patch_embed.proj.stride = (2, 2)
-    assert meta.patch(hooked).skipped == {"patch_embed": "hooks on its convolution would not run"}
-    why = "its convolution is not one product for each square patch"
+    assert meta.patch(hooked).skipped == {"patch_embed": "hooks on Conv2d would not run"}
+    why = "the convolution is not one product for each square patch"
     assert meta.patch(overlapping).skipped == {"patch_embed": why}
 
 
