@@ -13,13 +13,15 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.integrations import patching
-from jepa_kernels.integrations.huggingface import vjepa2_plan
+from jepa_kernels.integrations.huggingface import ijepa, vjepa2_plan
 from jepa_kernels.integrations.patching import Patch, kind_of
 
 # Class name -> what plans its patch: (model, masked_encoder, angle_dtype) -> replacements, skipped, verification.
 PLANS = {
     "VJEPA2Model": vjepa2_plan.plan,
     "VJEPA2ForVideoClassification": vjepa2_plan.plan,
+    "IJepaModel": ijepa.plan,
+    "IJepaForImageClassification": ijepa.plan,
 }
 
 

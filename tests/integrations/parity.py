@@ -1,0 +1,53 @@
+"""A patched model against the unpatched one: outputs and every gradient within the error budget."""
+
+import copy
+
+import torch
+
+from jepa_kernels.testing import compare, poisoned_memory
+
+
+def results(model, run):
+    """Outputs of run(model), by name, and the gradients of a fixed weighting of them, by parameter."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = run(model)
+    generator = torch.Generator().manual_seed(2)
+    total = sum((x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in found.values())
+    grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    named = {f"d {name}": g for name, g in zip(trained, grads, strict=True) if g is not None}
+    return {name: x.detach() for name, x in {**found, **named}.items()}
+
+
+def failures(models, patch, run, changed=lambda run: run):
+    """What leaves the budget where `patch` patches models, held side by side: one alone may be exact by luck.
+
+    changed: of the patched run, by torch.compile.
+    """
+    sides = [_sides(model, patch, run, changed) for model in models]
+    joined = {name: [torch.cat(side) for side in zip(*(s[name] for s in sides), strict=True)] for name in sides[0]}
+    parity = [compare(name, *given) for name, given in joined.items()]
+    return [str(p) for p in parity if not p.ok]
+
+
+def _sides(model, patch, run, changed):
+    """Of one model, {name: (patched, in float64, unpatched)}."""
+    exact, eager = results(copy.deepcopy(model).double(), run), results(model, run)
+    with patch(model), poisoned_memory():
+        actual = results(model, changed(run))
+    again = results(model, run)
+    assert all(torch.equal(again[name], eager[name]) for name in eager), "undo gives every bit back"
+    assert any(not torch.equal(actual[name], eager[name]) for name in eager), "the patch did something"
+    return {name: [side[name].flatten() for side in (actual, exact, eager)] for name in exact}
+
+
+def far_from_its_start(model):
+    """Weights and biases with which attention is sharp and norms do something."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def drawn(*shape):
+    """Numbers that every type holds exactly."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(16).round().div(16)
