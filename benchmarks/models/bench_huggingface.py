@@ -18,10 +18,11 @@ CONTEXT = 400  # of 2048 patches; the others are the target
 
 
 def build(layers: int, **changes: Any) -> nn.Module:
-    sizes = dict(hidden_size=1024, num_attention_heads=16, num_hidden_layers=layers, pred_num_hidden_layers=layers)
+    sizes = dict(hidden_size=1024, num_attention_heads=16, frames_per_clip=16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.VJEPA2Model(transformers.VJEPA2Config(**{**sizes, **changes}))
+        depth = dict(num_hidden_layers=layers, pred_num_hidden_layers=layers)
+        return transformers.VJEPA2Model(transformers.VJEPA2Config(**{**sizes, **depth, **changes}))
 
 
 def inputs(model: nn.Module, *, masked: bool = True, **more: Any) -> Inputs:
