@@ -83,6 +83,8 @@ def test_heads_that_shapes_do_not_tell_are_asked_for(donor):
         with pytest.raises(ValueError) as error:
             VJEPA2.from_checkpoint(donor.state_dict(), **given)
         assert str(error.value) == wanted + "num_heads and predictor_num_heads, which shapes do not tell"
+    with pytest.raises(TypeError, match="VJEPA2: changes must be fields of VJEPA2Config, got heads; leave them out"):
+        VJEPA2.from_checkpoint(donor.state_dict(), heads=2, **HEADS)
     with pytest.raises(ValueError, match="VJEPA2: checkpoint must hold an encoder, got no patch_embed"):
         VJEPA2.from_checkpoint({"predictor": {}})
 
@@ -233,7 +235,7 @@ def test_hugging_face_has_no_place_for_some_models(first, dense, tmp_path):
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(3), torch.ones(0, 3, 2, 8, 8), [1.0], None])
 def test_whatever_stands_in_a_tensors_place_is_refused_with_a_message(first, dense, value):
-    for model in (first, dense):
+    for model, heads in ((first, {"num_heads": 2}), (dense, HEADS)):
         state = meta_state(model, "encoder")
         for part, own in state.items():
             for name in [name for name in own if "blocks." not in name or name.endswith("blocks.0.mlp.fc1.weight")]:
@@ -241,7 +243,7 @@ def test_whatever_stands_in_a_tensors_place_is_refused_with_a_message(first, den
                 with pytest.raises(ValueError, match=f"^{type(model).__name__}: "):
                     model.load(spoiled)
                 with contextlib.suppress(ValueError):
-                    sizes.config_for("test", model.sizes, spoiled, HEADS)
+                    sizes.config_for("test", model.sizes, spoiled, heads)
 
 
 # Several files.
