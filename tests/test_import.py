@@ -233,7 +233,7 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, encoding, target, optimizing, video, files = (part.split("```")[0] for part in parts)
+    first, encoding, target, optimizing, video, probing, files = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -253,6 +253,8 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     assert all(torch.equal(low, targets[p].bfloat16()) for p, low in copies.items())
     exec(video, names)
     assert names["latents"].shape == (3, 256, 384) and names["loss"].isfinite()
+    exec(probing, names)
+    assert names["scores"].shape == (3, 3568)
     capsys.readouterr()
     exec(files, names)
     said = capsys.readouterr().out.strip()
