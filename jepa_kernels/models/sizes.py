@@ -91,13 +91,16 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
         fail(model, "checkpoint", "hold an encoder", "no patch_embed.proj.weight", "pass a published file")
     alike = _alike(sizes, size)
     config = sizes[alike[0]]() if alike else next(iter(sizes.values()))()
+    known = {field.name for field in fields(config)}
+    if foreign := sorted(changes.keys() - known):
+        fail(model, "changes", f"be fields of {type(config).__name__}", ", ".join(foreign), "leave them out", TypeError)
     other = size.get("predictor_embed_dim") not in (None, config.predictor_embed_dim)
     unknown = [] if alike else ["num_heads"]
     unknown += ["predictor_num_heads"] if other and hasattr(config, "predictor_num_heads") else []
     if unknown and not changes.keys() >= set(unknown):
         remedy = f"pass {' and '.join(unknown)}, which shapes do not tell"
         fail(model, "checkpoint", "be of a published size", describe(sizes, size), remedy)
-    given: dict[str, Any] = {field.name: size[field.name] for field in fields(config) if field.name in size}
+    given: dict[str, Any] = {field: value for field, value in size.items() if field in known}
     if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
         given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
     given |= _crop(replace(config, **{**given, **changes}), size)
