@@ -230,9 +230,10 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
     assert said.endswith("); leave it out for the cpu\n") and said.count("\n") == 1
 
 
-def test_the_readme_examples_run_as_written(capsys):
+def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, encoding, target, optimizing, video = (part.split("```")[0] for part in parts)
+    first, encoding, target, optimizing, video, probing, files = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -252,6 +253,13 @@ def test_the_readme_examples_run_as_written(capsys):
     assert all(torch.equal(low, targets[p].bfloat16()) for p, low in copies.items())
     exec(video, names)
     assert names["latents"].shape == (3, 256, 384) and names["loss"].isfinite()
+    exec(probing, names)
+    assert names["scores"].shape == (3, 3568)
+    capsys.readouterr()
+    exec(files, names)
+    said = capsys.readouterr().out.strip()
+    assert said == "VJEPA2: 96 tensors loaded from Meta's layout" and f"# {said}" in files
+    assert names["features"].shape == (3, 256, 384) and (tmp_path / "vjepa2.safetensors").exists()
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])

@@ -68,7 +68,7 @@ def read(model: str, source: Source) -> Mapping[str, Any]:
     try:
         checkpoint = load_file(path) if safe else _read_torch(path)
     except Exception as error:  # the reader meets foreign bytes with errors of nearly every type
-        _unreadable(model, path, "safetensors" if safe else "torch", error)
+        _unreadable(model, path, "a safetensors file" if safe else "a torch file", error)
     if not isinstance(checkpoint, Mapping):
         fail(model, "checkpoint", "be a mapping of names", type(checkpoint).__name__, "pass a state dict", TypeError)
     return checkpoint
@@ -87,7 +87,7 @@ def _read_shards(model: str, index: Path) -> dict[str, Any]:
         if any(Path(shard).name != shard or not shard.endswith(".safetensors") for shard in shards):
             raise ValueError("a shard that is no .safetensors file beside it")
     except Exception as error:
-        _unreadable(model, index, "index", error)
+        _unreadable(model, index, "an index of files", error)
     found: dict[str, Any] = {}
     for shard in shards:
         tensors = read(model, index.with_name(shard))
@@ -107,7 +107,7 @@ def _read_shards(model: str, index: Path) -> dict[str, Any]:
 
 def _unreadable(model: str, path: Path, kind: str, error: Exception) -> NoReturn:
     why = str(error).strip().split("\n")[0][:200] or type(error).__name__
-    text = f"{model}: {path} must be a {kind} file of plain tensors, got: {why}; save it again"
+    text = f"{model}: {path} must be {kind} of plain tensors, got: {why}; save it again"
     raise ValueError(text) from error
 
 

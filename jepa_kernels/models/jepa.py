@@ -71,6 +71,8 @@ class JEPA(nn.Module):
             "target_encoder": self.target_encoder,
             "predictor": self.predictor,
         }
+        own = {"target_encoder": self.target_encoder.state_dict(), "predictor": self.predictor.state_dict()}
+        self._refuse_other(found, model_of(own))
         networks, missing = self._completed(found)
         report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
         self.ema.refresh()
@@ -84,8 +86,9 @@ class JEPA(nn.Module):
         such as num_heads where there is no such size. Raises ValueError as `load` does, or if heads are not known.
         """
         state = checkpoints.read(cls.__name__, source)
-        networks = recognise(cls.__name__, state).networks
-        model = cls._of(config_for(cls.__name__, cls.sizes, networks, changes))
+        found = recognise(cls.__name__, state)
+        cls._refuse_other(found, cls.published_name)
+        model = cls._of(config_for(cls.__name__, cls.sizes, found.networks, changes))
         return model, model.load(state)
 
     @classmethod
@@ -101,6 +104,7 @@ class JEPA(nn.Module):
         if network not in ENCODERS:
             fail(name, "network", f"be {' or '.join(ENCODERS)}", repr(network), "leave it out for the target encoder")
         found = recognise(name, checkpoints.read(name, source))
+        cls._refuse_other(found, cls.published_name, "V-JEPA 2-AC")
         kept = network if network in found.networks else next((n for n in ENCODERS if n in found.networks), network)
         alone = Checkpoint(found.layout, {kept: found.networks.get(kept, {})}, dict(found.ignored))
         alone.ignored.update({other: "one encoder was asked for" for other in found.networks if other != kept})
@@ -156,26 +160,27 @@ class JEPA(nn.Module):
         return networks, missing
 
     @classmethod
+    def _refuse_other(cls, found: Checkpoint, *published: str | None) -> None:
+        """Raise ValueError for a checkpoint of a model that is none of these."""
+        kind = model_of(found.networks)
+        if kind not in (None, *published):
+            size = describe(cls.sizes, size_of(found.networks))
+            fail(cls.__name__, "checkpoint", f"be of {published[0]}", f"one of {kind}, {size}", "build that model")
+
+    @classmethod
     def _fit(
         cls, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], found: Checkpoint, missing: Mapping[str, str]
     ) -> LoadReport:
         """Load {network: (module, weights)} but for tables that the module does without: all, or none."""
-        name, kind = cls.__name__, model_of(found.networks)
-        if kind not in (None, cls.published_name):
-            size = describe(cls.sizes, size_of(found.networks))
-            fail(name, "checkpoint", f"be of {cls.published_name}", f"one of {kind}, {size}", "build that model")
-        ignored = {
-            **found.ignored,
-            **{other: "no network of this model" for other in found.networks if other not in parts},
-        }
-        kept = {}
+        others = {other: "a probe, which load_probe reads" for other in found.networks if other not in parts}
+        ignored, kept = {**found.ignored, **others}, {}
         for network, (module, own) in parts.items():
             tables = [table for table in TABLES if table in own and table not in module.state_dict()]
             ignored |= {f"{network}.{table}": "rotary positions take its place" for table in tables}
             kept[network] = module, {key: value for key, value in own.items() if key not in tables}
-        checkpoints.load(name, kept, lambda problems: cls._remedy(found, problems))
+        checkpoints.load(cls.__name__, kept, lambda problems: cls._remedy(found, problems))
         loaded = tuple(f"{network}.{key}" for network, (_, own) in kept.items() for key in own)
-        return LoadReport(name, found.layout.title, loaded, ignored, missing)
+        return LoadReport(cls.__name__, found.layout.title, loaded, ignored, missing)
 
     @classmethod
     def _remedy(cls, found: Checkpoint, problems: list[str]) -> str:

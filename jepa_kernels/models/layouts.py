@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,27 +18,34 @@ FUSED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".xattn.kv.": (".xa
 TOKENS = "predictor.mask_tokens"
 
 
+Pairs = tuple[tuple[str, str], ...]  # a piece of their name, and of ours
+
+
 @dataclass(frozen=True)
 class Layout:
     """Other names of the same tensors.
 
     mark: the beginnings of names by which a file of this layout is known.
-    begins: how a name begins, theirs and ours, which says the network; the first that fits. None fits: it is unknown.
-    inside: a piece of what follows, theirs and ours; the first that fits.
+    begins: how a name begins; ours says the network. The first that fits.
+    inside: what follows it, within blocks; the first that fits.
+    rest: where no beginning fits.
     """
 
     title: str
     mark: tuple[str, ...]
-    begins: tuple[tuple[str, str], ...]
-    inside: tuple[tuple[str, str], ...] = ()
+    begins: Pairs
+    inside: Pairs = ()
+    rest: Layout | None = None
 
     def to_meta(self, name: str) -> str:
-        """Our name for theirs. An unknown one keeps its own, in the encoder: no model has it."""
-        return _renamed(name, self.begins, self.inside) or f"encoder.{name}"
+        """Our name for theirs. Any other keeps its own, in the encoder, which may know it."""
+        found = _renamed(name, self.begins, self.inside)
+        return found or (self.rest.to_meta(name) if self.rest else f"encoder.{name}")
 
     def from_meta(self, name: str) -> str | None:
         """Their name for ours; None where they have no place for it."""
-        return _renamed(name, _swapped(self.begins), _swapped(self.inside))
+        found = _renamed(name, _swapped(self.begins), _swapped(self.inside))
+        return found or (self.rest.from_meta(name) if self.rest else None)
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,11 @@ class Checkpoint:
     ignored: dict[str, str]
 
 
-def _swapped(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _swapped(pairs: Pairs) -> Pairs:
     return tuple((ours, theirs) for theirs, ours in pairs)
 
 
-def _renamed(name: str, begins: Iterable[tuple[str, str]], inside: Iterable[tuple[str, str]]) -> str | None:
+def _renamed(name: str, begins: Pairs, inside: Pairs) -> str | None:
     for old, new in begins:
         if name.startswith(old):
             rest = name.removeprefix(old)
@@ -73,6 +80,27 @@ OWN = Layout(
     mark=("context_encoder.",),
     begins=(("context_encoder.", "encoder."), ("target_encoder.",) * 2, ("predictor.",) * 2),
 )
+VJEPA2_PROBE = Layout(
+    "Hugging Face's VJEPA2 layout",
+    mark=(),
+    begins=(
+        ("pooler.query_tokens", "classifier.pooler.query_tokens"),
+        ("pooler.self_attention_layers.", "classifier.pooler.blocks."),
+        ("pooler.cross_attention_layer.", "classifier.pooler.cross_attention_block."),
+        ("classifier.", "classifier.linear."),
+    ),
+    inside=(
+        (".self_attn.q_proj.", ".attn.q."),
+        (".self_attn.k_proj.", ".attn.k."),
+        (".self_attn.v_proj.", ".attn.v."),
+        (".self_attn.out_proj.", ".attn.proj."),
+        ("cross_attn.q_proj.", "xattn.q."),
+        ("cross_attn.k_proj.", "xattn.k."),
+        ("cross_attn.v_proj.", "xattn.v."),
+        ("layer_norm1.", "norm1."),
+        ("layer_norm2.", "norm2."),
+    ),
+)
 VJEPA2 = Layout(
     "Hugging Face's VJEPA2 layout",
     mark=("encoder.layer.",),
@@ -85,26 +113,14 @@ VJEPA2 = Layout(
         ("predictor.layer.", "predictor.predictor_blocks."),
         ("predictor.layernorm.", "predictor.predictor_norm."),
         ("predictor.proj.", "predictor.predictor_proj."),
-        ("pooler.query_tokens", "classifier.pooler.query_tokens"),
-        ("pooler.self_attention_layers.", "classifier.pooler.blocks."),
-        ("pooler.cross_attention_layer.", "classifier.pooler.cross_attention_block."),
-        ("classifier.", "classifier.linear."),
     ),
     inside=(
-        ("cross_attn.q_proj.", "xattn.q."),  # of the pooler
-        ("cross_attn.k_proj.", "xattn.k."),
-        ("cross_attn.v_proj.", "xattn.v."),
-        (".self_attn.q_proj.", ".attn.q."),
-        (".self_attn.k_proj.", ".attn.k."),
-        (".self_attn.v_proj.", ".attn.v."),
-        (".self_attn.out_proj.", ".attn.proj."),
-        ("layer_norm1.", "norm1."),
-        ("layer_norm2.", "norm2."),
-        (".attention.query.", ".attn.q."),  # of both networks
+        (".attention.query.", ".attn.q."),
         (".attention.key.", ".attn.k."),
         (".attention.value.", ".attn.v."),
         (".attention.proj.", ".attn.proj."),
     ),
+    rest=VJEPA2_PROBE,
 )
 IJEPA = Layout(
     "Hugging Face's IJepa layout",
@@ -145,28 +161,24 @@ TIMM_POOLED = Layout(
     begins=(("fc_norm.", "encoder.norm."), ("head.", "classifier.linear.")),
 )
 BARE = Layout("the layout of timm, or of one encoder", mark=("blocks.",), begins=TIMM_POOLED.begins[1:])
-PROBE = Layout(
-    "the layout of one probe",
-    mark=("pooler.",),
-    begins=(("pooler.", "classifier.pooler."), ("linear.", "classifier.linear.")),
-)
+PROBE = Layout("the layout of one probe", mark=("pooler.",), begins=(("", "classifier."),))
 LAYOUTS = (OWN, IJEPA_OLD, VJEPA2, META, IJEPA, TIMM_POOLED, BARE, PROBE)
 
 
-def recognise(model: str, state: Mapping[Any, Any]) -> Checkpoint:
+def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkpoint:
     """The tensors of a file in any published layout, by network, in Meta's names.
 
     Names lose the parts that wrappers put into them; queries, keys and values apart are stacked, mask tokens in one
-    tensor are listed. What does not fit that is left as it is, for the model to refuse. Raises ValueError for a layout
-    that is not known, and for two tensors of one name.
+    tensor are listed. What does not fit that is left as it is, for the model to refuse. probe: which of several.
+    Raises ValueError for a layout that is not known, and for two tensors of one name.
     """
+    state, ignored = _one_probe(state, probe)
     nested = {name: own for name in NETWORKS if isinstance(own := state.get(name), Mapping)}
     if nested:
-        layout, ignored = META, {str(name): "no weights of a network" for name in state if name not in nested}
-        flat = {f"{network}.{name}": value for network, own in nested.items() for name, value in own.items()}
-        flat = _rename(model, flat, bare)
-    else:
-        flat, ignored = _rename(model, state, bare), {}
+        layout, ignored = META, ignored | {str(n): "no weights of a network" for n in state if n not in nested}
+        state = {f"{network}.{name}": value for network, own in nested.items() for name, value in own.items()}
+    flat = _rename(model, state, bare)
+    if not nested:
         known = (layout for layout in LAYOUTS if any(name.startswith(layout.mark) for name in flat))
         layout = next(known, None) or _unknown(model, flat)
     networks: dict[str, dict[str, Any]] = {}
@@ -178,6 +190,16 @@ def recognise(model: str, state: Mapping[Any, Any]) -> Checkpoint:
             ignored["target_encoder"] = "ema_encoder takes its place"
         networks["target_encoder"] = networks.pop("ema_encoder")
     return Checkpoint(layout, networks, ignored)
+
+
+def _one_probe(state: Mapping[Any, Any], probe: int) -> tuple[Mapping[Any, Any], dict[str, str]]:
+    """V-JEPA 2's files of probes hold a list, `classifiers`, of one for each setting: the one as `classifier`."""
+    probes = state.get("classifiers")
+    if not isinstance(probes, list) or not 0 <= probe < len(probes):
+        return state, {}
+    rest = {name: value for name, value in state.items() if name != "classifiers"}
+    others = {f"classifiers[{i}]": "another probe" for i in range(len(probes)) if i != probe}
+    return {**rest, "classifier": probes[probe]}, others
 
 
 def bare(name: Any) -> str:

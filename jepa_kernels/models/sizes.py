@@ -23,7 +23,7 @@ def model_of(networks: Networks) -> str | None:
     the predictor tells them apart, and without it none is named.
     """
     encoder, predictor = _encoder(networks), networks.get("predictor", {})
-    weight = _shape(encoder, "patch_embed.proj.weight")
+    weight = shape_of(encoder, "patch_embed.proj.weight")
     if len(weight) == 4:
         return "I-JEPA"
     if len(weight) != 5:
@@ -34,31 +34,49 @@ def model_of(networks: Networks) -> str | None:
         return "V-JEPA 2-AC"
     if not predictor:
         return None
-    first = "predictor_pos_embed" in predictor and _count(predictor, "mask_tokens.") == 2
+    first = "predictor_pos_embed" in predictor and count(predictor, "mask_tokens.") == 2
     return "V-JEPA" if first else "V-JEPA 2"
 
 
-def size_of(networks: Networks) -> dict[str, int]:
+def size_of(networks: Networks) -> dict[str, Any]:
     """{field of a config: its value} as far as shapes tell; `hidden` is the width of the encoder's MLP."""
     encoder, predictor = _encoder(networks), networks.get("predictor", {})
-    weight, own = _shape(encoder, "patch_embed.proj.weight"), _shape(predictor, "predictor_norm.weight")
-    found = {"depth": _count(encoder, "blocks.")}
+    weight, own = shape_of(encoder, "patch_embed.proj.weight"), shape_of(predictor, "predictor_norm.weight")
+    found: dict[str, Any] = {"depth": count(encoder, "blocks.")}
     if len(weight) in (4, 5):
         found |= {"embed_dim": weight[0], "in_chans": weight[1], "patch_size": weight[-1]}
     if len(weight) == 5:
         found["tubelet_size"] = weight[2]
-    if hidden := _shape(encoder, "blocks.0.mlp.fc1.weight"):
+    if hidden := shape_of(encoder, "blocks.0.mlp.fc1.weight"):
         found["hidden"] = hidden[0]
-    if len(table := _shape(encoder, "pos_embed")) == 3:
+    if len(table := shape_of(encoder, "pos_embed")) == 3:
         found["patches"] = table[1]
     if own:
-        found |= {"predictor_embed_dim": own[0], "predictor_depth": _count(predictor, "predictor_blocks.")}
-    if tokens := _count(predictor, "mask_tokens."):
+        found |= {"predictor_embed_dim": own[0], "predictor_depth": count(predictor, "predictor_blocks.")}
+    if tokens := count(predictor, "mask_tokens."):
         found["num_mask_tokens"] = tokens
+    if count(encoder, "norms_block."):
+        found |= _options(encoder, predictor)
     return found
 
 
-def describe(sizes: Sizes, size: Mapping[str, int]) -> str:
+def _options(encoder: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of V-JEPA 2.1; of the predictor where there is one."""
+    found: dict[str, Any] = {
+        "image_tokenizer": "patch_embed_img.proj.weight" in encoder,
+        "modality_embedding": "img_mod_embed" in encoder,
+    }
+    width, out = shape_of(encoder, "patch_embed.proj.bias"), shape_of(predictor, "predictor_proj.bias")
+    if width and out:
+        context = shape_of(predictor, "predictor_embed.0.weight") or (0, *width)
+        levels = context[1] // width[0]
+        own = out[0] == levels * width[0]
+        found |= {"levels": levels, "teacher_embed_dim": None if own else out[0]}
+        found["predict_all"] = "predictor_proj_context.weight" in predictor
+    return found
+
+
+def describe(sizes: Sizes, size: Mapping[str, Any]) -> str:
     """The name of a published size, or numbers."""
     named = [name for name in _alike(sizes, size) if sizes[name]().patch_size == size["patch_size"]]
     numbers = ", ".join(f"{f} {size[f]}" for f in ("embed_dim", "depth", "patch_size") if f in size)
@@ -86,13 +104,13 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
         remedy = f"pass {' and '.join(unknown)}, which shapes do not tell"
         fail(model, "checkpoint", "be of a published size", describe(sizes, size), remedy)
     given: dict[str, Any] = {field.name: size[field.name] for field in fields(config) if field.name in size}
-    if int(size["embed_dim"] * config.mlp_ratio) != size.get("hidden"):
+    if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
         given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
     given |= _crop(replace(config, **given), size)
     return replace(config, **{**given, **changes})
 
 
-def _crop(config: Any, size: Mapping[str, int]) -> dict[str, int]:
+def _crop(config: Any, size: Mapping[str, Any]) -> dict[str, int]:
     """The sides of square pixels that a table of positions is of, where the config's are others."""
     if "patches" not in size:
         return {}
@@ -101,7 +119,7 @@ def _crop(config: Any, size: Mapping[str, int]) -> dict[str, int]:
     return {"crop_size": side * config.patch_size} if side * side * frames == size["patches"] else {}
 
 
-def _alike(sizes: Sizes, size: Mapping[str, int]) -> list[str]:
+def _alike(sizes: Sizes, size: Mapping[str, Any]) -> list[str]:
     """The published sizes of this width and depth, those of its patches first."""
     known = {name: make() for name, make in sizes.items()}
     alike = [n for n, c in known.items() if (c.embed_dim, c.depth) == (size.get("embed_dim"), size["depth"])]
@@ -112,10 +130,10 @@ def _encoder(networks: Networks) -> Mapping[str, Any]:
     return networks.get("target_encoder") or networks.get("encoder") or {}
 
 
-def _shape(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
     value = state.get(name)
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _count(state: Mapping[str, Any], begin: str) -> int:
+def count(state: Mapping[str, Any], begin: str) -> int:
     return len({name.removeprefix(begin).split(".")[0] for name in state if name.startswith(begin)})

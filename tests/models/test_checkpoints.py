@@ -8,58 +8,11 @@ import torch
 
 from jepa_kernels.models import ijepa
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from tests.models import published
 
 SMALL = IJEPAConfig(
     crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2
 )
-BLOCK = {  # name: shape for width D and hidden width M
-    "norm1.weight": "D",
-    "norm1.bias": "D",
-    "attn.qkv.weight": "3D D",
-    "attn.qkv.bias": "3D",
-    "attn.proj.weight": "D D",
-    "attn.proj.bias": "D",
-    "norm2.weight": "D",
-    "norm2.bias": "D",
-    "mlp.fc1.weight": "M D",
-    "mlp.fc1.bias": "M",
-    "mlp.fc2.weight": "D M",
-    "mlp.fc2.bias": "D",
-}
-
-
-def block(prefix, width, hidden):
-    sizes = {"D": width, "3D": 3 * width, "M": hidden}
-    return {f"{prefix}.{name}": tuple(sizes[s] for s in shape.split()) for name, shape in BLOCK.items()}
-
-
-def published_encoder(width, depth, hidden, patch, tokens):
-    shapes = {
-        "pos_embed": (1, tokens, width),
-        "patch_embed.proj.weight": (width, 3, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for i in range(depth):
-        shapes |= block(f"blocks.{i}", width, hidden)
-    return shapes
-
-
-def published_predictor(width, depth, tokens, own=384):
-    shapes = {
-        "predictor_embed.weight": (own, width),
-        "predictor_embed.bias": (own,),
-        "mask_token": (1, 1, own),
-        "predictor_pos_embed": (1, tokens, own),
-        "predictor_norm.weight": (own,),
-        "predictor_norm.bias": (own,),
-        "predictor_proj.weight": (width, own),
-        "predictor_proj.bias": (width,),
-    }
-    for i in range(depth):
-        shapes |= block(f"predictor_blocks.{i}", own, 4 * own)
-    return shapes
 
 
 def shapes(module):
@@ -87,9 +40,9 @@ def test_names_and_shapes_are_the_published_ones(name):
     width, depth, hidden, patch, tokens, predictor_depth = SIZES[name]
     with torch.device("meta"):
         model = IJEPA(ijepa.SIZES[name]())
-    assert shapes(model.context_encoder) == published_encoder(width, depth, hidden, patch, tokens)
+    assert shapes(model.context_encoder) == published.meta_encoder(width, depth, hidden, (patch, patch), tokens)
     assert shapes(model.target_encoder) == shapes(model.context_encoder)
-    assert shapes(model.predictor) == published_predictor(width, predictor_depth, tokens)
+    assert shapes(model.predictor) == published.meta_predictor(width, predictor_depth, None, table=tokens)
     blocks = *model.context_encoder.blocks, *model.predictor.predictor_blocks
     assert {b.attn.num_heads for b in blocks} == {HEADS.get(name, 16)}
 
@@ -131,7 +84,7 @@ def test_position_tables_hold_the_column_first():
     torch.testing.assert_close(table[:, 2, 24:].double(), expected, rtol=0, atol=1e-7)
 
 
-def published(model, prefix="module."):
+def meta_layout(model, prefix="module."):
     parts = {"encoder": model.context_encoder, "predictor": model.predictor, "target_encoder": model.target_encoder}
     state = {name: {prefix + k: v for k, v in part.state_dict().items()} for name, part in parts.items()}
     return {
@@ -158,9 +111,9 @@ def donor():
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])
 def test_a_published_checkpoint_loads(donor, prefix, tmp_path):
-    torch.save(published(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
+    torch.save(meta_layout(donor, prefix), tmp_path / "jepa-ep300.pth.tar")
     from_file, from_memory = IJEPA(SMALL), IJEPA(SMALL)
-    reports = from_file.load(tmp_path / "jepa-ep300.pth.tar"), from_memory.load(published(donor, prefix))
+    reports = from_file.load(tmp_path / "jepa-ep300.pth.tar"), from_memory.load(meta_layout(donor, prefix))
     for report in reports:
         assert report.layout == "Meta's layout" and not report.missing
         assert len(report.loaded) == len(donor.state_dict())
@@ -232,7 +185,7 @@ def spoiled(kind, state):
         }
     assert kind == "vit_tiny"
     with torch.device("meta"):
-        return published(IJEPA(ijepa.vit_tiny()))
+        return meta_layout(IJEPA(ijepa.vit_tiny()))
 
 
 FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
@@ -270,7 +223,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(donor, kind, message):
     model = IJEPA(SMALL)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError) as error:
-        model.load(spoiled(kind, published(donor)))
+        model.load(spoiled(kind, meta_layout(donor)))
     assert str(error.value).startswith(message)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if kind == "vit_tiny":
@@ -330,7 +283,7 @@ def test_any_bytes_are_refused_with_the_message(tmp_path):
 
 def test_a_torn_file_is_refused(donor, tmp_path):
     path = tmp_path / "torn.pt"
-    torch.save(published(donor), path)
+    torch.save(meta_layout(donor), path)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ValueError, match=r"torn\.pt must be a torch file of plain tensors, got: "):
         IJEPA(SMALL).load(path)

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from jepa_kernels.models import vjepa2
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
-from tests.models.test_checkpoints import block, millions, shapes
+from tests.models import published
+from tests.models.test_checkpoints import millions, shapes
 
 SMALL = VJEPA2Config(
     crop_size=16,
@@ -36,39 +37,12 @@ def meta(config):
         return VJEPA2(config)
 
 
-def published_encoder(width, depth, hidden, patch=16, tubelet=2):
-    found = {
-        "patch_embed.proj.weight": (width, 3, tubelet, patch, patch),
-        "patch_embed.proj.bias": (width,),
-        "norm.weight": (width,),
-        "norm.bias": (width,),
-    }
-    for i in range(depth):
-        found |= block(f"blocks.{i}", width, hidden)
-    return found
-
-
-def published_predictor(width, depth=12, own=384, tokens=10):
-    found = {
-        "predictor_embed.weight": (own, width),
-        "predictor_embed.bias": (own,),
-        **{f"mask_tokens.{i}": (1, 1, own) for i in range(tokens)},
-        "predictor_norm.weight": (own,),
-        "predictor_norm.bias": (own,),
-        "predictor_proj.weight": (width, own),
-        "predictor_proj.bias": (width,),
-    }
-    for i in range(depth):
-        found |= block(f"predictor_blocks.{i}", own, 4 * own)
-    return found
-
-
 @pytest.mark.parametrize("name", SIZES)
 def test_names_shapes_and_counts_are_the_published_ones(name):
     width, depth, heads, hidden, crop, encoder, entries, predictor = SIZES[name]
-    model = meta(vjepa2.SIZES[name]())
-    assert shapes(model.context_encoder) == shapes(model.target_encoder) == published_encoder(width, depth, hidden)
-    assert shapes(model.predictor) == published_predictor(width)
+    model, encoder_shapes = meta(vjepa2.SIZES[name]()), published.meta_encoder(width, depth, hidden, (2, 16, 16))
+    assert shapes(model.context_encoder) == shapes(model.target_encoder) == encoder_shapes
+    assert shapes(model.predictor) == published.meta_predictor(width, 12, 10)
     assert {b.attn.num_heads for b in model.context_encoder.blocks} == {heads}
     assert {b.attn.num_heads for b in model.predictor.predictor_blocks} == {12}
     assert (round(millions(model.context_encoder), 1), len(shapes(model.context_encoder))) == (encoder, entries)

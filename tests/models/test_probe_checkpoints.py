@@ -1,0 +1,60 @@
+"""Published probes: V-JEPA's, V-JEPA 2's list of them, EPIC-KITCHENS-100's three heads, Hugging Face's."""
+
+import pytest
+import torch
+
+from jepa_kernels.models.probes import load_probe
+from tests.models import published
+
+
+def filled(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
+
+
+def wrapped(state):
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+def test_vjepas_probe_with_its_unused_layer(tmp_path):
+    shapes = published.meta_probe(32, 128, 5, depth=0)
+    shapes |= published.affine("pooler.cross_attention_block.xattn.proj", 32, 32)
+    torch.save({"classifier": wrapped(filled(shapes)), "epoch": 3}, tmp_path / "probe.pth.tar")
+    probe, report = load_probe(tmp_path / "probe.pth.tar")
+    assert same(probe.state_dict(), filled(shapes)) and probe.pooler.cross_first and len(report.loaded) == len(shapes)
+    assert report.ignored == {"epoch": "no weights of a network"}
+    assert probe.pooler.cross_attention_block.norm1.eps == 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_one_of_vjepa2s_probes(index):
+    states = [filled(published.meta_probe(32, 128, 174), seed) for seed in (0, 1)]
+    probe, report = load_probe({"classifiers": [wrapped(state) for state in states], "opt": {}}, index=index)
+    assert same(probe.state_dict(), states[index]) and not probe.pooler.cross_first
+    assert report.ignored == {f"classifiers[{1 - index}]": "another probe", "opt": "no weights of a network"}
+    assert {block.attn.num_heads for block in probe.pooler.blocks} == {16} and len(probe.pooler.blocks) == 3
+
+
+def test_three_heads_take_their_queries_in_the_published_order_whatever_the_files():
+    shapes = published.meta_probe(32, 128, 1) | {"pooler.query_tokens": (1, 3, 32)}
+    del shapes["linear.weight"], shapes["linear.bias"]
+    for head, classes in (("action", 7), ("noun", 6), ("verb", 5)):
+        shapes |= published.affine(f"{head}_classifier", classes, 32)
+    probe, _ = load_probe(filled(shapes))
+    assert same(probe.state_dict(), filled(shapes)) and probe.names == ("verb", "noun", "action")
+
+
+def test_what_holds_no_probe_is_refused():
+    wanted = r"AttentiveClassifier: checkpoint must hold probe "
+    shapes = published.meta_probe(32, 128, 5)
+    with pytest.raises(ValueError, match=wanted + "0, got encoder; pass a file with classifier or classifiers"):
+        load_probe({"encoder": filled(published.meta_encoder(32, 1, 64, (2, 4, 4)))})
+    with pytest.raises(ValueError, match=wanted + "2, got classifiers; "):
+        load_probe({"classifiers": [filled(shapes)], "classifier": {}}, index=2)
+    state = filled(shapes) | {"linear.scale": torch.ones(5)}
+    with pytest.raises(ValueError, match=r"got classifier\.linear\.scale is unknown; pass a published probe"):
+        load_probe({"classifier": state})
