@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops a
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-@lru_cache
+@cache
 def load_video(path: str, short_side: int) -> Tensor:
     """Every frame of a file, uint8 [T, 3, H, W], whose shorter side has at most `short_side` pixels.
 

@@ -10,7 +10,7 @@ import yaml
 
 from jepa_kernels import train
 from tests.test_train import TINY as TINY_PHOTOS
-from tests.test_train import command, same
+from tests.test_train import same
 from tests.videos import write
 
 TINY = {
@@ -61,16 +61,17 @@ def rows(out):
     return found
 
 
-def test_the_command_trains_on_videos_plots_and_asks_both_questions(config, tmp_path):
-    done = command(config, "--out", tmp_path / "run", "--steps", 3, "--set", "data.num_workers=1")
-    assert done.returncode == 0, done.stderr
+def test_the_command_trains_on_videos_plots_and_asks_both_questions(config, tmp_path, capsys):
+    words = [str(config), "--out", str(tmp_path / "run"), "--steps", "3", "--set", "data.num_workers=1"]
+    assert train.main(words) == 0
     files = ["curves.png", "latest.pt", "metrics.jsonl", "probe.json"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == files
     result = json.loads((tmp_path / "run/probe.json").read_text())
     which, arrow = result["probes"]
     assert which["question"] == "Which of the 2 videos is a held-out grey clip from?" and which["per_seed"] == 8
     assert arrow["question"] == "Is a held-out grey clip played forwards or backwards?" and arrow["chance"] == 0.5
-    assert "3 steps" in done.stdout and arrow["question"] in done.stdout
+    said = " ".join(capsys.readouterr().out.split())
+    assert "3 steps" in said and "played forwards or backwards?" in said and "trained minus random init" in said
 
 
 def test_the_log_holds_loss_collapse_and_the_published_schedules(config, tmp_path):
@@ -132,10 +133,6 @@ def test_a_run_goes_on_without_a_video_that_does_not_decode(config, tmp_path, vi
         (["data.videos=[README.md]"], "VideoClips: videos must hold one that decodes, got ['README.md']; pass other "),
         (["data.videos=3"], "train: data.videos must be a list of names, got 3; correct the config"),
         (["data.videos=[3]"], "train: data.videos must be a list of names, got [3]; correct the config"),
-        (
-            ["data.frame_step=8"],
-            "VideoClips: num_frames x frame_step must span at most the 24 frames of the train ",
-        ),
         (["data.frame_step=5"], "VideoClips: num_frames x frame_step must span at most the 12 frames of the held_out "),
         (["data.frame_step=0"], "VideoClips: num_frames and frame_step must be at least 1, got (4, 0); "),
         (["model.num_frames=5"], "VJEPA2: num_frames must be a multiple of tubelet_size 2, got 5; cut the clip to one"),

@@ -199,10 +199,17 @@ class JEPA(nn.Module):
 
     def _masks(self, batch: Tensor, masks: AnyMasks) -> Masks:
         """The masks of this batch, on a device."""
-        if isinstance(masks, tuple):
+        if isinstance(masks, tuple) and [isinstance(ids, Tensor) for ids in masks] == [True, True]:
             return self._rectangular(batch.shape[0], *masks)
         if isinstance(masks, MaskBatch):
             fail(type(self).__name__, "masks", "be on the device", "a MaskBatch", "pass masks.to(device)", TypeError)
+        if not isinstance(masks, Masks):
+            found = ", ".join(type(ids).__name__ for ids in masks) if isinstance(masks, tuple) else type(masks).__name__
+            requirement, remedy = (
+                "be Masks or two tensors (context, target)",
+                "pack lists of many lengths in a MaskBatch",
+            )
+            fail(type(self).__name__, "masks", requirement, found, remedy, TypeError)
         if masks.batch != batch.shape[0]:
             requirement = f"belong to {batch.shape[0]} {self.inputs}"
             fail(type(self).__name__, "masks", requirement, masks.batch, "sample that many")
