@@ -39,8 +39,8 @@ class Step:
               "published" (the network as its authors compute it)
     named     rivals that are timed only when their row is asked for: compiling takes most of a minute on a CPU
     published published() -> the network of the rival of that name; all else is as of "reference"
-    cut       the masks of that rival, where ours are not truncated; every time in a row is then that of a step divided
-              by the context and target tokens of the step: `ours_us` by `tokens`, `baseline_us` by `baseline_tokens`
+    cut       the masks of rivals, where ours are not truncated; every time in a row is then that of a step divided by
+              the context and target tokens of the step: `ours_us` by `tokens`, `baseline_us` by `baseline_tokens`
     dtypes    float32; or bfloat16: under autocast to it
     tuned     ours is as a GPU wants it: compiled blocks, and an AdamWEMA that moves the target and its shadows
     small     a step of the same kind on which parity is checked, where this one does not fit into memory in fp64
@@ -189,15 +189,12 @@ class StepRun:
         workload, wanted = self.workload, self.settings.baseline
         chosen = workload.rivals if wanted is None else [n for n in workload.rivals + workload.named if n == wanted]
         found = {OURS: Stepper(self.ours(workload), self.inputs, nullcontext, workload.tuned)}
+        given = Inputs(workload, self.settings.device, self.dtype, cut=True)
         for name in chosen:
-            if name == "published":
-                inputs = Inputs(workload, self.settings.device, self.dtype, cut=True)
-                found[name] = Stepper(self.published(workload), inputs, reference)
-                continue
-            model = self.model(workload)
+            model = self.published(workload) if name == "published" else self.model(workload)
             if name == "compile":  # block by block: a whole step would compile for minutes
                 compile_blocks(model, dynamic=False)
-            found[name] = Stepper(model, self.inputs, reference if name == "reference" else sdpa)
+            found[name] = Stepper(model, given, sdpa if name in ("sdpa", "compile") else reference)
         return found
 
     def published(self, workload: Step) -> nn.Module:

@@ -84,7 +84,7 @@ def on_gpu(name: str, packed: bool, rivals: tuple[str, ...]) -> Step:
 
 WORKLOADS = (
     on_cpu("vit_l_4_layers_truncated", rivals=("reference",), named=("published",)),
-    on_cpu("vit_l_4_layers_packed_per_token", packed=True),
+    on_cpu("vit_l_4_layers_packed_per_token", packed=True, rivals=("reference", "published")),
     on_gpu("vit_l_b24_truncated", packed=False, rivals=("published", "reference", "compile")),
     on_gpu("vit_l_b24_packed_per_token", packed=True, rivals=("published",)),
     workload("smoke_truncated", SMALL, 2, smoke=True),
