@@ -172,7 +172,7 @@ def _joined(name: str, masks: list[Tensor]) -> Tensor:
     """Ids [masks * B, K] of a list of masks [B, K]."""
     if not isinstance(masks, list | tuple) or not masks or any(ids.dim() != 2 for ids in masks):
         fail("VJEPA2Model", name, "be a list of ids [B, K]", type(masks).__name__, "pass [ids]", TypeError)
-    if len({ids.shape for ids in masks}) > 1:
+    if any(ids.shape != masks[0].shape for ids in masks[1:]):
         shapes = [tuple(ids.shape) for ids in masks]
         fail(
             "VJEPA2Model", name, "hold masks of one shape", shapes, "call the model for each, or cut them to one length"
