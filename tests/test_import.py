@@ -232,7 +232,7 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 
 def test_the_readme_examples_run_as_written(capsys):
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, encoding, target, optimizing, video = (part.split("```")[0] for part in parts)
+    first, encoding, target, optimizing, video, patching = (part.split("```")[0] for part in parts)
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -252,6 +252,9 @@ def test_the_readme_examples_run_as_written(capsys):
     assert all(torch.equal(low, targets[p].bfloat16()) for p, low in copies.items())
     exec(video, names)
     assert names["latents"].shape == (3, 256, 384) and names["loss"].isfinite()
+    exec(patching, names)
+    assert names["features"].shape == (1, 32, 1024) and not names["patch"].skipped
+    assert "VJEPA2Model: 8 modules patched, 0 left alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])
