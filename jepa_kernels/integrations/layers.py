@@ -31,9 +31,10 @@ def against_product(conv: Any) -> str | None:
     return None
 
 
-def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor) -> Tensor:
-    """pixels [B, C, (T,) H, W] -> [B, N, E]; what fills no patch is left out, as by a convolution."""
+def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor, ids: Tensor | None = None) -> Tensor:
+    """pixels [B, C, (T,) H, W] -> [B, N, E], or [M, K, E] of the patches `ids`; a rest that fills no patch is left out,
+    as by a convolution."""
     for dim, size in enumerate(conv.kernel_size, 2):
         side = pixels.shape[dim]
         pixels = pixels.narrow(dim, 0, side - side % size)
-    return jk.embed_patches(pixels, None, conv.weight, conv.bias)
+    return jk.embed_patches(pixels, ids, conv.weight, conv.bias)

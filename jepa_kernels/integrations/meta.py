@@ -64,7 +64,7 @@ def _found(module: Any, ropes: Ropes) -> Replacement | str | None:
     if _has(module, *ATTENTION):
         return own or _against_attention(module) or _attention_replacement(module, ropes)
     if _has(module, "proj", "patch_size"):
-        parameters = _signature(module)[:1] + ("kwargs",) * isinstance(module.proj, nn.Conv3d)
+        parameters = ("x", "kwargs") if _signature(module) == ("x", "kwargs") else ("x",)
         return own or against_product(module.proj) or Replacement(_patch_embed, EMBEDS, parameters)
     if _has(module, "attn", "norm1") and _signature(module) in BLOCK_SIGNATURES:
         return own or Replacement(_block, "attention's weights computed where they are asked for", _signature(module))

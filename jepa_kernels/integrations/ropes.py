@@ -50,13 +50,13 @@ class Ropes:
         positions = patch_positions(ids, (1, *grid))
         if self.angle_dtype is not None:
             return Rope(positions, pairing=pairing, angle_dtype=self.angle_dtype)
-        frequencies = published_frequencies(qkv.shape[-1] // 3 // 2, qkv)
+        frequencies = published_frequencies(qkv.shape[-1] // 3 // 2, qkv.dtype, qkv.device)
         angle_dtype = frequencies.dtype if frequencies.dtype in FLOATS else torch.float32
-        return Rope(positions, pairing=pairing, frequencies=frequencies, angle_dtype=angle_dtype)
+        return Rope(positions, pairing=pairing, frequencies=frequencies.float(), angle_dtype=angle_dtype)
 
 
-def published_frequencies(count: int, like: Tensor) -> Tensor:
-    """10000 ** (-j / count), j < count, with the roundings of the published code: the exponents in the type of the
-    queries, the powers in what autocast makes of them."""
-    exponents = torch.arange(count, dtype=like.dtype, device=like.device) / count
+def published_frequencies(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """10000 ** (-j / count), j < count, rounded as in the published code: the exponents in the type of the queries, the
+    powers in what autocast makes of them."""
+    exponents = torch.arange(count, dtype=dtype, device=device) / count
     return 1.0 / 10000**exponents

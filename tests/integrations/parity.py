@@ -8,14 +8,20 @@ from jepa_kernels.testing import compare, poisoned_memory
 
 
 def results(model, run):
-    """Outputs of run(model), by name, and the gradients of a fixed weighting of them, by parameter."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Outputs of run(model), by name, and the gradients of a fixed weighting of them, by module.
+
+    Those of a module stand side by side: of a key's bias it may be zero, and its error is then of the weight's size.
+    """
     found = run(model)
     generator = torch.Generator().manual_seed(2)
     total = sum((x.double() * torch.randn(x.shape, generator=generator).double()).sum() for x in found.values())
-    grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
-    named = {f"d {name}": g for name, g in zip(trained, grads, strict=True) if g is not None}
-    return {name: x.detach() for name, x in {**found, **named}.items()}
+    model.zero_grad()
+    total.backward()
+    for name, module in model.named_modules():
+        grads = [p.grad.flatten() for p in module.parameters(recurse=False) if p.grad is not None]
+        if grads:
+            found[f"d {name}"] = torch.cat(grads)
+    return {name: x.detach() for name, x in found.items()}
 
 
 def failures(models, patch, run, changed=lambda run: run):

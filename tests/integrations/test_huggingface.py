@@ -267,7 +267,7 @@ def test_what_has_no_kernel_keeps_its_own_forward(case):
 def test_an_adapted_or_watched_convolution_is_left_alone():
     model = small()
     model.encoder.embeddings.patch_embeddings.proj.register_forward_hook(lambda *_: None)
-    assert patch(model).skipped == {"encoder.embeddings.patch_embeddings": "proj has hooks, which would not run"}
+    assert patch(model).skipped == {"encoder.embeddings.patch_embeddings": "hooks on Conv3d would not run"}
 
 
 def test_only_some_modules_by_name():

@@ -19,7 +19,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 def network(kind, seed=0, **options):
     torch.manual_seed(seed)
     if kind == "predictor":
-        return far_from_its_start(VisionTransformerPredictor()).eval()
+        return far_from_its_start(VisionTransformerPredictor(**options)).eval()
     images = kind == "ijepa"
     patch_embed = PatchEmbed(4, 3, 64) if images else PatchEmbed3D(4, 2, 3, 64)
     attention = {
@@ -131,12 +131,11 @@ def test_ids_that_were_filled_anew_are_read_anew():
     torch.testing.assert_close(model(x, mask=ids.copy_(other)), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["ijepa", "predictor"])
-def test_it_compiles_as_one_graph(kind):
+def test_it_compiles_as_one_graph():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     changed = lambda run: torch.compile(run, fullgraph=True, backend=counter)  # noqa: E731
-    assert not failures([network(kind)], meta.patch, forward(kind), changed)
+    assert not failures([network("predictor", depth=1)], meta.patch, forward("predictor"), changed)
     assert counter.frame_count == 1
 
 
@@ -146,9 +145,10 @@ def test_other_lengths_compile_nothing_new():
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     meta.patch(model)
     clips = drawn(2, 3, 4, 12, 16)
-    for kept in (6, 9, 11, 14):
-        ids = masks(kept, 24)
-        assert torch.equal(compiled(clips, [ids]), model(clips, [ids]))
+    with torch.no_grad():
+        for kept in (6, 9, 11, 14):
+            ids = masks(kept, 24)
+            assert torch.equal(compiled(clips, [ids]), model(clips, [ids]))
     assert counter.frame_count == 2
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations.huggingface.vjepa2_plan import IMPLEMENTATIONS
-from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed
+from jepa_kernels.integrations.huggingface.vjepa2_plan import against_attention
+from jepa_kernels.integrations.layers import EMBEDS, against_product, embed
 from jepa_kernels.integrations.patching import Replacement, Run, kind_of, own_forward, seeded_input
 
 
@@ -53,10 +53,7 @@ def _reason(module: Any) -> str | None:
         return why
     if kind == "IJepaPatchEmbeddings":
         return against_product(module.projection)
-    found = module.config._attn_implementation
-    if found not in IMPLEMENTATIONS:
-        return f"attn_implementation is {found!r}: model.set_attn_implementation('sdpa') before the patch allows it"
-    return against_kernel(module.head_dim, module.attention_dropout)
+    return against_attention(module, module.head_dim, module.attention_dropout)
 
 
 def run(model: Any) -> dict[str, Tensor]:

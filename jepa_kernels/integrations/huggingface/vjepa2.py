@@ -12,6 +12,8 @@ from torch import Tensor
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
+from jepa_kernels.integrations.layers import embed
+from jepa_kernels.integrations.ropes import published_frequencies
 from jepa_kernels.rotary import Rope
 
 AngleType = torch.dtype | None
@@ -47,16 +49,13 @@ def _rope(attention: Any, x: Tensor, ids: Tensor | None, angle_dtype: AngleType)
         return Rope(positions, pairing="tiled", angle_dtype=angle_dtype)
     pairs, device = attention.d_dim // 2, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    frequencies = 1.0 / 10000 ** (torch.arange(pairs, dtype=dtype, device=x.device) / pairs)
+    frequencies = published_frequencies(pairs, dtype, x.device)
     return Rope(positions, pairing="tiled", frequencies=frequencies.float(), angle_dtype=frequencies.dtype)
 
 
 def patch_embeddings(self: Any, pixel_values_videos: Tensor, ids: Tensor | None = None) -> Tensor:
     """VJEPA2PatchEmbeddings3D: pixels [B, C, T, H, W] -> [B, N, E], or of the patches `ids` [M, K] alone."""
-    for dim, size in enumerate(self.proj.kernel_size, 2):  # a convolution leaves out what fills no patch
-        side = pixel_values_videos.shape[dim]
-        pixel_values_videos = pixel_values_videos.narrow(dim, 0, side - side % size)
-    return jk.embed_patches(pixel_values_videos, ids, self.proj.weight, self.proj.bias)
+    return embed(self.proj, pixel_values_videos, ids)
 
 
 def embeddings(self: Any, pixel_values_videos: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
 from jepa_kernels.integrations.huggingface import vjepa2
+from jepa_kernels.integrations.layers import against_kernel, against_product
 from jepa_kernels.integrations.patching import Replacement, Run, is_patched, kind_of, own_forward, seeded_input
 
 ROPE, CONTEXT = "one table of cosines for all layers", "patches outside context_mask are dropped first"
@@ -111,34 +112,22 @@ def _reason(module: Any) -> str | None:
     if why := own_forward(module, str(kind)):
         return why
     if kind == "VJEPA2RopeAttention":
-        return _against_kernel(module, module.attention_head_size, module.dropout_prob)
+        return against_attention(module, module.attention_head_size, module.dropout_prob)
     if kind in ("VJEPA2PoolerSelfAttention", "VJEPA2PoolerCrossAttention"):
-        return _against_kernel(module, module.head_dim, module.dropout)
+        return against_attention(module, module.head_dim, module.dropout)
     if kind == "VJEPA2PatchEmbeddings3D":
-        return _against_product(module.proj)
+        return against_product(module.proj)
     if kind == "VJEPA2Encoder" and (apart := _apart(module)):
         return f"layer {apart[0]} keeps its own attention"
     return None
 
 
-def _against_kernel(module: Any, width: int, dropout: float) -> str | None:
-    if module.config._attn_implementation not in IMPLEMENTATIONS:
-        found = module.config._attn_implementation
+def against_attention(module: Any, width: int, dropout: float) -> str | None:
+    """Why attention of any of Hugging Face's models must keep its own forward."""
+    found = module.config._attn_implementation
+    if found not in IMPLEMENTATIONS:
         return f"attn_implementation is {found!r}: model.set_attn_implementation('sdpa') before the patch allows it"
-    if dropout > 0:
-        return f"attention dropout is {dropout}, which the kernel has not: 0 in the config allows it"
-    if width % 8 or not 8 <= width <= 128:
-        return f"the kernel takes head dims that are multiples of 8 up to 128, not {width}"
-    return None
-
-
-def _against_product(proj: nn.Module) -> str | None:
-    """A product reads the weights of the convolution, and does not call it."""
-    if type(proj) is not nn.Conv3d:
-        return f"proj is a {type(proj).__name__}"
-    if proj._forward_hooks or proj._forward_pre_hooks or proj._backward_hooks or proj._backward_pre_hooks:
-        return "proj has hooks, which would not run"
-    return None
+    return against_kernel(width, dropout)
 
 
 def _apart(network: Any) -> list[int]:
