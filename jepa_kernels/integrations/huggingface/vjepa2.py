@@ -90,7 +90,9 @@ def predictor_embeddings(
 ) -> tuple[Tensor, Tensor]:
     """VJEPA2PredictorEmbeddings: [context | mask tokens] and their ids, of contexts [masks * B, Kc, E]."""
     context = self.predictor_embeddings(hidden_states)
-    context_ids, target_ids = (_joined(name, masks) for name, masks in _named(context_mask, target_mask))
+    context_ids, target_ids = (
+        _joined(name, masks).to(context.device) for name, masks in _named(context_mask, target_mask)
+    )
     token = self.mask_tokens[mask_index % self.num_mask_tokens]  # [1, 1, P]
     targets = token.expand(*target_ids.shape, -1)
     return torch.cat([context, targets], 1), torch.cat([context_ids, target_ids], 1)

@@ -77,7 +77,7 @@ def plan(
             "masked_encoder",
             "find an encoder it can replace",
             f"{needed[0]}: {skipped[needed[0]]}",
-            "leave it",
+            "change that, or leave it out",
         )
     wanted = {n: _bound(m, parts[str(kind_of(m, parts))], angle_dtype) for n, m in modules.items() if n not in skipped}
     return wanted, skipped, partial(run, masked=masked_encoder)
