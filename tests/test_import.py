@@ -59,7 +59,7 @@ PUBLIC = {
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
     "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
-    "patch_positions": ["ids", "grid"],
+    "patch_positions": ["ids", "grid", "pretrained_grid"],
     "rope": ["x", "positions", *ROPE, "backend"],
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],

@@ -44,3 +44,8 @@ def test_a_stretched_run_ends_before_its_schedules():
     # ipe_scale 1.25: 8 steps of schedules 10 long, as published
     assert schedules.momentum(7, start=0.996, final=1.0, total=10) == pytest.approx(0.9988)
     assert schedules.learning_rate(7, start=0.0, peak=1.0, final=0.0, warmup=0, total=10) > 0.09
+
+
+@pytest.mark.parametrize("step, value", [(0, 0.0), (15000, 0.0), (18000, 0.1), (30000, 0.5), (10**6, 0.5)])
+def test_context_weight_waits_rises_and_holds(step, value):
+    assert schedules.context_weight(step) == pytest.approx(value)

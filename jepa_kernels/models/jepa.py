@@ -71,8 +71,7 @@ class JEPA(nn.Module):
             "target_encoder": self.target_encoder,
             "predictor": self.predictor,
         }
-        own = {"target_encoder": self.target_encoder.state_dict(), "predictor": self.predictor.state_dict()}
-        self._refuse_other(found, model_of(own))
+        self._refuse_other(found, model_of({name: module.state_dict() for name, module in modules.items()}))
         networks, missing = self._completed(found)
         report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
         self.ema.refresh()
@@ -120,6 +119,7 @@ class JEPA(nn.Module):
             model's class in transformers holds, `VJEPA2Model` the target encoder and the predictor, `IJepaModel` the
             target encoder alone; give its config layer_norm_eps 1e-6.
         dtype: of the file; None: the weights' own.
+        The config, say how positions turn queries and keys, is not in the file.
 
         Raises ValueError for another suffix or layout, OSError where the file can't be written: one that was there
         is then as it was.

@@ -16,8 +16,6 @@ ENCODERS = ("encoder", "target_encoder")
 NETWORKS = (*ENCODERS, "ema_encoder", "predictor", "classifier")
 FUSED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".xattn.kv.": (".xattn.k.", ".xattn.v.")}
 TOKENS = "predictor.mask_tokens"
-
-
 Pairs = tuple[tuple[str, str], ...]  # a piece of their name, and of ours
 
 

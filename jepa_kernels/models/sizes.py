@@ -43,10 +43,10 @@ def size_of(networks: Networks) -> dict[str, Any]:
     encoder, predictor = _encoder(networks), networks.get("predictor", {})
     weight, own = shape_of(encoder, "patch_embed.proj.weight"), shape_of(predictor, "predictor_norm.weight")
     found: dict[str, Any] = {"depth": count(encoder, "blocks.")}
-    if len(weight) in (4, 5):
+    if len(weight) in (4, 5) and min(weight) > 0:
         found |= {"embed_dim": weight[0], "in_chans": weight[1], "patch_size": weight[-1]}
-    if len(weight) == 5:
-        found["tubelet_size"] = weight[2]
+        found |= {"tubelet_size": weight[2]} if len(weight) == 5 else {}
+        found |= _options(weight[0], encoder, predictor) if count(encoder, "norms_block.") else {}
     if hidden := shape_of(encoder, "blocks.0.mlp.fc1.weight"):
         found["hidden"] = hidden[0]
     if len(table := shape_of(encoder, "pos_embed")) == 3:
@@ -55,23 +55,19 @@ def size_of(networks: Networks) -> dict[str, Any]:
         found |= {"predictor_embed_dim": own[0], "predictor_depth": count(predictor, "predictor_blocks.")}
     if tokens := count(predictor, "mask_tokens."):
         found["num_mask_tokens"] = tokens
-    if count(encoder, "norms_block."):
-        found |= _options(encoder, predictor)
     return found
 
 
-def _options(encoder: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
+def _options(width: int, encoder: Mapping[str, Any], predictor: Mapping[str, Any]) -> dict[str, Any]:
     """Those of V-JEPA 2.1; of the predictor where there is one."""
     found: dict[str, Any] = {
         "image_tokenizer": "patch_embed_img.proj.weight" in encoder,
         "modality_embedding": "img_mod_embed" in encoder,
     }
-    width, out = shape_of(encoder, "patch_embed.proj.bias"), shape_of(predictor, "predictor_proj.bias")
-    if width and out:
-        context = shape_of(predictor, "predictor_embed.0.weight") or (0, *width)
-        levels = context[1] // width[0]
-        own = out[0] == levels * width[0]
-        found |= {"levels": levels, "teacher_embed_dim": None if own else out[0]}
+    if out := shape_of(predictor, "predictor_proj.bias"):
+        several = shape_of(predictor, "predictor_embed.0.weight")
+        levels = several[1] // width if len(several) == 2 else 1
+        found |= {"levels": levels, "teacher_embed_dim": None if out[0] == levels * width else out[0]}
         found["predict_all"] = "predictor_proj_context.weight" in predictor
     return found
 
@@ -95,18 +91,19 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
         fail(model, "checkpoint", "hold an encoder", "no patch_embed.proj.weight", "pass a published file")
     alike = _alike(sizes, size)
     config = sizes[alike[0]]() if alike else next(iter(sizes.values()))()
+    known = {field.name for field in fields(config)}
+    if foreign := sorted(changes.keys() - known):
+        fail(model, "changes", f"be fields of {type(config).__name__}", ", ".join(foreign), "leave them out", TypeError)
+    other = size.get("predictor_embed_dim") not in (None, config.predictor_embed_dim)
     unknown = [] if alike else ["num_heads"]
-    if hasattr(config, "predictor_num_heads") and size.get("predictor_embed_dim", config.predictor_embed_dim) != (
-        config.predictor_embed_dim
-    ):
-        unknown.append("predictor_num_heads")
+    unknown += ["predictor_num_heads"] if other and hasattr(config, "predictor_num_heads") else []
     if unknown and not changes.keys() >= set(unknown):
         remedy = f"pass {' and '.join(unknown)}, which shapes do not tell"
         fail(model, "checkpoint", "be of a published size", describe(sizes, size), remedy)
-    given: dict[str, Any] = {field.name: size[field.name] for field in fields(config) if field.name in size}
+    given: dict[str, Any] = {field: value for field, value in size.items() if field in known}
     if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
         given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
-    given |= _crop(replace(config, **given), size)
+    given |= _crop(replace(config, **{**given, **changes}), size)
     return replace(config, **{**given, **changes})
 
 
@@ -114,7 +111,7 @@ def _crop(config: Any, size: Mapping[str, Any]) -> dict[str, int]:
     """The sides of square pixels that a table of positions is of, where the config's are others."""
     if "patches" not in size:
         return {}
-    frames = config.num_frames // config.tubelet_size if hasattr(config, "num_frames") else 1
+    frames = max(1, config.num_frames // config.tubelet_size) if hasattr(config, "num_frames") else 1
     side = isqrt(size["patches"] // frames)
     return {"crop_size": side * config.patch_size} if side * side * frames == size["patches"] else {}
 

@@ -117,7 +117,7 @@ class VJEPA2(VideoJEPA):
 
     Inference: `model.ema(clips)` is the target encoder's latents [B, N, E]; `model.ema(clips, ids, packing)` those of
     the kept patches, at the cost of these alone; `model(clips, masks)` predictions. In anticipation
-    `model.predictor(model.context_encoder.latents(clips), ids, later_ids, grid=longer)` goes on after the clip.
+    `model.predictor(model.context_encoder(clips, dense=True), ids, later_ids, grid=longer)` goes on after the clip.
     """
 
     published_name, sizes = "V-JEPA 2", SIZES
@@ -176,7 +176,7 @@ class VJEPA2(VideoJEPA):
         With predict_all: `Dense`.
         """
         m, encoder = self._masks(batch, masks), self.context_encoder
-        context = encoder.latents(batch, m.context_ids, m.context_packing)
+        context = encoder(batch, m.context_ids, m.context_packing, dense=True)
         grid, image = encoder.grid_of(batch), encoder.shows_images(batch)
         packings = m.context_packing, m.target_packing, m.pairs
         options = dict(grid=grid, mask_index=mask_index, image=image)

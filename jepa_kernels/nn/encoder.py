@@ -26,7 +26,7 @@ class Encoder(nn.Module):
     pretrained_grid: of positions with rope (see `patch_positions`); V-JEPA 2.1: 256 // patch_size.
     frame_causal: a patch sees those of its own frame and of earlier ones alone.
     levels: None: the last block's output has a norm, `norm`. 1 to 4: `norms_block`, one after each quarter of the
-        blocks, of which the last `levels` make up `latents` (V-JEPA 2.1).
+        blocks, of which the last `levels` are trained and make up dense latents (V-JEPA 2.1).
     image_tokenizer: images, and clips of one frame, have patches of one frame, by a layer of their own.
     modality_embedding: a learned vector is added to every patch, one for images and one for videos.
     mean, std: of each channel, applied to pixels on the way in (see `embed_patches`); uint8 pixels need them.
@@ -78,23 +78,24 @@ class Encoder(nn.Module):
             self.norms_block = nn.ModuleList(nn.LayerNorm(embed_dim, eps=NORM_EPS) for _ in range(LEVELS))
         self.apply(init_weights)
 
-    def forward(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    def forward(
+        self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None, *, dense: bool = False
+    ) -> Tensor:
         """Encode every patch of images or videos, or the kept ones of all masks in one pass.
 
         pixels [B, C, H, W] or [B, C, T, H, W]; an image given to a video encoder without a tokenizer of its own is
         shown for a whole tubelet.
         ids None: every patch -> [B, N, E]. ids int64 [M, K], sorted in each row, row s of image s % B -> [M, K, E].
         ids int64 [T] with `packing` of masks * B sequences -> [T, E].
+        dense: the latents of all trained levels side by side, [..., levels * E], which predictors read.
         """
-        return self._norms()[-1](self._outputs(pixels, ids, packing)[-1])
-
-    def latents(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """What predictors read: `forward`, or the latents of all trained levels side by side, [..., levels * E]."""
-        outputs = self._outputs(pixels, ids, packing)
-        return _side_by_side([norm(x) for norm, x in zip(self._norms(), outputs, strict=True)])
+        norms, outputs = self._norms(), self._outputs(pixels, ids, packing)
+        if not dense:
+            return norms[-1](outputs[-1])
+        return _side_by_side([norm(x) for norm, x in zip(norms, outputs, strict=True)])
 
     def features(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
-        """`latents` without the last norms."""
+        """`forward(dense=True)` without the last norms."""
         return _side_by_side(self._outputs(pixels, ids, packing))
 
     def last_norm(self) -> tuple[Tensor, Tensor, float]:

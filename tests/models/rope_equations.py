@@ -16,10 +16,10 @@ def place(n, grid):
 def turned(x, places, pairing):
     """x [n, D]: each axis turns its A channels, channel i of a pair (2k, 2k + 1) by its own frequency."""
     y, width = x.clone(), x.shape[-1] // 3 // 2 * 2
-    for axis in range(3):
+    for axis, at in enumerate(torch.tensor(places, dtype=torch.float64).view(-1, 3).T):
         for i in range(width):
             j = i % (width // 2) if pairing == "tiled" else i // 2
-            angle = torch.tensor([p[axis] * 10000 ** (-2 * j / width) for p in places], dtype=x.dtype)
+            angle = (at * 10000 ** (-2 * j / width)).to(x.dtype)
             own, other = axis * width + i, axis * width + (i ^ 1)
             y[:, own] = x[:, own] * angle.cos() + (-1 if i % 2 == 0 else 1) * x[:, other] * angle.sin()
     return y

@@ -81,6 +81,8 @@ def test_heads_that_shapes_do_not_tell_are_asked_for(donor):
         with pytest.raises(ValueError) as error:
             VJEPA2.from_checkpoint(donor.state_dict(), **given)
         assert str(error.value) == wanted + "num_heads and predictor_num_heads, which shapes do not tell"
+    with pytest.raises(TypeError, match="VJEPA2: changes must be fields of VJEPA2Config, got heads; leave them out"):
+        VJEPA2.from_checkpoint(donor.state_dict(), heads=2, **HEADS)
     with pytest.raises(ValueError, match="VJEPA2: checkpoint must hold an encoder, got no patch_embed"):
         VJEPA2.from_checkpoint({"predictor": {}})
 

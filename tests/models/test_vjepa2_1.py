@@ -223,7 +223,7 @@ def test_anticipation_of_places_beyond_the_clip_of_each_row_its_own(model):
     later = (ids[:, -frame:] + torch.tensor([[1], [5]]) * frame).contiguous()
     model, clips = model.double(), clips.double()
     with jk.use_backend("reference"):
-        context = model.context_encoder.latents(clips)
+        context = model.context_encoder(clips, dense=True)
         found, own = model.predictor(context, ids, later, grid=longer)
     p = networks(model)
     for i in range(2):

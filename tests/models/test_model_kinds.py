@@ -1,0 +1,125 @@
+"""Checkpoints of V-JEPA and V-JEPA 2.1, and those of other models than the one that is to load them."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from jepa_kernels.models import sizes, vjepa, vjepa2, vjepa2_1
+from jepa_kernels.models.vjepa2 import VJEPA2
+from jepa_kernels.models.vjepa2_1 import VJEPA2_1
+from tests.models.test_checkpoint_files import HEADS, SMALL, same
+
+
+@pytest.fixture
+def donor():
+    return VJEPA2(SMALL)
+
+
+def small(module, kind, **changes):
+    sizes = dict(crop_size=16, patch_size=8, embed_dim=48, depth=4, num_heads=2, predictor_embed_dim=48, num_frames=4)
+    return kind(module.vit_large(**sizes, predictor_depth=2, **changes))
+
+
+@pytest.fixture
+def first():
+    return small(vjepa, vjepa.VJEPA)
+
+
+@pytest.fixture
+def dense():
+    """V-JEPA 2.1 of four levels, not distilled."""
+    return small(vjepa2_1, VJEPA2_1, predictor_num_heads=2, levels=4, teacher_embed_dim=None)
+
+
+def meta_state(model, *left_out):
+    parts = {"encoder": model.context_encoder, "target_encoder": model.target_encoder, "predictor": model.predictor}
+    return {name: part.state_dict() for name, part in parts.items() if name not in left_out}
+
+
+def test_vjepa_and_vjepa2_1_are_saved_loaded_and_built_from_their_files(first, dense, tmp_path):
+    for model, heads in ((first, {"num_heads": 2}), (dense, HEADS)):
+        model.save(tmp_path / "model.safetensors")
+        again, report = type(model).from_checkpoint(tmp_path / "model.safetensors", num_frames=4, **heads)
+        assert same(again.state_dict(), model.state_dict()) and not report.missing and not report.ignored
+        if model is dense:  # no weight tells the crop, which positions do not depend on
+            again.config = replace(again.config, crop_size=16)
+        assert replace(again.config, mlp_ratio=4.0) == model.config
+        encoder, _ = type(model).load_encoder(tmp_path / "model.safetensors", num_frames=4, num_heads=2)
+        assert same(encoder.state_dict(), model.target_encoder.state_dict())
+
+
+def test_a_distilled_files_average_is_loaded_into_both_encoders(dense):
+    state = {"ema_encoder": dense.target_encoder.state_dict(), "predictor": dense.predictor.state_dict()}
+    again = VJEPA2_1(dense.config)
+    assert again.load(state).missing == {"encoder": "the target_encoder's weights are in its place"}
+    for encoder in (again.context_encoder, again.target_encoder):
+        assert same(encoder.state_dict(), dense.target_encoder.state_dict())
+
+
+def test_options_of_vjepa2_1_in_vjepa2_load_their_own_file(dense, tmp_path):
+    model = VJEPA2(dense.config)
+    model.save(tmp_path / "model.safetensors")
+    again = VJEPA2(dense.config)
+    again.load(tmp_path / "model.safetensors")
+    assert same(again.state_dict(), model.state_dict())
+
+
+def test_files_of_other_models_are_refused_even_where_every_shape_fits(first, dense, donor):
+    two = VJEPA2(replace(SMALL, num_mask_tokens=2))
+    old = meta_state(two)  # V-JEPA's tensors are these and two tables
+    for part, table in (
+        ("encoder", "pos_embed"),
+        ("target_encoder", "pos_embed"),
+        ("predictor", "predictor_pos_embed"),
+    ):
+        old[part]["module." + table] = torch.zeros(1, 8, 48)
+    wanted = "VJEPA2: checkpoint must be of V-JEPA 2, got one of V-JEPA, "
+    for read in (two.load, lambda s: VJEPA2.from_checkpoint(s, **HEADS), lambda s: VJEPA2.load_encoder(s, **HEADS)):
+        with pytest.raises(ValueError, match=wanted + ".*; build that model"):
+            read(old)
+    for read in (donor.load, VJEPA2.from_checkpoint, VJEPA2.load_encoder):
+        with pytest.raises(ValueError, match=r"VJEPA2: checkpoint must be of V-JEPA 2, got one of V-JEPA 2\.1, embed"):
+            read(meta_state(dense))
+    with pytest.raises(ValueError, match=r"VJEPA2_1: checkpoint must be of V-JEPA 2\.1, got one of V-JEPA 2, embed"):
+        dense.load(meta_state(donor))
+    with pytest.raises(
+        ValueError, match=r"VJEPA: .* got encoder\.pos_embed is missing; target_encoder\.pos_embed is m"
+    ):
+        first.load(meta_state(VJEPA2(vjepa2.vit_large(**SAME)), "predictor"))
+
+
+SAME = dict(crop_size=16, patch_size=8, embed_dim=48, depth=4, num_heads=2)  # an encoder as of `first`
+
+
+def test_the_encoder_of_an_action_model_loads_alone(donor):
+    state = meta_state(donor)
+    state["predictor"] = {"action_encoder.weight": torch.zeros(48, 7)}
+    with pytest.raises(ValueError, match="got one of V-JEPA 2-AC, embed_dim 48, depth 2, patch_size 8; build"):
+        donor.load(state)
+    encoder, _ = VJEPA2.load_encoder(state, num_heads=2)
+    assert same(encoder.state_dict(), donor.target_encoder.state_dict())
+
+
+def test_hugging_face_has_no_place_for_some_models(first, dense, tmp_path):
+    for model in (first, dense):
+        with pytest.raises(ValueError, match=r": layout must be meta, got 'huggingface'; leave it out for Meta's"):
+            model.save(tmp_path / "model.safetensors", "huggingface")
+    with pytest.raises(
+        ValueError, match=r"VJEPA2: layout must have a place for every weight, got Hugging Face's VJEPA2 "
+    ):
+        VJEPA2(dense.config).save(tmp_path / "model.safetensors", "huggingface")
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(3), torch.ones(0, 3, 2, 8, 8), [1.0], None])
+def test_whatever_stands_in_a_tensors_place_is_refused_with_a_message(first, dense, value):
+    for model, heads in ((first, {"num_heads": 2}), (dense, HEADS)):
+        state = meta_state(model, "encoder")
+        for part, own in state.items():
+            for name in [name for name in own if "blocks." not in name or name.endswith("blocks.0.mlp.fc1.weight")]:
+                spoiled = {**state, part: {**own, name: value}}
+                with pytest.raises(ValueError, match=f"^{type(model).__name__}: "):
+                    model.load(spoiled)
+                with contextlib.suppress(ValueError):
+                    sizes.config_for("test", model.sizes, spoiled, heads)
