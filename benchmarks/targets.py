@@ -178,6 +178,7 @@ ON_GPU = (
     on_gpu("ijepa", "vit_h14_b128_truncated", "step", "reference", 1.5),
     on_gpu("vjepa2", "vit_l_b24_truncated", "step", "compile", 1.3, 200_000),
     on_gpu("vjepa2", "vit_l_b24_truncated", "step", "reference", 1.8),
+    on_gpu("vjepa2", "vit_l_b24_packed_per_token", "step", "compile", 1.3),
 )
 
 
