@@ -5,7 +5,8 @@ PY ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
-TIMM ?= timm==1.0.31#  like Triton without what it asks for, which would bring another torch
+# Like Triton without what it asks for, which would bring another torch.
+TIMM ?= timm==1.0.31
 TOOLS = "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24,<5" ninja
 
 HAS_TORCH := $(shell $(PY) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
