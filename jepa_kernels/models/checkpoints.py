@@ -21,6 +21,8 @@ from jepa_kernels.files import replacing
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 SHOWN = 6
+TABLES = ("pos_embed", "predictor_pos_embed")
+APART = 0.01  # mean distance of tables: that of two grids is greater, that of one table and its bf16 copy smaller
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,11 @@ def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> 
     """What keeps `state` from taking the place of the tensors `own`, a line each."""
     found = [f"{name}.{key} is missing" for key in own if key not in state]
     found += [f"{name}.{key} is unknown" for key in state if key not in own]
-    wrong = {key: _problem(value, state[key]) for key, value in own.items() if key in state}
+    wrong = {key: _problem(value, state[key], key in TABLES) for key, value in own.items() if key in state}
     return found + [f"{name}.{key} {why}" for key, why in wrong.items() if why]
 
 
-def _problem(own: Tensor, theirs: Any) -> str:
+def _problem(own: Tensor, theirs: Any, table: bool) -> str:
     if not isinstance(theirs, Tensor):
         return f"is a {type(theirs).__name__}"
     if theirs.is_nested or theirs.layout is not torch.strided:
@@ -145,7 +147,9 @@ def _problem(own: Tensor, theirs: Any) -> str:
         return f"is of dtype {short(theirs.dtype)}"
     if theirs.is_meta:
         return "is on the meta device"
-    return "" if theirs.to(own.dtype).isfinite().all() else "holds values that are not finite"
+    if not theirs.to(own.dtype).isfinite().all():
+        return "holds values that are not finite"
+    return "holds the positions of another grid" if table and (theirs.to(own) - own).abs().mean() > APART else ""
 
 
 def load(

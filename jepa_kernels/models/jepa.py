@@ -20,7 +20,6 @@ from jepa_kernels.models.sizes import config_for, describe, model_of, size_of
 from jepa_kernels.nn import EMA, Encoder, Predictor
 
 AnyMasks = Masks | tuple[Tensor, Tensor]
-TABLES = ("pos_embed", "predictor_pos_embed")
 Self = TypeVar("Self", bound="JEPA")
 
 
@@ -109,8 +108,9 @@ class JEPA(nn.Module):
         alone.ignored.update({other: "one encoder was asked for" for other in found.networks if other != kept})
         with torch.device("meta"):  # three networks of no bytes
             encoder = cls._of(config_for(name, cls.sizes, alone.networks, changes)).target_encoder
+        encoder.to_empty(device="cpu").reset_positions()
         missing = {} if kept == network else {network: f"the {kept} takes its place"}
-        return encoder, cls._fit({kept: (encoder.to_empty(device="cpu"), alone.networks[kept])}, alone, missing)
+        return encoder, cls._fit({kept: (encoder, alone.networks[kept])}, alone, missing)
 
     def save(self, path: str | os.PathLike[str], layout: str = "meta", *, dtype: torch.dtype | None = None) -> None:
         """Write the weights to a .safetensors file, whole or not at all.
@@ -175,7 +175,7 @@ class JEPA(nn.Module):
         others = {other: "a probe, which load_probe reads" for other in found.networks if other not in parts}
         ignored, kept = {**found.ignored, **others}, {}
         for network, (module, own) in parts.items():
-            tables = [table for table in TABLES if table in own and table not in module.state_dict()]
+            tables = [table for table in checkpoints.TABLES if table in own and table not in module.state_dict()]
             ignored |= {f"{network}.{table}": "rotary positions take its place" for table in tables}
             kept[network] = module, {key: value for key, value in own.items() if key not in tables}
         checkpoints.load(cls.__name__, kept, lambda problems: cls._remedy(found, problems))
