@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from jepa_kernels.files import replacing
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 SHOWN = 6
+CONFIG = "jepa_kernels.config"  # in the metadata of files that `write` makes
 TABLES = ("pos_embed", "predictor_pos_embed")
 APART = 0.01  # mean distance of tables: that of two grids is greater, that of one table and its bf16 copy smaller
 
@@ -29,7 +30,7 @@ APART = 0.01  # mean distance of tables: that of two grids is greater, that of o
 class LoadReport:
     """What became of a checkpoint; `str` is a summary.
 
-    layout: which names it had. loaded: names of the model's tensors that were written.
+    layout: which names it had. loaded: names of the model's tensors that were written, in its state dict.
     ignored: {name in the checkpoint: why it is not loaded}. missing: {network that it lacks: what the model has there}.
     """
 
@@ -76,6 +77,18 @@ def read(model: str, source: Source) -> Mapping[str, Any]:
     return checkpoint
 
 
+def config_in(model: str, source: Source) -> dict[str, Any]:
+    """{field: value} of the config that `write` put into a .safetensors file; of any other source nothing."""
+    if isinstance(source, Mapping) or Path(source).suffix != ".safetensors":
+        return {}
+    with safe_open(source, "pt") as file:
+        text = (file.metadata() or {}).get(CONFIG, "{}")
+    try:
+        return {field: tuple(value) if isinstance(value, list) else value for field, value in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        _unreadable(model, Path(source), "a file with a config in JSON", error)
+
+
 def _read_torch(path: Path) -> Any:
     """Tensors of a zip file, torch's format since 1.6, stay on the disk until they are used: many hold an optimiser."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -113,7 +126,13 @@ def _unreadable(model: str, path: Path, kind: str, error: Exception) -> NoReturn
     raise ValueError(text) from error
 
 
-def write(model: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def write(
+    model: str,
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
+) -> None:
     """Write a .safetensors file, whole or not at all; dtype: of every tensor, None: as they are."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -123,7 +142,9 @@ def write(model: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
     try:
         with replacing(path) as beside:
-            save_file(plain, beside, metadata={"format": "pt"})  # Hugging Face asks for it
+            about = {"format": "pt"}  # Hugging Face asks for it
+            about |= {CONFIG: json.dumps(config)} if config else {}
+            save_file(plain, beside, metadata=about)
     except SafetensorError as error:
         raise OSError(f"{model}: {path} must be writable, got {error}; free space or pass another path") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -19,6 +20,8 @@ from jepa_kernels.models.layouts import ENCODERS, OWN, Checkpoint, Layout, recog
 from jepa_kernels.models.sizes import config_for, describe, model_of, size_of
 from jepa_kernels.nn import EMA, Encoder, Predictor
 
+# Fields of configs that change what weights compute, and that no weight tells.
+UNTOLD = {"num_heads", "predictor_num_heads", "rope", "interpolate_rope", "predictor_interpolate_rope", "frame_causal"}
 AnyMasks = Masks | tuple[Tensor, Tensor]
 Self = TypeVar("Self", bound="JEPA")
 
@@ -33,6 +36,7 @@ class JEPA(nn.Module):
     inputs: ClassVar[str]  # what a batch holds, in messages
     sizes: ClassVar[Mapping[str, Callable[..., Any]]]  # the published ones
     huggingface: ClassVar[Layout | None] = None  # the names in transformers, which may have no such model
+    config: Any  # a dataclass
 
     def __init__(
         self, context_encoder: Encoder, predictor: Predictor, *, shadow_dtype: torch.dtype | None = None
@@ -62,7 +66,8 @@ class JEPA(nn.Module):
         (`module.`, ...). One encoder is loaded into both; without a predictor the model's stays as it is; tables that
         rotary positions replace, and what belongs to no network, are left out: the report says so.
         Raises ValueError, and loads nothing, for anything else that does not fit: another model or size, missing or
-        unknown names, other shapes, dtypes that are not real floating, values that are not finite.
+        unknown names, other shapes, dtypes that are not real floating, values that are not finite, tables of another
+        grid; a file of `save` whose config differs in what weights do not tell, such as heads and rope.
         """
         found = recognise(type(self).__name__, checkpoints.read(type(self).__name__, source))
         modules = {
@@ -71,6 +76,7 @@ class JEPA(nn.Module):
             "predictor": self.predictor,
         }
         self._refuse_other(found, model_of({name: module.state_dict() for name, module in modules.items()}))
+        self._refuse_config(checkpoints.config_in(type(self).__name__, source))
         networks, missing = self._completed(found)
         report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
         self.ema.refresh()
@@ -80,14 +86,18 @@ class JEPA(nn.Module):
     def from_checkpoint(cls: type[Self], source: Source, **changes: Any) -> tuple[Self, LoadReport]:
         """Build the model that a checkpoint holds the weights of, and load it.
 
-        Sizes come from the shapes, heads from the published size of these widths; `changes`: fields of the config,
-        such as num_heads where there is no such size. Raises ValueError as `load` does, or if heads are not known.
+        A file of `save` holds its config. Of others sizes come from the shapes, heads from the published size of these
+        widths; `changes`: fields of the config, such as num_heads where there is no such size. Raises ValueError as
+        `load` does, or if heads are not known.
         """
         state = checkpoints.read(cls.__name__, source)
         found = recognise(cls.__name__, state)
         cls._refuse_other(found, cls.published_name)
+        changes = {**checkpoints.config_in(cls.__name__, source), **changes}
         model = cls._of(config_for(cls.__name__, cls.sizes, found.networks, changes))
-        return model, model.load(state)
+        report = model.load(state)
+        random = {name: "at its random start" for name in report.missing if name == "predictor"}
+        return model, replace(report, missing={**report.missing, **random})
 
     @classmethod
     def load_encoder(
@@ -106,6 +116,7 @@ class JEPA(nn.Module):
         kept = network if network in found.networks else next((n for n in ENCODERS if n in found.networks), network)
         alone = Checkpoint(found.layout, {kept: found.networks.get(kept, {})}, dict(found.ignored))
         alone.ignored.update({other: "one encoder was asked for" for other in found.networks if other != kept})
+        changes = {**checkpoints.config_in(name, source), **changes}
         with torch.device("meta"):  # three networks of no bytes
             encoder = cls._of(config_for(name, cls.sizes, alone.networks, changes)).target_encoder
         encoder.to_empty(device="cpu").reset_positions()
@@ -119,7 +130,7 @@ class JEPA(nn.Module):
             model's class in transformers holds, `VJEPA2Model` the target encoder and the predictor, `IJepaModel` the
             target encoder alone; give its config layer_norm_eps 1e-6.
         dtype: of the file; None: the weights' own.
-        The config, say how positions turn queries and keys, is not in the file.
+        The config is in the file, as JSON in its metadata, with layout "meta".
 
         Raises ValueError for another suffix or layout, OSError where the file can't be written: one that was there
         is then as it was.
@@ -129,12 +140,13 @@ class JEPA(nn.Module):
         if layout == "meta":
             networks = {"encoder": self.context_encoder.state_dict(), "target_encoder": target, "predictor": predictor}
             tensors = {f"{network}.{key}": value for network, own in networks.items() for key, value in own.items()}
+            config = asdict(self.config)
         elif layout == "huggingface" and self.huggingface is not None:
-            tensors = to_huggingface(name, self.huggingface, {"encoder": target, "predictor": predictor})
+            tensors, config = to_huggingface(name, self.huggingface, {"encoder": target, "predictor": predictor}), {}
         else:
             known = "meta" if self.huggingface is None else "meta or huggingface"
             fail(name, "layout", f"be {known}", repr(layout), "leave it out for Meta's")
-        checkpoints.write(name, path, tensors, dtype)
+        checkpoints.write(name, path, tensors, dtype, config)
 
     @classmethod
     def _of(cls: type[Self], config: Any) -> Self:
@@ -167,6 +179,15 @@ class JEPA(nn.Module):
             size = describe(cls.sizes, size_of(found.networks))
             fail(cls.__name__, "checkpoint", f"be of {published[0]}", f"one of {kind}, {size}", "build that model")
 
+    def _refuse_config(self, theirs: Mapping[str, Any]) -> None:
+        """Raise ValueError for the config of a file whose weights would mean something else in this model."""
+        own = asdict(self.config)
+        if other := {f: v for f, v in theirs.items() if f in UNTOLD and v != own.get(f)}:
+            wanted = ", ".join(f"{field}={own.get(field)!r}" for field in other)
+            held = ", ".join(f"{field}={value!r}" for field, value in other.items())
+            remedy = "build the model by from_checkpoint, or pass the file's tensors"
+            fail(type(self).__name__, "checkpoint", f"be of {wanted}", held, remedy)
+
     @classmethod
     def _fit(
         cls, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], found: Checkpoint, missing: Mapping[str, str]
@@ -179,7 +200,10 @@ class JEPA(nn.Module):
             ignored |= {f"{network}.{table}": "rotary positions take its place" for table in tables}
             kept[network] = module, {key: value for key, value in own.items() if key not in tables}
         checkpoints.load(cls.__name__, kept, lambda problems: cls._remedy(found, problems))
-        loaded = tuple(f"{network}.{key}" for network, (_, own) in kept.items() for key in own)
+        named = {network: f"{network}." for network in parts} if len(parts) > 1 else {}
+        if "encoder" in named:
+            named["encoder"] = "context_encoder."
+        loaded = tuple(named.get(network, "") + key for network, (_, own) in kept.items() for key in own)
         return LoadReport(cls.__name__, found.layout.title, loaded, ignored, missing)
 
     @classmethod
@@ -188,6 +212,8 @@ class JEPA(nn.Module):
         size = size_of(found.networks)
         if "num_mask_tokens" in size and all("predictor.mask_tokens." in line for line in problems):
             return f"build the model with num_mask_tokens={size['num_mask_tokens']}, as many as it holds"
+        if all("another grid" in line for line in problems):
+            return "build the model with the crop_size, and num_frames, that they are of"
         if "embed_dim" not in size:
             return f"it seems to be of another model than {cls.published_name}"
         return f"its size seems to be {describe(cls.sizes, size)}"

@@ -184,6 +184,17 @@ def test_inference_by_kept_patches_and_of_other_sizes(model):
         model.ema(clips[:, :, :4])
 
 
+def test_one_target_of_each_clip_has_no_spread():
+    model, (clips, _) = far_from_its_start(reg_coeff=1.0), sample(0)
+    context, target = torch.arange(4).repeat(2, 1), torch.tensor([[7], [12]])
+    dense = model.loss(clips, (context, target))
+    plain = far_from_its_start()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(dense, plain.loss(clips, (context, target)) + 0.99, rtol=1e-5, atol=0)  # sqrt(1e-4)
+    dense.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_no_clips_have_no_loss():
     model, ids = far_from_its_start(reg_coeff=1.0), torch.empty(0, 5, dtype=torch.int64)
     assert model.loss(torch.empty(0, 3, 6, 8, 12), (ids, ids)) == 0
