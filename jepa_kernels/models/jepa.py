@@ -54,9 +54,12 @@ class JEPA(nn.Module):
     def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
         raise NotImplementedError
 
-    def loss(self, batch: Tensor, masks: AnyMasks) -> Tensor:
-        """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor."""
-        return self.compare(self(batch, masks), self.targets(batch), masks)
+    def loss(self, batch: Tensor, masks: AnyMasks, **options: Any) -> Tensor:
+        """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor.
+
+        options: of the model's forward, such as V-JEPA 2's mask_index.
+        """
+        return self.compare(self(batch, masks, **options), self.targets(batch), masks)
 
     def load(self, source: Source) -> LoadReport:
         """Load a published checkpoint in any layout, or this model's own state dict; report what became of it.
@@ -258,6 +261,7 @@ def train_step(
     *,
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    **options: Any,
 ) -> Tensor:
     """One step: loss, backward, optimiser, moving average. Returns the loss, without a device sync.
 
@@ -266,10 +270,11 @@ def train_step(
     momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser.
     dtype: run the networks under autocast to it; None: in the parameters' dtype.
     scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
+    options: of the model's forward, such as V-JEPA 2's mask_index.
     """
     jepa = cast(JEPA, getattr(model, "module", model))
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
-        loss = jepa.compare(model(batch, masks), jepa.targets(batch), masks)
+        loss = jepa.compare(model(batch, masks, **options), jepa.targets(batch), masks)
     moves_targets = isinstance(optimizer, jk.AdamWEMA) and bool(optimizer.targets)
     (loss if scaler is None else scaler.scale(loss)).backward()
     with jepa.ema.moved_by(cast(jk.AdamWEMA, optimizer), momentum) if moves_targets else nullcontext():

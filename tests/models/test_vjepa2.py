@@ -191,6 +191,18 @@ def test_mask_index_chooses_the_token(model):
     assert not torch.allclose(first, second, atol=1e-3)
 
 
+def test_clips_of_another_length_train_the_token_of_their_own(model):
+    before = [token.detach().clone() for token in model.predictor.mask_tokens]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    clips, masks = sample(0, grid=(1, 4, 6))
+    with jk.use_backend("reference"):
+        expected = model.loss(clips, masks.to("cpu"), mask_index=2)
+    loss = train_step(model, optimizer, clips, masks.to("cpu"), 0.99, mask_index=2)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    same = [torch.equal(token, old) for token, old in zip(model.predictor.mask_tokens, before, strict=True)]
+    assert same == [True, True, False]
+
+
 @each_batching
 def test_a_step_trains_two_networks_and_the_third_follows_them(model, truncate):
     before = copy.deepcopy(model)
