@@ -13,11 +13,12 @@ import jepa_kernels as jk
 from jepa_kernels.masks import MultiBlock2d
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.jepa import train_step
+from jepa_kernels.models.vjepa2 import VJEPA2Config
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import compare, poisoned_memory
-from tests.models import rope_equations
+from tests.models import video_equations
 
 SIZES, CLIP, GRID = (2, 4, 4), (3, 6, 16, 24), (3, 4, 6)  # of a patch; of a clip [C, T, H, W]; 72 patches
 WIDTH, NARROW, HEADS, DEPTH = 64, 48, 2, 2  # heads of 32 and 24 channels: 2 and 0 of them stay
@@ -70,12 +71,14 @@ def by_the_equations(model, batch, masks, pairing, grid=GRID, mask_index=(2, 0))
     """Each mask of each clip alone."""
     p, found = dict(model.named_parameters()), []
     encoder, predictor = ({n.split(".", 1)[1]: x for n, x in p.items() if n.startswith(m)} for m in ("enc", "pred"))
+    config = VJEPA2Config(
+        patch_size=4, depth=DEPTH, num_heads=HEADS, rope=pairing, predictor_num_heads=HEADS,
+        predictor_depth=len(model.predictor.predictor_blocks),
+    )  # fmt: skip
     for s, (context_ids, target_ids) in enumerate(zip(masks.contexts, masks.targets, strict=True)):
-        context = rope_equations.encode(batch[s % len(batch)], context_ids, encoder, SIZES, HEADS, DEPTH, pairing)
+        (context,) = video_equations.encode(batch[s % len(batch)], context_ids, encoder, config)
         token = predictor[f"mask_tokens.{mask_index[s // len(batch)]}"][0, 0]
-        depth = len(model.predictor.predictor_blocks)
-        ids = context_ids, target_ids
-        found.append(rope_equations.predict(context, *ids, token, grid, predictor, HEADS, depth, pairing))
+        found.append(video_equations.predict(context, context_ids, target_ids, token, grid, predictor, config)[0])
     return torch.cat(found)
 
 

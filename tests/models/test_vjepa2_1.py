@@ -14,8 +14,8 @@ from jepa_kernels.models import vjepa, vjepa2, vjepa2_1
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.vjepa2_1 import VJEPA2_1
 from jepa_kernels.packing import Packing
-from jepa_kernels.testing import compare, poisoned_memory
 from tests.models import video_equations
+from tests.models.training import by_the_equations, networks, over_budget, results
 
 CONFIG = replace(
     vjepa2_1.vit_giant_xformers(),
@@ -57,31 +57,10 @@ def sample(step, truncate=False, batch=2, grid=GRID, frames=None):
     return clips, MultiBlock3d(grid, truncate=truncate)(batch, step=step)
 
 
-def rows(ids, lengths):
-    return torch.from_numpy(ids).flatten().split(lengths.tolist())
-
-
-def networks(model):
-    names = "context_encoder", "predictor", "target_encoder"
-    return {name: dict(getattr(model, name).named_parameters()) for name in names}
-
-
-def results(loss, model):
-    """Loss and every gradient that there is, by name."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    return {"loss": loss.detach(), **{n: g for n, g in zip(trained, grads, strict=True) if g is not None}}
-
-
-def loss_by_the_equations(model, clips, masks):
-    contexts, targets = rows(masks.context_ids, masks.context_lengths), rows(masks.target_ids, masks.target_lengths)
-    return video_equations.loss(networks(model), clips, contexts, targets, model.config, token=lambda mask: 0)[0]
-
-
 def matches(model, clips, masks):
     """Whether loss and gradients are those of the equations; returns them."""
     model, clips = model.double(), clips.double()
-    expected = results(loss_by_the_equations(model, clips, masks), model)
+    expected = results(by_the_equations(model, clips, masks, lambda mask: 0)[0], model)
     with jk.use_backend("reference"):
         actual = results(model.loss(clips, masks.to("cpu")), model)
     assert actual.keys() == expected.keys()
@@ -170,20 +149,8 @@ def test_distances_in_units_of_no_row_are_refused():
 
 
 def test_loss_and_gradients_are_within_the_error_budget_of_the_reference():
-    sides = {"actual": [], "exact": [], "eager": []}
-    for step in range(2):
-        model, (clips, masks) = far_from_its_start(), sample(step)
-        masks, double = masks.to("cpu"), copy.deepcopy(model).double()
-        with poisoned_memory():
-            sides["actual"].append(results(model.loss(clips, masks), model))
-        with jk.use_backend("reference"):
-            sides["eager"].append(results(model.loss(clips, masks), model))
-            sides["exact"].append(results(double.loss(clips.double(), masks), double))
-    parity = []
-    for name in sides["exact"][0]:
-        joined = {side: torch.cat([run[name].flatten() for run in runs]) for side, runs in sides.items()}
-        parity.append(compare(name, joined["actual"], joined["exact"], joined["eager"]))
-    assert not [str(p) for p in parity if not p.ok]
+    runs = [(far_from_its_start(), *sample(step)) for step in range(2)]
+    assert not over_budget([(model, clips, masks.to("cpu")) for model, clips, masks in runs])
 
 
 @pytest.mark.parametrize("frames", [6, 1], ids=["clips", "images"])
