@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,13 +21,16 @@ from jepa_kernels.files import replacing
 
 Source = Mapping[str, Any] | str | os.PathLike[str]
 SHOWN = 6
+CONFIG = "jepa_kernels.config"  # in the metadata of files that `write` makes
+TABLES = ("pos_embed", "predictor_pos_embed")
+APART = 0.01  # mean distance of tables: that of two grids is greater, that of one table and its bf16 copy smaller
 
 
 @dataclass(frozen=True)
 class LoadReport:
     """What became of a checkpoint; `str` is a summary.
 
-    layout: which names it had. loaded: names of the model's tensors that were written.
+    layout: which names it had. loaded: names of the model's tensors that were written, in its state dict.
     ignored: {name in the checkpoint: why it is not loaded}. missing: {network that it lacks: what the model has there}.
     """
 
@@ -74,6 +77,18 @@ def read(model: str, source: Source) -> Mapping[str, Any]:
     return checkpoint
 
 
+def config_in(model: str, source: Source) -> dict[str, Any]:
+    """{field: value} of the config that `write` put into a .safetensors file; of any other source nothing."""
+    if isinstance(source, Mapping) or Path(source).suffix != ".safetensors":
+        return {}
+    with safe_open(source, "pt") as file:
+        text = (file.metadata() or {}).get(CONFIG, "{}")
+    try:
+        return {field: tuple(value) if isinstance(value, list) else value for field, value in json.loads(text).items()}
+    except (ValueError, AttributeError) as error:
+        _unreadable(model, Path(source), "a file with a config in JSON", error)
+
+
 def _read_torch(path: Path) -> Any:
     """Tensors of a zip file, torch's format since 1.6, stay on the disk until they are used: many hold an optimiser."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -111,7 +126,13 @@ def _unreadable(model: str, path: Path, kind: str, error: Exception) -> NoReturn
     raise ValueError(text) from error
 
 
-def write(model: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+def write(
+    model: str,
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    config: Mapping[str, Any],
+) -> None:
     """Write a .safetensors file, whole or not at all; dtype: of every tensor, None: as they are."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -121,7 +142,9 @@ def write(model: str, path: str | os.PathLike[str], tensors: Mapping[str, Tensor
     plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
     try:
         with replacing(path) as beside:
-            save_file(plain, beside, metadata={"format": "pt"})  # Hugging Face asks for it
+            about = {"format": "pt"}  # Hugging Face asks for it
+            about |= {CONFIG: json.dumps(config)} if config else {}
+            save_file(plain, beside, metadata=about)
     except SafetensorError as error:
         raise OSError(f"{model}: {path} must be writable, got {error}; free space or pass another path") from error
 
@@ -130,11 +153,11 @@ def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> 
     """What keeps `state` from taking the place of the tensors `own`, a line each."""
     found = [f"{name}.{key} is missing" for key in own if key not in state]
     found += [f"{name}.{key} is unknown" for key in state if key not in own]
-    wrong = {key: _problem(value, state[key]) for key, value in own.items() if key in state}
+    wrong = {key: _problem(value, state[key], key in TABLES) for key, value in own.items() if key in state}
     return found + [f"{name}.{key} {why}" for key, why in wrong.items() if why]
 
 
-def _problem(own: Tensor, theirs: Any) -> str:
+def _problem(own: Tensor, theirs: Any, table: bool) -> str:
     if not isinstance(theirs, Tensor):
         return f"is a {type(theirs).__name__}"
     if theirs.is_nested or theirs.layout is not torch.strided:
@@ -145,7 +168,9 @@ def _problem(own: Tensor, theirs: Any) -> str:
         return f"is of dtype {short(theirs.dtype)}"
     if theirs.is_meta:
         return "is on the meta device"
-    return "" if theirs.to(own.dtype).isfinite().all() else "holds values that are not finite"
+    if not theirs.to(own.dtype).isfinite().all():
+        return "holds values that are not finite"
+    return "holds the positions of another grid" if table and (theirs.to(own) - own).abs().mean() > APART else ""
 
 
 def load(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -19,8 +20,9 @@ from jepa_kernels.models.layouts import ENCODERS, OWN, Checkpoint, Layout, recog
 from jepa_kernels.models.sizes import config_for, describe, model_of, size_of
 from jepa_kernels.nn import EMA, Encoder, Predictor
 
+# Fields of configs that change what weights compute, and that no weight tells.
+UNTOLD = {"num_heads", "predictor_num_heads", "rope", "interpolate_rope", "predictor_interpolate_rope", "frame_causal"}
 AnyMasks = Masks | tuple[Tensor, Tensor]
-TABLES = ("pos_embed", "predictor_pos_embed")
 Self = TypeVar("Self", bound="JEPA")
 
 
@@ -34,6 +36,7 @@ class JEPA(nn.Module):
     inputs: ClassVar[str]  # what a batch holds, in messages
     sizes: ClassVar[Mapping[str, Callable[..., Any]]]  # the published ones
     huggingface: ClassVar[Layout | None] = None  # the names in transformers, which may have no such model
+    config: Any  # a dataclass
 
     def __init__(
         self, context_encoder: Encoder, predictor: Predictor, *, shadow_dtype: torch.dtype | None = None
@@ -51,9 +54,12 @@ class JEPA(nn.Module):
     def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
         raise NotImplementedError
 
-    def loss(self, batch: Tensor, masks: AnyMasks) -> Tensor:
-        """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor."""
-        return self.compare(self(batch, masks), self.targets(batch), masks)
+    def loss(self, batch: Tensor, masks: AnyMasks, **options: Any) -> Tensor:
+        """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor.
+
+        options: of the model's forward, such as V-JEPA 2's mask_index.
+        """
+        return self.compare(self(batch, masks, **options), self.targets(batch), masks)
 
     def load(self, source: Source) -> LoadReport:
         """Load a published checkpoint in any layout, or this model's own state dict; report what became of it.
@@ -63,7 +69,8 @@ class JEPA(nn.Module):
         (`module.`, ...). One encoder is loaded into both; without a predictor the model's stays as it is; tables that
         rotary positions replace, and what belongs to no network, are left out: the report says so.
         Raises ValueError, and loads nothing, for anything else that does not fit: another model or size, missing or
-        unknown names, other shapes, dtypes that are not real floating, values that are not finite.
+        unknown names, other shapes, dtypes that are not real floating, values that are not finite, tables of another
+        grid; a file of `save` whose config differs in what weights do not tell, such as heads and rope.
         """
         found = recognise(type(self).__name__, checkpoints.read(type(self).__name__, source))
         modules = {
@@ -72,6 +79,7 @@ class JEPA(nn.Module):
             "predictor": self.predictor,
         }
         self._refuse_other(found, model_of({name: module.state_dict() for name, module in modules.items()}))
+        self._refuse_config(checkpoints.config_in(type(self).__name__, source))
         networks, missing = self._completed(found)
         report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
         self.ema.refresh()
@@ -81,14 +89,18 @@ class JEPA(nn.Module):
     def from_checkpoint(cls: type[Self], source: Source, **changes: Any) -> tuple[Self, LoadReport]:
         """Build the model that a checkpoint holds the weights of, and load it.
 
-        Sizes come from the shapes, heads from the published size of these widths; `changes`: fields of the config,
-        such as num_heads where there is no such size. Raises ValueError as `load` does, or if heads are not known.
+        A file of `save` holds its config. Of others sizes come from the shapes, heads from the published size of these
+        widths; `changes`: fields of the config, such as num_heads where there is no such size. Raises ValueError as
+        `load` does, or if heads are not known.
         """
         state = checkpoints.read(cls.__name__, source)
         found = recognise(cls.__name__, state)
         cls._refuse_other(found, cls.published_name)
+        changes = {**checkpoints.config_in(cls.__name__, source), **changes}
         model = cls._of(config_for(cls.__name__, cls.sizes, found.networks, changes))
-        return model, model.load(state)
+        report = model.load(state)
+        random = {name: "at its random start" for name in report.missing if name == "predictor"}
+        return model, replace(report, missing={**report.missing, **random})
 
     @classmethod
     def load_encoder(
@@ -107,10 +119,12 @@ class JEPA(nn.Module):
         kept = network if network in found.networks else next((n for n in ENCODERS if n in found.networks), network)
         alone = Checkpoint(found.layout, {kept: found.networks.get(kept, {})}, dict(found.ignored))
         alone.ignored.update({other: "one encoder was asked for" for other in found.networks if other != kept})
+        changes = {**checkpoints.config_in(name, source), **changes}
         with torch.device("meta"):  # three networks of no bytes
             encoder = cls._of(config_for(name, cls.sizes, alone.networks, changes)).target_encoder
+        encoder.to_empty(device="cpu").reset_positions()
         missing = {} if kept == network else {network: f"the {kept} takes its place"}
-        return encoder, cls._fit({kept: (encoder.to_empty(device="cpu"), alone.networks[kept])}, alone, missing)
+        return encoder, cls._fit({kept: (encoder, alone.networks[kept])}, alone, missing)
 
     def save(self, path: str | os.PathLike[str], layout: str = "meta", *, dtype: torch.dtype | None = None) -> None:
         """Write the weights to a .safetensors file, whole or not at all.
@@ -119,7 +133,7 @@ class JEPA(nn.Module):
             model's class in transformers holds, `VJEPA2Model` the target encoder and the predictor, `IJepaModel` the
             target encoder alone; give its config layer_norm_eps 1e-6.
         dtype: of the file; None: the weights' own.
-        The config, say how positions turn queries and keys, is not in the file.
+        The config is in the file, as JSON in its metadata, with layout "meta".
 
         Raises ValueError for another suffix or layout, OSError where the file can't be written: one that was there
         is then as it was.
@@ -129,12 +143,13 @@ class JEPA(nn.Module):
         if layout == "meta":
             networks = {"encoder": self.context_encoder.state_dict(), "target_encoder": target, "predictor": predictor}
             tensors = {f"{network}.{key}": value for network, own in networks.items() for key, value in own.items()}
+            config = asdict(self.config)
         elif layout == "huggingface" and self.huggingface is not None:
-            tensors = to_huggingface(name, self.huggingface, {"encoder": target, "predictor": predictor})
+            tensors, config = to_huggingface(name, self.huggingface, {"encoder": target, "predictor": predictor}), {}
         else:
             known = "meta" if self.huggingface is None else "meta or huggingface"
             fail(name, "layout", f"be {known}", repr(layout), "leave it out for Meta's")
-        checkpoints.write(name, path, tensors, dtype)
+        checkpoints.write(name, path, tensors, dtype, config)
 
     @classmethod
     def _of(cls: type[Self], config: Any) -> Self:
@@ -167,6 +182,15 @@ class JEPA(nn.Module):
             size = describe(cls.sizes, size_of(found.networks))
             fail(cls.__name__, "checkpoint", f"be of {published[0]}", f"one of {kind}, {size}", "build that model")
 
+    def _refuse_config(self, theirs: Mapping[str, Any]) -> None:
+        """Raise ValueError for the config of a file whose weights would mean something else in this model."""
+        own = asdict(self.config)
+        if other := {f: v for f, v in theirs.items() if f in UNTOLD and v != own.get(f)}:
+            wanted = ", ".join(f"{field}={own.get(field)!r}" for field in other)
+            held = ", ".join(f"{field}={value!r}" for field, value in other.items())
+            remedy = "build the model by from_checkpoint, or pass the file's tensors"
+            fail(type(self).__name__, "checkpoint", f"be of {wanted}", held, remedy)
+
     @classmethod
     def _fit(
         cls, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], found: Checkpoint, missing: Mapping[str, str]
@@ -175,11 +199,14 @@ class JEPA(nn.Module):
         others = {other: "a probe, which load_probe reads" for other in found.networks if other not in parts}
         ignored, kept = {**found.ignored, **others}, {}
         for network, (module, own) in parts.items():
-            tables = [table for table in TABLES if table in own and table not in module.state_dict()]
+            tables = [table for table in checkpoints.TABLES if table in own and table not in module.state_dict()]
             ignored |= {f"{network}.{table}": "rotary positions take its place" for table in tables}
             kept[network] = module, {key: value for key, value in own.items() if key not in tables}
         checkpoints.load(cls.__name__, kept, lambda problems: cls._remedy(found, problems))
-        loaded = tuple(f"{network}.{key}" for network, (_, own) in kept.items() for key in own)
+        named = {network: f"{network}." for network in parts} if len(parts) > 1 else {}
+        if "encoder" in named:
+            named["encoder"] = "context_encoder."
+        loaded = tuple(named.get(network, "") + key for network, (_, own) in kept.items() for key in own)
         return LoadReport(cls.__name__, found.layout.title, loaded, ignored, missing)
 
     @classmethod
@@ -188,6 +215,8 @@ class JEPA(nn.Module):
         size = size_of(found.networks)
         if "num_mask_tokens" in size and all("predictor.mask_tokens." in line for line in problems):
             return f"build the model with num_mask_tokens={size['num_mask_tokens']}, as many as it holds"
+        if all("another grid" in line for line in problems):
+            return "build the model with the crop_size, and num_frames, that they are of"
         if "embed_dim" not in size:
             return f"it seems to be of another model than {cls.published_name}"
         return f"its size seems to be {describe(cls.sizes, size)}"
@@ -232,6 +261,7 @@ def train_step(
     *,
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
+    **options: Any,
 ) -> Tensor:
     """One step: loss, backward, optimiser, moving average. Returns the loss, without a device sync.
 
@@ -240,10 +270,11 @@ def train_step(
     momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser.
     dtype: run the networks under autocast to it; None: in the parameters' dtype.
     scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
+    options: of the model's forward, such as V-JEPA 2's mask_index.
     """
     jepa = cast(JEPA, getattr(model, "module", model))
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
-        loss = jepa.compare(model(batch, masks), jepa.targets(batch), masks)
+        loss = jepa.compare(model(batch, masks, **options), jepa.targets(batch), masks)
     moves_targets = isinstance(optimizer, jk.AdamWEMA) and bool(optimizer.targets)
     (loss if scaler is None else scaler.scale(loss)).backward()
     with jepa.ema.moved_by(cast(jk.AdamWEMA, optimizer), momentum) if moves_targets else nullcontext():

@@ -170,7 +170,7 @@ def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkp
     tensor are listed. What does not fit that is left as it is, for the model to refuse. probe: which of several.
     Raises ValueError for a layout that is not known, and for two tensors of one name.
     """
-    state, ignored = _one_probe(state, probe)
+    state, ignored = _one_probe(model, state, probe)
     nested = {name: own for name in NETWORKS if isinstance(own := state.get(name), Mapping)}
     if nested:
         layout, ignored = META, ignored | {str(n): "no weights of a network" for n in state if n not in nested}
@@ -190,10 +190,13 @@ def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkp
     return Checkpoint(layout, networks, ignored)
 
 
-def _one_probe(state: Mapping[Any, Any], probe: int) -> tuple[Mapping[Any, Any], dict[str, str]]:
+def _one_probe(model: str, state: Mapping[Any, Any], probe: int) -> tuple[Mapping[Any, Any], dict[str, str]]:
     """V-JEPA 2's files of probes hold a list, `classifiers`, of one for each setting: the one as `classifier`."""
     probes = state.get("classifiers")
-    if not isinstance(probes, list) or not 0 <= probe < len(probes):
+    count = len(probes) if isinstance(probes, list) else 1
+    if not 0 <= probe < max(count, 1):
+        fail(model, "index", f"lie in [0, {count})", probe, "leave it out for the first probe of the file")
+    if not isinstance(probes, list) or not probes:
         return state, {}
     rest = {name: value for name, value in state.items() if name != "classifiers"}
     others = {f"classifiers[{i}]": "another probe" for i in range(len(probes)) if i != probe}

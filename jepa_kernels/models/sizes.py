@@ -19,8 +19,8 @@ Sizes = Mapping[str, Callable[..., Any]]
 def model_of(networks: Networks) -> str | None:
     """The published model that names and shapes of an encoder, and of a predictor if there is one, are those of.
 
-    Encoders of V-JEPA and V-JEPA 2 have the same, but for a table of positions that files of the latter may hold too:
-    the predictor tells them apart, and without it none is named.
+    Encoders of V-JEPA and V-JEPA 2 have the same, but for a table of positions, of which files of the latter may hold
+    one that is not used: what it holds tells them apart, in the predictor if there is one.
     """
     encoder, predictor = _encoder(networks), networks.get("predictor", {})
     weight = shape_of(encoder, "patch_embed.proj.weight")
@@ -32,10 +32,10 @@ def model_of(networks: Networks) -> str | None:
         return "V-JEPA 2.1"
     if "action_encoder.weight" in predictor:
         return "V-JEPA 2-AC"
-    if not predictor:
-        return None
-    first = "predictor_pos_embed" in predictor and count(predictor, "mask_tokens.") == 2
-    return "V-JEPA" if first else "V-JEPA 2"
+    table = predictor.get("predictor_pos_embed") if predictor else encoder.get("pos_embed")
+    if _holds_places(table) and count(predictor, "mask_tokens.") != 10:  # 10: of V-JEPA 2's files, table or not
+        return "V-JEPA"
+    return "V-JEPA 2" if predictor else None
 
 
 def size_of(networks: Networks) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
     given: dict[str, Any] = {field: value for field, value in size.items() if field in known}
     if "hidden" in size and int(size["embed_dim"] * config.mlp_ratio) != size["hidden"]:
         given["mlp_ratio"] = (size["hidden"] + 0.5) / size["embed_dim"]  # the model rounds down
-    given |= _crop(replace(config, **{**given, **changes}), size)
+    if not hasattr(config, "rope"):  # with it the model has no table
+        given |= _crop(replace(config, **{**given, **changes}), size)
     return replace(config, **{**given, **changes})
 
 
@@ -121,6 +122,16 @@ def _alike(sizes: Sizes, size: Mapping[str, Any]) -> list[str]:
     known = {name: make() for name, make in sizes.items()}
     alike = [n for n, c in known.items() if (c.embed_dim, c.depth) == (size.get("embed_dim"), size["depth"])]
     return sorted(alike, key=lambda name: known[name].patch_size != size["patch_size"])
+
+
+def _holds_places(table: Any) -> bool:
+    """Whether [1, N, D] begins with sines and cosines of 0, the first place of every grid."""
+    if not isinstance(table, Tensor) or table.dim() != 3 or not table.numel():
+        return False
+    if table.is_meta:  # no values: the name alone tells
+        return True
+    first = table[0, 0]
+    return bool(((first == 0) | (first == 1)).all() and first.any())
 
 
 def _encoder(networks: Networks) -> Mapping[str, Any]:

@@ -63,7 +63,7 @@ class VideoJEPA(JEPA):
 
     def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
         rows = context_ids.shape[0], target_ids.shape[0]
-        if rows[0] % max(batch, 1) or rows[1] % max(rows[0], 1):
+        if rows[0] % max(batch, 1) or rows[0] != rows[1]:
             requirement, remedy = (
                 f"hold a multiple of {batch} contexts, and of these as many targets",
                 "pass ids [masks * B, Kc] and [masks * B, Kt], mask-major",

@@ -125,9 +125,12 @@ class VJEPA(VideoJEPA):
 
 
 def _spread(x: Tensor, packing: Packing | None) -> Tensor:
-    """[S, E]: sqrt(var + 1e-4) of every channel over the tokens of each sequence of x [S, K, E], or packed [T, E]."""
+    """[S, E]: sqrt(var + 1e-4) of every channel over the tokens of each sequence of x [S, K, E], or packed [T, E].
+
+    var divides by one less than the tokens; of a single one it is 0.
+    """
     if packing is None:
-        return (x.var(1) + 1e-4).sqrt()
+        return (x.var(1, correction=min(1, x.shape[1] - 1)) + 1e-4).sqrt()
     count = packing.cu_seqlens.diff()[:, None]
     inside, x = packing.pad(x.new_ones(x.shape[0], 1)), packing.pad(x)
     centred = (x - x.sum(1, keepdim=True) / count[:, None].clamp_min(1)) * inside

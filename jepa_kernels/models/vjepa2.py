@@ -186,6 +186,8 @@ class VJEPA2(VideoJEPA):
         weight = None
         if self.config.weight_distance_loss:
             scale = grid[1] // 16 if self.config.offset_context_loss else 1
+            if scale < 1:
+                fail("VJEPA2", "offset_context_loss", "have 16 rows of patches or more", grid[1], "set it to False")
             both: Any = dict(packing=m.context_packing, target_packing=m.target_packing)
             weight = jk.distance_weights(m.context_ids, m.target_ids, grid, **both, scale=scale)
         target, own = predicted

@@ -98,8 +98,8 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def rescale_blocks(blocks: Iterable[nn.Module]) -> None:
-    """V-JEPA 2's start: what block n = 1, 2, ... adds to its input is smaller by sqrt(2 n)."""
-    for n, block in enumerate(blocks, 1):
+def rescale_blocks(blocks: Iterable[nn.Module], first: int = 1) -> None:
+    """V-JEPA 2's start: what block n = first, first + 1, ... adds to its input is smaller by sqrt(2 n)."""
+    for n, block in enumerate(blocks, first):
         for linear in (cast(Block, block).attn.proj, cast(Block, block).mlp.fc2):
             linear.weight.data.div_(math.sqrt(2 * n))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table
+from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table, sincos
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope, patch_positions
 
@@ -69,8 +69,9 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size, **given)
         self.patch_embed_img = PatchEmbed(patch_size, in_chans, embed_dim, 1, **given) if image_tokenizer else None
         self.img_mod_embed, self.video_mod_embed = modality_embeddings(embed_dim, modality_embedding)
-        table = dict(uniform_power=uniform_power)
-        self.pos_embed = frozen_table("Encoder", "embed_dim", self.grid, embed_dim, **table) if rope is None else None
+        self.pos_embed, self.uniform_power = None, uniform_power
+        if rope is None:
+            self.pos_embed = frozen_table("Encoder", "embed_dim", self.grid, embed_dim, uniform_power=uniform_power)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         if levels is None:
             self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -113,6 +114,11 @@ class Encoder(nn.Module):
         """Whether pixels are images, or clips of one frame with a tokenizer for these."""
         return pixels.dim() == 4 or (self.patch_embed_img is not None and pixels.shape[2] == 1)
 
+    def reset_positions(self) -> None:
+        """Write the table of positions anew, if there is one, as after `to_empty`."""
+        if self.pos_embed is not None:
+            self.pos_embed.data.copy_(sincos(self.grid, self.pos_embed.shape[-1], self.uniform_power))
+
     def _norms(self) -> list[nn.LayerNorm]:
         return [self.norm] if self.levels is None else cast(list[nn.LayerNorm], list(self.norms_block)[-self.levels :])
 
@@ -132,7 +138,11 @@ class Encoder(nn.Module):
         embed = self.patch_embed_img if image and self.patch_embed_img is not None else self.patch_embed
         modality = self.img_mod_embed if image else self.video_mod_embed
         table, shift = self.pos_embed, None if modality is None else modality[0, 0]
-        return embed(pixels, ids, packing, None if table is None else table[0], shift)
+        x = embed(pixels, ids, packing, None if table is None else table[0], shift)
+        if table is not None and self.grid_of(pixels)[-len(self.grid) :] != self.grid:  # of as many patches
+            wanted, remedy = f"have {self.grid} patches like the table of positions", "crop to the config's size"
+            fail("Encoder", "pixels", wanted, self.grid_of(pixels), remedy)
+        return x
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
         if self.rope is None:

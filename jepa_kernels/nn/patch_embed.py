@@ -103,8 +103,12 @@ def frozen_table(
     if dim % parts:
         fail(module, argument, f"be a multiple of {parts}", dim, "each axis has sines and cosines in the table")
     table = nn.Parameter(torch.empty(1, math.prod(grid), dim, dtype=torch.float32), requires_grad=False)
-    if len(grid) == 2:
-        table.data.copy_(sincos_2d(grid, dim)[None])
-    else:
-        table.data.copy_(sincos_3d(cast(tuple[int, int, int], grid), dim, uniform_power=uniform_power)[None])
+    table.data.copy_(sincos(grid, dim, uniform_power)[None])
     return table
+
+
+def sincos(grid: tuple[int, ...], dim: int, uniform_power: bool) -> Tensor:
+    """The table [N, dim] of an image's (Gh, Gw) or a clip's (Gt, Gh, Gw)."""
+    if len(grid) == 2:
+        return sincos_2d(grid, dim)
+    return sincos_3d(cast(tuple[int, int, int], grid), dim, uniform_power=uniform_power)

@@ -64,7 +64,7 @@ class AttentivePooler(nn.Module):
     depth: counts the block of cross-attention. V-JEPA 2's probes have 4, V-JEPA's 1.
     cross_first: the queries look first, and the blocks follow on them alone; with it comes the unused layer of
         `CrossAttention` (V-JEPA).
-    Parameter names and the start are those of the published code.
+    Parameter names, and the start of all that is used, are those of the published code.
     Source: V-JEPA (arXiv:2404.08471), attentive probing; V-JEPA 2 (arXiv:2506.09985), its probes.
     """
 
@@ -89,13 +89,14 @@ class AttentivePooler(nn.Module):
         self.cross_attention_block = CrossAttentionBlock(*sizes, eps=eps, unused_proj=cross_first)
         self.blocks = nn.ModuleList(Block(*sizes, eps=eps) for _ in range(depth - 1))
         self.apply(init_weights)
-        rescale_blocks(self.blocks)
-        self.cross_attention_block.mlp.fc2.weight.data.div_(math.sqrt(2 * max(depth - 1, 1)))
+        rescale_blocks(self.blocks, first=2 if cross_first else 1)
+        n = 1 if cross_first else max(depth - 1, 1)  # after other blocks, the number of the last one, as published
+        self.cross_attention_block.mlp.fc2.weight.data.div_(math.sqrt(2 * n))
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None, query_packing: Packing | None = None) -> Tensor:
         """x [B, N, E], or packed [T, E] of S sequences -> [B, Q, E] or [S, Q, E], a row for each query.
 
-        Packed, a small schedule is built on the host at each call, which compiled code can't hold in one graph.
+        query_packing: of S sequences of Q, `Packing.uniform`; built when left out; pass it in compiled code.
         """
         count = self.query_tokens.shape[1]
         if not self.cross_first:
@@ -104,7 +105,9 @@ class AttentivePooler(nn.Module):
         if packing is None:
             pooled = self.cross_attention_block(self.query_tokens.expand(x.shape[0], -1, -1), x)
         else:
-            own = Packing.uniform(packing.sequences, count, device=x.device)
+            own = query_packing
+            if own is None:
+                own = Packing.uniform(packing.sequences, count, device=x.device)
             queries = self.query_tokens.expand(packing.sequences, -1, -1).flatten(0, 1)
             pooled = self.cross_attention_block(queries, x, own, packing).unflatten(0, (-1, count))
         if self.cross_first:
@@ -129,9 +132,14 @@ class AttentiveClassifier(nn.Module):
         for name, classes in heads.items():
             self.add_module(name, nn.Linear(embed_dim, classes))
 
-    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor | dict[str, Tensor]:
-        """x [B, N, E], or packed [T, E] of S sequences -> logits [B, classes] or [S, classes], or by name."""
-        pooled = self.pooler(x, packing).unbind(1)
+    def forward(
+        self, x: Tensor, packing: Packing | None = None, query_packing: Packing | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """x [B, N, E], or packed [T, E] of S sequences -> logits [B, classes] or [S, classes], or by name.
+
+        query_packing: as of `AttentivePooler`.
+        """
+        pooled = self.pooler(x, packing, query_packing).unbind(1)
         if self.names is None:
             return cast(nn.Linear, self.linear)(pooled[0])
         heads = (cast(nn.Linear, self.get_submodule(f"{name}_classifier")) for name in self.names)

@@ -70,9 +70,42 @@ def test_a_table_of_positions_tells_the_crop():
 
 def test_a_model_is_built_from_its_file_alone(donor, tmp_path):
     donor.save(tmp_path / "model.safetensors")
-    model, report = VJEPA2.from_checkpoint(tmp_path / "model.safetensors", **HEADS)
-    assert same(model.state_dict(), donor.state_dict()) and not report.missing
+    model, report = VJEPA2.from_checkpoint(tmp_path / "model.safetensors")
+    assert same(model.state_dict(), donor.state_dict()) and not report.missing and model.config == SMALL
+    model, _ = VJEPA2.from_checkpoint(load_file(tmp_path / "model.safetensors"), **HEADS)  # by shapes alone
+    assert same(model.state_dict(), donor.state_dict())
     assert replace(model.config, mlp_ratio=SMALL.mlp_ratio) == SMALL
+
+
+def test_what_no_weight_tells_comes_back_from_the_file_and_is_not_loaded_into_another(tmp_path):
+    path = tmp_path / "model.safetensors"
+    config = replace(SMALL, rope="interleaved", frame_causal=True, crop_size=(32, 16), context_weight=0.25)
+    donor = VJEPA2(config)
+    donor.save(path)
+    model, _ = VJEPA2.from_checkpoint(path)
+    encoder, _ = VJEPA2.load_encoder(path)
+    clips = torch.randn(1, 3, 8, 32, 16)
+    assert model.config == config and torch.equal(model.ema(clips), donor.ema(clips))
+    assert torch.equal(encoder(clips), donor.ema(clips))
+    assert VJEPA2.from_checkpoint(path, frame_causal=False)[0].config == replace(config, frame_causal=False)
+    other = VJEPA2(SMALL)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError) as error:
+        other.load(path)
+    assert str(error.value) == (
+        "VJEPA2: checkpoint must be of rope='tiled', frame_causal=False, got rope='interleaved', frame_causal=True; "
+        "build the model by from_checkpoint, or pass the file's tensors"
+    )
+    assert same(other.state_dict(), before)
+    VJEPA2(replace(config, crop_size=16, context_weight=0.5)).load(path)  # which do not change what weights compute
+    other.load(load_file(path))
+
+
+@pytest.mark.parametrize("text", ["{", "3"])
+def test_a_config_that_is_none_is_refused(donor, tmp_path, text):
+    save_file(donor.state_dict(), tmp_path / "model.safetensors", metadata={"jepa_kernels.config": text})
+    with pytest.raises(ValueError, match=r"VJEPA2: .*model\.safetensors must be a file with a config in JSON of plain"):
+        VJEPA2(SMALL).load(tmp_path / "model.safetensors")
 
 
 def test_heads_that_shapes_do_not_tell_are_asked_for(donor):
@@ -83,6 +116,8 @@ def test_heads_that_shapes_do_not_tell_are_asked_for(donor):
         assert str(error.value) == wanted + "num_heads and predictor_num_heads, which shapes do not tell"
     with pytest.raises(TypeError, match="VJEPA2: changes must be fields of VJEPA2Config, got heads; leave them out"):
         VJEPA2.from_checkpoint(donor.state_dict(), heads=2, **HEADS)
+    _, report = VJEPA2.from_checkpoint({"encoder": donor.context_encoder.state_dict()}, num_heads=2)
+    assert report.missing["predictor"] == "at its random start"
     with pytest.raises(ValueError, match="VJEPA2: checkpoint must hold an encoder, got no patch_embed"):
         VJEPA2.from_checkpoint({"predictor": {}})
 
@@ -93,6 +128,7 @@ def test_an_encoder_is_built_alone(donor, network):
     own = donor.context_encoder if network == "encoder" else donor.target_encoder
     other = "target_encoder" if network == "encoder" else "encoder"
     assert same(encoder.state_dict(), own.state_dict()) and not report.missing
+    assert set(report.loaded) == encoder.state_dict().keys()
     assert report.ignored == dict.fromkeys((other, "predictor"), "one encoder was asked for")
     assert not any(p.requires_grad for p in encoder.parameters())
     clips = torch.randn(1, 3, 8, 16, 24)
@@ -111,6 +147,7 @@ def test_a_file_without_a_predictor_leaves_the_models(donor):
     model = VJEPA2(SMALL)
     before = {name: value.clone() for name, value in model.predictor.state_dict().items()}
     report = model.load({"target_encoder": donor.target_encoder.state_dict(), "epoch": 3})
+    assert set(report.loaded) == {name for name in model.state_dict() if not name.startswith("predictor.")}
     for encoder in (model.context_encoder, model.target_encoder):
         assert same(encoder.state_dict(), donor.target_encoder.state_dict())
     assert same(model.predictor.state_dict(), before)
@@ -252,6 +289,6 @@ def test_a_file_of_half_precision_is_half_as_large_and_keeps_the_values(donor, t
 def test_an_ijepa_file_tells_what_its_positions_are_of(tmp_path):
     small = IJEPAConfig(crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32)
     IJEPA(small).save(tmp_path / "model.safetensors")
-    assert IJEPA.from_checkpoint(tmp_path / "model.safetensors", num_heads=2)[0].config == small
+    assert IJEPA.from_checkpoint(load_file(tmp_path / "model.safetensors"), num_heads=2)[0].config == small
     with pytest.raises(ValueError, match="; its size seems to be embed_dim 48, depth 2, patch_size 8 with 16 patches"):
         IJEPA(replace(small, crop_size=40)).load(tmp_path / "model.safetensors")

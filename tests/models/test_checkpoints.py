@@ -104,8 +104,9 @@ def donor():
     """Three networks of different weights."""
     model = IJEPA(SMALL)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p))
+        for name, p in model.named_parameters():
+            if "pos_embed" not in name:
+                p.add_(torch.randn_like(p))
     return model
 
 
@@ -214,7 +215,7 @@ FITS = "IJEPA: checkpoint must hold exactly the weights of this config, got "
         ),
         ("flat positions", FITS + "encoder.pos_embed has shape (768,), the model (1, 16, 48); its size seems to be e"),
         ("vit_tiny", FITS + "encoder.blocks.2.norm1.weight is unknown; "),
-        ("clips", "IJEPA: checkpoint must be of I-JEPA, got one of V-JEPA 2, embed_dim 48, depth 2, patch_size 8 with"),
+        ("clips", "IJEPA: checkpoint must be of I-JEPA, got one of V-JEPA, embed_dim 48, depth 2, patch_size 8 with"),
         ("no convolution", FITS + "encoder.patch_embed.proj.weight is missing; target_encoder.patch_embed.proj.weight"),
         ("no encoder", "IJEPA: checkpoint must hold encoder, target_encoder, got epoch, predictor; "),
     ],

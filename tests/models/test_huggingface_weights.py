@@ -6,6 +6,7 @@ import torch
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.probes import load_probe
 from jepa_kernels.models.vjepa2 import VJEPA2
+from jepa_kernels.nn.patch_embed import sincos_2d
 from jepa_kernels.testing import compare
 
 transformers = pytest.importorskip("transformers")
@@ -34,7 +35,9 @@ def image():
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, layer_norm_eps=1e-6)
     config = transformers.IJepaConfig(image_size=24, patch_size=8, **sizes)
-    return shaken(transformers.IJepaModel(config, add_pooling_layer=False))
+    model = shaken(transformers.IJepaModel(config, add_pooling_layer=False))
+    model.embeddings.position_embeddings.data.copy_(sincos_2d((3, 3), 64)[None])  # as published
+    return model
 
 
 def state_of(model):

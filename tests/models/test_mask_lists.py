@@ -38,6 +38,16 @@ def test_lists_are_refused(models, masks, found):
 
 @pytest.mark.parametrize("contexts, targets", [(2, 3), (4, 2), (3, 3)])
 def test_lists_of_unequal_lengths_are_refused(models, contexts, targets):
+    refuses(models, contexts, targets)
+
+
+def test_one_context_of_several_targets_is_ijepas_alone(models):
+    """Masks of a clip have a context each; with one too few they would take the mask tokens of others."""
+    clips = {model: batch for model, batch in models.items() if isinstance(model, VJEPA2)}
+    refuses(clips, 2, 4)
+
+
+def refuses(models, contexts, targets):
     ids = torch.arange(4).repeat(4, 1)
     for model, batch in models.items():
         name, rows = type(model).__name__, rf"got \({contexts}, {targets}\); pass ids \["

@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jepa_kernels.models import sizes, vjepa, vjepa2, vjepa2_1
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.vjepa2 import VJEPA2
 from jepa_kernels.models.vjepa2_1 import VJEPA2_1
+from jepa_kernels.nn.patch_embed import sincos_3d
 from tests.models.test_checkpoint_files import HEADS, SMALL, same
 
 
@@ -19,7 +22,7 @@ def donor():
 
 def small(module, kind, **changes):
     sizes = dict(crop_size=16, patch_size=8, embed_dim=48, depth=4, num_heads=2, predictor_embed_dim=48, num_frames=4)
-    return kind(module.vit_large(**sizes, predictor_depth=2, **changes))
+    return kind(module.vit_large(**{**sizes, "predictor_depth": 2, **changes}))
 
 
 @pytest.fixture
@@ -41,12 +44,14 @@ def meta_state(model, *left_out):
 def test_vjepa_and_vjepa2_1_are_saved_loaded_and_built_from_their_files(first, dense, tmp_path):
     for model, heads in ((first, {"num_heads": 2}), (dense, HEADS)):
         model.save(tmp_path / "model.safetensors")
-        again, report = type(model).from_checkpoint(tmp_path / "model.safetensors", num_frames=4, **heads)
+        assert type(model).from_checkpoint(tmp_path / "model.safetensors")[0].config == model.config
+        tensors = load_file(tmp_path / "model.safetensors")
+        again, report = type(model).from_checkpoint(tensors, num_frames=4, **heads)
         assert same(again.state_dict(), model.state_dict()) and not report.missing and not report.ignored
         if model is dense:  # no weight tells the crop, which positions do not depend on
             again.config = replace(again.config, crop_size=16)
         assert replace(again.config, mlp_ratio=4.0) == model.config
-        encoder, _ = type(model).load_encoder(tmp_path / "model.safetensors", num_frames=4, num_heads=2)
+        encoder, _ = type(model).load_encoder(tensors, num_frames=4, num_heads=2)
         assert same(encoder.state_dict(), model.target_encoder.state_dict())
 
 
@@ -74,11 +79,12 @@ def test_files_of_other_models_are_refused_even_where_every_shape_fits(first, de
         ("target_encoder", "pos_embed"),
         ("predictor", "predictor_pos_embed"),
     ):
-        old[part]["module." + table] = torch.zeros(1, 8, 48)
+        old[part]["module." + table] = sincos_3d((2, 2, 2), 48 if part != "predictor" else 32)[None]
     wanted = "VJEPA2: checkpoint must be of V-JEPA 2, got one of V-JEPA, "
-    for read in (two.load, lambda s: VJEPA2.from_checkpoint(s, **HEADS), lambda s: VJEPA2.load_encoder(s, **HEADS)):
-        with pytest.raises(ValueError, match=wanted + ".*; build that model"):
-            read(old)
+    for state in (old, without_predictor(old)):
+        for read in (two.load, lambda s: VJEPA2.from_checkpoint(s, **HEADS), lambda s: VJEPA2.load_encoder(s, **HEADS)):
+            with pytest.raises(ValueError, match=wanted + ".*; build that model"):
+                read(state)
     for read in (donor.load, VJEPA2.from_checkpoint, VJEPA2.load_encoder):
         with pytest.raises(ValueError, match=r"VJEPA2: checkpoint must be of V-JEPA 2, got one of V-JEPA 2\.1, embed"):
             read(meta_state(dense))
@@ -88,6 +94,53 @@ def test_files_of_other_models_are_refused_even_where_every_shape_fits(first, de
         ValueError, match=r"VJEPA: .* got encoder\.pos_embed is missing; target_encoder\.pos_embed is m"
     ):
         first.load(meta_state(VJEPA2(vjepa2.vit_large(**SAME)), "predictor"))
+
+
+def without_predictor(state):
+    return {part: own for part, own in state.items() if part != "predictor"}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_vjepa_of_other_mask_tokens_is_built_from_its_weights_and_is_no_vjepa2(tokens, donor):
+    model = small(vjepa, vjepa.VJEPA, num_mask_tokens=tokens)
+    again, _ = vjepa.VJEPA.from_checkpoint(model.state_dict(), num_heads=2, num_frames=4)
+    assert again.config == model.config
+    with pytest.raises(ValueError, match="VJEPA2: checkpoint must be of V-JEPA 2, got one of V-JEPA, "):
+        donor.load(model.state_dict())
+
+
+def test_tables_that_vjepa2s_files_hold_unused_do_not_tell_another_model(first):
+    """Ten mask tokens are its own, whatever the tables hold; those of zeros are of no place."""
+    model = VJEPA2(replace(SMALL, num_mask_tokens=10))
+    for table in (sincos_3d((2, 2, 2), 48)[None], torch.zeros(1, 8, 48)):
+        state = meta_state(model)
+        for own, name in ((state["encoder"], "pos_embed"), (state["predictor"], "predictor_pos_embed")):
+            own[name] = table
+        assert "encoder.pos_embed" in model.load(state).ignored
+    encoder = {**VJEPA2(vjepa2.vit_large(**SAME)).context_encoder.state_dict(), "pos_embed": torch.zeros(1, 8, 48)}
+    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds the positions of another grid; "):
+        first.load({"encoder": encoder})
+
+
+def test_tables_of_another_grid_with_as_many_patches_are_refused(tmp_path):
+    wide = small(vjepa, vjepa.VJEPA, crop_size=(16, 32))
+    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds the positions of another grid; "):
+        small(vjepa, vjepa.VJEPA, crop_size=(32, 16)).load(wide.state_dict())
+    for dtype in (torch.float16, torch.bfloat16):
+        wide.save(tmp_path / "half.safetensors", dtype=dtype)
+        small(vjepa, vjepa.VJEPA, crop_size=(16, 32)).load(tmp_path / "half.safetensors")
+    with pytest.raises(ValueError, match=r"Encoder: pixels must have \(2, 2, 4\) patches .* got \(2, 4, 2\); crop"):
+        wide.ema(torch.zeros(1, 3, 4, 32, 16))
+    flat = IJEPA(IJEPAConfig((16, 64), 8, embed_dim=48, depth=2, num_heads=2))
+    for build in (IJEPA.from_checkpoint, IJEPA.load_encoder):
+        with pytest.raises(ValueError, match=r"IJEPA: .*encoder\.pos_embed holds the positions of another grid; "):
+            build(flat.state_dict(), num_heads=2)
+        build(flat.state_dict(), num_heads=2, crop_size=(16, 64))
+
+
+def test_the_crop_of_rotary_positions_is_not_told_by_a_table_that_is_not_used():
+    networks = {"encoder": {**meta_state(VJEPA2(SMALL))["encoder"], "pos_embed": torch.zeros(1, 8192, 48)}}
+    assert sizes.config_for("test", vjepa2.SIZES, networks, HEADS).crop_size == vjepa2.vit_large().crop_size
 
 
 SAME = dict(crop_size=16, patch_size=8, embed_dim=48, depth=4, num_heads=2)  # an encoder as of `first`

@@ -153,6 +153,29 @@ def test_names_are_the_published_ones():
     assert round(sum(p.numel() for p in giant.parameters()) / 1e6, 1) == 93.5
 
 
+@pytest.mark.parametrize(
+    "cross_first, cross, blocks", [(False, 4, (2, 4)), (True, 2, (4, 6))], ids=["V-JEPA 2", "V-JEPA"]
+)
+def test_the_start_is_the_published_one(cross_first, cross, blocks):
+    """What a layer adds is smaller by the root of: 2 n of block n; of V-JEPA the queries' look is the first one."""
+    pooler = AttentivePooler(128, HEADS, 3, cross_first=cross_first)
+    for p in (pooler.query_tokens, pooler.cross_attention_block.xattn.q.weight, pooler.blocks[1].mlp.fc1.weight):
+        assert p.std().item() == pytest.approx(0.02, rel=0.2)
+    assert pooler.cross_attention_block.mlp.fc2.weight.std().item() == pytest.approx(0.02 / cross**0.5, rel=0.03)
+    for block, n in zip(pooler.blocks, blocks, strict=True):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            assert layer.weight.std().item() == pytest.approx(0.02 / n**0.5, rel=0.03)
+
+
+def test_packed_pooling_compiles_as_one_graph():
+    torch._dynamo.reset()
+    probe = far_from_its_start(AttentiveClassifier(WIDTH, 5, num_heads=HEADS, depth=1))
+    x, packing = jk.pack([torch.randn(n, WIDTH) for n in (5, 9, 1)])
+    compiled = torch.compile(probe, fullgraph=True, backend="eager")
+    found = compiled(x, packing, Packing.uniform(3, 1))
+    torch.testing.assert_close(found, probe(x, packing), rtol=0, atol=1e-6)
+
+
 def test_the_unused_layer_changes_nothing_and_is_not_trained():
     pooler = far_from_its_start(AttentivePooler(WIDTH, HEADS, 1, cross_first=True))
     x = torch.randn(2, 6, WIDTH)

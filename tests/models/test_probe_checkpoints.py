@@ -53,8 +53,11 @@ def test_what_holds_no_probe_is_refused():
     shapes = published.meta_probe(32, 128, 5)
     with pytest.raises(ValueError, match=wanted + "0, got encoder; pass a file with classifier or classifiers"):
         load_probe({"encoder": filled(published.meta_encoder(32, 1, 64, (2, 4, 4)))})
-    with pytest.raises(ValueError, match=wanted + "2, got classifiers; "):
-        load_probe({"classifiers": [filled(shapes)], "classifier": {}}, index=2)
+    many, one = {"classifiers": [filled(shapes)] * 2}, {"classifier": filled(shapes)}
+    for state, index, count in ((many, 2, 2), (many, -1, 2), (one, 3, 1), (one, -1, 1)):
+        match = rf"^AttentiveClassifier: index must lie in \[0, {count}\), got {index}; leave it out for the first"
+        with pytest.raises(ValueError, match=match):
+            load_probe(state, index=index)
     state = filled(shapes) | {"linear.scale": torch.ones(5)}
     with pytest.raises(ValueError, match=r"got classifier\.linear\.scale is unknown; pass a published probe"):
         load_probe({"classifier": state})

@@ -14,8 +14,8 @@ from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.vjepa import VJEPA, VJEPAConfig
 from jepa_kernels.nn.patch_embed import sincos_2d, sincos_3d
 from jepa_kernels.packing import Packing
-from jepa_kernels.testing import compare, poisoned_memory
 from tests.models import video_equations
+from tests.models.training import by_the_equations, networks, over_budget, results
 
 CONFIG = VJEPAConfig(
     crop_size=(8, 12),
@@ -51,31 +51,14 @@ def sample(step, truncate=False, batch=2):
     return clips, MultiBlock3d(GRID, truncate=truncate)(batch, step=step)
 
 
-def rows(ids, lengths):
-    return torch.from_numpy(ids).flatten().split(lengths.tolist())
-
-
-def networks(model):
-    names = "context_encoder", "predictor", "target_encoder"
-    return {name: dict(getattr(model, name).named_parameters()) for name in names}
-
-
-def results(loss, model):
-    """Loss and every gradient, by name."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {"loss": loss.detach(), **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
-
-
 def regulariser(predictions, count):
     spread = torch.stack([(x.var(0) + 1e-4).sqrt() for x in predictions]).unflatten(0, (-1, count)).mean(0)
     return (1 - spread).clamp_min(0).mean()
 
 
 def loss_by_the_equations(model, clips, masks):
-    contexts, targets = rows(masks.context_ids, masks.context_lengths), rows(masks.target_ids, masks.target_lengths)
     c = model.config
-    given = networks(model), clips, contexts, targets, c
-    loss, found = video_equations.loss(*given, token=lambda mask: mask % c.num_mask_tokens)
+    loss, found = by_the_equations(model, clips, masks, lambda mask: mask % c.num_mask_tokens)
     return loss + c.reg_coeff * regulariser(found, len(clips))
 
 
@@ -121,20 +104,8 @@ def test_each_kind_of_mask_has_its_own_token(model):
 
 
 def test_loss_and_gradients_are_within_the_error_budget_of_the_reference():
-    sides = {"actual": [], "exact": [], "eager": []}
-    for step in range(2):
-        model, (clips, masks) = far_from_its_start(reg_coeff=0.5), sample(step)
-        masks, double = masks.to("cpu"), copy.deepcopy(model).double()
-        with poisoned_memory():
-            sides["actual"].append(results(model.loss(clips, masks), model))
-        with jk.use_backend("reference"):
-            sides["eager"].append(results(model.loss(clips, masks), model))
-            sides["exact"].append(results(double.loss(clips.double(), masks), double))
-    parity = []
-    for name in sides["exact"][0]:
-        joined = {side: torch.cat([run[name].flatten() for run in runs]) for side, runs in sides.items()}
-        parity.append(compare(name, joined["actual"], joined["exact"], joined["eager"]))
-    assert not [str(p) for p in parity if not p.ok]
+    runs = [(far_from_its_start(reg_coeff=0.5), *sample(step)) for step in range(2)]
+    assert not over_budget([(model, clips, masks.to("cpu")) for model, clips, masks in runs])
 
 
 @each_batching
@@ -182,6 +153,17 @@ def test_inference_by_kept_patches_and_of_other_sizes(model):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match=r"^embed_patches: pos_embed must have shape \(12, 32\)"):
         model.ema(clips[:, :, :4])
+
+
+def test_one_target_of_each_clip_has_no_spread():
+    model, (clips, _) = far_from_its_start(reg_coeff=1.0), sample(0)
+    context, target = torch.arange(4).repeat(2, 1), torch.tensor([[7], [12]])
+    dense = model.loss(clips, (context, target))
+    plain = far_from_its_start()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(dense, plain.loss(clips, (context, target)) + 0.99, rtol=1e-5, atol=0)  # sqrt(1e-4)
+    dense.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_no_clips_have_no_loss():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
-from jepa_kernels.testing import compare, poisoned_memory
-from tests.models import ijepa_equations, rope_equations
+from jepa_kernels.testing import poisoned_memory
+from tests.models import ijepa_equations, video_equations
+from tests.models.training import by_the_equations, failures, networks, over_budget, results, rows
 
 CONFIG = VJEPA2Config(
     crop_size=(16, 24),
@@ -36,9 +38,9 @@ each_batching = pytest.mark.parametrize("truncate", [False, True], ids=["packed"
 UNUSED = "predictor.mask_tokens.1", "predictor.mask_tokens.2"  # in training, where all masks share the first
 
 
-def far_from_its_start():
+def far_from_its_start(**changes):
     """Norms with weights and biases, sharp attention, mask tokens that differ, a target encoder of its own."""
-    model = VJEPA2(CONFIG)
+    model = VJEPA2(replace(CONFIG, **changes))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -58,56 +60,15 @@ def sample(step, truncate=False, batch=2, grid=GRID):
     return clips, MultiBlock3d(grid, truncate=truncate)(batch, step=step)
 
 
-def rows(ids, lengths):
-    return torch.from_numpy(ids).flatten().split(lengths.tolist())
-
-
-def results(model, clips, masks):
-    """Loss and every gradient, by name."""
-    loss = model.loss(clips, masks)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in UNUSED}
-    return {"loss": loss.detach(), **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
-
-
-def failures(actual, exact, eager):
-    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck."""
-    sides = [[torch.cat([run[name].flatten() for run in runs]) for runs in (actual, exact, eager)] for name in exact[0]]
-    parity = [compare(name, *side) for name, side in zip(exact[0], sides, strict=True)]
-    return [str(p) for p in parity if not p.ok]
-
-
-def part(p, network):
-    return {name.removeprefix(f"{network}."): value for name, value in p.items() if name.startswith(f"{network}.")}
-
-
-def loss_by_the_equations(p, clips, masks, grid=GRID, token=0):
-    """Mean over masks of the mean over their targets' channels of |predicted - normalised target|, clip by clip."""
-    encoder, predictor, target = (part(p, name) for name in ("context_encoder", "predictor", "target_encoder"))
-    contexts, targets = rows(masks.context_ids, masks.context_lengths), rows(masks.target_ids, masks.target_lengths)
-    places, clip_count, sums = torch.arange(math.prod(grid)), len(clips), []
-    latents = [rope_equations.encode(clip, places, target, SIZES, 2, 2, "tiled").detach() for clip in clips]
-    for s, (context_ids, target_ids) in enumerate(zip(contexts, targets, strict=True)):
-        context = rope_equations.encode(clips[s % clip_count], context_ids, encoder, SIZES, 2, 2, "tiled")
-        wanted = ijepa_equations.layer_norm(latents[s % clip_count], eps=1e-5)[target_ids]
-        mask_token = predictor[f"mask_tokens.{token}"][0, 0]
-        ids = context_ids, target_ids
-        found = rope_equations.predict(context, *ids, mask_token, grid, predictor, 2, 2, "tiled")
-        sums.append((found - wanted).abs().sum())
-    counts = masks.target_lengths.reshape(-1, clip_count).sum(1) * CONFIG.embed_dim
-    return sum(sum(sums[j * clip_count : (j + 1) * clip_count]) / int(n) for j, n in enumerate(counts)) / len(counts)
-
-
 @each_batching
 @pytest.mark.parametrize("grid", [GRID, (2, 3, 5)], ids=["native", "another"])
 def test_loss_and_gradients_are_those_of_the_equations(model, truncate, grid):
     clips, masks = sample(0, truncate, grid=grid)
     model, clips = model.double(), clips.double()
-    leaves = dict(model.named_parameters())
-    loss = loss_by_the_equations(leaves, clips, masks, grid)
-    trained = {name: p for name, p in leaves.items() if p.requires_grad and name not in UNUSED}
-    expected = {"loss": loss, **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
+    expected = results(by_the_equations(model, clips, masks, lambda mask: 0)[0], model)
     with jk.use_backend("reference"):
-        actual = results(model, clips, masks.to("cpu"))
+        actual = results(model.loss(clips, masks.to("cpu")), model)
+    assert actual.keys() == expected.keys() and not actual.keys() & set(UNUSED)
     for name, value in expected.items():  # angles of the equations are exact, ours are rounded to fp32
         assert (actual[name] - value).norm() <= 2e-6 * value.norm(), name
 
@@ -122,18 +83,10 @@ def clear_of_ties(model, clips, masks):
 
 @each_batching
 def test_loss_and_gradients_are_within_the_error_budget_of_the_reference(truncate):
-    actual, exact, eager = [], [], []
-    for step in range(100, 103):
-        model, (clips, masks) = far_from_its_start(), sample(step, truncate)
-        masks, double = masks.to("cpu"), copy.deepcopy(model).double()
-        if not clear_of_ties(double, clips.double(), masks):
-            continue
-        with poisoned_memory():
-            actual.append(results(model, clips, masks))
-        with jk.use_backend("reference"):
-            eager.append(results(model, clips, masks))
-            exact.append(results(double, clips.double(), masks))
-    assert len(actual) >= 2 and not failures(actual, exact, eager)
+    runs = [(far_from_its_start(), *sample(step, truncate)) for step in range(100, 103)]
+    runs = [(model, clips, masks.to("cpu")) for model, clips, masks in runs]
+    runs = [run for run in runs if clear_of_ties(copy.deepcopy(run[0]).double(), run[1].double(), run[2])]
+    assert len(runs) >= 2 and not over_budget(runs)
 
 
 @each_batching
@@ -191,6 +144,18 @@ def test_mask_index_chooses_the_token(model):
     assert not torch.allclose(first, second, atol=1e-3)
 
 
+def test_clips_of_another_length_train_the_token_of_their_own(model):
+    before = [token.detach().clone() for token in model.predictor.mask_tokens]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    clips, masks = sample(0, grid=(1, 4, 6))
+    with jk.use_backend("reference"):
+        expected = model.loss(clips, masks.to("cpu"), mask_index=2)
+    loss = train_step(model, optimizer, clips, masks.to("cpu"), 0.99, mask_index=2)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    same = [torch.equal(token, old) for token, old in zip(model.predictor.mask_tokens, before, strict=True)]
+    assert same == [True, True, False]
+
+
 @each_batching
 def test_a_step_trains_two_networks_and_the_third_follows_them(model, truncate):
     before = copy.deepcopy(model)
@@ -224,14 +189,17 @@ def test_two_steps_are_the_same_bits_on_every_run(model):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_the_loss_compiles_as_one_graph_for_all_lengths(model):
+def test_the_loss_compiles_as_one_graph_for_all_lengths():
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    model, counter = far_from_its_start(depth=1), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.loss, fullgraph=True, backend=counter)
+    ends = [model.predictor.mask_tokens[0], model.context_encoder.patch_embed.proj.weight]
     for step in (0, 2, 6):  # no length of step 0 comes again in step 2: from there on all are dynamic
         clips, masks = sample(step)
         loss, eager = compiled(clips, masks.to("cpu")), model.loss(clips, masks.to("cpu"))
         assert torch.equal(loss, eager)
+        ours, theirs = (torch.autograd.grad(x, ends) for x in (loss, eager))
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert counter.frame_count == 2
 
 
@@ -243,12 +211,12 @@ def test_inference_of_any_clip_whole_and_by_kept_patches(model, shape):
     grid = [n // size for n, size in zip(as_clip.shape[2:], SIZES, strict=True)]
     assert found.shape == (2, math.prod(grid), 64) and not found.requires_grad
     torch.testing.assert_close(found, model.target_encoder.norm(model.targets(clips)), rtol=0, atol=1e-5)
-    weights = part(dict(model.named_parameters()), "target_encoder")
+    weights = networks(model)["target_encoder"]
     ids, packing = Packing.from_ids([torch.tensor([0, 2, 3]), torch.tensor([1, 5])])
     kept = model.ema(clips, ids, packing)
     for clip, given, wanted in zip(as_clip, packing.split(kept), packing.split(ids), strict=True):
         double = {name: value.double() for name, value in weights.items()}
-        exact = rope_equations.encode(clip.double(), wanted, double, SIZES, 2, 2, "tiled")
+        (exact,) = video_equations.encode(clip.double(), wanted, double, CONFIG)
         torch.testing.assert_close(given.double(), exact, rtol=0, atol=2e-5)
 
 
@@ -286,7 +254,8 @@ def test_the_start_is_the_published_one():
 def test_no_clips_have_no_loss_and_no_gradient(model):
     ids, empty = torch.empty(0, dtype=torch.int64), Packing.from_lengths([])
     for masks in (Masks(0, ids, ids, empty, empty, Pairs.from_lengths([], [])), (ids.view(0, 5), ids.view(0, 5))):
-        found = results(model, torch.empty(0, 3, 6, 16, 24), masks)
+        found = results(model.loss(torch.empty(0, 3, 6, 16, 24), masks), model)
+        assert found.keys() >= {"predictor.mask_tokens.0", "context_encoder.patch_embed.proj.weight"}
         assert all(torch.equal(value, torch.zeros_like(value)) for value in found.values())
 
 

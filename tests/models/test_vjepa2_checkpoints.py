@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from jepa_kernels.models import vjepa2
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
+from jepa_kernels.nn.patch_embed import sincos_3d
 from tests.models import published
 from tests.models.test_checkpoints import millions, shapes
 
@@ -174,7 +175,8 @@ def spoiled(kind, donor):
     if kind == "V-JEPA 1":
         tokens = {f"module.mask_tokens.{i}": torch.zeros(1, 1, 32) for i in range(2)}
         predictor = {k: v for k, v in state["predictor"].items() if "mask_tokens" not in k}
-        return {**state, "predictor": {**predictor, **tokens}}
+        table = sincos_3d((2, 2, 2), 32)[None]
+        return {**state, "predictor": {**predictor, **tokens, "module.predictor_pos_embed": table}}
     if kind == "V-JEPA 2.1":
         encoder = {k.replace("module.norm.", "module.norms_block.0."): v for k, v in state["encoder"].items()}
         return {**state, "encoder": encoder}

@@ -1,6 +1,7 @@
-"""V-JEPA and V-JEPA 2.1 written from the equations, one sequence at a time: shares no code with the package.
+"""V-JEPA, 2 and 2.1 written from the equations, one sequence at a time: shares no code with the package.
 
-c: a config of either; p: the weights of one network; image: of clips of one frame that have patches of their own.
+The predictor sorts its tokens by place and returns them to their order, as published.
+c: a config of any; p: the weights of one network; image: of clips of one frame that have patches of their own.
 """
 
 import math
