@@ -15,6 +15,7 @@ from benchmarks import machine, rows
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
+from benchmarks.patched import PatchedRun
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 
@@ -108,7 +109,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun | EncodingRun | HostRun) -> None:
+    def measured(run: Run | StepRun | EncodingRun | PatchedRun | HostRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -139,6 +140,12 @@ def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callab
 def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -> Callable[..., None]:
     """bench_encoding(model, workload, stage, dtype)"""
     return lambda *what: measure(EncodingRun(*what, settings))
+
+
+@pytest.fixture
+def bench_patched(settings: Settings, measure: Callable[[PatchedRun], None]) -> Callable[..., None]:
+    """bench_patched(name, workload, stage, dtype)"""
+    return lambda *what: measure(PatchedRun(*what, settings))
 
 
 @pytest.fixture

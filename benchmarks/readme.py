@@ -93,7 +93,7 @@ def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:
 def steps(found: list[rows.Row]) -> list[str]:
     """One sentence for every training step."""
     lines = [
-        f"- {row['name']} {row['workload']}: {text.duration(row['ours_us']['p50'])} a step of {row['images']} images, "
+        f"- {row['name']} {row['workload']}: {text.duration(row['ours_us']['p50'])} a step, batch {row['images']}, "
         f"{text.times(row['ratio'])} against {row['baseline']}; {row['tokens_per_s']:.0f} tokens/s"
         for row in found
         if row["kind"] == "model" and row["ratio"] is not None

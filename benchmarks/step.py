@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, Interrupted, Settings, verdict
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import Row, failed, key, repro, timed_row
 from jepa_kernels import testing
@@ -35,8 +35,12 @@ class Step:
     pixels    pixels() -> the batch, float32 [B, C, H, W]
     masks     of the batch, on the host; masks(step=1) are others
     flops     of one step, a multiply-add being two
-    rivals    what is timed: "reference", "sdpa" (the same around SDPA), "compile" (that with compiled blocks)
+    rivals    what is timed: "reference", "sdpa" (the same around SDPA), "compile" (that with compiled blocks),
+              "published" (the network as its authors compute it)
     named     rivals that are timed only when their row is asked for: compiling takes most of a minute on a CPU
+    published published() -> the network of the rival of that name; all else is as of "reference"
+    cut       the masks of rivals, where ours are not truncated; every time in a row is then that of a step divided by
+              the context and target tokens of the step: `ours_us` by `tokens`, `baseline_us` by `baseline_tokens`
     dtypes    float32; or bfloat16: under autocast to it
     tuned     ours is as a GPU wants it: compiled blocks, and an AdamWEMA that moves the target and its shadows
     small     a step of the same kind on which parity is checked, where this one does not fit into memory in fp64
@@ -53,6 +57,8 @@ class Step:
     dtypes: tuple[str, ...] = ("float32",)
     devices: tuple[str, ...] = ("cpu",)
     tuned: bool = False
+    published: Callable[[], nn.Module] | None = None
+    cut: Callable[..., MaskBatch] | None = None
     small: "Step | None" = None
     smoke: bool = False
     stages: ClassVar[tuple[str, ...]] = ("step",)
@@ -75,10 +81,10 @@ class Parts:
             (model.context_encoder.patch_embed, "patch embedding"),
             (model.context_encoder, "encoder"),
             (model.predictor, "predictor"),
-            (model.target_encoder, "target encoder"),
         ):
             module.register_forward_hook(lambda *_, part=part: self.end(part))
-        compare = model.compare
+        targets, compare = model.targets, model.compare
+        model.targets = lambda *inputs: (targets(*inputs), self.end("target encoder"))[0]
         model.compare = lambda *inputs: (compare(*inputs), self.end("loss"))[0]
         optimizer.register_step_pre_hook(lambda *_: self.end("backward"))
         optimizer.register_step_post_hook(lambda *_: self.end("optimiser"))
@@ -103,10 +109,16 @@ class Parts:
 class Inputs:
     """The batch and the masks of a step on a device, and the type that it runs under autocast to, if any."""
 
-    def __init__(self, workload: Step, device: str, dtype: str, draw: int = 0):
-        self.host_masks = workload.masks(step=draw)
+    def __init__(self, workload: Step, device: str, dtype: str, draw: int = 0, cut: bool = False):
+        masks = workload.cut if cut and workload.cut is not None else workload.masks
+        self.host_masks = masks(step=draw)
         self.masks, self.pixels = self.host_masks.to(device), workload.pixels().to(device)
         self.low = None if dtype == "float32" else getattr(torch, dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Of contexts and targets."""
+        return int(self.host_masks.context_lengths.sum() + self.host_masks.target_lengths.sum())
 
 
 class Stepper:
@@ -177,17 +189,34 @@ class StepRun:
         workload, wanted = self.workload, self.settings.baseline
         chosen = workload.rivals if wanted is None else [n for n in workload.rivals + workload.named if n == wanted]
         found = {OURS: Stepper(self.ours(workload), self.inputs, nullcontext, workload.tuned)}
+        given = Inputs(workload, self.settings.device, self.dtype, cut=True)
         for name in chosen:
-            model = self.model(workload)
+            model = self.published(workload) if name == "published" else self.model(workload)
             if name == "compile":  # block by block: a whole step would compile for minutes
                 compile_blocks(model, dynamic=False)
-            found[name] = Stepper(model, self.inputs, reference if name == "reference" else sdpa)
+            found[name] = Stepper(model, given, sdpa if name in ("sdpa", "compile") else reference)
         return found
+
+    def published(self, workload: Step) -> nn.Module:
+        assert workload.published is not None
+        with torch.device(self.settings.device):
+            return workload.published()
+
+    def rival_error(self) -> str | None:
+        """Why the published form's time would mean nothing: on its own masks its loss is another than ours."""
+        step = self.workload.small or self.workload
+        if step.published is None:
+            return None
+        given = Inputs(step, self.settings.device, "float32", cut=True)
+        with torch.no_grad(), jk.use_backend("reference"):
+            theirs, ours = (m.loss(given.pixels, given.masks) for m in (self.published(step), self.model(step)))
+        error = ((theirs - ours) / ours).abs()
+        return None if error <= RIVAL_TOLERANCE[torch.float32] else f"the loss differs by {error:.2g} of it"
 
     def common(self, parity: dict[str, Any]) -> Row:
         masks = self.inputs.host_masks
         return {
-            "kind": "model",
+            "kind": "model" if self.workload.cut is None else "model, per token",
             "name": self.name,
             "workload": self.workload.name,
             "pass": "step",
@@ -199,15 +228,16 @@ class StepRun:
             "flops": self.workload.flops(masks),
             "threads": self.settings.threads,
             "images": masks.batch,
-            "tokens": int(masks.context_lengths.sum() + masks.target_lengths.sum()),
+            "tokens": self.inputs.tokens,
         }
 
     def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
         """Measure. A red parity fails every row and times nothing."""
         common, steppers = self.common(self.parity()), self.steppers()
         names = [n for n in steppers if n != OURS]
-        if not common["parity"]["pass"]:
-            return self.finish([failed(common, n, "parity: outside the error budget") for n in names])
+        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
+        if error:
+            return self.finish([failed(common, n, error) for n in names])
         s = self.settings
         times = timing.interleave(
             steppers,
@@ -225,14 +255,19 @@ class StepRun:
     def row(
         self, common: Row, name: str, steppers: dict[str, Stepper], times: timing.Times, memory: dict[str, int]
     ) -> Row:
-        row = timed_row(common, name, times.of(OURS), times.of(name), times.interrupted)
+        tokens, theirs = common["tokens"], steppers[name].inputs.tokens
+        ours_s, theirs_s = times.of(OURS), times.of(name)
+        if self.workload.cut is not None:
+            ours_s, theirs_s = ours_s / tokens, theirs_s / theirs
+        row = timed_row(common, name, ours_s, theirs_s, times.interrupted)
         if row["ours_us"] is None:
             return row
-        seconds = {who: row[f"{who}_us"]["p50"] / 1e6 for who in ("ours", "baseline")}
+        seconds = [float(np.median(times.of(n))) for n in (OURS, name)]
         extra = {
-            "tokens_per_s": common["tokens"] / seconds["ours"],
-            "baseline_tokens_per_s": common["tokens"] / seconds["baseline"],
-            "share_of_peak": self.share(common["flops"] / seconds["ours"]),
+            "baseline_tokens": theirs,
+            "tokens_per_s": tokens / seconds[0],
+            "baseline_tokens_per_s": theirs / seconds[1],
+            "share_of_peak": self.share(common["flops"] / seconds[0]),
             "peak_bytes": memory.get(OURS),
             "baseline_peak_bytes": memory.get(name),
         }

@@ -58,6 +58,11 @@ def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Ta
     return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
 
 
+def patched(workload: str, least: float, what: str) -> tuple[Target, Target]:
+    """Inference and training."""
+    return tuple(Target("huggingface", workload, p, "unpatched", least, what) for p in ("forward", "backward"))
+
+
 def on_gpu(
     name: str,
     workload: str,
@@ -136,6 +141,12 @@ TARGETS = (
     Target("sigreg", "n512_e512_k1024", "backward", "published", 10.0, "the eager chain, 1024 slices, 17 knots"),
     Target("collapse_stats", "vit_s16_b64", "forward", "eager", 1.5, "each number by itself, 64 x 196 latents"),
     Target("ijepa", "vit_small_16_truncated", "step", "reference", 1.0, "the plain PyTorch training step"),
+    Target("vjepa2", "vit_l_4_layers_truncated", "step", "reference", 1.35, "the plain PyTorch training step"),
+    Target("vjepa2", "vit_l_4_layers_packed_per_token", "step", "reference", 1.35, "the plain PyTorch training step"),
+    Target("vjepa2", "vit_l_4_layers_packed_per_token", "step", "published", 1.0, "the published loop over masks"),
+    *patched("vjepa2_vit_l_4_layers", 1.15, "the same model, unpatched"),
+    Target("huggingface", "vjepa2_vit_l_4_layers", "forward", "unpatched", 1.3, "the same, bf16", "bfloat16"),
+    Target("huggingface", "vjepa2_vit_l_encoder", "forward", "unpatched", 5.0, "all 2048 tokens, where 400 are kept"),
 )
 
 # A backward pass is timed together with its forward pass. Of attention, 1.3 x the best of torch's own.
@@ -165,6 +176,8 @@ ON_GPU = (
     on_gpu("grad_norm", "vit_h14", "forward", "clip", 1.5, None, "float32"),
     on_gpu("ijepa", "vit_h14_b128_truncated", "step", "compile", 1.05, 185_000),
     on_gpu("ijepa", "vit_h14_b128_truncated", "step", "reference", 1.5),
+    on_gpu("vjepa2", "vit_l_b24_truncated", "step", "compile", 1.3, 200_000),
+    on_gpu("vjepa2", "vit_l_b24_truncated", "step", "reference", 1.8),
 )
 
 

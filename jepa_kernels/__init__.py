@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Load `jepa_kernels.masks`, `.models` and `.nn` on first use: the import of the ops stays quick."""
-    if name in ("masks", "models", "nn"):
+    """Load what is built on the ops on first use: the import of the ops stays quick."""
+    if name in ("integrations", "masks", "models", "nn"):
         return importlib.import_module(f"jepa_kernels.{name}")
     raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")

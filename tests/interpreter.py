@@ -7,6 +7,7 @@ helper patches the language once more, over the last patch; here each launch doe
 Loads and stores are counted in TRAFFIC, masked lanes left out; products and exponentials in WORK, as issued.
 """
 
+import math
 from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
@@ -52,6 +53,7 @@ def install() -> None:
     """Patch the interpreter of this process; before any kernel runs."""
     dot, cast, to_float, binary = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, Builder.binary_op
     patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    unchanged = SimpleNamespace(restore=lambda: None)
     exp2 = Builder.create_exp2
     np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # it builds a table for every tensor
     load, store, patch = Builder.create_masked_load, Builder.create_masked_store, interpreter._patch_lang_tensor
@@ -110,5 +112,28 @@ def install() -> None:
     interpreter.interpreter_builder.options = quick
     interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else np_dtype(t.scalar)
     interpreter._patch_lang_tensor = patch_tensor
-    interpreter._patch_lang = lambda kernel: patch_language(everywhere)
+    interpreter._patch_lang = lambda kernel: unchanged
+    patch_language(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+    remember_types()
+
+
+def remember_types() -> None:
+    """A type and a shape are objects with a name and checks of their own, made anew for every value; here once each."""
+    make_block, of_shape, of_block = tl.block_type.__init__, {}, {}
+
+    def block_type(self, element_ty, shape):
+        key = element_ty.name, tuple(map(tl.core._unwrap_if_constexpr, shape))
+        if key not in of_block:
+            make_block(self, element_ty, shape)
+            of_block[key] = vars(self)
+        vars(self).update(of_block[key])
+
+    def tensor(self, handle, type):
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in of_shape:
+            of_shape[shape] = tl.core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_shape[shape]
+
+    tl.block_type.__init__, tl.core.tensor.__init__ = block_type, tensor

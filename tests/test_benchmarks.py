@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,12 @@ from benchmarks import machine, readme, report, rows, stats, step, targets, text
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_ijepa
+from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_vjepa2
+from benchmarks.models.published_vjepa2 import Published
+from benchmarks.patched import PatchedRun
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
+from jepa_kernels.masks import MultiBlock3d, Spec3d
 from jepa_kernels.models.ijepa import vit_tiny
 from jepa_kernels.ops import OPS
 from jepa_kernels.ops.gather_tokens import cases
@@ -239,11 +243,44 @@ def test_a_wrong_step_prints_no_number(monkeypatch):
         assert found["status"] == "failed" and found["ratio"] is None and not found["parity"]["pass"]
 
 
-def test_step_flops_are_those_that_torch_counts():
-    run = tiny_step(True)
+def one_spec():
+    """Of equal lengths: the plain form of the predictor pads to the longest sequence, and torch counts that too."""
+    masks = MultiBlock3d(bench_vjepa2.grid_of(bench_vjepa2.SMALL), specs=(Spec3d(),), truncate=True)
+    workload = replace(bench_vjepa2.WORKLOADS[-1], masks=partial(masks, 2, step=0))
+    return step.StepRun("vjepa2", workload, "step", "float32", QUICK)
+
+
+@pytest.mark.parametrize("run", [partial(tiny_step, True), one_spec], ids=["ijepa", "vjepa2"])
+def test_step_flops_are_those_that_torch_counts(run):
+    run = run()
     with jk.use_backend("reference"), FlopCounterMode(display=False) as counter:
         step.gradients(run.ours(run.workload), run.inputs.pixels, run.inputs.masks)
     assert run.common({})["flops"] == counter.get_total_flops()
+
+
+def video_step(packed):
+    workload = bench_vjepa2.workload("small", bench_vjepa2.SMALL, 2, packed=packed)
+    return step.StepRun("vjepa2", workload, "step", "float32", QUICK)
+
+
+def test_a_video_step_is_timed_against_the_published_form_of_the_same_loss(monkeypatch):
+    (found,) = video_step(packed=False).rows()
+    assert (found["baseline"], found["status"], found["kind"]) == ("published", "ok", "model")
+    assert found["tokens"] == found["baseline_tokens"] and rows.problems(document(found)) == []
+    honest = Published.compare
+    monkeypatch.setattr(Published, "compare", lambda *given: 1.01 * honest(*given))
+    (found,) = video_step(packed=False).rows()
+    assert found["status"] == "failed" and "the loss differs by 0.01 of it" in found["error"]
+
+
+def test_a_packed_video_step_shows_times_of_one_token_of_each_side():
+    run = video_step(packed=True)
+    steppers, times = run.steppers(), timing.Times({"ours": [2.0] * 3, "published": [3.0] * 3})
+    found = run.row(run.common({"pass": True}), "published", steppers, times, {})
+    assert found["tokens"] > found["baseline_tokens"] > 0, "truncation drops tokens"
+    assert found["ours_us"]["p50"] * found["tokens"] == pytest.approx(2e6)
+    assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
+    assert found["share_of_peak"] == pytest.approx(found["flops"] / 2.0 / 200e9)
 
 
 def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
@@ -255,6 +292,16 @@ def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
     assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
     assert found["share_of_peak"] == pytest.approx(run.workload.flops(run.lengths) / 2.0 / 200e9)
     assert rows.problems(document(found)) == [] and "_per_token/" in rows.key(found)
+
+
+def test_a_patched_model_is_timed_against_itself_unless_it_gives_other_numbers():
+    def wrong(model):
+        model.encoder.layernorm.weight.data.mul_(1.001)
+
+    smoke = bench_huggingface.WORKLOADS[-1]
+    for workload, status in ((smoke, "ok"), (replace(smoke, patch=wrong), "failed")):
+        (found,) = PatchedRun("huggingface", workload, "forward", "float32", QUICK).rows()
+        assert (found["baseline"], found["status"]) == ("unpatched", status) and rows.problems(document(found)) == []
 
 
 @pytest.mark.parametrize("expected, status", [((1, 2), "ok"), ((2, 1), "failed")])
@@ -421,7 +468,7 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     assert "command" not in kept and not {"host", "env"} & {*kept["machine"]} and "branch" not in kept["git"]
     tables = readme.tables(results)
     assert "| `ema_update` | vit_s16, forward | 1 ms | _foreach_lerp_ | 2 ms | **2.00 x** | 2.00 to 2.00 |" in tables
-    assert "ijepa vit_small_16_truncated: 1 ms a step of 4 images, 2.00 x against reference; 500 tokens/s" in tables
+    assert "ijepa vit_small_16_truncated: 1 ms a step, batch 4, 2.00 x against reference; 500 tokens/s" in tables
     assert tables.count("| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |") == 2
     assert "| V-JEPA 2, trained | 0.600 (" in tables and "Which way? Chance: 0.050; 5 seeds of 400:" in tables
     assert tables.count("commit 0123456789") == 2

@@ -54,6 +54,11 @@ each_strided_case = pytest.mark.parametrize(
 each_op = pytest.mark.parametrize("op", OPS)
 
 
+def interpreted(row):
+    """The interpreter runs a kernel's programs one after the other: no second run can differ for their order."""
+    return pytest.mark.interp in row.marks
+
+
 @pytest.fixture(autouse=True)
 def _kernel_must_run_here(request):
     """A backend that can't run fails the test: only hardware that is not here is a reason to skip, and a limit that
@@ -126,7 +131,7 @@ def test_every_output_and_gradient_is_within_the_error_budget(op, backend, devic
             assert within_the_budget(parity, dtype, backend, device), f"{short(dtype)} {parity}"
 
 
-@each_case
+@pytest.mark.parametrize("op, backend, device, case", [row for row in rows_with_cases() if not interpreted(row)])
 def test_two_runs_are_bitwise_equal(op, backend, device, case):
     first = run(public(op, backend), draw(case, leading_dtype(op, backend, case), device), case)
     with poisoned_memory():

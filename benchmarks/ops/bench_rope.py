@@ -55,18 +55,18 @@ def whole(batch: int, heads: int) -> Callable[[torch.Generator], Inputs]:
 
 def published(x: Tensor, positions: Tensor) -> Tensor:
     """As the published models compute it: an axis at a time, with angles for every head."""
-    turned = []
+    turned, pairs = [], x.shape[-1] // AXES // 2
     for axis in range(AXES):
-        part = x[..., axis * 2 * PAIRS : (axis + 1) * 2 * PAIRS]
-        frequencies = torch.arange(PAIRS, dtype=torch.float32, device=x.device)
-        frequencies = 1.0 / 10000 ** (frequencies / PAIRS)
+        part = x[..., axis * 2 * pairs : (axis + 1) * 2 * pairs]
+        frequencies = torch.arange(pairs, dtype=torch.float32, device=x.device)
+        frequencies = 1.0 / 10000 ** (frequencies / pairs)
         place = positions[..., None, :, axis].expand(x.shape[:-1])
         angles = torch.einsum("...n,j->...nj", place, frequencies)
         sin, cos = angles.sin().repeat(1, 1, 1, 2), angles.cos().repeat(1, 1, 1, 2)
         even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
         partner = torch.stack((-odd, even), -1).flatten(-2)
         turned.append(part * cos + partner * sin)
-    return torch.cat([*turned, x[..., AXES * 2 * PAIRS :]], -1).to(x.dtype)
+    return torch.cat([*turned, x[..., AXES * 2 * pairs :]], -1).to(x.dtype)
 
 
 def table(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -128,7 +128,7 @@ class VJEPA2(VideoJEPA):
         if c.tubelet_size < 1 or c.num_frames < 1 or c.num_frames % c.tubelet_size:
             requirement = f"be a multiple of tubelet_size {c.tubelet_size}"
             fail("VJEPA2", "num_frames", requirement, c.num_frames, "cut the clip to one")
-        side = 256 // c.patch_size if c.patch_size > 0 else 0
+        pretrained_grid = 256 // max(c.patch_size, 1)
         encoder = Encoder(
             c.crop_size,
             c.patch_size,
@@ -139,23 +139,23 @@ class VJEPA2(VideoJEPA):
             c.in_chans,
             tubelet_size=c.tubelet_size,
             rope=c.rope,
-            pretrained_grid=side if c.interpolate_rope else None,
+            pretrained_grid=pretrained_grid if c.interpolate_rope else None,
             frame_causal=c.frame_causal,
             levels=c.levels,
             image_tokenizer=c.image_tokenizer,
             modality_embedding=c.modality_embedding,
         )
         height, width = encoder.grid
-        own_grid = c.num_frames // c.tubelet_size, height, width
+        grid = c.num_frames // c.tubelet_size, height, width
         predictor = Predictor(
-            own_grid,
+            grid,
             c.embed_dim,
             c.predictor_embed_dim,
             c.predictor_depth,
             c.predictor_num_heads,
             rope=c.rope,
             num_mask_tokens=c.num_mask_tokens,
-            pretrained_grid=side if c.predictor_interpolate_rope else None,
+            pretrained_grid=pretrained_grid if c.predictor_interpolate_rope else None,
             levels=c.levels or 1,
             out_dim=c.teacher_embed_dim,
             modality_embedding=c.modality_embedding,
@@ -164,7 +164,7 @@ class VJEPA2(VideoJEPA):
         rescale_blocks(encoder.blocks)
         rescale_blocks(predictor.predictor_blocks)
         super().__init__(encoder, predictor, shadow_dtype=shadow_dtype)
-        self.config, self.grid = c, own_grid
+        self.config, self.grid = c, grid
         self.context_weight: float | Tensor = c.context_weight
 
     def forward(self, batch: Tensor, masks: AnyMasks, *, mask_index: int | Sequence[int] = 0) -> Tensor | Dense:

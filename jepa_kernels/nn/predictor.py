@@ -22,7 +22,7 @@ class Predictor(nn.Module):
 
     Targets of different masks do not see one another. Three shortcuts change no number beyond rounding: tokens are
     written once, in their place, and never sorted; with `rope` the first block's product is computed once for all
-    copies of a context or of a mask token; the last block computes the target rows alone.
+    copies of a context or of a mask token; the last block computes the target rows alone, if no others are asked.
 
     grid: (Gh, Gw) or (Gt, Gh, Gw), the latter with `rope`, of the patches.
     rope, uniform_power, pretrained_grid: as of `Encoder`; without rope: a table of positions, of `grid` alone.
@@ -132,20 +132,16 @@ class Predictor(nn.Module):
             repeated = i == 0 and rope is not None
             x = block(x, packing, rope, place(block.qkv(context), block.qkv(token)) if repeated else None)
         kept = context_ids.shape[-1]
-        if self.predictor_proj_context is not None:
-            x = self.predictor_norm(last(x, packing, rope))
-            targets, own = (
-                (x[:, kept:], x[:, :kept])
-                if pairs is None
-                else (
-                    _take(x, pairs.target_rows),
-                    _take(x, pairs.context_rows),
-                )
-            )
-            return self.predictor_proj(targets), self.predictor_proj_context(own)
-        targets = x[:, kept:] if pairs is None else _take(x, pairs.target_rows)
-        targets = last.cross(targets, x, target_packing, packing, target_rope)
-        return self.predictor_proj(self.predictor_norm(targets))
+        if self.predictor_proj_context is None:
+            targets = x[:, kept:] if pairs is None else _take(x, pairs.target_rows)
+            targets = last.cross(targets, x, target_packing, packing, target_rope)
+            return self.predictor_proj(self.predictor_norm(targets))
+        x = self.predictor_norm(last(x, packing, rope))
+        if pairs is None:
+            own, targets = x[:, :kept], x[:, kept:]
+        else:
+            own, targets = _take(x, pairs.context_rows), _take(x, pairs.target_rows)
+        return self.predictor_proj(targets), self.predictor_proj_context(own)
 
     def _tokens(self, index: int | Sequence[int]) -> Tensor:
         """[groups, dim]: the mask token of each group of target sequences."""

@@ -112,7 +112,7 @@ def test_hugging_face_has_no_place_for_some_models(first, dense, tmp_path):
         VJEPA2(dense.config).save(tmp_path / "model.safetensors", "huggingface")
 
 
-@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(3), torch.ones(0, 3, 2, 8, 8), [1.0], None])
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.ones(0, 3, 2, 8, 8), [1.0]])
 def test_whatever_stands_in_a_tensors_place_is_refused_with_a_message(first, dense, value):
     for model, heads in ((first, {"num_heads": 2}), (dense, HEADS)):
         state = meta_state(model, "encoder")

@@ -1,0 +1,135 @@
+"""A model of another library into rows: patched against as it is, same weights, same clip."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import timing
+from benchmarks.measure import OURS, Interrupted, Settings, verdict, with_backward
+from benchmarks.memory import peak_bytes
+from benchmarks.rows import Row, failed, key, repro, timed_row
+from jepa_kernels import testing
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Inference or training of a model, each with its own forward.
+
+    name      as in the row
+    model     model() -> the model, with the same weights at every call
+    small     small() -> one of fewer layers, on which parity is checked
+    patch     patch(model) puts the kernels into it
+    inputs    inputs(model) -> keyword arguments of a call; floating tensors are cast
+    outputs   outputs(model's return value) -> tensors that both give
+    own       own(model, **inputs) -> the outputs by the unpatched model's parts, where the model as a whole computes
+              something else
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    small: Callable[[], nn.Module]
+    patch: Callable[[nn.Module], Any]
+    inputs: Callable[[nn.Module], Inputs]
+    outputs: Callable[[Any], tuple[Tensor, ...]]
+    own: Callable[..., tuple[Tensor, ...]] | None = None
+    stages: tuple[str, ...] = ("forward", "backward")
+    dtypes: tuple[str, ...] = ("float32",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    smoke: bool = False
+
+
+class PatchedRun:
+    """One (model, workload)."""
+
+    def __init__(self, name: str, workload: Patched, stage: str, dtype: str, settings: Settings):
+        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
+        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+
+    def call(self, model: nn.Module, own: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+        weight, dtype = next(model.parameters()), getattr(torch, self.dtype)
+
+        def change(_: str, x: Tensor) -> Tensor:
+            x = x.to(weight.device)
+            return x.to(dtype).to(weight.dtype) if x.is_floating_point() else x
+
+        inputs = testing.map_tensors(self.workload.inputs(model), change)
+        if own and self.workload.own is not None:
+            return partial(self.workload.own, model, **inputs)
+        return lambda: self.workload.outputs(model(**inputs))
+
+    def pair(self, build: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+        """Ours and the model as it is."""
+        model = build().to(self.settings.device, getattr(torch, self.dtype)).eval()
+        patched = copy.deepcopy(model)
+        self.workload.patch(patched)
+        return {OURS: patched, "unpatched": model}
+
+    def results(self, model: nn.Module, own: bool = True) -> dict[str, Tensor]:
+        """Outputs, and the gradient of every parameter that has one."""
+        call, training = self.call(model, own), self.stage == "backward"
+        with torch.set_grad_enabled(training):
+            outputs = call()
+        found = {f"output{i}": x.detach() for i, x in enumerate(outputs)}
+        if not training:
+            return found
+        named, loss = dict(model.named_parameters()), sum(x.square().mean() for x in outputs)
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return found | {f"d{n}": g for n, g in zip(named, grads, strict=True) if g is not None}
+
+    def parity(self) -> dict[str, Any]:
+        """Outputs and gradients within the error budget of the model as it is."""
+        pair = self.pair(self.workload.small)
+        ours, model = self.results(pair[OURS], own=False), pair["unpatched"]
+        eager, exact = self.results(model), self.results(copy.deepcopy(model).double())
+        return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
+
+    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
+        """Measure. A red parity times nothing."""
+        s, common = self.settings, self.common(self.parity())
+        if not common["parity"]["pass"]:
+            return [self.finish(failed(common, "unpatched", "parity: outside the error budget"))]
+        models = self.pair(self.workload.model)
+        training = self.stage == "backward"
+        functions = {n: self.trained(m) if training else self.call(m) for n, m in models.items()}
+        with nullcontext() if training else torch.no_grad():
+            times = timing.interleave(
+                functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=timing.Clock(s.device), drive=drive
+            )
+            memory = {} if times.interrupted else {n: peak_bytes(f, s.device) for n, f in functions.items()}
+        row = timed_row(common, "unpatched", times.of(OURS), times.of("unpatched"), times.interrupted)
+        if times.interrupted:
+            raise Interrupted([self.finish(row)])
+        return [self.finish({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]})]
+
+    def trained(self, model: nn.Module) -> Callable[[], Any]:
+        call = self.call(model)
+        found = torch.autograd.grad(sum(x.sum() for x in call()), list(model.parameters()), allow_unused=True)
+        leaves = [p for p, g in zip(model.parameters(), found, strict=True) if g is not None]
+        return with_backward(call, leaves)
+
+    def common(self, parity: dict[str, Any]) -> Row:
+        return {
+            "kind": "patched",
+            "name": self.name,
+            "workload": self.workload.name,
+            "pass": self.stage,
+            "dtype": self.dtype,
+            "device": self.settings.device,
+            "backend": "automatic",
+            "parity": parity,
+            "bytes": None,
+            "flops": None,
+            "threads": self.settings.threads,
+        }
+
+    def finish(self, row: Row) -> Row:
+        s = self.settings
+        return {"share_of_peak": None, "peak_bytes": None, **row, "repro": repro(key(row), s.device, s.threads)}

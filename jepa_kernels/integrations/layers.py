@@ -1,0 +1,40 @@
+"""What patches of several libraries have in common: layers that the kernels can stand for, and why they can't."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+import jepa_kernels as jk
+
+EMBEDS = "patches embedded by one product over pixels read in place"
+
+
+def against_kernel(width: int, dropout: float) -> str | None:
+    """Why attention with heads of `width` channels must keep its own forward; None: it need not."""
+    if dropout > 0:
+        return f"attention dropout is {dropout}, which the kernel has not: 0 allows it"
+    if width % 8 or not 8 <= width <= 128:
+        return f"the kernel takes head dims that are multiples of 8 up to 128, not {width}"
+    return None
+
+
+def against_product(conv: Any) -> str | None:
+    """Why `embed`, which reads the weights of the convolution and does not call it, can't stand for it."""
+    if type(conv) not in (nn.Conv2d, nn.Conv3d):
+        return f"{type(conv).__name__} is no plain convolution"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return f"hooks on {type(conv).__name__} would not run"
+    *_, height, width = conv.kernel_size
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and not any(conv.padding)
+    if conv.stride != conv.kernel_size or height != width or not plain:
+        return "the convolution is not one product for each square patch"
+    return None
+
+
+def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor, ids: Tensor | None = None) -> Tensor:
+    """pixels [B, C, (T,) H, W] -> [B, N, E], or [M, K, E] of the patches `ids`; a rest that fills no patch is left out,
+    as by a convolution."""
+    for dim, size in enumerate(conv.kernel_size, 2):
+        side = pixels.shape[dim]
+        pixels = pixels.narrow(dim, 0, side - side % size)
+    return jk.embed_patches(pixels, ids, conv.weight, conv.bias)

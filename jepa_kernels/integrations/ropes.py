@@ -1,0 +1,62 @@
+"""Rotary positions that the layers of a foreign model share, in the precision that the model itself has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core.select import FLOATS
+from jepa_kernels.rotary import Rope, patch_positions
+
+
+class Ropes:
+    """The `Rope` of a forward, made by the first layer that asks. Copies and pickles start empty.
+
+    angle_dtype: of the products of positions and frequencies; None: as the published expression rounds them for
+        queries of that type, under that autocast.
+    """
+
+    def __init__(self, angle_dtype: torch.dtype | None) -> None:
+        self.angle_dtype = angle_dtype
+        self._last: tuple[tuple[object, ...], Tensor | None, Rope] | None = None
+
+    def __reduce__(self) -> tuple[type[Ropes], tuple[torch.dtype | None]]:
+        return Ropes, (self.angle_dtype,)
+
+    def of(self, qkv: Tensor, mask: Tensor | None, grid: tuple[int, int], pairing: str) -> Rope:
+        """For qkv [B, N, 3, H, D] of the patches `mask` [B, N], int64; None: of the first N patches of the grid.
+
+        grid: (Gh, Gw) of a frame.
+        """
+        if not self._keeps(qkv, mask):
+            return self._made(qkv, mask, grid, pairing)
+        version = None if mask is None else mask._version  # a mask may have been filled anew
+        autocast = torch.is_autocast_enabled(qkv.device.type)
+        key = (version, qkv.shape[1], qkv.shape[-1], qkv.dtype, qkv.device, autocast, grid, pairing)
+        if self._last is None or self._last[0] != key or self._last[1] is not mask:
+            self._last = key, mask, self._made(qkv, mask, grid, pairing)
+        return self._last[2]
+
+    @staticmethod
+    def _keeps(qkv: Tensor, mask: Tensor | None) -> bool:
+        """Compiled code makes equal tables once by itself; the memory of a CUDA graph is its own; a mask made in
+        inference mode has no version."""
+        if torch.compiler.is_compiling() or (qkv.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        return mask is None or not mask.is_inference()
+
+    def _made(self, qkv: Tensor, mask: Tensor | None, grid: tuple[int, int], pairing: str) -> Rope:
+        ids = torch.arange(qkv.shape[1], device=qkv.device) if mask is None else mask
+        positions = patch_positions(ids, (1, *grid))
+        if self.angle_dtype is not None:
+            return Rope(positions, pairing=pairing, angle_dtype=self.angle_dtype)
+        frequencies = published_frequencies(qkv.shape[-1] // 3 // 2, qkv.dtype, qkv.device)
+        angle_dtype = frequencies.dtype if frequencies.dtype in FLOATS else torch.float32
+        return Rope(positions, pairing=pairing, frequencies=frequencies.float(), angle_dtype=angle_dtype)
+
+
+def published_frequencies(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """10000 ** (-j / count), j < count, rounded as in the published code: the exponents in the type of the queries, the
+    powers in what autocast makes of them."""
+    exponents = torch.arange(count, dtype=dtype, device=device) / count
+    return 1.0 / 10000**exponents
