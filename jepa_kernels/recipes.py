@@ -68,12 +68,11 @@ def _unused(model: VJEPA2, *, images: bool) -> list[nn.Module | nn.Parameter]:
     """What clips of one length give no gradient: mask tokens but the first, what images alone, or videos, go through,
     norms below the trained levels. The optimiser would have no state of these, and a resumed run would miss it."""
     encoder, predictor = model.context_encoder, model.predictor
-    if images:
-        others = encoder.patch_embed, encoder.video_mod_embed, predictor.video_mod_embed
-    else:
-        others = encoder.patch_embed_img, encoder.img_mod_embed, predictor.img_mod_embed
+    of_images = encoder.patch_embed_img, encoder.img_mod_embed, predictor.img_mod_embed
+    of_videos = encoder.patch_embed, encoder.video_mod_embed, predictor.video_mod_embed
+    others = [part for part in (of_videos if images else of_images) if part is not None]
     norms = [] if encoder.levels is None else list(encoder.norms_block)[: -encoder.levels]
-    return [*list(predictor.mask_tokens)[1:], *norms, *(part for part in others if part is not None)]
+    return [*list(predictor.mask_tokens)[1:], *others, *norms]
 
 
 def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:
