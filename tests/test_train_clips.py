@@ -32,6 +32,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small leave the threads to wait for one another; runs on photos have as many as the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     """Two videos, of stripes that move to the right and of stripes that move down."""
