@@ -32,7 +32,7 @@ CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
 .PHONY: help bench test ci lint format gpu env build build-cuda clean
 help:
-	@echo "make bench         measure every op and the I-JEPA step; SMOKE=1: under a minute"
+	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            lint, then make test"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"

@@ -25,7 +25,12 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     """Copy a result into `results`, without what only its machine's owner needs; raises ValueError for a bad one."""
     document = json.loads(source.read_text())
     if "probes" in document:
-        path = results / f"{document['config']['architecture']}-probe.json"
+        try:
+            model = document["config"]["architecture"]
+            probe(model, document)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source} can't be adopted: the README can't show it, {error!r}") from error
+        path = results / f"{model}-probe.json"
         rows.write(path, document)
         return path
     wrong = rows.problems(document)

@@ -32,7 +32,7 @@ class Step:
 
     name      as in the row, e.g. "vit_small_16_truncated"
     model     model() -> the network, with the same weights at every call; model(shadow_dtype=...) with shadows
-    pixels    pixels() -> the batch, float32 [B, C, H, W]
+    pixels    pixels() -> the batch, float32 [B, C, H, W] or [B, C, T, H, W]
     masks     of the batch, on the host; masks(step=1) are others
     flops     of one step, a multiply-add being two
     rivals    what is timed: "reference", "sdpa" (the same around SDPA), "compile" (that with compiled blocks),

@@ -129,11 +129,11 @@ def clips(
     videos = len(make().videos)
 
     def which(span: str, seed: int) -> tuple[Tensor, np.ndarray]:
-        return draw_all(make(span=span, grey=1.0, scale=(0.1, 0.5), length=per_video * videos, seed=seed))
+        return draw_all(make(span=span, grey=1.0, length=per_video * videos, seed=seed))
 
     def arrow(span: str, seed: int) -> tuple[Tensor, np.ndarray]:
         length = per_video * videos
-        pixels, _ = draw_all(make(span=span, grey=1.0, scale=(0.3, 1.0), flip=False, length=length, seed=seed))
+        pixels, _ = draw_all(make(span=span, grey=1.0, flip=False, length=length, seed=seed))
         backwards = np.arange(length) // videos % 2 == 1
         pixels[backwards] = pixels[backwards].flip(2)
         return pixels, backwards

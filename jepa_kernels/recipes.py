@@ -59,9 +59,20 @@ def _photo_probes(config: Config, encoder: nn.Module, fresh: probe.Fresh) -> lis
 
 def _vjepa2(config: VJEPA2Config, *, shadow_dtype: torch.dtype | None = None) -> VJEPA2:
     model = VJEPA2(config, shadow_dtype=shadow_dtype)
-    for token in list(model.predictor.mask_tokens)[1:]:
-        token.requires_grad_(False)  # clips of one length show the first alone: the others have no gradient
+    for part in _unused(model, images=config.image_tokenizer and config.num_frames == 1):
+        part.requires_grad_(False)
     return model
+
+
+def _unused(model: VJEPA2, *, images: bool) -> list[nn.Module | nn.Parameter]:
+    """What clips of one length give no gradient: mask tokens but the first, what images alone, or videos, go through,
+    norms below the trained levels. The optimiser would have no state of these, and a resumed run would miss it."""
+    encoder, predictor = model.context_encoder, model.predictor
+    of_images = encoder.patch_embed_img, encoder.img_mod_embed, predictor.img_mod_embed
+    of_videos = encoder.patch_embed, encoder.video_mod_embed, predictor.video_mod_embed
+    others = [part for part in (of_videos if images else of_images) if part is not None]
+    norms = [] if encoder.levels is None else list(encoder.norms_block)[: -encoder.levels]
+    return [*list(predictor.mask_tokens)[1:], *others, *norms]
 
 
 def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:

@@ -30,25 +30,23 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 @cache
 def load_video(path: str, short_side: int) -> Tensor:
-    """Every frame of a file, uint8 [T, 3, H, W], whose shorter side has at most `short_side` pixels.
+    """Every frame that a file shows, uint8 [T, 3, H, W], whose shorter side has at most `short_side` pixels.
 
     It is decoded once, and kept: the four bundled videos take about two seconds and 60 MB for crops of 96 pixels.
-    Raises ValueError for a file that does not decode from its first frame to its last.
+    Raises ValueError for a file that does not decode, lacks frames, or ends before the time that its header tells.
     """
     av = extra("av")
     try:
         with av.open(path) as container:
-            frames, promised = _decode(container, short_side)
-        if not frames or len(frames) < promised:
-            raise EOFError(f"{len(frames)} of {promised} frames")
+            frames = _decode(container, short_side)
     except Exception as error:  # the decoder meets foreign bytes with errors of nearly every type
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fail("load_video", path, "be a video that decodes", why, "encode it again, or leave it out")
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def _decode(container: Any, short_side: int) -> tuple[list[np.ndarray], int]:
-    """The frames [H, W, 3], and how many the container promises; 0 where it does not say."""
+def _decode(container: Any, short_side: int) -> list[np.ndarray]:
+    """The frames [H, W, 3]; EOFError where some are missing."""
     if not container.streams.video:
         raise EOFError("no pictures")
     stream = container.streams.video[0]
@@ -56,8 +54,20 @@ def _decode(container: Any, short_side: int) -> tuple[list[np.ndarray], int]:
     stream.codec_context.options = {"err_detect": "explode"}  # without it, damage is painted over
     shrink = min(1.0, short_side / min(stream.width, stream.height))
     size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
-    shrunk = (f.reformat(**size, format="rgb24", interpolation="AREA") for f in container.decode(stream))
-    return [frame.to_ndarray() for frame in shrunk], stream.frames
+    frames, shown, end = [], 0, 0.0
+    for packet in container.demux():  # of all streams: the header's duration is that of the longest
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index == stream.index:
+            shown += packet.size > 0 and not packet.is_discard  # an edit list leaves some out
+            shrunk = (f.reformat(**size, format="rgb24", interpolation="AREA") for f in packet.decode())
+            frames += [frame.to_ndarray() for frame in shrunk]
+    seconds, frame = (container.duration or 0) / 1e6, 1 / (stream.average_rate or 10)
+    if 0 < end < seconds - 1.5 * frame:  # the last packet need not tell its duration
+        raise EOFError(f"{end:.2f} of {seconds:.2f} seconds")
+    if not frames or (stream.frames and len(frames) < shown):  # elsewhere a packet may hold no frame of its own
+        raise EOFError(f"{len(frames)} of {shown} frames")
+    return frames
 
 
 class VideoClips(Dataset[tuple[Tensor, int]]):

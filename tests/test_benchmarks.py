@@ -479,6 +479,9 @@ def test_only_complete_runs_are_adopted(tmp_path, capsys):
     for spoilt, why in (
         (document(*every_target(), status="partial"), "status is 'partial', not 'ok'"),
         (document(row()), "ema_update against the published per-parameter loop was not measured"),
+        ({**PROBE, "config": None}, "the README can't show it, TypeError"),
+        ({**PROBE, "config": {"architecture": "ajepa"}}, "the README can't show it, KeyError('ajepa')"),
+        ({name: PROBE[name] for name in PROBE if name != "config"}, "the README can't show it, KeyError('config')"),
     ):
         run.write_text(json.dumps(spoilt))
         assert readme.main(["--adopt", str(run)]) == 1

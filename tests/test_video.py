@@ -1,5 +1,6 @@
 """Clips of videos: seeded, spans that share no frame, one crop for all frames; files that are damaged or absent."""
 
+import struct
 import sys
 
 import numpy as np
@@ -11,13 +12,13 @@ from jepa_kernels import data, video
 from tests.videos import write
 
 pytest.importorskip("av")
+RAMP = np.full((50, 64, 96, 3), 5 * np.arange(50).reshape(-1, 1, 1, 1), dtype=np.uint8)  # frame t of brightness 5 t
 
 
 @pytest.fixture(scope="module")
 def ramp(tmp_path_factory):
-    """50 frames, frame t of brightness 5 t, 96 x 64 pixels."""
-    frames = np.broadcast_to(5 * np.arange(50, dtype=np.uint8)[:, None, None, None], (50, 64, 96, 3))
-    return write(tmp_path_factory.mktemp("ramp") / "ramp.mp4", np.ascontiguousarray(frames))
+    """The path of RAMP."""
+    return write(tmp_path_factory.mktemp("ramp") / "ramp.mp4", RAMP)
 
 
 def times(clip):
@@ -102,6 +103,30 @@ def test_a_span_shorter_than_the_clip_is_refused_or_its_last_frame_repeated(ramp
     )
     clips = video.VideoClips(16, 8, span="held_out", videos=[ramp], repeat_last=True)
     assert times(clips[0][0]) == [35, 39, 43, 47, 49, 49, 49, 49]
+
+
+def edited(source, first, last):
+    """The file with an edit list of frames first to last of its 25 a second, as of a cut that copies the stream."""
+    content = bytearray(source.read_bytes())
+    entry = content.index(b"elst") + 12  # behind version, flags and count: the duration in ms, and the begin in ticks
+    content[entry : entry + 8] = struct.pack(">Ii", 40 * (last + 1 - first), 512 * first)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("first, last", [(17, 49), (0, 20), (17, 20)])
+def test_of_a_cut_video_the_frames_that_are_shown_are_loaded(ramp, tmp_path, first, last):
+    (tmp_path / "cut.mp4").write_bytes(edited(ramp, first, last))
+    frames = video.load_video(str(tmp_path / "cut.mp4"), 16)
+    assert times(frames.transpose(0, 1)) == [*range(first, last + 1)]
+
+
+def test_a_video_without_a_count_of_frames_is_held_to_its_duration(ramp, tmp_path):
+    whole = write(tmp_path / "whole.mkv", RAMP)
+    assert len(video.load_video(str(whole), 16)) == 50
+    content = whole.read_bytes()
+    (tmp_path / "truncated.mkv").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ValueError, match=r"truncated.mkv must be a video that decodes, got 1\.\d+ of 2.00 seconds; "):
+        video.load_video(str(tmp_path / "truncated.mkv"), 16)
 
 
 def damaged(source, folder):
