@@ -200,6 +200,26 @@ def test_other_attention_is_left_alone(kind, options, why):
     assert meta.patch(network(kind, **options)).skipped == {"blocks.0.attn": why, "blocks.1.attn": why}
 
 
+class MaskedAttention(published.Attention):
+    """Whose mask is not of ids: added to logits, of the keys that are seen, or both."""
+
+    def __init__(self, *sizes, read):
+        super().__init__(*sizes)
+        self.read = read
+
+    def forward(self, x, mask=None):
+        return self.attend(*self.heads(x), None if mask is None else self.read(mask))[0]
+
+
+@pytest.mark.parametrize("read", [lambda mask: mask, lambda mask: mask > 0, lambda mask: mask.float()[:, None, None]])
+def test_attention_that_reads_its_mask_is_left_alone(read):
+    model = network("no-rope")
+    model.blocks[1].attn = MaskedAttention(64, 2, read=read)
+    done = meta.patch(model)
+    assert done.skipped == {"blocks.1.attn": "its `mask` is more than the ids of its tokens"}
+    assert set(done.patched) == {"patch_embed", "blocks.0.attn"}
+
+
 class NewAttention(published.Attention):
     def forward(self, x, mask=None, attn_mask=None, registers=0):
         return super().forward(x, mask, attn_mask)
