@@ -25,10 +25,10 @@ SMALL = dict(
 PATCHES = 32  # of a clip [4, 3, 32, 32]
 
 
-def small(kind: str = "VJEPA2Model", dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
+def small(kind: str = "VJEPA2Model", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> nn.Module:
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, kind)(transformers.VJEPA2Config(**{**SMALL, **changes})).to(dtype).eval()
     for x in model.parameters():  # norms and biases start as ones and zeros, which hide faults
         if x.dim() == 1:
