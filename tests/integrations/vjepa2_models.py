@@ -47,6 +47,11 @@ def masks(context: int = 11, target: int = 9, batch: int = 2, seed: int = 2, pat
     return shuffled[:, :context].sort(1).values, shuffled[:, context : context + target].sort(1).values
 
 
+def arguments() -> dict[str, list[Tensor]]:
+    context, target = masks()
+    return dict(context_mask=[context], target_mask=[target])
+
+
 def outputs(model: nn.Module, pixels: Tensor, **arguments) -> dict[str, Tensor]:
     out = model(pixels, **arguments)
     if "logits" in out:
