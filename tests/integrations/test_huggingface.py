@@ -216,6 +216,15 @@ def test_a_masked_encoder_never_reads_what_is_dropped_and_predicts():
     assert model(pixels, context_mask=[context], skip_predictor=True, return_dict=False)[0].shape == (2, 11, 64)
 
 
+@pytest.mark.parametrize("masked_encoder", [False, True])
+def test_ids_of_int32_are_those_of_int64(masked_encoder):
+    model, pixels, given = small(), clips(), arguments()
+    patch(model, masked_encoder=masked_encoder, verify=False)
+    narrow = {name: [ids.int() for ids in each] for name, each in given.items()}
+    expected, found = (model(pixels, **masks).predictor_output.last_hidden_state for masks in (given, narrow))
+    assert torch.equal(found, expected)
+
+
 def test_several_masks_are_each_mask_alone():
     model, pixels, pairs = small(), clips(), [masks(seed=s) for s in (2, 3, 4)]
     contexts, targets = ([pair[i] for pair in pairs] for i in (0, 1))

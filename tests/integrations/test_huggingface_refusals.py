@@ -122,9 +122,13 @@ def test_what_cannot_be_patched_says_why():
     with pytest.raises(ValueError, match=r"patch: only must be left out with masked_encoder, got 'encoder'"):
         patch(small(), only="encoder", masked_encoder=True)
     with pytest.raises(
-        ValueError, match=r"patch: masked_encoder must find an encoder it can replace, got encoder: lay"
+        ValueError, match=r"patch: masked_encoder must find an encoder and a predictor it can replace, got encoder: lay"
     ):
         patch(small(attn_implementation="eager"), masked_encoder=True)
+    model = small()
+    model.predictor.forward = model.predictor.forward
+    with pytest.raises(ValueError, match=r"masked_encoder must find .*, got predictor: has a forward of its own"):
+        patch(model, masked_encoder=True)
     model = small()
     patch(model)
     with pytest.raises(ValueError, match="patch: model must not be patched already, got a patched encoder"):

@@ -129,6 +129,7 @@ def test_ids_that_were_filled_anew_are_read_anew():
     meta.patch(model)
     assert not torch.allclose(model(x, mask=ids), expected, atol=1e-2)
     torch.testing.assert_close(model(x, mask=ids.copy_(other)), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(x, mask=other.int()), expected, rtol=0, atol=1e-4)
 
 
 def test_it_compiles_as_one_graph():
@@ -246,8 +247,11 @@ def test_pixels_that_patches_do_not_divide_are_cut_as_the_convolution_does():
         embed(clips[:, :, 0])
 
 
-def test_a_convolution_with_hooks_or_overlap_is_left_alone():
-    hooked, overlapping = network("ijepa"), network("ijepa")
+def test_a_convolution_with_hooks_overlap_or_another_forward_is_left_alone():
+    hooked, overlapping, changed = (network("ijepa") for _ in range(3))
+    changed.patch_embed.proj.forward = lambda x: torch.zeros(2, 64, 4, 4)
+    why = "Conv2d has a forward of its own already, set by something else"
+    assert meta.patch(changed).skipped == {"patch_embed": why}
     hooked.patch_embed.proj.register_forward_hook(lambda *_: None)
     overlapping.patch_embed.proj.stride = (2, 2)
     assert meta.patch(hooked).skipped == {"patch_embed": "hooks on Conv2d would not run"}

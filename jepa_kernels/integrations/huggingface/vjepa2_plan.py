@@ -69,11 +69,11 @@ def plan(
     parts = PARTS | (MASKED if masked_encoder else {})
     modules = {name: module for name, module in model.named_modules() if kind_of(module, parts)}
     skipped = {name: why for name, module in modules.items() if (why := _reason(module))}
-    if masked_encoder and (needed := [n for n, m in modules.items() if n in skipped and _is_of_encoder(m)]):
+    if masked_encoder and (needed := [n for n, m in modules.items() if n in skipped and _is_needed(m)]):
         fail(
             "patch",
             "masked_encoder",
-            "find an encoder it can replace",
+            "find an encoder and a predictor it can replace",
             f"{needed[0]}: {skipped[needed[0]]}",
             "change that, or leave it out",
         )
@@ -125,8 +125,9 @@ def _apart(network: Any) -> list[int]:
     return [i for i, layer in enumerate(network.layer) if _reason(layer.attention)]
 
 
-def _is_of_encoder(module: nn.Module) -> bool:
-    return bool(kind_of(module, ("VJEPA2Encoder", "VJEPA2PatchEmbeddings3D", *MASKED)))
+def _is_needed(module: nn.Module) -> bool:
+    """Whether a masked encoder can't do without its replacement: the predictor's takes contexts that are gathered."""
+    return bool(kind_of(module, ("VJEPA2Encoder", "VJEPA2PatchEmbeddings3D", "VJEPA2Predictor", *MASKED)))
 
 
 def run(model: Any, *, masked: bool) -> dict[str, Tensor]:
