@@ -272,7 +272,8 @@ def test_our_model_gives_the_same_numbers_from_the_same_weights():
             predictor_num_heads=2,
             num_mask_tokens=3,
         )
-    ).load(model.state_dict())
+    )
+    own.load(model.state_dict())
     exact = outputs(copy.deepcopy(model).double(), pixels.double(), context_mask=[context], target_mask=[target])
     theirs = outputs(model, pixels, context_mask=[context], target_mask=[target])
     encoder = own.context_encoder
