@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import jepa_kernels as jk
+from jepa_kernels.integrations.patching import own_forward
 
 EMBEDS = "patches embedded by one product over pixels read in place"
 
@@ -22,6 +23,8 @@ def against_product(conv: Any) -> str | None:
     """Why `embed`, which reads the weights of the convolution and does not call it, can't stand for it."""
     if type(conv) not in (nn.Conv2d, nn.Conv3d):
         return f"{type(conv).__name__} is no plain convolution"
+    if own := own_forward(conv, type(conv).__name__):
+        return f"{type(conv).__name__} {own}"
     if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
         return f"hooks on {type(conv).__name__} would not run"
     *_, height, width = conv.kernel_size

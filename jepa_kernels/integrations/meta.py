@@ -46,8 +46,9 @@ def patch(
     angle_dtype: of the products of positions and frequencies; None: as the unpatched model rounds them, which in bf16
         and under autocast is more coarsely than float32.
     verify: compare each replaced module alone before and after, within the error budget.
-    Left alone, with the reason: attention among action tokens, causal, with dropout of its weights or with heads that
-    no kernel takes. Raises ValueError for another signature, and ValueError and RuntimeError as `patching.apply`.
+    Left alone, with the reason: attention among action tokens, causal, with a `mask` that changes its numbers, with
+    dropout of its weights or with heads that no kernel takes. Raises ValueError for another signature, and ValueError
+    and RuntimeError as `patching.apply`.
     Source: I-JEPA (arXiv:2301.08243), V-JEPA (arXiv:2404.08471), V-JEPA 2 (arXiv:2506.09985).
     """
     ropes = Ropes(angle_dtype)
@@ -91,6 +92,8 @@ def _against_attention(attention: Any) -> str | None:
             return "its axes turn another number of channels than published"
         if _pairing(attention) is None:
             return "no rotate_queries_or_keys(x, pos) of a known pairing stands beside it"
+    elif "mask" in _signature(attention) and not _ignores_mask(attention):
+        return "its `mask` is more than the ids of its tokens"
     # Published code gives SDPA the probability of another dropout, in evaluation too.
     return against_kernel(width, attention.proj_drop_prob if uses_sdpa else attention.attn_drop.p)
 
@@ -123,9 +126,25 @@ def _pairing(attention: nn.Module) -> str | None:
 
 def _gives_weights(attention: Any) -> bool:
     """Whether its own forward gives (output, weights)."""
-    x = seeded_input(attention, 1, 1, attention.qkv.in_features)
+    return isinstance(_own_output(attention), tuple)
+
+
+def _ignores_mask(attention: Any) -> bool:
+    """Whether no mask changes its own output: not ids, nor what is added to logits, nor the keys that are seen."""
+    ids = torch.ones(4, 4, dtype=torch.long, device=attention.qkv.weight.device).tril()
+    try:
+        outs = [_own_output(attention, *mask) for mask in ((), (ids,), (ids.to(attention.qkv.weight),), (ids.bool(),))]
+        first, *others = (out[0] if isinstance(out, tuple) else out for out in outs)
+        return all(torch.equal(first, out) for out in others)
+    except Exception:  # of code that is not ours: of a mask that it reads
+        return False
+
+
+def _own_output(attention: Any, *mask: Tensor) -> Any:
+    """Of four drawn tokens, by its own forward; dropout draws the same numbers every time."""
+    x = seeded_input(attention, 1, 4, attention.qkv.in_features)
     with torch.no_grad(), torch.random.fork_rng([x.device.index] if x.is_cuda else []):
-        return isinstance(type(attention).forward(attention, x), tuple)
+        return type(attention).forward(attention, x, *mask)
 
 
 def _attend(attention: Any, qkv: Tensor, rope: Rope | None = None) -> Tensor:

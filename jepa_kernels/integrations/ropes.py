@@ -24,7 +24,7 @@ class Ropes:
         return Ropes, (self.angle_dtype,)
 
     def of(self, qkv: Tensor, mask: Tensor | None, grid: tuple[int, int], pairing: str) -> Rope:
-        """For qkv [B, N, 3, H, D] of the patches `mask` [B, N], int64; None: of the first N patches of the grid.
+        """For qkv [B, N, 3, H, D] of the patches `mask` [B, N]; None: of the first N patches of the grid.
 
         grid: (Gh, Gw) of a frame.
         """
@@ -47,12 +47,22 @@ class Ropes:
 
     def _made(self, qkv: Tensor, mask: Tensor | None, grid: tuple[int, int], pairing: str) -> Rope:
         ids = torch.arange(qkv.shape[1], device=qkv.device) if mask is None else mask
-        positions = patch_positions(ids, (1, *grid))
-        if self.angle_dtype is not None:
-            return Rope(positions, pairing=pairing, angle_dtype=self.angle_dtype)
-        frequencies = published_frequencies(qkv.shape[-1] // 3 // 2, qkv.dtype, qkv.device)
-        angle_dtype = frequencies.dtype if frequencies.dtype in FLOATS else torch.float32
-        return Rope(positions, pairing=pairing, frequencies=frequencies.float(), angle_dtype=angle_dtype)
+        return published_rope(ids, grid, qkv.shape[-1] // 3 // 2, pairing, qkv.dtype, self.angle_dtype)
+
+
+def published_rope(
+    ids: Tensor, grid: tuple[int, int], pairs: int, pairing: str, dtype: torch.dtype, angle_dtype: torch.dtype | None
+) -> Rope:
+    """How queries and keys of type `dtype`, of patches `ids`, turn `pairs` pairs of channels an axis, as published.
+
+    Frequencies are computed in the type of the queries, and angles in the type of these, but for an angle_dtype given.
+    """
+    positions = patch_positions(ids.long(), (1, *grid))
+    if angle_dtype is not None:
+        return Rope(positions, pairing=pairing, angle_dtype=angle_dtype)
+    frequencies = published_frequencies(pairs, dtype, ids.device)
+    rounded = frequencies.dtype if frequencies.dtype in FLOATS else torch.float32
+    return Rope(positions, pairing=pairing, frequencies=frequencies.float(), angle_dtype=rounded)
 
 
 def published_frequencies(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,7 +24,8 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
     overlaps or keeps the grid.
 
     model: a VisionTransformer of timm, or a module that holds one. only: names of modules; None: all that can be.
-    verify: compare the features of one drawn image before and after, within the error budget.
+    verify: compare the features of one drawn image before and after, of every ViT in the model, within the error
+        budget.
     Raises ImportError without a timm that has these classes; ValueError and RuntimeError as `patching.apply`.
     """
     attention, patch_embed = _classes()
@@ -68,10 +69,11 @@ def _attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal:
 
 
 def _attend(self: Any, qkv: Tensor) -> Tensor:
+    scale = None if self.fused_attn else self.scale  # which timm's fused attention is never given
     if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
-        return jk.masked_attention_qkv(qkv)
+        return jk.masked_attention_qkv(qkv, scale=scale)
     q, k, v = qkv.transpose(1, 3).unbind(2)
-    return jk.masked_attention(self.q_norm(q), self.k_norm(k), v)
+    return jk.masked_attention(self.q_norm(q), self.k_norm(k), v, scale=scale)
 
 
 def _patch_embed(self: Any, x: Tensor) -> Tensor:
@@ -99,12 +101,15 @@ def _against_patch_embed(patch_embed: Any) -> str | None:
 
 
 def _features(model: nn.Module) -> Mapping[str, Tensor]:
-    """Tokens of one drawn image, by the first transformer in the model."""
+    """Tokens of one drawn image, by every transformer in the model."""
+    found: dict[str, Tensor] = {}
     vit: Any
-    for vit in model.modules():
+    for name, vit in model.named_modules():
         embedding: Any = getattr(vit, "patch_embed", None)
         if hasattr(vit, "forward_features") and getattr(embedding, "img_size", None) is not None:
-            image = seeded_input(model, 1, embedding.proj.in_channels, *embedding.img_size)
-            return {"features": vit.forward_features(image)}
-    remedy = "pass verify=False, and compare outputs yourself"
-    fail("patch", "model", "hold a timm ViT with an image size, to be verified", type(model).__name__, remedy)
+            image = seeded_input(vit, 1, embedding.proj.in_channels, *embedding.img_size)
+            found[f"features of {name}" if name else "features"] = vit.forward_features(image)
+    if not found:
+        remedy = "pass verify=False, and compare outputs yourself"
+        fail("patch", "model", "hold a timm ViT with an image size, to be verified", type(model).__name__, remedy)
+    return found

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-import jepa_kernels as jk
-from jepa_kernels.integrations.huggingface import patch, register_attention, vjepa2, vjepa2_plan
+from jepa_kernels.integrations.huggingface import patch, register_attention, vjepa2
 from jepa_kernels.models import vjepa2 as own_vjepa2
+from tests.integrations.parity import failures
 from tests.integrations.vjepa2_models import (
     PATCHES,
+    arguments,
     assert_within_budget,
     clips,
     exactly,
@@ -33,11 +33,6 @@ WIDTHS = {
 SHALLOW = dict(num_hidden_layers=1, pred_num_hidden_layers=1)
 
 
-def arguments():
-    context, target = masks()
-    return dict(context_mask=[context], target_mask=[target])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_patched_equals_unpatched_forward_and_every_gradient(width, dtype):
@@ -46,6 +41,17 @@ def test_patched_equals_unpatched_forward_and_every_gradient(width, dtype):
     done = patch(model)
     assert not done.skipped and len(done.patched) == 8
     assert_within_budget(numbers(model, pixels, **given), exact, own)
+
+
+def test_under_autocast_too():
+    """Several models side by side: single numbers of one are near their budget by chance."""
+
+    def run(model):
+        dtype, given = next(model.parameters()).dtype, arguments()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            return outputs(model, clips(dtype=dtype), **given)
+
+    assert not failures([small(seed=seed, **SHALLOW) for seed in range(6)], patch, run)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -60,9 +66,8 @@ def test_a_patched_classifier_equals_unpatched(dtype):
     assert_within_budget(numbers(model, pixels), exact, own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_one_graph_without_breaks_masks_included(dtype):
-    model, given, pixels = small(dtype=dtype, **SHALLOW), arguments(), clips(dtype=dtype)
+def test_one_graph_without_breaks_masks_included():
+    model, given, pixels = small(dtype=torch.bfloat16, **SHALLOW), arguments(), clips(dtype=torch.bfloat16)
     exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
     patch(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -73,13 +78,15 @@ def test_one_graph_without_breaks_masks_included(dtype):
     assert_within_budget(numbers(model, pixels, run, **given), exact, own)
 
 
-def test_a_second_graph_takes_masks_of_all_lengths():
-    model, graphs = small(**SHALLOW), CompileCounter()
+def test_a_second_graph_takes_masks_of_all_lengths_and_gives_the_same_numbers():
+    model, graphs, pixels = small(**SHALLOW), CompileCounter(), clips()
     patch(model, verify=False)
     compiled = torch.compile(model, fullgraph=True, backend=graphs)
     for context, target in (masks(), masks(13, 5), masks(17, 11), masks(8)):
+        given = dict(context_mask=[context], target_mask=[target])
         with torch.no_grad():
-            compiled(clips(), context_mask=[context], target_mask=[target])
+            expected, found = outputs(model, pixels, **given), outputs(compiled, pixels, **given)
+        assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert graphs.frame_count == 2
 
 
@@ -109,19 +116,6 @@ def test_undo_gives_every_bit_back():
     after = numbers(model, pixels, **given)
     assert all(torch.equal(after[name], x) for name, x in before.items())
     assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
-
-
-def test_another_rotation_is_found_and_the_model_stays_as_it_was(monkeypatch):
-    def true_rotation(attention, x, ids, angle_dtype):
-        ids = torch.arange(x.shape[-2]) if ids is None else ids
-        return jk.Rope(jk.patch_positions(ids, (1, 4, 4)), pairing="interleaved")
-
-    model, pixels = small(), clips()
-    before = outputs(model, pixels)
-    monkeypatch.setattr(vjepa2, "_rope", true_rotation)
-    with pytest.raises(RuntimeError, match="the patched model must give the numbers of the model, got encoder with"):
-        patch(model)
-    assert all(torch.equal(outputs(model, pixels)[name], x) for name, x in before.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -235,6 +229,15 @@ def test_a_masked_encoder_never_reads_what_is_dropped_and_predicts():
     assert model(pixels, context_mask=[context], skip_predictor=True, return_dict=False)[0].shape == (2, 11, 64)
 
 
+@pytest.mark.parametrize("masked_encoder", [False, True])
+def test_ids_of_int32_are_those_of_int64(masked_encoder):
+    model, pixels, given = small(), clips(), arguments()
+    patch(model, masked_encoder=masked_encoder, verify=False)
+    narrow = {name: [ids.int() for ids in each] for name, each in given.items()}
+    expected, found = (model(pixels, **masks).predictor_output.last_hidden_state for masks in (given, narrow))
+    assert torch.equal(found, expected)
+
+
 def test_several_masks_are_each_mask_alone():
     model, pixels, pairs = small(), clips(), [masks(seed=s) for s in (2, 3, 4)]
     contexts, targets = ([pair[i] for pair in pairs] for i in (0, 1))
@@ -245,31 +248,6 @@ def test_several_masks_are_each_mask_alone():
         torch.testing.assert_close(together[name], torch.cat([one[name] for one in each]), rtol=1e-4, atol=1e-5)
 
 
-REASONS = {
-    "eager": (dict(attn_implementation="eager"), "attn_implementation is 'eager'"),
-    "dropout": (dict(attention_probs_dropout_prob=0.1), "attention dropout is 0.1"),
-    "width": (dict(hidden_size=40, pred_hidden_size=24), "head dims that are multiples of 8 up to 128"),
-}
-
-
-@pytest.mark.parametrize("case", REASONS)
-def test_what_has_no_kernel_keeps_its_own_forward(case):
-    changes, why = REASONS[case]
-    model, given, pixels = small(**changes), arguments(), clips()
-    exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
-    done = patch(model)
-    assert why in done.skipped["encoder.layer.0.attention"] and why in done.skipped["predictor.layer.1.attention"]
-    assert done.skipped["encoder"] == "layer 0 keeps its own attention" and "predictor" in done.patched
-    assert why in str(done)
-    assert_within_budget(numbers(model, pixels, **given), exact, own)
-
-
-def test_an_adapted_or_watched_convolution_is_left_alone():
-    model = small()
-    model.encoder.embeddings.patch_embeddings.proj.register_forward_hook(lambda *_: None)
-    assert patch(model).skipped == {"encoder.embeddings.patch_embeddings": "hooks on Conv3d would not run"}
-
-
 def test_only_some_modules_by_name():
     model, given, pixels = small(), arguments(), clips()
     exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
@@ -277,71 +255,6 @@ def test_only_some_modules_by_name():
         with patch(model, only=only) as done:
             assert all(name.startswith(("predictor", "encoder.layer.0")) for name in done.patched)
             assert_within_budget(numbers(model, pixels, **given), exact, own)
-
-
-@pytest.mark.parametrize("switch", vjepa2_plan.SWITCHES)
-def test_a_config_of_vjepa_2_1_is_refused(switch):
-    model = small()
-    setattr(model.config, switch, [1] if switch == "hierarchical_layers" else 4)
-    with pytest.raises(ValueError, match=rf"patch: config.{switch} must be .*; of V-JEPA 2.1 this patch knows nothing"):
-        patch(model)
-
-
-def test_a_signature_of_another_version_is_refused(monkeypatch):
-    from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2RopeAttention
-
-    def forward(self, hidden_states, position_mask=None, output_attentions=False, head_mask=None):
-        """As of transformers 4.57."""
-
-    monkeypatch.setattr(VJEPA2RopeAttention, "forward", forward)
-    message = (
-        r"VJEPA2RopeAttention.forward must take \(hidden_states, position_mask\), "
-        r"got \(hidden_states, position_mask, output_attentions, head_mask\) of transformers \d"
-    )
-    with pytest.raises(ValueError, match=message):
-        patch(small())
-
-
-def test_what_cannot_be_patched_says_why():
-    with pytest.raises(
-        TypeError, match=r"patch: model must be one of VJEPA2Model, .* got Linear; pass the model itself"
-    ):
-        patch(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"patch: angle_dtype must be None, float32, .* got torch.float64"):
-        patch(small(), angle_dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"patch: model must be float32, bfloat16 or float16, got torch.float64"):
-        patch(small().double())
-    with pytest.raises(ValueError, match=r"patch: only must be left out with masked_encoder, got 'encoder'"):
-        patch(small(), only="encoder", masked_encoder=True)
-    with pytest.raises(
-        ValueError, match=r"patch: masked_encoder must find an encoder it can replace, got encoder: lay"
-    ):
-        patch(small(attn_implementation="eager"), masked_encoder=True)
-    model = small()
-    patch(model)
-    with pytest.raises(ValueError, match="patch: model must not be patched already, got a patched encoder"):
-        patch(model)
-    with pytest.raises(ValueError, match="patch: model must hold weights to be verified, got the meta device"):
-        patch(small().to("meta"))
-
-
-def test_calls_that_a_patched_model_cannot_answer_say_why():
-    model, pixels = small(), clips()
-    context, target = masks()
-    patch(model, masked_encoder=True)
-    with pytest.raises(ValueError, match="target_mask must be given with context_mask, got None; or pass skip_pred"):
-        model(pixels, context_mask=[context])
-    with pytest.raises(ValueError, match="output_hidden_states must be left out with context_mask, got True"):
-        model(pixels, context_mask=[context], skip_predictor=True, output_hidden_states=True)
-    with pytest.raises(TypeError, match=r"context_mask must be a list of ids \[B, K\], got Tensor; pass \[ids\]"):
-        model(pixels, context_mask=context, target_mask=[target])
-    with pytest.raises(ValueError, match=r"context_mask must hold masks of one shape, got \[\(2, 11\), \(2, 9\)\]"):
-        model(pixels, context_mask=[context, target], target_mask=[target, target])
-    with pytest.raises(ValueError, match="context_mask and target_mask must hold as many masks, got 1 and 2"):
-        model(pixels, context_mask=[context], target_mask=[target, target])
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="patched VJEPA2: attn_implementation must not be 'eager', got a wish for att"):
-        model(pixels)
 
 
 def test_our_model_gives_the_same_numbers_from_the_same_weights():
@@ -360,7 +273,8 @@ def test_our_model_gives_the_same_numbers_from_the_same_weights():
             predictor_num_heads=2,
             num_mask_tokens=3,
         )
-    ).load(model.state_dict())
+    )
+    own.load(model.state_dict())
     exact = outputs(copy.deepcopy(model).double(), pixels.double(), context_mask=[context], target_mask=[target])
     theirs = outputs(model, pixels, context_mask=[context], target_mask=[target])
     encoder = own.context_encoder

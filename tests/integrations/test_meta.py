@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from jepa_kernels.integrations import meta, ropes
 from tests.integrations import published
@@ -129,6 +129,7 @@ def test_ids_that_were_filled_anew_are_read_anew():
     meta.patch(model)
     assert not torch.allclose(model(x, mask=ids), expected, atol=1e-2)
     torch.testing.assert_close(model(x, mask=ids.copy_(other)), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(x, mask=other.int()), expected, rtol=0, atol=1e-4)
 
 
 def test_it_compiles_as_one_graph():
@@ -141,7 +142,7 @@ def test_it_compiles_as_one_graph():
 
 def test_other_lengths_compile_nothing_new():
     torch._dynamo.reset()
-    model, counter = network("vjepa2", depth=1), CompileCounterWithBackend("aot_eager")
+    model, counter = network("vjepa2", depth=1), CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     meta.patch(model)
     clips = drawn(2, 3, 4, 12, 16)
@@ -200,6 +201,26 @@ def test_other_attention_is_left_alone(kind, options, why):
     assert meta.patch(network(kind, **options)).skipped == {"blocks.0.attn": why, "blocks.1.attn": why}
 
 
+class MaskedAttention(published.Attention):
+    """Whose mask is not of ids: added to logits, of the keys that are seen, or both."""
+
+    def __init__(self, *sizes, read):
+        super().__init__(*sizes)
+        self.read = read
+
+    def forward(self, x, mask=None):
+        return self.attend(*self.heads(x), None if mask is None else self.read(mask))[0]
+
+
+@pytest.mark.parametrize("read", [lambda mask: mask, lambda mask: mask > 0, lambda mask: mask.float()[:, None, None]])
+def test_attention_that_reads_its_mask_is_left_alone(read):
+    model = network("no-rope")
+    model.blocks[1].attn = MaskedAttention(64, 2, read=read)
+    done = meta.patch(model)
+    assert done.skipped == {"blocks.1.attn": "its `mask` is more than the ids of its tokens"}
+    assert set(done.patched) == {"patch_embed", "blocks.0.attn"}
+
+
 class NewAttention(published.Attention):
     def forward(self, x, mask=None, attn_mask=None, registers=0):
         return super().forward(x, mask, attn_mask)
@@ -226,8 +247,11 @@ def test_pixels_that_patches_do_not_divide_are_cut_as_the_convolution_does():
         embed(clips[:, :, 0])
 
 
-def test_a_convolution_with_hooks_or_overlap_is_left_alone():
-    hooked, overlapping = network("ijepa"), network("ijepa")
+def test_a_convolution_with_hooks_overlap_or_another_forward_is_left_alone():
+    hooked, overlapping, changed = (network("ijepa") for _ in range(3))
+    changed.patch_embed.proj.forward = lambda x: torch.zeros(2, 64, 4, 4)
+    why = "Conv2d has a forward of its own already, set by something else"
+    assert meta.patch(changed).skipped == {"patch_embed": why}
     hooked.patch_embed.proj.register_forward_hook(lambda *_: None)
     overlapping.patch_embed.proj.stride = (2, 2)
     assert meta.patch(hooked).skipped == {"patch_embed": "hooks on Conv2d would not run"}

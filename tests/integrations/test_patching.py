@@ -152,14 +152,17 @@ def test_a_forward_that_crashes_in_verification_is_taken_out_again(model):
     assert "forward" not in vars(model.left) and "forward" not in vars(model.right)
 
 
-def test_a_low_precision_model_is_held_to_its_own_rounding(model):
-    patch(model.bfloat16()).undo()
-    with pytest.raises(RuntimeError, match="the patched model"):
-        patch(model, doubled)
+def test_a_low_precision_model_is_held_to_its_own_rounding_and_in_float32_to_less(model):
+    with patch(model.bfloat16()) as done:
+        assert list(done.verified) == ["out", "out in float32"]
+        assert done.verified["out in float32"][0] < 1e-6 < done.verified["out"][0]
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    with pytest.raises(RuntimeError, match=r"the patched model .* got out in float32 with a relative"):
+        patch(model, slightly_off)
 
 
-def doubled(self: Half, x: Tensor, scale: float = 2.0) -> Tensor:
-    return equal(self, x, scale) * 1.03
+def slightly_off(self: Half, x: Tensor, scale: float = 2.0) -> Tensor:
+    return equal(self, x, scale) * 1.001
 
 
 def test_a_second_patch_is_refused(model):

@@ -113,7 +113,25 @@ def test_a_report_names_what_was_replaced(vit):
 
 def test_a_model_inside_another_is_found(vit):
     done = integration.patch(torch.nn.Sequential(vit(), torch.nn.Linear(5, 2)), only="0.blocks")
-    assert list(done.patched) == ["0.blocks.0.attn", "0.blocks.1.attn"] and "features" in done.verified
+    assert list(done.patched) == ["0.blocks.0.attn", "0.blocks.1.attn"] and "features of 0" in done.verified
+
+
+def test_every_transformer_is_verified(vit, monkeypatch):
+    model, own = torch.nn.ModuleDict(dict(student=vit(), teacher=vit(1))), integration._attend
+    wrong = model.teacher.blocks[1].attn
+    monkeypatch.setattr(integration, "_attend", lambda self, qkv: own(self, qkv) * (1.01 if self is wrong else 1))
+    with pytest.raises(RuntimeError, match="must give the numbers of the model, got features of teacher with"):
+        integration.patch(model)
+    assert "forward" not in vars(wrong) and len(integration.patch(model.student).verified) == 1
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scale_of_its_own_is_kept_where_timm_uses_it(vit, fused, normed):
+    models = [vit(seed, qk_norm=normed) for seed in range(3)]
+    for block in [block for model in models for block in model.blocks]:
+        block.attn.fused_attn, block.attn.scale = fused, 0.4
+    assert not failures(models, integration.patch, logits)
 
 
 def test_calls_with_masks_are_attentions_own(vit):

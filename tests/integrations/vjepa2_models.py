@@ -25,10 +25,10 @@ SMALL = dict(
 PATCHES = 32  # of a clip [4, 3, 32, 32]
 
 
-def small(kind: str = "VJEPA2Model", dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
+def small(kind: str = "VJEPA2Model", dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> nn.Module:
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, kind)(transformers.VJEPA2Config(**{**SMALL, **changes})).to(dtype).eval()
     for x in model.parameters():  # norms and biases start as ones and zeros, which hide faults
         if x.dim() == 1:
@@ -45,6 +45,11 @@ def masks(context: int = 11, target: int = 9, batch: int = 2, seed: int = 2, pat
     drawn = torch.Generator().manual_seed(seed)
     shuffled = torch.stack([torch.randperm(patches, generator=drawn) for _ in range(batch)])
     return shuffled[:, :context].sort(1).values, shuffled[:, context : context + target].sort(1).values
+
+
+def arguments() -> dict[str, list[Tensor]]:
+    context, target = masks()
+    return dict(context_mask=[context], target_mask=[target])
 
 
 def outputs(model: nn.Module, pixels: Tensor, **arguments) -> dict[str, Tensor]:

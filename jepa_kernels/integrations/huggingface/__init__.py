@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.integrations import patching
 from jepa_kernels.integrations.huggingface import ijepa, vjepa2_plan
+from jepa_kernels.integrations.huggingface.implementations import run_in_any_type
 from jepa_kernels.integrations.patching import Patch, kind_of
 
 # Class name -> what plans its patch: (model, masked_encoder, angle_dtype) -> replacements, skipped, verification.
@@ -64,7 +66,8 @@ def patch(
         fail("patch", "only", "be left out with masked_encoder", repr(only), "it needs the whole encoder")
     replacements, skipped, run = PLANS[kind](model, masked_encoder=masked_encoder, angle_dtype=angle_dtype)
     source = f"transformers {_transformers().__version__}"
-    return patching.apply(model, replacements, skipped, source=source, only=only, run=run if verify else None)
+    verified = partial(run_in_any_type, run=run) if verify else None
+    return patching.apply(model, replacements, skipped, source=source, only=only, run=verified)
 
 
 def register_attention(name: str = "jepa_kernels") -> None:

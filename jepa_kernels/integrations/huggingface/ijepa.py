@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations.huggingface.vjepa2_plan import against_attention
+from jepa_kernels.integrations.huggingface.implementations import against_attention
 from jepa_kernels.integrations.layers import EMBEDS, against_product, embed
 from jepa_kernels.integrations.patching import Replacement, Run, kind_of, own_forward, seeded_input
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.integrations.layers import embed
-from jepa_kernels.integrations.ropes import published_frequencies
+from jepa_kernels.integrations.ropes import published_rope
 from jepa_kernels.rotary import Rope
 
 AngleType = torch.dtype | None
@@ -37,20 +37,12 @@ def attention(
 
 
 def _rope(attention: Any, x: Tensor, ids: Tensor | None, angle_dtype: AngleType) -> Rope:
-    """How tokens x [..., N, :] at ids turn, in the tiled pairing of V-JEPA 2.
-
-    The model computes frequencies in the type of its queries, and angles in the type of these: so does this, but for
-    an angle_dtype of its own.
-    """
-    if ids is None:
-        ids = torch.arange(x.shape[-2], device=x.device)
-    positions = jk.patch_positions(ids, (1, attention.grid_size, attention.grid_size))
-    if angle_dtype is not None:
-        return Rope(positions, pairing="tiled", angle_dtype=angle_dtype)
-    pairs, device = attention.d_dim // 2, x.device.type
+    """How tokens x [..., N, :] at ids turn; frequencies are of the type of the queries that the model makes of x."""
+    ids = torch.arange(x.shape[-2], device=x.device) if ids is None else ids
+    device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    frequencies = published_frequencies(pairs, dtype, x.device)
-    return Rope(positions, pairing="tiled", frequencies=frequencies.float(), angle_dtype=frequencies.dtype)
+    grid = attention.grid_size, attention.grid_size
+    return published_rope(ids, grid, attention.d_dim // 2, "tiled", dtype, angle_dtype)
 
 
 def patch_embeddings(self: Any, pixel_values_videos: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -157,8 +149,8 @@ def masked_model(
 
 def gather(x: Tensor, masks: list[Tensor]) -> Tensor:
     """x [B, N, E] at ids [B, K] of each mask -> [masks * B, K, E], mask-major."""
-    _joined("context_mask", masks)
-    kept = [x.gather(1, ids.to(x.device).unsqueeze(-1).expand(-1, -1, x.shape[-1])) for ids in masks]
+    _check_masks("context_mask", masks)
+    kept = [x.gather(1, ids.to(x.device, torch.long).unsqueeze(-1).expand(-1, -1, x.shape[-1])) for ids in masks]
     return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
@@ -170,7 +162,12 @@ def _named(context_mask: list[Tensor], target_mask: list[Tensor]) -> tuple[tuple
 
 
 def _joined(name: str, masks: list[Tensor]) -> Tensor:
-    """Ids [masks * B, K] of a list of masks [B, K]."""
+    """Ids [masks * B, K], int64, of a list of masks [B, K]."""
+    _check_masks(name, masks)
+    return (masks[0] if len(masks) == 1 else torch.cat(list(masks))).long()
+
+
+def _check_masks(name: str, masks: list[Tensor]) -> None:
     if not isinstance(masks, list | tuple) or not masks or any(ids.dim() != 2 for ids in masks):
         fail("VJEPA2Model", name, "be a list of ids [B, K]", type(masks).__name__, "pass [ids]", TypeError)
     if any(ids.shape != masks[0].shape for ids in masks[1:]):
@@ -178,7 +175,6 @@ def _joined(name: str, masks: list[Tensor]) -> Tensor:
         fail(
             "VJEPA2Model", name, "hold masks of one shape", shapes, "call the model for each, or cut them to one length"
         )
-    return masks[0] if len(masks) == 1 else torch.cat(list(masks))
 
 
 def pooler_self_attention(

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
 from jepa_kernels.integrations.huggingface import vjepa2
-from jepa_kernels.integrations.layers import against_kernel, against_product
+from jepa_kernels.integrations.huggingface.implementations import against_attention
+from jepa_kernels.integrations.layers import EMBEDS, against_product
 from jepa_kernels.integrations.patching import Replacement, Run, is_patched, kind_of, own_forward, seeded_input
 
 ROPE, CONTEXT = "one table of cosines for all layers", "patches outside context_mask are dropped first"
 PARTS = {
     "VJEPA2Encoder": Replacement(vjepa2.encoder, ROPE, ("pixel_values_videos", "kwargs")),
-    "VJEPA2PatchEmbeddings3D": Replacement(
-        vjepa2.patch_embeddings, "patches embedded by embed_patches", ("pixel_values_videos",)
-    ),
+    "VJEPA2PatchEmbeddings3D": Replacement(vjepa2.patch_embeddings, EMBEDS, ("pixel_values_videos",)),
     "VJEPA2RopeAttention": Replacement(
         vjepa2.attention, "rotary positions inside masked_attention", ("hidden_states", "position_mask")
     ),
@@ -49,7 +48,6 @@ MASKED = {
     ),
     "VJEPA2Embeddings": Replacement(vjepa2.embeddings, CONTEXT, ("pixel_values_videos",)),
 }
-IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "jepa_kernels")
 # V-JEPA 2.1, in versions of transformers to come: what tells it in a config, and the value that means V-JEPA 2.
 SWITCHES: dict[str, Any] = {
     "use_rope_interleave": False,
@@ -71,11 +69,11 @@ def plan(
     parts = PARTS | (MASKED if masked_encoder else {})
     modules = {name: module for name, module in model.named_modules() if kind_of(module, parts)}
     skipped = {name: why for name, module in modules.items() if (why := _reason(module))}
-    if masked_encoder and (needed := [n for n, m in modules.items() if n in skipped and _is_of_encoder(m)]):
+    if masked_encoder and (needed := [n for n, m in modules.items() if n in skipped and _is_needed(m)]):
         fail(
             "patch",
             "masked_encoder",
-            "find an encoder it can replace",
+            "find an encoder and a predictor it can replace",
             f"{needed[0]}: {skipped[needed[0]]}",
             "change that, or leave it out",
         )
@@ -122,21 +120,14 @@ def _reason(module: Any) -> str | None:
     return None
 
 
-def against_attention(module: Any, width: int, dropout: float) -> str | None:
-    """Why attention of any of Hugging Face's models must keep its own forward."""
-    found = module.config._attn_implementation
-    if found not in IMPLEMENTATIONS:
-        return f"attn_implementation is {found!r}: model.set_attn_implementation('sdpa') before the patch allows it"
-    return against_kernel(width, dropout)
-
-
 def _apart(network: Any) -> list[int]:
     """Layers whose attention takes no Rope."""
     return [i for i, layer in enumerate(network.layer) if _reason(layer.attention)]
 
 
-def _is_of_encoder(module: nn.Module) -> bool:
-    return bool(kind_of(module, ("VJEPA2Encoder", "VJEPA2PatchEmbeddings3D", *MASKED)))
+def _is_needed(module: nn.Module) -> bool:
+    """Whether a masked encoder can't do without its replacement: the predictor's takes contexts that are gathered."""
+    return bool(kind_of(module, ("VJEPA2Encoder", "VJEPA2PatchEmbeddings3D", "VJEPA2Predictor", *MASKED)))
 
 
 def run(model: Any, *, masked: bool) -> dict[str, Tensor]:
