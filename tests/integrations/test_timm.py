@@ -216,7 +216,7 @@ def test_a_model_without_an_image_size_cannot_be_verified(vit):
     assert "forward" not in vars(blocks[0].attn) and integration.patch(blocks, verify=False).verified == {}
 
 
-def test_a_model_of_another_library_is_refused():
+def test_a_model_of_another_library_is_refused(timm):
     with pytest.raises(ValueError, match="patch: model must have a module to replace, got no module that is known"):
         integration.patch(torch.nn.Linear(3, 3))
 
