@@ -53,15 +53,12 @@ def kept_alone(model: nn.Module, pixel_values_videos: Tensor, context_mask: list
     return (model.encoder.layernorm(x),)
 
 
+SMALL = partial(build, 2, hidden_size=128, num_attention_heads=2, crop_size=64, frames_per_clip=4)
+
+
 def workload(name: str, **options: Any) -> Patched:
-    small = partial(build, 2, hidden_size=128, num_attention_heads=2, crop_size=64, frames_per_clip=4)
-    given = dict(model=partial(build, 4), small=small, patch=huggingface.patch, inputs=inputs, outputs=predicted)
+    given = dict(model=partial(build, 4), small=SMALL, patch=huggingface.patch, inputs=inputs, outputs=predicted)
     return Patched(name, **{**given, **options})
-
-
-def smoke() -> Patched:
-    made = workload("smoke", smoke=True, stages=("forward",))
-    return Patched(**{**vars(made), "model": made.small})
 
 
 WORKLOADS = (
@@ -76,7 +73,7 @@ WORKLOADS = (
         own=kept_alone,
         stages=("forward",),
     ),
-    smoke(),
+    workload("smoke", model=SMALL, smoke=True, stages=("forward",)),
 )
 
 
