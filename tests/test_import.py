@@ -258,7 +258,7 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     capsys.readouterr()
     exec(files, names)
     said = capsys.readouterr().out.strip()
-    assert said == "VJEPA2: 96 tensors loaded from Meta's layout" and f"# {said}" in files
+    assert said == "VJEPA2: 96 of its tensors loaded from Meta's layout" and f"# {said}" in files
     assert names["features"].shape == (3, 256, 384) and (tmp_path / "vjepa2.safetensors").exists()
     exec(patching, names)
     assert names["features"].shape == (1, 32, 1024) and not names["patch"].skipped

@@ -41,7 +41,7 @@ class LoadReport:
     missing: Mapping[str, str]
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {len(self.loaded)} tensors loaded from {self.layout}"]
+        lines = [f"{self.model}: {len(self.loaded)} of its tensors loaded from {self.layout}"]
         for title, found in (("ignored", self.ignored), ("missing", self.missing)):
             for reason in dict.fromkeys(found.values()):
                 names = [name for name, why in found.items() if why == reason]

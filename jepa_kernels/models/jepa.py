@@ -67,7 +67,8 @@ class JEPA(nn.Module):
         source: a mapping of names, or the path of a torch file (weights_only=True), of a .safetensors file, or of the
         .index.json of one in several. Names may be Meta's, Hugging Face's or timm's, with any prefixes of wrappers
         (`module.`, ...). One encoder is loaded into both; without a predictor the model's stays as it is; tables that
-        rotary positions replace, and what belongs to no network, are left out: the report says so.
+        rotary positions replace, and what belongs to no network, are left out: the report says so. In a file of one
+        encoder of clips a table with sines and cosines says V-JEPA; without it the mapping loads as V-JEPA 2.
         Raises ValueError, and loads nothing, for anything else that does not fit: another model or size, missing or
         unknown names, other shapes, dtypes that are not real floating, values that are not finite, tables of another
         grid; a file of `save` whose config differs in what weights do not tell, such as heads and rope.

@@ -46,7 +46,7 @@ def load_probe(source: Source, *, num_heads: int = 16, index: int = 0) -> tuple[
     )
     checkpoints.load(NAME, {"classifier": (probe, own)}, lambda _: "pass a published probe")
     ignored = {**found.ignored, **{other: "not of the probe" for other in found.networks if other != "classifier"}}
-    return probe, LoadReport(NAME, found.layout.title, tuple(f"classifier.{name}" for name in own), ignored, {})
+    return probe, LoadReport(NAME, found.layout.title, tuple(own), ignored, {})
 
 
 def _classes(state: Mapping[str, Any]) -> int | dict[str, int]:

@@ -152,7 +152,7 @@ def test_a_file_without_a_predictor_leaves_the_models(donor):
         assert same(encoder.state_dict(), donor.target_encoder.state_dict())
     assert same(model.predictor.state_dict(), before)
     assert str(report) == (
-        "VJEPA2: 56 tensors loaded from Meta's layout\n"
+        "VJEPA2: 56 of its tensors loaded from Meta's layout\n"
         "  ignored: epoch (no weights of a network)\n"
         "  missing: encoder (the target_encoder's weights are in its place)\n"
         "  missing: predictor (left as it was)"

@@ -25,7 +25,8 @@ def test_vjepas_probe_with_its_unused_layer(tmp_path):
     shapes |= published.affine("pooler.cross_attention_block.xattn.proj", 32, 32)
     torch.save({"classifier": wrapped(filled(shapes)), "epoch": 3}, tmp_path / "probe.pth.tar")
     probe, report = load_probe(tmp_path / "probe.pth.tar")
-    assert same(probe.state_dict(), filled(shapes)) and probe.pooler.cross_first and len(report.loaded) == len(shapes)
+    assert same(probe.state_dict(), filled(shapes)) and probe.pooler.cross_first
+    assert set(report.loaded) == probe.state_dict().keys()
     assert report.ignored == {"epoch": "no weights of a network"}
     assert probe.pooler.cross_attention_block.norm1.eps == 1e-5
 
