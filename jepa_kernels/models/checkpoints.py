@@ -170,7 +170,7 @@ def _problem(own: Tensor, theirs: Any, table: bool) -> str:
         return "is on the meta device"
     if not theirs.to(own.dtype).isfinite().all():
         return "holds values that are not finite"
-    return "holds other positions than those of this grid" if table and (theirs.to(own) - own).abs().mean() > APART else ""
+    return "holds other positions than the grid's" if table and (theirs.to(own) - own).abs().mean() > APART else ""
 
 
 def load(

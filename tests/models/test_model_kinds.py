@@ -118,13 +118,13 @@ def test_tables_that_vjepa2s_files_hold_unused_do_not_tell_another_model(first):
             own[name] = table
         assert "encoder.pos_embed" in model.load(state).ignored
     encoder = {**VJEPA2(vjepa2.vit_large(**SAME)).context_encoder.state_dict(), "pos_embed": torch.zeros(1, 8, 48)}
-    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds other positions than those of this grid; "):
+    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds other positions than the grid's; "):
         first.load({"encoder": encoder})
 
 
 def test_tables_of_another_grid_with_as_many_patches_are_refused(tmp_path):
     wide = small(vjepa, vjepa.VJEPA, crop_size=(16, 32))
-    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds other positions than those of this grid; "):
+    with pytest.raises(ValueError, match=r"VJEPA: .* got encoder\.pos_embed holds other positions than the grid's; "):
         small(vjepa, vjepa.VJEPA, crop_size=(32, 16)).load(wide.state_dict())
     for dtype in (torch.float16, torch.bfloat16):
         wide.save(tmp_path / "half.safetensors", dtype=dtype)
@@ -133,7 +133,7 @@ def test_tables_of_another_grid_with_as_many_patches_are_refused(tmp_path):
         wide.ema(torch.zeros(1, 3, 4, 32, 16))
     flat = IJEPA(IJEPAConfig((16, 64), 8, embed_dim=48, depth=2, num_heads=2))
     for build in (IJEPA.from_checkpoint, IJEPA.load_encoder):
-        with pytest.raises(ValueError, match=r"IJEPA: .*encoder\.pos_embed holds other positions than those of this grid; "):
+        with pytest.raises(ValueError, match=r"IJEPA: .*encoder\.pos_embed holds other positions than the grid's; "):
             build(flat.state_dict(), num_heads=2)
         build(flat.state_dict(), num_heads=2, crop_size=(16, 64))
 
