@@ -138,6 +138,16 @@ def test_tables_of_another_grid_with_as_many_patches_are_refused(tmp_path):
         build(flat.state_dict(), num_heads=2, crop_size=(16, 64))
 
 
+def test_tables_that_were_trained_on_are_loaded(tmp_path):
+    """As those of fine-tuned models of other libraries are."""
+    model, again = (IJEPA(IJEPAConfig(32, 8, embed_dim=48, depth=2, num_heads=2)) for _ in range(2))
+    with torch.no_grad():
+        for encoder in (model.context_encoder, model.target_encoder):
+            encoder.pos_embed.add_(torch.randn_like(encoder.pos_embed) * 0.1)
+    again.load(model.state_dict())
+    assert torch.equal(again.target_encoder.pos_embed, model.target_encoder.pos_embed)
+
+
 def test_the_crop_of_rotary_positions_is_not_told_by_a_table_that_is_not_used():
     networks = {"encoder": {**meta_state(VJEPA2(SMALL))["encoder"], "pos_embed": torch.zeros(1, 8192, 48)}}
     assert sizes.config_for("test", vjepa2.SIZES, networks, HEADS).crop_size == vjepa2.vit_large().crop_size
