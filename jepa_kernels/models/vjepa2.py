@@ -21,6 +21,7 @@ from jepa_kernels.models.jepa import AnyMasks
 from jepa_kernels.models.video import VideoJEPA
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.nn.block import rescale_blocks
+from jepa_kernels.nn.encoder import frames_of
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,7 @@ class VJEPA2(VideoJEPA):
 
     def __init__(self, config: VJEPA2Config | None = None, *, shadow_dtype: torch.dtype | None = None) -> None:
         c = VJEPA2Config() if config is None else config
-        if c.tubelet_size < 1 or c.num_frames < 1 or c.num_frames % c.tubelet_size:
-            requirement = f"be a multiple of tubelet_size {c.tubelet_size}"
-            fail("VJEPA2", "num_frames", requirement, c.num_frames, "cut the clip to one")
+        frames = frames_of("VJEPA2", c.num_frames, c.tubelet_size)
         pretrained_grid = 256 // max(c.patch_size, 1)
         encoder = Encoder(
             c.crop_size,
@@ -146,7 +145,7 @@ class VJEPA2(VideoJEPA):
             modality_embedding=c.modality_embedding,
         )
         height, width = encoder.grid
-        grid = c.num_frames // c.tubelet_size, height, width
+        grid = frames, height, width
         predictor = Predictor(
             grid,
             c.embed_dim,

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         check_rope("Encoder", rope)
         self.grid: tuple[int, ...] = _grid(crop_size, patch_size)
         if tubelet_size is not None and rope is None:
-            self.grid = (_frames(num_frames, tubelet_size), *self.grid)
+            self.grid = (frames_of("Encoder", num_frames, tubelet_size), *self.grid)
         if levels is not None and (depth % LEVELS or not 1 <= levels <= LEVELS):
             wanted = f"be 1 to {LEVELS}, for a depth of as many equal parts"
             fail("Encoder", "levels", wanted, f"{levels} with depth {depth}", "leave it out for one norm")
@@ -207,11 +207,11 @@ def _grid(crop_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
     return crop[0] // patch_size, crop[1] // patch_size
 
 
-def _frames(num_frames: int | None, tubelet_size: int) -> int:
-    """Gt of the table of positions of clips."""
+def frames_of(module: str, num_frames: int | None, tubelet_size: int) -> int:
+    """Gt of clips of num_frames."""
     if num_frames is None:
-        fail("Encoder", "num_frames", "be given for a video's table of positions", None, "or pass rope='tiled'")
-    if num_frames < 1 or num_frames % tubelet_size:
+        fail(module, "num_frames", "be given for a video's table of positions", None, "or pass rope='tiled'")
+    if tubelet_size < 1 or num_frames < 1 or num_frames % tubelet_size:
         requirement = f"be a multiple of tubelet_size {tubelet_size}"
-        fail("Encoder", "num_frames", requirement, num_frames, "cut the clip to one")
+        fail(module, "num_frames", requirement, num_frames, "cut the clip to one")
     return num_frames // tubelet_size
