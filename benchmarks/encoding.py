@@ -12,7 +12,7 @@ import jepa_kernels as jk
 from benchmarks import timing
 from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict, with_backward
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import Row, failed, key, repro, timed_row
+from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.nn import Encoder
@@ -101,10 +101,10 @@ class EncodingRun:
         """Measure. A red parity, or a loop that computes something else, times nothing."""
         s, common = self.settings, self.common(self.parity())
         if not common["parity"]["pass"]:
-            return [self.finish(failed(common, "loop", "parity: outside the error budget"))]
+            return [finished(failed(common, "loop", "parity: outside the error budget"), s)]
         error = self.rival_error()
         if error:
-            return [self.finish(failed(common, "loop", error))]
+            return [finished(failed(common, "loop", error), s)]
         leaves = [p for p in self.encoder.parameters() if p.requires_grad]
         masks = self.masks.context_ids, self.masks.context_packing
         functions = {
@@ -125,25 +125,9 @@ class EncodingRun:
         if row["ours_us"] is not None and self.settings.peaks and self.settings.device == "cpu":
             rate = common["flops"] / row["ours_us"]["p50"] / 1e3
             row["share_of_peak"] = rate / self.settings.peaks["fma_gflops"]["float32"]
-        return self.finish(row)
+        return finished(row, self.settings)
 
     def common(self, parity: dict[str, Any]) -> Row:
-        return {
-            "kind": "encoder",
-            "name": self.name,
-            "workload": self.workload.name,
-            "pass": self.stage,
-            "dtype": self.dtype,
-            "device": self.settings.device,
-            "backend": "automatic",
-            "parity": parity,
-            "bytes": None,
-            "flops": self.workload.flops(self.lengths) / self.tokens,
-            "threads": self.settings.threads,
-            "tokens": self.tokens,
-            "baseline_tokens": self.loop_tokens,
-        }
-
-    def finish(self, row: Row) -> Row:
-        s = self.settings
-        return {"share_of_peak": None, "peak_bytes": None, **row, "repro": repro(key(row), s.device, s.threads)}
+        flops = self.workload.flops(self.lengths) / self.tokens
+        counted = dict(flops=flops, tokens=self.tokens, baseline_tokens=self.loop_tokens)
+        return stated("encoder", self, parity, **counted)

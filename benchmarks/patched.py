@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.measure import OURS, Interrupted, Settings, verdict, with_backward
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import Row, failed, key, repro, timed_row
+from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
 
 Inputs = dict[str, Any]
@@ -93,9 +93,9 @@ class PatchedRun:
 
     def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
         """Measure. A red parity times nothing."""
-        s, common = self.settings, self.common(self.parity())
+        s, common = self.settings, stated("patched", self, self.parity())
         if not common["parity"]["pass"]:
-            return [self.finish(failed(common, "unpatched", "parity: outside the error budget"))]
+            return [finished(failed(common, "unpatched", "parity: outside the error budget"), s)]
         models = self.pair(self.workload.model)
         training = self.stage == "backward"
         functions = {n: self.trained(m) if training else self.call(m) for n, m in models.items()}
@@ -106,30 +106,11 @@ class PatchedRun:
             memory = {} if times.interrupted else {n: peak_bytes(f, s.device) for n, f in functions.items()}
         row = timed_row(common, "unpatched", times.of(OURS), times.of("unpatched"), times.interrupted)
         if times.interrupted:
-            raise Interrupted([self.finish(row)])
-        return [self.finish({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]})]
+            raise Interrupted([finished(row, s)])
+        return [finished({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]}, s)]
 
     def trained(self, model: nn.Module) -> Callable[[], Any]:
         call = self.call(model)
         found = torch.autograd.grad(sum(x.sum() for x in call()), list(model.parameters()), allow_unused=True)
         leaves = [p for p, g in zip(model.parameters(), found, strict=True) if g is not None]
         return with_backward(call, leaves)
-
-    def common(self, parity: dict[str, Any]) -> Row:
-        return {
-            "kind": "patched",
-            "name": self.name,
-            "workload": self.workload.name,
-            "pass": self.stage,
-            "dtype": self.dtype,
-            "device": self.settings.device,
-            "backend": "automatic",
-            "parity": parity,
-            "bytes": None,
-            "flops": None,
-            "threads": self.settings.threads,
-        }
-
-    def finish(self, row: Row) -> Row:
-        s = self.settings
-        return {"share_of_peak": None, "peak_bytes": None, **row, "repro": repro(key(row), s.device, s.threads)}

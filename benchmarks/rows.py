@@ -34,6 +34,30 @@ def repro(row_key: str, device: str, threads: int) -> str:
     return f"python -m benchmarks --row {row_key} --threads {threads}{extra}"
 
 
+def stated(kind: str, run: Any, parity: dict[str, Any], **more: Any) -> Row:
+    """What every row of a run of a model says, whatever was measured; `more` adds to it or takes its place."""
+    return {
+        "kind": kind,
+        "name": run.name,
+        "workload": run.workload.name,
+        "pass": run.stage,
+        "dtype": run.dtype,
+        "device": run.settings.device,
+        "backend": "automatic",
+        "parity": parity,
+        "bytes": None,
+        "flops": None,
+        "threads": run.settings.threads,
+        **more,
+    }
+
+
+def finished(row: Row, settings: Any) -> Row:
+    """With what was not measured, and the command that measures it again."""
+    blank = dict.fromkeys(("share_of_peak", "peak_bytes"))
+    return {**blank, **row, "repro": repro(key(row), settings.device, settings.threads)}
+
+
 def failed(common: Row, baseline: str, error: str) -> Row:
     """A row without a number: parity is red, or the rival can't run."""
     empty = dict.fromkeys(("ours_us", "baseline_us", "ratio", "ci95", "share_of_peak", "peak_bytes"))

@@ -16,7 +16,7 @@ import jepa_kernels as jk
 from benchmarks import timing
 from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict
 from benchmarks.memory import peak_bytes
-from benchmarks.rows import Row, failed, key, repro, timed_row
+from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.models.jepa import train_step
@@ -149,7 +149,7 @@ class StepRun:
     """One (model, workload): automatic backends against the plain PyTorch reference."""
 
     def __init__(self, name: str, workload: Step, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.dtype, self.settings = name, workload, dtype, settings
+        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
         self.group = f"{name}/{workload.name}/{stage}/{dtype}"
         self.inputs = Inputs(workload, settings.device, dtype)
 
@@ -214,22 +214,9 @@ class StepRun:
         return None if error <= RIVAL_TOLERANCE[torch.float32] else f"the loss differs by {error:.2g} of it"
 
     def common(self, parity: dict[str, Any]) -> Row:
-        masks = self.inputs.host_masks
-        return {
-            "kind": "model" if self.workload.cut is None else "model, per token",
-            "name": self.name,
-            "workload": self.workload.name,
-            "pass": "step",
-            "dtype": self.dtype,
-            "device": self.settings.device,
-            "backend": "automatic",
-            "parity": parity,
-            "bytes": None,
-            "flops": self.workload.flops(masks),
-            "threads": self.settings.threads,
-            "images": masks.batch,
-            "tokens": self.inputs.tokens,
-        }
+        masks, kind = self.inputs.host_masks, "model" if self.workload.cut is None else "model, per token"
+        counted = dict(flops=self.workload.flops(masks), images=masks.batch, tokens=self.inputs.tokens)
+        return stated(kind, self, parity, **counted)
 
     def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
         """Measure. A red parity fails every row and times nothing."""
@@ -282,9 +269,7 @@ class StepRun:
         return flops_per_s / 1e9 / self.settings.peaks["fma_gflops"]["float32"]
 
     def finish(self, found: list[Row]) -> list[Row]:
-        s = self.settings
-        blank = dict.fromkeys(("share_of_peak", "peak_bytes"))
-        return [{**blank, **row, "repro": repro(key(row), s.device, s.threads)} for row in found]
+        return [finished(row, self.settings) for row in found]
 
 
 def gradients(model: nn.Module, pixels: Tensor, masks: Any, low: torch.dtype | None = None) -> dict[str, Tensor]:
