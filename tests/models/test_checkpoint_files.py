@@ -13,6 +13,7 @@ from jepa_kernels.models import ijepa, sizes, vjepa2
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from tests.models import published, test_checkpoints, test_vjepa2_checkpoints
+from tests.models.weights import same, shaken
 
 SMALL = VJEPA2Config(
     patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2, predictor_num_heads=2,
@@ -23,15 +24,7 @@ HEADS = {"num_heads": 2, "predictor_num_heads": 2}
 
 @pytest.fixture
 def donor():
-    model = VJEPA2(SMALL)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p))
-    return model
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
+    return shaken(VJEPA2(SMALL), 1)
 
 
 def shaped(networks):

@@ -9,6 +9,7 @@ import torch
 from jepa_kernels.models import ijepa
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from tests.models import published
+from tests.models.weights import shaken
 
 SMALL = IJEPAConfig(
     crop_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2
@@ -102,12 +103,7 @@ def meta_layout(model, prefix="module."):
 @pytest.fixture
 def donor():
     """Three networks of different weights."""
-    model = IJEPA(SMALL)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "pos_embed" not in name:
-                p.add_(torch.randn_like(p))
-    return model
+    return shaken(IJEPA(SMALL), 1)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])

@@ -15,6 +15,7 @@ from jepa_kernels.nn.encoder import frame_ranges
 from jepa_kernels.packing import Packing
 from jepa_kernels.testing import compare
 from tests.models import video_equations
+from tests.models.weights import shaken
 
 SIZES = dict(crop_size=(8, 12), num_frames=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, predictor_embed_dim=32)
 GRID, FRAME = (4, 2, 3), 6  # 24 patches, 6 to a frame
@@ -25,11 +26,7 @@ KEPT = [torch.tensor([0, 1, 5, 7, 13, 14, 23]), torch.tensor([4]), torch.tensor(
 def encoder(**changes):
     c = replace(CONFIG, **changes)
     options = dict(tubelet_size=2, rope=c.rope, frame_causal=c.frame_causal)
-    found = Encoder(c.crop_size, 4, 32, c.depth, 2, **options)
-    with torch.no_grad():
-        for p in found.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-    return found
+    return shaken(Encoder(c.crop_size, 4, 32, c.depth, 2, **options), 0.15)
 
 
 def clips():

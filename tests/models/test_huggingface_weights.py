@@ -8,16 +8,9 @@ from jepa_kernels.models.probes import load_probe
 from jepa_kernels.models.vjepa2 import VJEPA2
 from jepa_kernels.nn.patch_embed import sincos_2d
 from jepa_kernels.testing import compare
+from tests.models.weights import shaken
 
 transformers = pytest.importorskip("transformers")
-
-
-def shaken(model):
-    """Norms with weights and biases, sharp attention, mask tokens that differ."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
 
 
 @pytest.fixture
@@ -27,7 +20,7 @@ def video():
         crop_size=24, frames_per_clip=4, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         pred_hidden_size=48, pred_num_hidden_layers=2, pred_num_attention_heads=2, num_labels=5, num_pooler_layers=2,
     )  # fmt: skip
-    return shaken(transformers.VJEPA2ForVideoClassification(config))
+    return shaken(transformers.VJEPA2ForVideoClassification(config), 0.1).eval()
 
 
 @pytest.fixture
@@ -35,7 +28,7 @@ def image():
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, layer_norm_eps=1e-6)
     config = transformers.IJepaConfig(image_size=24, patch_size=8, **sizes)
-    model = shaken(transformers.IJepaModel(config, add_pooling_layer=False))
+    model = shaken(transformers.IJepaModel(config, add_pooling_layer=False), 0.1).eval()
     model.embeddings.position_embeddings.data.copy_(sincos_2d((3, 3), 64)[None])  # as published
     return model
 

@@ -14,8 +14,10 @@ from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import compile_blocks
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
-from jepa_kernels.testing import compare, poisoned_memory
+from jepa_kernels.testing import poisoned_memory
 from tests.models import ijepa_equations
+from tests.models.training import failures, rows
+from tests.models.weights import shaken
 
 CONFIG = IJEPAConfig(
     crop_size=64, patch_size=8, embed_dim=48, depth=2, num_heads=2, predictor_embed_dim=32, predictor_depth=2
@@ -25,13 +27,7 @@ each_batching = pytest.mark.parametrize("truncate", [False, True], ids=["packed"
 
 
 def far_from_its_start():
-    """Norms with weights and biases, sharp attention, a target encoder of its own."""
-    model = IJEPA(CONFIG)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "pos_embed" not in name:
-                p.add_(torch.randn_like(p) * 0.15)
-    return model
+    return shaken(IJEPA(CONFIG), 0.15)
 
 
 @pytest.fixture
@@ -44,23 +40,12 @@ def sample(step, truncate, batch=3):
     return torch.randn(batch, 3, 64, 64, generator=generator), MultiBlock2d(8, truncate=truncate)(batch, step=step)
 
 
-def rows(ids, lengths):
-    return torch.from_numpy(ids).flatten().split(lengths.tolist())
-
-
 def results(model, images, masks, dtype=None):
     """Loss and every gradient, by name."""
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         loss = model.loss(images, masks)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {"loss": loss.detach(), **dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))}
-
-
-def failures(actual, exact, eager):
-    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck."""
-    sides = [[torch.cat([run[name].flatten() for run in runs]) for runs in (actual, exact, eager)] for name in exact[0]]
-    parity = [compare(name, *side) for name, side in zip(exact[0], sides, strict=True)]
-    return [str(p) for p in parity if not p.ok]
 
 
 @each_batching

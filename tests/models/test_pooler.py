@@ -10,15 +10,9 @@ from jepa_kernels.nn import AttentiveClassifier, AttentivePooler
 from jepa_kernels.packing import Packing
 from jepa_kernels.testing import compare
 from tests.models.ijepa_equations import layer_norm, linear
+from tests.models.weights import shaken
 
 WIDTH, HEADS = 64, 4
-
-
-def far_from_its_start(probe):
-    with torch.no_grad():
-        for p in probe.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return probe
 
 
 def heads_of(x):
@@ -68,7 +62,7 @@ def pooled_by_the_equations(x, p, depth, cross_first):
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_pooled_latents_and_gradients_are_those_of_the_equations(depth, queries, cross_first, packed):
     pooler = AttentivePooler(WIDTH, HEADS, depth, num_queries=queries, cross_first=cross_first)
-    pooler = far_from_its_start(pooler).double()
+    pooler = shaken(pooler, 0.1).double()
     clips = [torch.randn(n, WIDTH, dtype=torch.float64) for n in ((5, 9, 1) if packed else (7, 7, 7))]
     p = {name: value for name, value in pooler.named_parameters() if value.requires_grad}
     expected = torch.stack([pooled_by_the_equations(x, p, depth, cross_first) for x in clips])
@@ -83,7 +77,7 @@ def test_pooled_latents_and_gradients_are_those_of_the_equations(depth, queries,
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_kernels_are_within_the_error_budget_of_the_reference(packed):
-    pooler = far_from_its_start(AttentivePooler(88 * 2, 2, 2, num_queries=3))  # heads of 88 channels, as of ViT-g
+    pooler = shaken(AttentivePooler(88 * 2, 2, 2, num_queries=3), 0.1)  # heads of 88 channels, as of ViT-g
     x, packing = torch.randn(3, 20, 176), None
     if packed:
         x, packing = x.flatten(0, 1), Packing.from_lengths([20, 33, 7])
@@ -101,7 +95,7 @@ def test_huggingfaces_probe_with_the_same_weights_and_eps_is_the_same():
     from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2AttentivePooler
 
     sizes = dict(hidden_size=WIDTH, num_attention_heads=HEADS, num_pooler_layers=3, layer_norm_eps=1e-5)
-    theirs = far_from_its_start(VJEPA2AttentivePooler(VJEPA2Config(**sizes, attn_implementation="sdpa"))).double()
+    theirs = shaken(VJEPA2AttentivePooler(VJEPA2Config(**sizes, attn_implementation="sdpa")), 0.1).double()
     ours = AttentivePooler(WIDTH, HEADS, depth=4).double()
     ours.load_state_dict(renamed(theirs.state_dict()))
     x = torch.randn(2, 11, WIDTH, dtype=torch.float64)
@@ -127,7 +121,7 @@ def renamed(state):
 
 
 def test_a_classifier_has_a_query_and_a_layer_for_each_name():
-    probe = far_from_its_start(AttentiveClassifier(WIDTH, {"verb": 5, "noun": 7}, num_heads=HEADS, depth=2))
+    probe = shaken(AttentiveClassifier(WIDTH, {"verb": 5, "noun": 7}, num_heads=HEADS, depth=2), 0.1)
     x = torch.randn(2, 6, WIDTH)
     found, pooled, state = probe(x), probe.pooler(x), probe.state_dict()
     for i, name in enumerate(("verb", "noun")):
@@ -169,7 +163,7 @@ def test_the_start_is_the_published_one(cross_first, cross, blocks):
 
 def test_packed_pooling_compiles_as_one_graph():
     torch._dynamo.reset()
-    probe = far_from_its_start(AttentiveClassifier(WIDTH, 5, num_heads=HEADS, depth=1))
+    probe = shaken(AttentiveClassifier(WIDTH, 5, num_heads=HEADS, depth=1), 0.1)
     x, packing = jk.pack([torch.randn(n, WIDTH) for n in (5, 9, 1)])
     compiled = torch.compile(probe, fullgraph=True, backend="eager")
     found = compiled(x, packing, Packing.uniform(3, 1))
@@ -177,7 +171,7 @@ def test_packed_pooling_compiles_as_one_graph():
 
 
 def test_the_unused_layer_changes_nothing_and_is_not_trained():
-    pooler = far_from_its_start(AttentivePooler(WIDTH, HEADS, 1, cross_first=True))
+    pooler = shaken(AttentivePooler(WIDTH, HEADS, 1, cross_first=True), 0.1)
     x = torch.randn(2, 6, WIDTH)
     before = pooler(x)
     before.sum().backward()

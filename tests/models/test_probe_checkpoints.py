@@ -5,15 +5,12 @@ import torch
 
 from jepa_kernels.models.probes import load_probe
 from tests.models import published
+from tests.models.weights import same
 
 
 def filled(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
 
 
 def wrapped(state):

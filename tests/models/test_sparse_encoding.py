@@ -19,6 +19,7 @@ from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import compare, poisoned_memory
 from tests.models import video_equations
+from tests.models.weights import shaken
 
 SIZES, CLIP, GRID = (2, 4, 4), (3, 6, 16, 24), (3, 4, 6)  # of a patch; of a clip [C, T, H, W]; 72 patches
 WIDTH, NARROW, HEADS, DEPTH = 64, 48, 2, 2  # heads of 32 and 24 channels: 2 and 0 of them stay
@@ -33,9 +34,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.encoder = Encoder((16, 24), 4, WIDTH, encoder_depth, HEADS, tubelet_size=2, rope=pairing)
         self.predictor = Predictor(GRID, WIDTH, NARROW, depth, HEADS, rope=pairing, num_mask_tokens=3)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.add_(torch.randn_like(p) * 0.1)
+        shaken(self, 0.1)
 
     def forward(self, clips, m, mask_index=(2, 0)):
         context = self.encoder(clips, m.context_ids, m.context_packing)

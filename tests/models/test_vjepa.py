@@ -16,6 +16,7 @@ from jepa_kernels.nn.patch_embed import sincos_2d, sincos_3d
 from jepa_kernels.packing import Packing
 from tests.models import video_equations
 from tests.models.training import by_the_equations, networks, over_budget, results
+from tests.models.weights import shaken
 
 CONFIG = VJEPAConfig(
     crop_size=(8, 12),
@@ -32,13 +33,7 @@ each_batching = pytest.mark.parametrize("truncate", [False, True], ids=["packed"
 
 
 def far_from_its_start(**changes):
-    """Norms with weights and biases, sharp attention, mask tokens that differ, a target encoder of its own."""
-    model = VJEPA(replace(CONFIG, **changes))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "pos_embed" not in name:
-                p.add_(torch.randn_like(p) * 0.15)
-    return model
+    return shaken(VJEPA(replace(CONFIG, **changes)), 0.15)
 
 
 @pytest.fixture

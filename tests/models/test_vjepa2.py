@@ -18,6 +18,7 @@ from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import poisoned_memory
 from tests.models import ijepa_equations, video_equations
 from tests.models.training import by_the_equations, failures, networks, over_budget, results, rows
+from tests.models.weights import shaken
 
 CONFIG = VJEPA2Config(
     crop_size=(16, 24),
@@ -39,12 +40,7 @@ UNUSED = "predictor.mask_tokens.1", "predictor.mask_tokens.2"  # in training, wh
 
 
 def far_from_its_start(**changes):
-    """Norms with weights and biases, sharp attention, mask tokens that differ, a target encoder of its own."""
-    model = VJEPA2(replace(CONFIG, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
+    return shaken(VJEPA2(replace(CONFIG, **changes)), 0.1)
 
 
 @pytest.fixture

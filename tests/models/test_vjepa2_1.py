@@ -16,6 +16,7 @@ from jepa_kernels.models.vjepa2_1 import VJEPA2_1
 from jepa_kernels.packing import Packing
 from tests.models import video_equations
 from tests.models.training import by_the_equations, networks, over_budget, results
+from tests.models.weights import shaken
 
 CONFIG = replace(
     vjepa2_1.vit_giant_xformers(),
@@ -36,12 +37,7 @@ each_batching = pytest.mark.parametrize("truncate", [False, True], ids=["packed"
 
 
 def far_from_its_start(**changes):
-    """Norms with weights and biases, sharp attention, mask tokens that differ, a target encoder of its own."""
-    model = VJEPA2_1(replace(CONFIG, **changes))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-    return model
+    return shaken(VJEPA2_1(replace(CONFIG, **changes)), 0.15)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.nn.patch_embed import sincos_3d
 from tests.models import published
 from tests.models.test_checkpoints import millions, shapes
+from tests.models.weights import same, shaken
 
 SMALL = VJEPA2Config(
     crop_size=16,
@@ -105,15 +106,7 @@ def huggingface_layout(model):
 @pytest.fixture
 def donor():
     """Three networks of different weights."""
-    model = VJEPA2(SMALL)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p))
-    return model
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items())
+    return shaken(VJEPA2(SMALL), 1)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone.", "_orig_mod.module."])
