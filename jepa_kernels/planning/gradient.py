@@ -73,7 +73,7 @@ def gradient(
         energies, grad = _slopes(problem, old.starts)
         invalid = energies.isnan()
         energies = energies.masked_fill(invalid, torch.inf)
-        grad = torch.where(grad.isfinite(), grad, 0)
+        grad = grad.masked_fill(~grad.isfinite(), 0)
         change, m, v = grad, old.first, old.second
         if optimizer == "adam":
             m, v = torch.lerp(grad, m, betas[0]), torch.lerp(grad.square(), v, betas[1])
@@ -105,7 +105,7 @@ def _first(problem: Problem, mean: Tensor | None, noise: Tensor | None, seed: in
         noise = mean.new_empty(shape).normal_(generator=generator)
     if include_mean:
         noise = noise.clone()
-        noise[0] = 0
+        noise[0].zero_()
     return noise * problem.std() + mean
 
 

@@ -81,7 +81,7 @@ class Problem:
         """[D], written on the device: a copy from the host would wait for it."""
         vector = self.empty.new_empty(len(numbers))
         for dim, value in enumerate(numbers):
-            vector[dim] = value
+            vector[dim].fill_(value)
         return vector
 
     def std(self) -> Tensor:
