@@ -16,6 +16,13 @@ T = TypeVar("T")
 Step = Callable[[Tensor, Any], tuple[Any, Tensor, Tensor]]
 
 
+def check_graph(planner: str, graph: bool | PlanGraph, device: torch.device) -> None:
+    """No graph is asked for, or there is CUDA to record it."""
+    if graph and device.type != "cuda":
+        actual = f"{'True' if graph is True else type(graph).__name__} on {device}"
+        fail(planner, "graph", "be False where there is no CUDA", actual, "leave it out")
+
+
 def recorded(function: Callable[[], T]) -> tuple[Callable[[], None], T]:
     """A function as a CUDA graph: what replays it, and its results, which every replay writes anew.
 

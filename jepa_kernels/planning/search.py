@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.models.world import Context
-from jepa_kernels.planning.graphs import PlanGraph, steps
+from jepa_kernels.planning import graphs
+from jepa_kernels.planning.graphs import PlanGraph
 from jepa_kernels.planning.plan import Plan
 from jepa_kernels.planning.problem import Problem
 
@@ -70,6 +71,7 @@ class Search:
         """From the first mean [H, D] (None: 0) and the noise (None: of the seed)."""
         self.check()
         p = self.problem
+        graphs.check_graph(p.planner, graph, p.context.latents.device)
         moments = p.horizon, p.dims
         mean = p.given("mean", mean, *moments)
         noise = p.given("noise", noise, self.iterations, p.samples, *moments)
@@ -104,7 +106,7 @@ class Search:
             return self._moved(samples, energies, old, update), energies, invalid.sum()
 
         first = Distribution(mean, std, mean, mean.new_full((), torch.inf))
-        last, energies, invalid = steps(step, noise, first, graph)
+        last, energies, invalid = graphs.steps(step, noise, first, graph)
         chosen = last.mean if self.returns == "mean" else last.best
         return problem.plan(imagined, chosen, energies, invalid, last.mean, last.std)
 
