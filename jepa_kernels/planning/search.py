@@ -98,20 +98,19 @@ class Search:
         constrained, update, std = problem.constrained(), self.update(problem), problem.std().expand_as(mean)
         imagined = problem.imagined(problem.samples)
 
-        def step(noise: Tensor, old: Distribution) -> tuple[Distribution, Tensor, Tensor]:
+        def step(noise: Tensor, old: Distribution) -> tuple[Distribution, Tensor]:
             samples = constrained(noise * old.std + old.mean)
             energies = problem.energies(imagined, samples)
-            invalid = energies.isnan()
-            energies = energies.masked_fill(invalid, torch.inf)
-            return self._moved(samples, energies, old, update), energies, invalid.sum()
+            return self._moved(samples, energies, old, update), energies
 
         first = Distribution(mean, std, mean, mean.new_full((), torch.inf))
-        last, energies, invalid = graphs.steps(step, noise, first, graph)
+        last, energies = graphs.steps(step, noise, first, graph)
         chosen = last.mean if self.returns == "mean" else last.best
-        return problem.plan(imagined, chosen, energies, invalid, last.mean, last.std)
+        return problem.plan(imagined, chosen, energies, last.mean, last.std)
 
     def _moved(self, samples: Tensor, energies: Tensor, old: Distribution, update: Update) -> Distribution:
-        values, order = energies.topk(self.elites, largest=False)
+        values, order = energies.topk(self.elites, largest=False)  # NaN comes last, behind infinity
+        values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
         elites, finite = samples[order], (values < torch.inf).sum()
         mean, std = update(elites, values, finite, old)
         better = values[0] < old.lowest

@@ -159,11 +159,17 @@ def test_plans_of_a_gpu_wait_for_nothing(name):
 @needs_gpu
 @each_planner
 def test_a_gpu_finds_the_plan_of_the_cpu(planner):
-    """In fp64, from the same noise."""
+    """In fp64, from the same noise, where the cost of some samples is NaN."""
     plans = []
     for world in (Bent(), on_gpu(torch.float64)):
         context, goal = next(questions(world))
         noise = torch.randn(6, 24, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        plans.append(planner(world, context, goal, noise=noise.to(goal.device)))
+        cost = costs.goal_distance(goal)
+
+        def broken(latents, actions, cost=cost):
+            return cost(latents, actions).masked_fill(actions[:, 0, 0] > 0.6, torch.nan)
+
+        plans.append(planner(world, context, cost=broken, noise=noise.to(goal.device)))
+    assert plans[0].invalid[0] > 2 and torch.equal(plans[1].invalid.cpu(), plans[0].invalid)
     torch.testing.assert_close(plans[1].actions.cpu(), plans[0].actions, rtol=0, atol=1e-12)
     torch.testing.assert_close(plans[1].energies.cpu(), plans[0].energies, rtol=0, atol=1e-12)
