@@ -4,6 +4,7 @@ from jepa_kernels.nn.attention import Attention
 from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
+from jepa_kernels.nn.modulation import Modulation, modulate
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.pooler import AttentiveClassifier, AttentivePooler
 from jepa_kernels.nn.predictor import Predictor
@@ -17,8 +18,10 @@ __all__ = [
     "AttentivePooler",
     "Block",
     "Encoder",
+    "Modulation",
     "PatchEmbed",
     "Predictor",
     "SIGReg",
     "compile_blocks",
+    "modulate",
 ]
