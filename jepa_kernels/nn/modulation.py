@@ -16,10 +16,11 @@ class Modulation(nn.Sequential):
     """
 
     def __init__(self, dim: int, parts: int = 6, *, std: float = 0.0) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(dim, parts * dim))
+        linear = nn.Linear(dim, parts * dim)
+        nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        super().__init__(nn.SiLU(), linear)
         self.parts = parts
-        nn.init.normal_(self[1].weight, std=std) if std else nn.init.zeros_(self[1].weight)
-        nn.init.zeros_(self[1].bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """condition [..., D] -> `parts` of that shape, views of one product.
