@@ -21,20 +21,20 @@ class SaveError(RuntimeError):
     """A file of the run can't be written; the one before it is whole."""
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
+def write(path: Path, content: bytes | memoryview, verb: str = "train") -> None:
     """Write a file beside `path` and rename it: a full disk or a crash leaves the old one whole."""
     try:
         with replacing(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
-        raise unwritable(path, error, len(content)) from error
+        raise unwritable(path, error, len(content), verb) from error
 
 
-def unwritable(path: Path, error: OSError, size: int) -> SaveError:
+def unwritable(path: Path, error: OSError, size: int, verb: str = "train") -> SaveError:
     """The error that says which file of how many bytes could not be written, why, and what is left."""
     kept = "; the checkpoint before it is whole, continue with --resume" if (path.parent / CHECKPOINT).exists() else ""
     return SaveError(
-        f"train: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
+        f"{verb}: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
         f"free space or pass another --out{kept}"
     )
 

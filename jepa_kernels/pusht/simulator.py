@@ -53,7 +53,6 @@ class Simulator:
             fail("Simulator", "state", f"hold {len(STATE)} finite numbers", np.shape(state), f"pass {', '.join(STATE)}")
         env = self._env
         env.reset(options={"reset_to_state": ASIDE})
-        env.goal_pose = UNSEEN
         # Its callback counts contact points for `info` and takes longer than the physics.
         env.space.add_collision_handler(COLLISION_KIND, COLLISION_KIND).post_solve = _ignore
         x, y, vx, vy, block_x, block_y, angle, block_vx, block_vy, spin = (float(v) for v in state)
@@ -88,9 +87,13 @@ class Simulator:
             space.step(dt)
             x, y = agent.position
 
-    def frame(self) -> np.ndarray:
-        """What is seen, uint8 [3, size, size]: gym-pusht's own drawing, averaged over the pixels that become one."""
+    def frame(self, ghost: np.ndarray | None = None) -> np.ndarray:
+        """What is seen, uint8 [3, size, size]: gym-pusht's own drawing, averaged over the pixels that become one.
+
+        ghost: a state [10] whose block is drawn beneath, in green.
+        """
         pygame = extra("pygame", "plan")
+        self._env.goal_pose = UNSEEN if ghost is None else ghost[4:7]
         picture = pygame.transform.smoothscale(self._env._draw(), (self.size, self.size))
         return np.ascontiguousarray(pygame.surfarray.array3d(picture).transpose(2, 1, 0))
 
