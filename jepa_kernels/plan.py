@@ -67,9 +67,11 @@ def prepare(options: argparse.Namespace) -> Job:
     for name in names:
         if name not in POLICIES:
             fail("plan", "--policies", f"name some of {', '.join(POLICIES)}", repr(name), "check the spelling")
-    for name in ("episodes", "actions"):
+    for name in ("episodes", "actions", "horizon", "samples", "iterations"):
         if getattr(options, name) < 1:
-            fail("plan", f"--{name}", "be at least 1", getattr(options, name), "leave it out for 20")
+            fail("plan", f"--{name}", "be at least 1", getattr(options, name), "leave it out for the usual number")
+    if not 2 <= options.elites <= options.samples:
+        fail("plan", "--elites", f"lie in 2..{options.samples}", options.elites, "samples bound it")
     for module in ("rich", "matplotlib", "av", "gym_pusht"):
         extra(module, "plan")  # before the first episode, not after the last
     world, _ = LeWorldModel.from_checkpoint(options.checkpoint)
@@ -150,7 +152,7 @@ def show(found: dict[str, Any]) -> None:
         ratio = ["", ""]
         if row["ratio_to_random"] is not None:
             ratio = [f"{row['ratio_to_random']:.2f}", "{:.2f} to {:.2f}".format(*row["ratio_ci95"])]
-        table.add_row(POLICIES[name], f"{row['median_distance']:.0f}", "{:.0f} to {:.0f}".format(*row["ci95"]), *ratio)
+        table.add_row(name, f"{row['median_distance']:.0f}", "{:.0f} to {:.0f}".format(*row["ci95"]), *ratio)
     extra("rich", "plan").print(table)
 
 

@@ -97,7 +97,20 @@ def test_frames_show_agent_and_block_where_they_are():
     red, green, blue = frame[:, int(y), int(x)].astype(int)
     assert 100 < red < green < blue < 200, "the block is of a bluish grey"
     assert frame[:, 50, 10].tolist() == [255, 255, 255]
-    assert not (frame == np.array([144, 238, 144])[:, None, None]).all(0).any(), "gym-pusht's own goal is not drawn"
+    assert (frame[1] <= frame[2]).all(), "nothing is green: gym-pusht's own goal is left out"
+    ghost = sim.frame(ghost=np.array([0, 0, 0, 0, 100.0, 350.0, 0, 0, 0, 0]))
+    assert ghost[:, 365 // 8, 100 // 8].tolist() == [144, 238, 144] and (ghost != frame).any(0).sum() > 80
+
+
+def test_frames_are_functions_of_the_state():
+    """Also in mid-push, where gym-pusht's own pictures mark the contacts."""
+    pushing, put = Simulator(64, 1), Simulator(64, 1)
+    pushing.set(TOUCHING)
+    for _ in range(3):
+        pushing.step(np.array([1.0, 0.0]))
+    put.set(pushing.state())
+    assert np.abs(pushing.state()[7:]).min() > 0
+    np.testing.assert_array_equal(pushing.frame(), put.frame())
 
 
 @pytest.mark.parametrize("state", [TOUCHING[:5], np.full(10, math.nan)])

@@ -21,7 +21,7 @@ from jepa_kernels.files import replacing
 from jepa_kernels.pusht.simulator import ACTION_DIM, FRAME_SKIP, REACH, SIDE, Simulator, centre, start
 
 PARTS = ("train", "held_out")  # no episode's randomness is shared
-FORMAT = 1  # of what episodes are: a change of the script below makes others
+FORMAT = 2  # of what episodes are: a change of the script below makes others
 APPROACH = (75.0, 120.0)  # pixels from the block's centre to where a push begins
 PUSH = (50.0, 200.0)  # pixels that a push goes on past the point where it began
 WANDER = 0.3  # share of stretches without a plan: random actions, drawn to the block

@@ -22,7 +22,7 @@ FRAME_SKIP = 5  # of 0.1 s each: by then the agent has come within 4 % of its ta
 SIDE = 512  # pixels of the table, whose walls stand 5 from its edge
 MARGIN = 20.0  # the agent's targets keep off the edge, so that all of its disc is seen
 ASIDE = (50.0, 50.0, 256.0, 256.0, 0.0)  # a state in which nothing touches
-UNSEEN = np.array([-10.0 * SIDE, -10.0 * SIDE, 0.0])  # where gym-pusht's own goal is drawn: goals here are pictures
+GHOST = (144, 238, 144)  # light green
 COLLISION_KIND = 0  # of every shape
 
 
@@ -88,13 +88,23 @@ class Simulator:
             x, y = agent.position
 
     def frame(self, ghost: np.ndarray | None = None) -> np.ndarray:
-        """What is seen, uint8 [3, size, size]: gym-pusht's own drawing, averaged over the pixels that become one.
+        """What is seen, uint8 [3, size, size]: gym-pusht's own shapes, averaged over the pixels that become one.
 
-        ghost: a state [10] whose block is drawn beneath, in green.
+        A function of the state: gym-pusht's red marks at contacts, which tell of the step before, are left out, and
+        its goal, since goals here are pictures. ghost: a state [10] whose block is drawn beneath, in green.
         """
         pygame = extra("pygame", "plan")
-        self._env.goal_pose = UNSEEN if ghost is None else ghost[4:7]
-        picture = pygame.transform.smoothscale(self._env._draw(), (self.size, self.size))
+        env, screen = self._env, pygame.Surface((SIDE, SIDE))
+        screen.fill((255, 255, 255))
+        if ghost is not None:
+            body = env.get_goal_pose_body(ghost[4:7])
+            for shape in env.block.shapes:
+                corners = [tuple(body.local_to_world(corner)) for corner in shape.get_vertices()]
+                pygame.draw.polygon(screen, GHOST, corners)
+        drawing = extra("gym_pusht.envs.pymunk_override", "plan").DrawOptions(screen)
+        drawing.flags = drawing.DRAW_SHAPES
+        env.space.debug_draw(drawing)
+        picture = pygame.transform.smoothscale(screen, (self.size, self.size))
         return np.ascontiguousarray(pygame.surfarray.array3d(picture).transpose(2, 1, 0))
 
     def rollout(self, state: np.ndarray, actions: np.ndarray) -> np.ndarray:
