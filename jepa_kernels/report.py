@@ -15,6 +15,7 @@ from jepa_kernels.data import extra
 from jepa_kernels.files import replacing
 
 CHECKPOINT = "latest.pt"
+WEIGHTS = "model.safetensors"
 
 
 class SaveError(RuntimeError):
@@ -45,7 +46,7 @@ def plot(metrics: Path, picture: Path) -> None:
     pyplot = extra("matplotlib.pyplot")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    names = {"loss": "loss", "std": "target feature std", "rank": "effective rank", "lr": "learning rate"}
+    names = {"loss": "loss", "std": "feature std", "rank": "effective rank", "lr": "learning rate"}
     for axis, (key, title) in zip(axes, names.items(), strict=True):
         axis.plot([r["step"] for r in rows], [r[key] for r in rows])
         axis.set(title=title, xlabel="step")
@@ -79,11 +80,12 @@ def show(probes: list[dict[str, Any]]) -> None:
     """Print each probe's scores as a table."""
     rich = extra("rich.table")
     for asked in probes:
-        table = rich.Table(title=asked["question"], caption=f"chance: {asked['chance']:.3f}")
-        for column in ("probe", "features", "accuracy", "95 % interval"):
+        chance = f"chance: {asked['chance']:.3f}" if "chance" in asked else None
+        table = rich.Table(title=asked["question"], caption=chance)
+        for column in ("probe", "features", asked.get("score", "accuracy"), "95 % interval"):
             table.add_column(column)
-        for probe in ("knn", "linear"):
-            for name, score in asked[probe].items():
+        for probe, scores in asked.items():
+            for name, score in scores.items() if isinstance(scores, dict) else ():
                 low, high = score["ci95"]
                 table.add_row(probe, name.replace("_", " "), f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}")
         extra("rich").print(table)
