@@ -64,10 +64,10 @@ def test_predictions_and_gradients_are_those_of_the_equations(kind, low):
     with jk.use_backend("reference"):
         eager = run(model, model, inputs, low)
         exact = run(wide, wide, double(inputs))
-    stated = run(wide, lambda *x: by_the_equations(wide, *x), double(inputs))
-    for name, value in stated.items():  # angles of the equations are exact, ours are rounded to fp32
-        assert (exact[name] - value).norm() <= 4e-6 * value.norm(), name
     if low is None:
+        stated = run(wide, lambda *x: by_the_equations(wide, *x), double(inputs))
+        for name, value in stated.items():  # angles of the equations are exact, ours are rounded to fp32
+            assert (exact[name] - value).norm() <= 4e-6 * value.norm(), name
         bad = [parity for n in exact if not (parity := compare(n, found[n], exact[n], eager[n])).ok]
         assert not bad, bad
     else:  # of all gradients together: single ones have few numbers
@@ -86,7 +86,7 @@ def test_later_frames_and_actions_leave_no_trace(kind):
 
 
 def test_the_rule_of_frames_is_the_dense_mask_exactly():
-    """With values of one each, the output is the weights themselves: above 0 where the mask is True, and 0 elsewhere."""
+    """With values of one each, the output is the weights: above 0 where the mask is True, and 0 elsewhere."""
     frames, tokens = 3, 8
     mask = world_equations.frame_mask(frames, tokens)
     q, k = (torch.randn(1, 1, 24, 24) for _ in range(2))
@@ -102,8 +102,7 @@ def test_frames_are_encoded_alone_as_still_clips_and_normalised():
     latents = model.encode(frames)
     assert latents.shape == (2, 3, 6, 24) and not latents.requires_grad
     one = frames[1, 2].float() / 255
-    statistics = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    mean, std = statistics
+    mean, std = (torch.tensor(x)[:, None, None] for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     clip = ((one - mean) / std)[:, None].expand(-1, 2, -1, -1)  # shown for a whole tubelet
     plain = WorldModel(WorldModelConfig(**{**SMALL, "rope_grid": 4}, mean=None, std=None)).encoder
     plain.load_state_dict(model.encoder.state_dict())
@@ -189,7 +188,7 @@ def test_a_training_step_compiles_as_one_graph():
     "changes, message",
     [
         ({"conditioning": "film"}, "conditioning must be tokens or adaln, got 'film'"),
-        ({"conditioning": "adaln"}, "state_dim and extrinsics_dim must be None with adaln, got 7 and 6; leave them out"),
+        ({"conditioning": "adaln"}, "state_dim and extrinsics_dim must be None with adaln, got 7 and 6; leave them"),
         ({"distance": "cosine"}, "distance must be l1 or l2, got 'cosine'"),
         ({"use_extrinsics": True, "extrinsics_dim": None}, "sizes must be at least 1, and known where used"),
         ({"num_frames": 7}, "num_frames must be a multiple of tubelet_size 2, got 7"),

@@ -4,13 +4,13 @@ As published: a product each for queries, keys and values of action, state, came
 prediction of a rollout computes every frame before it anew. c: a config; p: the weights of the predictor.
 """
 
+import functools
 import math
 
 import torch
 from scipy.spatial.transform import Rotation
 
 from tests.models.ijepa_equations import layer_norm, linear, norm
-from tests.models.rope_equations import turned
 
 
 def patch_places(t, c):
@@ -19,15 +19,24 @@ def patch_places(t, c):
     return [(t, h * scales[0], w * scales[1]) for h in range(height) for w in range(width)]
 
 
-def turned_by_frame(x, t, pairing):
-    """x [1, D] of a conditioning token: the first third of the channels turns, the others stay."""
-    width = x.shape[-1] // 3 // 2 * 2
-    angles = [t * 10000 ** (-2 * (i % (width // 2) if pairing == "tiled" else i // 2) / width) for i in range(width)]
-    y = x.clone()
-    for i, angle in enumerate(angles):
-        partner = -x[:, i + 1] if i % 2 == 0 else x[:, i - 1]
-        y[:, i] = x[:, i] * math.cos(angle) + partner * math.sin(angle)
-    return y
+@functools.cache
+def angles(places, width, pairing, axes):
+    """Of every channel of heads of `width` [n, D]; each of three axes turns a third, and further ones stay."""
+    third = width // 3 // 2 * 2
+    found = torch.zeros(len(places), width, dtype=torch.float64)
+    for n, place in enumerate(places):
+        for axis, at in enumerate(place[:axes]):
+            for i in range(third):
+                j = i % (third // 2) if pairing == "tiled" else i // 2
+                found[n, axis * third + i] = at * 10000 ** (-2 * j / third)
+    return found
+
+
+def turned(x, places, pairing, axes=3):
+    """x [n, D]: the channels 2 k and 2 k + 1 turn together, each by its own angle; of `axes` axes, the frame first."""
+    angle = angles(tuple(places), x.shape[-1], pairing, axes)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * angle.cos() + torch.stack([-odd, even], -1).flatten(-2) * angle.sin()
 
 
 def frame_mask(frames, tokens):
@@ -48,7 +57,7 @@ def attention(groups, p, name, c):
         single = len(x) != len(patches)
 
         def turn(y, t=t, patches=patches, single=single):
-            return turned_by_frame(y, t, c.rope) if single else turned(y, patches, c.rope)
+            return turned(y, [(t, 0, 0)], c.rope, axes=1) if single else turned(y, patches, c.rope)
 
         queries.append([turn(y) for y in q])
         keys.append([turn(y) for y in k])
