@@ -9,7 +9,10 @@ import yaml
 
 from jepa_kernels import configs, train
 from jepa_kernels.models.lewm import LeWorldModel
-from jepa_kernels.pusht.probes import explained, told
+from jepa_kernels.plan import SHIPPED
+from jepa_kernels.pusht.episodes import collect
+from jepa_kernels.pusht.probes import explained, one_step, told
+from jepa_kernels.pusht.simulator import FRAME_SKIP
 from tests.models.weights import same as same_weights
 from tests.test_train import command, same
 
@@ -113,3 +116,12 @@ def test_what_is_linear_in_the_state_is_explained_whole_and_noise_not_at_all():
     assert scores.shape == (200, 3) and (scores.mean(0) > 0.99).all()
     noise = explained(rng.standard_normal((400, 4)), states[:400], rng.standard_normal((200, 4)), states[400:])
     assert (abs(noise.mean(0)) < 0.1).all()
+
+
+def test_the_shipped_model_foresees_held_out_frames(config):
+    """On an episode that no training saw: its error is below that of taking the last latent for the next."""
+    assert SHIPPED.stat().st_size < 5e6
+    world, report = LeWorldModel.from_checkpoint(SHIPPED)
+    episode = collect("held_out", 7, steps=24, size=world.config.crop_size, frame_skip=FRAME_SKIP, seed=0)
+    latents = world.encode(torch.from_numpy(episode.frames))
+    assert one_step(world, latents[None], torch.from_numpy(episode.actions)[None]) < 0.9 and not report.missing
