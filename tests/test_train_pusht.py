@@ -14,7 +14,7 @@ from jepa_kernels.pusht.episodes import collect
 from jepa_kernels.pusht.probes import explained, one_step, told
 from jepa_kernels.pusht.simulator import FRAME_SKIP
 from tests.models.weights import same as same_weights
-from tests.test_train import command, same
+from tests.test_train import same
 
 TINY = {
     "architecture": "lewm",
@@ -72,9 +72,8 @@ def fit(path, out, *words, stop=None):
     return trainer
 
 
-def test_the_command_trains_saves_weights_and_probes(config, tmp_path):
-    done = command(config, "--out", tmp_path / "run", "--steps", 2)
-    assert done.returncode == 0, done.stderr
+def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):
+    assert train.main([str(config), "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"curves.png", "latest.pt", "metrics.jsonl", "model.safetensors", "probe.json"}
     assert set(rows(tmp_path / "run")[0]) == {"step", "loss", "std", "rank", "lr", "weight_decay"}  # no momentum
@@ -83,7 +82,7 @@ def test_the_command_trains_saves_weights_and_probes(config, tmp_path):
     assert model.config.embed_dim == 32 and same_weights(model.state_dict(), trained)
     state, ahead = json.loads((tmp_path / "run/probe.json").read_text())["probes"]
     assert set(state["block angle"]) == {"trained", "random_init", "raw_pixels"}
-    assert ahead["prediction"]["trained"]["mean"] > 0 and "One step ahead" in done.stdout
+    assert ahead["prediction"]["trained"]["mean"] > 0 and "One step ahead" in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path):
