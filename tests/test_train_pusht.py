@@ -9,9 +9,12 @@ import yaml
 
 from jepa_kernels import configs, train
 from jepa_kernels.models.lewm import LeWorldModel
-from jepa_kernels.pusht.probes import explained, told
+from jepa_kernels.plan import SHIPPED
+from jepa_kernels.pusht.episodes import collect
+from jepa_kernels.pusht.probes import explained, one_step, told
+from jepa_kernels.pusht.simulator import FRAME_SKIP
 from tests.models.weights import same as same_weights
-from tests.test_train import command, same
+from tests.test_train import same
 
 TINY = {
     "architecture": "lewm",
@@ -69,9 +72,8 @@ def fit(path, out, *words, stop=None):
     return trainer
 
 
-def test_the_command_trains_saves_weights_and_probes(config, tmp_path):
-    done = command(config, "--out", tmp_path / "run", "--steps", 2)
-    assert done.returncode == 0, done.stderr
+def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):
+    assert train.main([str(config), "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"curves.png", "latest.pt", "metrics.jsonl", "model.safetensors", "probe.json"}
     assert set(rows(tmp_path / "run")[0]) == {"step", "loss", "std", "rank", "lr", "weight_decay"}  # no momentum
@@ -80,7 +82,7 @@ def test_the_command_trains_saves_weights_and_probes(config, tmp_path):
     assert model.config.embed_dim == 32 and same_weights(model.state_dict(), trained)
     state, ahead = json.loads((tmp_path / "run/probe.json").read_text())["probes"]
     assert set(state["block angle"]) == {"trained", "random_init", "raw_pixels"}
-    assert ahead["prediction"]["trained"]["mean"] > 0 and "One step ahead" in done.stdout
+    assert ahead["prediction"]["trained"]["mean"] > 0 and "One step ahead" in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path):
@@ -113,3 +115,12 @@ def test_what_is_linear_in_the_state_is_explained_whole_and_noise_not_at_all():
     assert scores.shape == (200, 3) and (scores.mean(0) > 0.99).all()
     noise = explained(rng.standard_normal((400, 4)), states[:400], rng.standard_normal((200, 4)), states[400:])
     assert (abs(noise.mean(0)) < 0.1).all()
+
+
+def test_the_shipped_model_foresees_held_out_frames(config):
+    """On an episode that no training saw: its error is below that of taking the last latent for the next."""
+    assert SHIPPED.stat().st_size < 5e6
+    world, report = LeWorldModel.from_checkpoint(SHIPPED)
+    episode = collect("held_out", 7, steps=24, size=world.config.crop_size, frame_skip=FRAME_SKIP, seed=0)
+    latents = world.encode(torch.from_numpy(episode.frames))
+    assert one_step(world, latents[None], torch.from_numpy(episode.actions)[None]) < 0.9 and not report.missing

@@ -114,6 +114,10 @@ class LeWorldModel(nn.Module):
 
     def embed(self, frames: Tensor) -> Tensor:
         """frames [..., C, H, W] -> their embeddings [..., E]."""
+        c = self.config
+        if frames.shape[-3:] != (c.in_chans, c.crop_size, c.crop_size):
+            wanted = f"be [..., {c.in_chans}, {c.crop_size}, {c.crop_size}]"
+            fail("LeWorldModel", "frames", wanted, tuple(frames.shape), "resize them to the model's crop_size")
         return self.projector(self.encoder(frames.flatten(0, -4))).unflatten(0, frames.shape[:-3])
 
     def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels.models import lewm
+from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.layouts import LEWM, to_huggingface
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.world import Context
@@ -74,6 +75,17 @@ def test_loss_and_gradients_are_those_of_the_equations(model):
     for run in (*kernels, *exact, *eager):  # batch norms take out what these add: 0 but for rounding
         assert all(run.pop(name).abs().max() < 1e-6 for name in UNFELT)
     assert not (failed := failures(kernels, exact, eager)), "\n".join(failed)
+
+
+def test_a_step_of_training_without_a_target(model):
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loss = train_step(model, optimizer, *batch(0))
+    assert loss.isfinite() and model.sigreg.global_step == 1
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert {"encoder.cls_token", "projector.net.1.running_mean", "predictor.pos_embedding"} <= set(moved)
+    with pytest.raises(ValueError, match=r"train_step: momentum must be None without a target encoder, got 0.9"):
+        train_step(model, optimizer, *batch(0), 0.9)
 
 
 def test_a_start_that_is_not_steered(model):
@@ -268,5 +280,7 @@ def test_messages(world):
         world.train().unroll(seen, actions)
     with pytest.raises(ValueError, match=r"actions must have shape \(3, 3, 3\), got \(3, 4, 3\)"):
         world(batch(0)[0], torch.randn(3, 4, 3))
+    with pytest.raises(ValueError, match=r"frames must be \[..., 3, 24, 24\], got \(1, 3, 32, 32\); resize them"):
+        world.embed(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"crop_size must be a multiple of 8"):
         LeWorldModel(lewm.replace(SMALL, crop_size=30))
