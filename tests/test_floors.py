@@ -16,6 +16,7 @@ FLOORS = {
     "lists": 1,
     "packing": 1,
     "pairs": 1,
+    "poses": 1,
     "rotary": 1,
     "schedules": 1,
     "sharding": 1,
