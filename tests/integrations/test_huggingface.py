@@ -39,7 +39,7 @@ def test_patched_equals_unpatched_forward_and_every_gradient(width, dtype):
     model, given, pixels = small(dtype=dtype, **WIDTHS[width]), arguments(), clips(dtype=dtype)
     exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
     done = patch(model)
-    assert not done.skipped and len(done.patched) == 8
+    assert not done.skipped and len(done.patched) == 9
     assert_within_budget(numbers(model, pixels, **given), exact, own)
 
 
@@ -185,6 +185,22 @@ def test_hidden_states_are_recorded_and_hooks_run():
     assert calls == ["embeddings", "query"] and len(found) == len(own) == 3
     for a, b in zip(found, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", ["nothing", "layer", "attention"])
+def test_the_predictors_last_layer_computes_targets_alone_unless_it_keeps_its_own(own):
+    """11 rows of context, 9 of the target."""
+    model, given, pixels, rows = small(), arguments(), clips(), {}
+    exact, plain = exactly(model, pixels, **given), numbers(model, pixels, **given)
+    for i, layer in enumerate(model.predictor.layer):
+        layer.mlp.register_forward_hook(lambda *args, i=i: rows.update({i: args[-1].shape[1]}))
+    last = model.predictor.layer[1]
+    if own != "nothing":
+        kept = last if own == "layer" else last.attention
+        kept.forward = kept.forward
+    patch(model)
+    assert_within_budget(numbers(model, pixels, **given), exact, plain)
+    assert rows == {0: 20, 1: 9 if own == "nothing" else 20}
 
 
 def gathered(model, pixels, context_mask, target_mask=None):
