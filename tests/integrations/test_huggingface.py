@@ -301,6 +301,22 @@ def test_our_model_gives_the_same_numbers_from_the_same_weights():
     assert_within_budget(ours, {name: exact[name] for name in names}, {name: theirs[name] for name in names})
 
 
+def test_our_model_rounds_angles_as_theirs_does_in_bf16():
+    """On a clip of many frames of one patch; by sharp attention, whose numbers show them."""
+    model = small(dtype=torch.bfloat16, crop_size=8, **SHALLOW)
+    model.encoder.layer[0].attention.query.weight.data.mul_(16)
+    pixels = torch.randn(1, 600, 3, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    theirs, apart = model(pixels, skip_predictor=True).last_hidden_state.float(), {}
+    for precision in ("float32", "bfloat16"):
+        sizes = dict(crop_size=8, num_frames=4, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_mask_tokens=3)
+        narrow = dict(predictor_embed_dim=32, predictor_depth=1, predictor_num_heads=2)
+        config = own_vjepa2.VJEPA2Config(**sizes, **narrow, rope_precision=precision)
+        own = own_vjepa2.VJEPA2(config)
+        own.load(model.state_dict())
+        apart[precision] = (own.bfloat16().context_encoder(pixels.transpose(1, 2)) - theirs).norm() / theirs.norm()
+    assert apart["bfloat16"] < 0.3 * apart["float32"]
+
+
 def ijepa(**changes):
     import transformers
 
