@@ -58,7 +58,8 @@ def _decode(container: Any, short_side: int) -> list[np.ndarray]:
     stream.codec_context.options = {"err_detect": "explode"}  # without it, damage is painted over
     shrink = min(1.0, short_side / min(stream.width, stream.height))
     size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
-    frames, shown, end = [], 0, 0.0
+    frames: list[np.ndarray] = []
+    shown, end = 0, 0.0
     for packet in container.demux():  # of all streams: the header's duration is that of the longest
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))

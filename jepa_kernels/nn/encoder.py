@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table, sincos
+from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table, resized, sincos
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope, patch_positions, published_frequencies
 
@@ -26,7 +26,8 @@ class Encoder(nn.Module):
     rope_precision: "float32": exact angles. "bf16_exponent": frequencies from exponents in bf16, off by up to 1.5 %, as
         published training under autocast has them; angles are exact. "bfloat16": angles are rounded too, as in
         published code whose weights are bf16.
-    num_frames, uniform_power: of the table for clips (see `sincos_3d`).
+    num_frames, uniform_power: of the table for clips (see `sincos_3d`). interpolate_positions: clips of other sizes and
+        numbers of frames have it resized, trilinear, as published; False: they are refused.
     pretrained_grid: of positions with rope (see `patch_positions`); V-JEPA 2.1: 256 // patch_size.
     frame_causal: a patch sees those of its own frame and of earlier ones alone.
     levels: None: the last block's output has a norm, `norm`. 1 to 4: `norms_block`, one after each quarter of the
@@ -53,6 +54,7 @@ class Encoder(nn.Module):
         rope_precision: str = "float32",
         num_frames: int | None = None,
         uniform_power: bool = True,
+        interpolate_positions: bool = False,
         pretrained_grid: int | None = None,
         frame_causal: bool = False,
         levels: int | None = None,
@@ -75,7 +77,10 @@ class Encoder(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size, **given)
         self.patch_embed_img = PatchEmbed(patch_size, in_chans, embed_dim, 1, **given) if image_tokenizer else None
         self.img_mod_embed, self.video_mod_embed = modality_embeddings(embed_dim, modality_embedding)
-        self.pos_embed, self.uniform_power = None, uniform_power
+        if interpolate_positions and (rope is not None or tubelet_size is None):
+            wanted, remedy = "be False without a table for clips", "rotary positions are of any size"
+            fail("Encoder", "interpolate_positions", wanted, True, remedy)
+        self.pos_embed, self.uniform_power, self.interpolate_positions = None, uniform_power, interpolate_positions
         if rope is None:
             self.pos_embed = frozen_table("Encoder", "embed_dim", self.grid, embed_dim, uniform_power=uniform_power)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -144,8 +149,11 @@ class Encoder(nn.Module):
         embed = self.patch_embed_img if image and self.patch_embed_img is not None else self.patch_embed
         modality = self.img_mod_embed if image else self.video_mod_embed
         table, shift = self.pos_embed, None if modality is None else modality[0, 0]
+        grid = self.grid_of(pixels)[-len(self.grid) :]
+        if table is not None and self.interpolate_positions and grid != self.grid:
+            return embed(pixels, ids, packing, resized(table[0], self.grid, grid), shift)
         x = embed(pixels, ids, packing, None if table is None else table[0], shift)
-        if table is not None and self.grid_of(pixels)[-len(self.grid) :] != self.grid:  # of as many patches
+        if table is not None and grid != self.grid:  # of as many patches
             wanted, remedy = f"have {self.grid} patches like the table of positions", "crop to the config's size"
             fail("Encoder", "pixels", wanted, self.grid_of(pixels), remedy)
         return x
