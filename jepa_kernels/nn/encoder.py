@@ -106,6 +106,25 @@ class Encoder(nn.Module):
             return norms[-1](outputs[-1])
         return _side_by_side([norm(x) for norm, x in zip(norms, outputs, strict=True)])
 
+    def ragged(self, views: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """Encode every patch of views of several sizes in one packed pass, each view by itself.
+
+        views: pixels [n, C, H, W] of a size each, which takes rope where there are several; or clips of an encoder that
+        is not frame_causal. Returns packed [T, E], views one after another as given, and their packing.
+        """
+        if self.frame_causal:
+            fail("Encoder", "ragged", "be of an encoder that is not frame_causal", True, "encode each size by itself")
+        embedded = [self._embed(view, None, None) for view in views]
+        lengths = [x.shape[1] for x in embedded for _ in range(len(x))]
+        packing, rope = Packing.from_lengths(lengths, device=embedded[0].device), None
+        if self.rope is not None:
+            places = [self._positions(view, None).repeat(len(view), 1) for view in views]
+            rope = self._turning(torch.cat(places))
+        x = torch.cat([x.flatten(0, 1) for x in embedded])
+        for block in self.blocks:
+            x = block(x, packing, rope)
+        return self._norms()[-1](x), packing
+
     def features(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """`forward(dense=True)` without the last norms."""
         return _side_by_side(self._outputs(pixels, ids, packing))
@@ -159,13 +178,18 @@ class Encoder(nn.Module):
         return x
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
-        if self.rope is None:
-            return None
+        return None if self.rope is None else self._turning(self._positions(pixels, ids))
+
+    def _turning(self, positions: Tensor) -> Rope:
+        exactness = rounding(self.rope_precision, self.head_dim, positions.device)
+        return Rope(positions, pairing=cast(str, self.rope), **exactness)
+
+    def _positions(self, pixels: Tensor, ids: Tensor | None) -> Tensor:
+        """Frame, row and column of these patches; of all: [N, 3]."""
         grid = self.grid_of(pixels)
         if ids is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=pixels.device)
-        positions = patch_positions(ids, grid, pretrained_grid=self.pretrained_grid)
-        return Rope(positions, pairing=self.rope, **rounding(self.rope_precision, self.head_dim, ids.device))
+        return patch_positions(ids, grid, pretrained_grid=self.pretrained_grid)
 
     def _sight(self, pixels: Tensor, ids: Tensor | None, packing: Packing | None) -> dict[str, Any]:
         if not self.frame_causal:
