@@ -213,7 +213,7 @@ def test_explain_names_the_choice_and_every_row(op, dtype, capsys):
         (["explain", "rop"], "invalid choice: 'rop' (choose from"),
         (["explain", "ema_update", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from"),
         (["explode"], "invalid choice: 'explode' (choose from"),
-        ([], "the following arguments are required: {info,explain,train}"),
+        ([], "the following arguments are required: {info,explain,train,plan}"),
     ],
 )
 def test_the_command_line_refuses_unknown_words(words, message, capsys):
@@ -268,7 +268,7 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     capsys.readouterr()
     exec(patching, names)
     assert names["features"].shape == (1, 32, 1024) and not names["patch"].skipped
-    assert "VJEPA2Model: 8 modules patched, 0 left alone" in capsys.readouterr().out
+    assert "VJEPA2Model: 9 modules patched, 0 left alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("tool", ["c++", "cmake", "ninja"])
