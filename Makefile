@@ -41,7 +41,7 @@ help:
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
 bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
 gpu: NEEDS := numpy safetensors pytest
-test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers
+test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht
 lint ci: NEEDS += ruff mypy clang-format
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
@@ -69,7 +69,7 @@ $(VENV)/.ready-%:
 	@echo "building jepa_kernels._C while torch is fetched"
 	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
 	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM); fetched=$$?; wait $$built && exit $$fetched
-	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,bench,test,lint]"
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,plan,bench,test,lint]"
 	@rm -f $(UNFINISHED) .stamps/cpu-* .stamps/cuda*; touch $(CPU_STAMP) $@
 
 build: $(READY)

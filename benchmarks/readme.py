@@ -1,7 +1,7 @@
 """Writes the committed results into README.md, and takes a run's results into benchmarks/results/.
 
-`python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json or a training run's
-probe.json first.
+`python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json, a training run's
+probe.json or a closed loop's plan.json first.
 """
 
 import argparse
@@ -17,6 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROBES = {"ijepa": "I-JEPA", "vjepa2": "V-JEPA 2"}  # of training runs: kept in ijepa-probe.json, ...
+POLICIES = {
+    "random": "random actions",
+    "greedy": "one step ahead, world model",
+    "cem": "CEM, world model",
+    "simulator": "CEM on the simulator's own state",
+}
 KEPT = ("schema", "status", "started", "seconds", "machine", "git", "versions", "peaks", "rows")
 PRIVATE = {"machine": ("host", "env", "load_before"), "git": ("branch",)}
 
@@ -33,6 +39,8 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
         path = results / f"{model}-probe.json"
         rows.write(path, document)
         return path
+    if "problem" in document:
+        return adopt_plan(source, document, results)
     wrong = rows.problems(document)
     if document.get("status") != "ok":
         wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
@@ -44,6 +52,22 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
         kept[name] = {k: v for k, v in kept[name].items() if k not in private}
     path = results / f"{slug(document['machine'])}.json"
     rows.write(path, kept)
+    return path
+
+
+def adopt_plan(source: Path, document: dict[str, Any], results: Path) -> Path:
+    """A closed loop's summary, with where each episode ended in place of its whole course."""
+    try:
+        wrong = "" if document["complete"] else "it was interrupted"
+        episodes = document.pop("episodes")
+        ends = {name: [e["policies"][name]["total"][-1] for e in episodes] for name in document["summary"]}
+        plan({**document, "final_distances": ends})
+    except (KeyError, TypeError) as error:
+        wrong = f"the README can't show it, {error!r}"
+    if wrong:
+        raise ValueError(f"{source} can't be adopted: {wrong}")
+    path = results / f"{document['problem']}-plan.json"
+    rows.write(path, {**document, "final_distances": ends})
     return path
 
 
@@ -61,9 +85,11 @@ def slug(machine: dict[str, Any]) -> str:
 def tables(results: Path = RESULTS) -> str:
     """Everything between the markers, from the files in `results`."""
     probes = {results / f"{model}-probe.json": model for model in PROBES}
-    paths = sorted(p for p in results.glob("*.json") if p not in probes)
+    plans = sorted(results.glob("*-plan.json"))
+    paths = sorted(p for p in results.glob("*.json") if p not in probes and p not in plans)
     parts = [measured(p.name, json.loads(p.read_text())) for p in paths]
     parts += [probe(model, json.loads(p.read_text())) for p, model in probes.items() if p.exists()]
+    parts += [plan(json.loads(p.read_text())) for p in plans]
     return "\n\n".join(parts)
 
 
@@ -115,6 +141,23 @@ def probe(model: str, document: dict[str, Any]) -> str:
         f"{commit({'sha': document['commit']})}), with 95 % intervals."
     )
     return "\n\n".join([head, *(answers(PROBES[model], asked) for asked in document["probes"])])
+
+
+def plan(document: dict[str, Any]) -> str:
+    """Distances to the goal after the last action, and their ratios to those of random actions."""
+    about, episodes = document["machine"], len(document["final_distances"]["random"])
+    head = (
+        f"`python -m jepa_kernels plan`: {episodes} held-out starts and goals, {document['actions']} actions each, in "
+        f"{document['seconds']:.0f} s ({about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
+        f"{commit({'sha': document['commit']})}). Median distance to the goal at the end, in pixels of 512, with 95 % "
+        "intervals over episodes:"
+    )
+    cells = []
+    for name, found in document["summary"].items():
+        (low, high), (least, most) = found["ci95"], found["ratio_ci95"]
+        ratio = f"{found['ratio_to_random']:.2f} ({least:.2f} to {most:.2f})"
+        cells.append((POLICIES[name], f"{found['median_distance']:.0f} ({low:.0f} to {high:.0f})", ratio))
+    return "\n".join([head, "", *table(("actions by", "distance", "of random's"), cells)])
 
 
 def answers(model: str, asked: dict[str, Any]) -> str:

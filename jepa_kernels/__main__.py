@@ -1,4 +1,4 @@
-"""Command line: `python -m jepa_kernels {info,explain,train}`."""
+"""Command line: `python -m jepa_kernels {info,explain,train,plan}`."""
 
 import argparse
 import importlib
@@ -16,15 +16,15 @@ from jepa_kernels.testing import DTYPES, cast, op_module
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2: the call's words are off)."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
-        return importlib.import_module("jepa_kernels.train").main(argv[1:])
+    if argv[:1] in (["train"], ["plan"]):
+        return importlib.import_module(f"jepa_kernels.{argv[0]}").main(argv[1:])
     options = _parser().parse_args(argv)
     return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels", description=jepa_kernels.__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="{info,explain,train}")
+    verbs = parser.add_subparsers(required=True, metavar="{info,explain,train,plan}")
     verb = verbs.add_parser("info", help="what this machine and build can run: paste it into a bug report")
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(run=_info)
@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_explain)
     verbs.add_parser("train", help="train a model: `train ijepa`, `train vjepa2`, or a YAML file; see `train --help`")
+    verbs.add_parser("plan", help="plan with a world model and act, on PushT; see `plan --help`")
     return parser
 
 

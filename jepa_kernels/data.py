@@ -46,15 +46,15 @@ LARGEST_HALF = 512  # pixels on the longer side; larger halves are shrunk once, 
 HALVES = ("train", "held_out")
 
 
-def extra(module: str) -> ModuleType:
-    """Import a module of the extra `train`, or say how to install it."""
+def extra(module: str, of: str = "train") -> ModuleType:
+    """Import a module of an extra of this package, or say how to install it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
             raise
-        text = f"train: {package} must be installed, got no such module; pip install 'jepa_kernels[train]'"
+        text = f"{of}: {package} must be installed, got no such module; pip install 'jepa_kernels[{of}]'"
         raise ModuleNotFoundError(text, name=error.name) from None
 
 

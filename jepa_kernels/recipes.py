@@ -8,17 +8,19 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jepa_kernels import probe
+from jepa_kernels import probe, pusht
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
-from jepa_kernels.data import PhotoCrops
+from jepa_kernels.data import PhotoCrops, normalize
 from jepa_kernels.masks import MultiBlock2d, MultiBlock3d, Spec3d
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.models.jepa import JEPA
+from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.video import VideoClips
 
@@ -27,15 +29,31 @@ from jepa_kernels.video import VideoClips
 class Recipe:
     """
     model: (a config's `model`, the dtype of the target's rounded weights, or None) -> the networks.
-    inputs: a config -> (what item i shows, the masks of step n), functions of (seed, i) and (seed, n) alone.
-    probes: (a config, the trained target encoder, what makes one at random initialisation) -> scores, one each.
+    inputs: a config -> (what item i shows, the masks of step n), functions of (seed, i) and (seed, n) alone. Without
+        masks items are pairs of tensors, pixels and what else the model is given.
+    watch: the networks -> (the module whose output tells of the latents, what makes these [B, N, E] of it).
+    probes: (a config, the trained networks, what makes others at random initialisation) -> scores, one each.
     needs: packages that these import when they are called.
+    prepare: uint8 pixels -> what the model takes.
     """
 
-    model: Callable[..., JEPA]
-    inputs: Callable[[Config], tuple[Dataset[tuple[Tensor, int]], Sampler]]
-    probes: Callable[[Config, nn.Module, probe.Fresh], list[dict[str, Any]]]
+    model: Callable[..., Any]
+    inputs: Callable[[Config], tuple[Dataset[Any], Sampler | None]]
+    watch: Callable[[Any], tuple[nn.Module, Callable[[Tensor], Tensor]]]
+    probes: Callable[[Config, Any, Callable[[], Any]], list[dict[str, Any]]]
     needs: tuple[str, ...]
+    prepare: Callable[[Tensor], Tensor] = normalize
+
+
+def _target_latents(model: JEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Of the target encoder's last level; V-JEPA 2 itself has them at the targets alone."""
+
+    def normed(features: Tensor) -> Tensor:
+        width = features.shape[-1]
+        weight, bias, eps = model.target_encoder.last_norm()
+        return F.layer_norm(features, (width,), weight[-width:], bias[-width:], eps)
+
+    return model.target_encoder.blocks[-1], normed
 
 
 def _side(config: Config) -> int:
@@ -46,15 +64,16 @@ def _side(config: Config) -> int:
 
 
 def _photos(config: Config) -> tuple[PhotoCrops, MultiBlock2d]:
-    d, size = config.data, _side(config)
+    d: Any = config.data
+    size = _side(config)
     crops = PhotoCrops(
         size, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed
     )
     return crops, MultiBlock2d(size // config.model.patch_size, seed=config.seed, **vars(config.mask))
 
 
-def _photo_probes(config: Config, encoder: nn.Module, fresh: probe.Fresh) -> list[dict[str, Any]]:
-    return probe.photos(encoder, fresh, _side(config), **vars(config.probe))
+def _photo_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
+    return probe.photos(model.target_encoder, lambda: fresh().target_encoder, _side(config), **vars(config.probe))
 
 
 def _vjepa2(config: VJEPA2Config, *, shadow_dtype: torch.dtype | None = None) -> VJEPA2:
@@ -97,11 +116,44 @@ def _clips_of(config: Config) -> Callable[..., VideoClips]:
     return partial(VideoClips, _side(config), c.num_frames, frame_step=d.frame_step, videos=d.videos)
 
 
-def _clip_probes(config: Config, encoder: nn.Module, fresh: probe.Fresh) -> list[dict[str, Any]]:
-    return probe.clips(encoder, fresh, _clips_of(config), **vars(config.probe))
+def _clip_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
+    return probe.clips(model.target_encoder, lambda: fresh().target_encoder, _clips_of(config), **vars(config.probe))
+
+
+def _lewm(config: LeWMConfig, *, shadow_dtype: torch.dtype | None = None) -> LeWorldModel:
+    return LeWorldModel(config)
+
+
+def _windows(config: Config) -> tuple[pusht.Windows, None]:
+    c: Any = config.model
+    if c.action_dim != pusht.ACTION_DIM:
+        fail("train", "model.action_dim", f"be {pusht.ACTION_DIM}", c.action_dim, "PushT's agent moves in a plane")
+    d: Any = config.data
+    counts = dict(episodes=d.episodes, collect_seed=d.collect_seed)
+    return pusht.Windows(c.history + 1, seed=config.seed, **counts, **_episodes(config)), None
+
+
+def _episodes(config: Config) -> dict[str, Any]:
+    d: Any = config.data
+    return dict(steps=d.steps, size=_side(config), frame_skip=d.frame_skip)
+
+
+def _state_probes(config: Config, model: LeWorldModel, fresh: Callable[[], LeWorldModel]) -> list[dict[str, Any]]:
+    d: Any = config.data
+    p: Any = config.probe
+    fitted_on, held_out = (
+        pusht.load(part, count, seed=d.collect_seed, **_episodes(config))
+        for part, count in (("train", p.fitted_on), ("held_out", p.held_out))
+    )
+    return pusht.probes(model, fresh, fitted_on, held_out)
+
+
+def _embeddings(model: LeWorldModel) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    return model.projector, lambda rows: rows.detach()[:, None]
 
 
 RECIPES = {
-    "ijepa": Recipe(IJEPA, _photos, _photo_probes, ("skimage",)),
-    "vjepa2": Recipe(_vjepa2, _clips, _clip_probes, ("av",)),
+    "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
+    "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
+    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=lambda frames: frames),
 }

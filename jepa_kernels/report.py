@@ -15,26 +15,27 @@ from jepa_kernels.data import extra
 from jepa_kernels.files import replacing
 
 CHECKPOINT = "latest.pt"
+WEIGHTS = "model.safetensors"
 
 
 class SaveError(RuntimeError):
     """A file of the run can't be written; the one before it is whole."""
 
 
-def write(path: Path, content: bytes | memoryview) -> None:
+def write(path: Path, content: bytes | memoryview, verb: str = "train") -> None:
     """Write a file beside `path` and rename it: a full disk or a crash leaves the old one whole."""
     try:
         with replacing(path) as beside:
             beside.write_bytes(content)
     except OSError as error:
-        raise unwritable(path, error, len(content)) from error
+        raise unwritable(path, error, len(content), verb) from error
 
 
-def unwritable(path: Path, error: OSError, size: int) -> SaveError:
+def unwritable(path: Path, error: OSError, size: int, verb: str = "train") -> SaveError:
     """The error that says which file of how many bytes could not be written, why, and what is left."""
     kept = "; the checkpoint before it is whole, continue with --resume" if (path.parent / CHECKPOINT).exists() else ""
     return SaveError(
-        f"train: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
+        f"{verb}: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
         f"free space or pass another --out{kept}"
     )
 
@@ -45,7 +46,7 @@ def plot(metrics: Path, picture: Path) -> None:
     pyplot = extra("matplotlib.pyplot")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    names = {"loss": "loss", "std": "target feature std", "rank": "effective rank", "lr": "learning rate"}
+    names = {"loss": "loss", "std": "feature std", "rank": "effective rank", "lr": "learning rate"}
     for axis, (key, title) in zip(axes, names.items(), strict=True):
         axis.plot([r["step"] for r in rows], [r[key] for r in rows])
         axis.set(title=title, xlabel="step")
@@ -79,11 +80,12 @@ def show(probes: list[dict[str, Any]]) -> None:
     """Print each probe's scores as a table."""
     rich = extra("rich.table")
     for asked in probes:
-        table = rich.Table(title=asked["question"], caption=f"chance: {asked['chance']:.3f}")
-        for column in ("probe", "features", "accuracy", "95 % interval"):
+        chance = f"chance: {asked['chance']:.3f}" if "chance" in asked else None
+        table = rich.Table(title=asked["question"], caption=chance)
+        for column in ("probe", "features", asked.get("score", "accuracy"), "95 % interval"):
             table.add_column(column)
-        for probe in ("knn", "linear"):
-            for name, score in asked[probe].items():
+        for probe, scores in asked.items():
+            for name, score in scores.items() if isinstance(scores, dict) else ():
                 low, high = score["ci95"]
                 table.add_row(probe, name.replace("_", " "), f"{score['mean']:.3f}", f"{low:.3f} to {high:.3f}")
         extra("rich").print(table)

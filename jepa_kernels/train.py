@@ -1,7 +1,8 @@
-"""A plain training loop: `python -m jepa_kernels train ijepa`, `train vjepa2`, or `train my.yaml`.
+"""A plain training loop: `python -m jepa_kernels train ijepa`, `train vjepa2`, `train pusht`, or `train my.yaml`.
 
-In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), curves.png, probe.json.
-Crops, clips, masks and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
+In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), model.safetensors (the trained weights
+and the networks' config), curves.png, probe.json. Crops, clips, windows, masks and schedules are functions of
+(seed, step), so that a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from torch.utils.data import DataLoader
 from jepa_kernels import CollapseStats, collapse_stats, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, flat, read, same_run
-from jepa_kernels.data import extra, normalize
+from jepa_kernels.configs import Config, TargetOptimization, flat, read, same_run
+from jepa_kernels.data import extra
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models import checkpoints
@@ -48,20 +49,21 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.device, self.step = config, torch.device(device), 0
         self.dtype = torch.bfloat16 if config.optimization.use_bfloat16 else None
-        self.model = RECIPES[config.architecture].model(config.model, shadow_dtype=self.dtype).to(self.device)
+        self.recipe = RECIPES[config.architecture]
+        self.model = self.recipe.model(config.model, shadow_dtype=self.dtype).to(self.device)
         self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
         self.latents = torch.empty(0)
-        self.model.target_encoder.blocks[-1].register_forward_hook(self._keep_latents)
+        watched, self._latents_of = self.recipe.watch(self.model)
+        watched.register_forward_hook(self._keep_latents)
 
-    def _keep_latents(self, module: nn.Module, inputs: Any, features: Tensor) -> None:
-        """Some inputs' target latents, of the last level; V-JEPA 2 itself has them at the targets alone."""
-        some, width = max(2, STAT_ROWS // features.shape[1]), features.shape[2]
-        weight, bias, eps = self.model.target_encoder.last_norm()
-        self.latents = F.layer_norm(features[:some], (width,), weight[-width:], bias[-width:], eps)
+    def _keep_latents(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        """Some inputs' latents."""
+        some = max(2, STAT_ROWS // output.shape[1:-1].numel())
+        self.latents = self._latents_of(output[:some])
 
     def schedule(self) -> dict[str, float]:
-        """Learning rate, weight decay and momentum of the step to come; the first two are set."""
-        c = self.config.optimization
+        """Learning rate, weight decay and, of a target encoder, momentum of the step to come; the first two are set."""
+        c: Any = self.config.optimization
         total = int(c.ipe_scale * c.steps)
         warmup = round(c.warmup * c.steps)
         lr = schedules.learning_rate(
@@ -70,14 +72,16 @@ class Trainer:
         decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay if group["decayed"] else 0.0
-        momentum = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
-        return {"lr": lr, "weight_decay": decay, "momentum": momentum}
+        row = {"lr": lr, "weight_decay": decay}
+        if isinstance(c, TargetOptimization):
+            row["momentum"] = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
+        return row
 
-    def advance(self, pixels: Tensor, masks: MaskBatch) -> dict[str, Any]:
-        """One step on uint8 pixels [B, 3, H, W] or [B, 3, T, H, W]; returns what the log shows of it."""
+    def advance(self, pixels: Tensor, given: MaskBatch | Tensor) -> dict[str, Any]:
+        """One step on uint8 pixels, and masks or actions; returns what the log shows of it."""
         row = self.schedule()
-        batch = normalize(pixels.to(self.device, non_blocking=True))
-        on_device, momentum = masks.to(self.device), row["momentum"]
+        batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
+        on_device, momentum = given.to(self.device), row.get("momentum")
         loss = train_step(self.model, self.optimizer, batch, on_device, momentum, dtype=self.dtype)
         self.step += 1
         stats = latent_stats(self.latents)
@@ -168,18 +172,18 @@ class _Collate:
 
 
 def batches(config: Config, start: int = 0) -> DataLoader[Any]:
-    """Load (pixels uint8 [B, 3, H, W] or [B, 3, T, H, W], masks) of the steps from `start` on: functions of
-    (seed, step) alone."""
+    """Load (uint8 pixels, masks or actions) of the steps from `start` on: functions of (seed, step) alone."""
     d = config.data
     inputs, masks = RECIPES[config.architecture].inputs(config)
-    masks.step = start
+    if masks is not None:
+        masks.step = start
     indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
     generator = torch.Generator()  # the loader would draw its workers' seed from the global one
     return DataLoader(
         inputs,
         d.batch_size,
         sampler=indices,
-        collate_fn=_Collate(masks),
+        collate_fn=None if masks is None else _Collate(masks),
         num_workers=d.num_workers,
         generator=generator,
     )
@@ -264,12 +268,11 @@ def _progress(total: int, done: int) -> Iterator[Any]:
 
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """The probes' scores with what is needed to repeat them."""
-    config = trainer.config
-    recipe = RECIPES[config.architecture]
+    config, recipe = trainer.config, trainer.recipe
     trainer.model.eval()
-    fresh = lambda: recipe.model(config.model).target_encoder.to(trainer.device)  # noqa: E731
+    fresh = lambda: recipe.model(config.model).to(trainer.device).eval()  # noqa: E731
     return {
-        "probes": recipe.probes(config, trainer.model.target_encoder, fresh),
+        "probes": recipe.probes(config, trainer.model, fresh),
         "step": trainer.step,
         "config": config.plain(),
         "machine": report.machine(),
@@ -279,7 +282,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a shipped name, such as ijepa or vjepa2, or a YAML file")
+    parser.add_argument("config", help="a shipped name, such as ijepa, vjepa2 or pusht, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
@@ -296,7 +299,7 @@ def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
-    for module in ("rich", "matplotlib", "sklearn", *RECIPES[config.architecture].needs):
+    for module in ("rich", "matplotlib", *RECIPES[config.architecture].needs):
         extra(module)  # before the first step, not after the last
     out = options.out or Path("runs") / Path(options.config).stem
     latest = out / report.CHECKPOINT
@@ -330,6 +333,7 @@ def main(argv: list[str]) -> int:
         if not finished:
             print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
             return INTERRUPTED
+        trainer.model.save(out / report.WEIGHTS)
         if not options.no_probe:
             result = evaluate(trainer)
             result["seconds"] = time.perf_counter() - started

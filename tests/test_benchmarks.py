@@ -442,6 +442,17 @@ PROBE = {
 }  # fmt: skip
 
 
+PLAN = {
+    "problem": "pusht", "complete": True, "actions": 20, "seconds": 300.0, "commit": "0123456789abcdef",
+    "machine": PROBE["machine"],
+    "summary": {
+        name: {"median_distance": end, "ci95": [end - 9, end + 9], "ratio_to_random": end / 120, "ratio_ci95": [0.3, 1]}
+        for name, end in (("random", 120.0), ("cem", 54.0))
+    },
+    "episodes": [{"policies": {name: {"total": [148.0, end]} for name, end in (("random", 120.0), ("cem", 54.0))}}] * 2,
+}  # fmt: skip
+
+
 def every_target():
     """A row for each of targets.TARGETS."""
     for t in targets.TARGETS:
@@ -474,6 +485,18 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     assert tables.count("commit 0123456789") == 2
 
 
+def test_an_adopted_plan_keeps_where_episodes_ended(tmp_path):
+    run = tmp_path / "plan.json"
+    run.write_text(json.dumps(PLAN))
+    path = readme.adopt(run, tmp_path / "results")
+    kept = json.loads(path.read_text())
+    assert path.name == "pusht-plan.json" and "episodes" not in kept
+    assert kept["final_distances"] == {"random": [120.0, 120.0], "cem": [54.0, 54.0]}
+    tables = readme.tables(tmp_path / "results")
+    assert "2 held-out starts and goals, 20 actions each, in 300 s (A Processor" in tables
+    assert "| CEM, world model | 54 (45 to 63) | 0.45 (0.30 to 1.00) |" in tables
+
+
 def test_only_complete_runs_are_adopted(tmp_path, capsys):
     run = tmp_path / "latest.json"
     for spoilt, why in (
@@ -482,6 +505,8 @@ def test_only_complete_runs_are_adopted(tmp_path, capsys):
         ({**PROBE, "config": None}, "the README can't show it, TypeError"),
         ({**PROBE, "config": {"architecture": "ajepa"}}, "the README can't show it, KeyError('ajepa')"),
         ({name: PROBE[name] for name in PROBE if name != "config"}, "the README can't show it, KeyError('config')"),
+        ({**PLAN, "complete": False}, "it was interrupted"),
+        ({**PLAN, "summary": {"cem": PLAN["summary"]["cem"]}}, "the README can't show it, KeyError('random')"),
     ):
         run.write_text(json.dumps(spoilt))
         assert readme.main(["--adopt", str(run)]) == 1

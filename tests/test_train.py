@@ -83,6 +83,7 @@ def test_the_command_trains_plots_and_probes(config, tmp_path):
         "curves.png",
         "latest.pt",
         "metrics.jsonl",
+        "model.safetensors",
         "probe.json",
     ]
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]

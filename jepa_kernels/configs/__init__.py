@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.models import ijepa, vjepa2
+from jepa_kernels.models import ijepa, lewm, vjepa2
 from jepa_kernels.models.ijepa import IJEPAConfig
+from jepa_kernels.models.lewm import LeWMConfig
 from jepa_kernels.models.vjepa2 import VJEPA2Config
 from jepa_kernels.video import VIDEOS
 
@@ -21,24 +22,39 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Data:
-    """Crops of the bundled photos; see data.PhotoCrops."""
-
     batch_size: int = 64
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    horizontal_flip: bool = True
-    grey: float = 0.0
     num_workers: int = 0
 
 
 @dataclass(frozen=True)
-class ClipData(Data):
+class PhotoData(Data):
+    """Crops of the bundled photos; see data.PhotoCrops."""
+
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    horizontal_flip: bool = True
+    grey: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClipData(PhotoData):
     """Clips of videos; see video.VideoClips."""
 
     batch_size: int = 24
     crop_ratio: tuple[float, float] = (0.75, 1.35)
     frame_step: int = 4
     videos: tuple[str, ...] = tuple(VIDEOS)
+
+
+@dataclass(frozen=True)
+class EpisodeData(Data):
+    """Windows of PushT's episodes; see pusht.Windows."""
+
+    batch_size: int = 128
+    episodes: int = 500
+    steps: int = 40  # of an episode
+    frame_skip: int = 5
+    collect_seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,9 +68,15 @@ class Optimization:
     final_lr: float = 1e-6
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
-    ema: tuple[float, float] = (0.996, 1.0)
     ipe_scale: float = 1.0
     use_bfloat16: bool = False  # networks under autocast; the target's weights are kept rounded, not cast at each step
+
+
+@dataclass(frozen=True)
+class TargetOptimization(Optimization):
+    """Of a model with a target encoder, which follows with these momenta."""
+
+    ema: tuple[float, float] = (0.996, 1.0)
 
 
 @dataclass(frozen=True)
@@ -103,16 +125,24 @@ class ClipProbe:
 
 
 @dataclass(frozen=True)
+class StateProbe:
+    """See pusht.probes."""
+
+    fitted_on: int = 100  # episodes
+    held_out: int = 40
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
 
     architecture: str = "ijepa"
-    model: IJEPAConfig | VJEPA2Config = field(default_factory=IJEPAConfig)
-    data: Data = field(default_factory=Data)
-    mask: Mask | ClipMask = field(default_factory=Mask)
-    optimization: Optimization = field(default_factory=Optimization)
+    model: IJEPAConfig | VJEPA2Config | LeWMConfig = field(default_factory=IJEPAConfig)
+    data: Data = field(default_factory=PhotoData)
+    mask: Mask | ClipMask | None = field(default_factory=Mask)  # None: everything is seen
+    optimization: Optimization = field(default_factory=TargetOptimization)
     logging: Logging = field(default_factory=Logging)
-    probe: Probe | ClipProbe = field(default_factory=Probe)
+    probe: Probe | ClipProbe | StateProbe = field(default_factory=Probe)
     seed: int = 0
 
     def plain(self) -> dict[str, Any]:
@@ -120,7 +150,7 @@ class Config:
         return json.loads(json.dumps(asdict(self)))
 
 
-# What a config leaves out: I-JEPA's and V-JEPA 2's own values.
+# What a config leaves out: the models' own values.
 DEFAULTS = {
     "ijepa": Config(),
     "vjepa2": Config(
@@ -128,7 +158,7 @@ DEFAULTS = {
         model=VJEPA2Config(),
         data=ClipData(),
         mask=ClipMask(),
-        optimization=Optimization(
+        optimization=TargetOptimization(
             start_lr=1e-4,
             lr=5.25e-4,
             final_lr=5.25e-4,
@@ -137,8 +167,22 @@ DEFAULTS = {
         ),
         probe=ClipProbe(),
     ),
+    "lewm": Config(
+        architecture="lewm",
+        model=LeWMConfig(),
+        data=EpisodeData(),
+        mask=None,
+        optimization=Optimization(
+            warmup=0.0, start_lr=5e-5, lr=5e-5, final_lr=5e-5, weight_decay=1e-3, final_weight_decay=1e-3
+        ),
+        probe=StateProbe(),
+    ),
 }
-SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {"ijepa": ijepa.SIZES, "vjepa2": vjepa2.SIZES}
+SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {
+    "ijepa": ijepa.SIZES,
+    "vjepa2": vjepa2.SIZES,
+    "lewm": lewm.SIZES,
+}
 
 
 def shipped() -> list[str]:
@@ -205,9 +249,11 @@ def _config(tree: dict[str, Any]) -> Config:
     defaults = DEFAULTS[architecture]
     model = tree.pop("model", None) or {}
     built: dict[str, Any] = {"model": _fill("model", _sized(defaults, model), model, besides="size")}
-    sections = [f.name for f in fields(Config) if f.name not in ("architecture", "model", "seed")]
+    besides = [name for name, value in vars(defaults).items() if name in ("architecture", "model", "seed") or not value]
+    sections = [f.name for f in fields(Config) if f.name not in besides]
     for name in sections:
         built[name] = _fill(name, getattr(defaults, name), tree.pop(name, None) or {})
+    built |= {} if defaults.mask else {"mask": None}
     config = Config(architecture, **built, seed=_value("seed", 0, tree.pop("seed", 0)))
     if tree:
         _unknown("", str(next(iter(tree))), ["architecture", "model", *sections, "seed"])
@@ -286,8 +332,7 @@ def _check(config: Config) -> None:
             fail("train", name, f"be at least {least}", value, "correct the config")
     for name, share in (
         ("optimization.warmup", o.warmup),
-        ("optimization.ema", o.ema[0]),
-        ("optimization.ema", o.ema[1]),
+        *(("optimization.ema", momentum) for momentum in getattr(o, "ema", ())),
     ):
         if not 0 <= share <= 1:
             fail("train", name, "lie in [0, 1]", share, "correct the config")

@@ -139,7 +139,10 @@ def write(
         fail(model, "path", "end in .safetensors", path, "the name tells the format")
     if dtype not in (None, *FLOATS, torch.float64):
         fail(model, "dtype", "be real and floating", dtype, "leave it out for the weights' own", TypeError)
-    plain = {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}
+    plain = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()  # batch norms count
+        for name, value in tensors.items()
+    }
     try:
         with replacing(path) as beside:
             about = {"format": "pt"}  # Hugging Face asks for it
@@ -164,7 +167,7 @@ def _problem(own: Tensor, theirs: Any, table: bool) -> str:
         return "is no dense tensor"
     if theirs.shape != own.shape:
         return f"has shape {tuple(theirs.shape)}, the model {tuple(own.shape)}"
-    if theirs.dtype not in (*FLOATS, torch.float64):
+    if theirs.dtype not in (*FLOATS, torch.float64) and theirs.dtype != own.dtype:
         return f"is of dtype {short(theirs.dtype)}"
     if theirs.is_meta:
         return "is on the meta device"

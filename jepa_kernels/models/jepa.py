@@ -52,12 +52,16 @@ class JEPA(nn.Module):
     def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
         raise NotImplementedError
 
+    def objective(self, predicted: Tensor, batch: Tensor, masks: AnyMasks) -> Tensor:
+        """The loss of what `forward` gives."""
+        return self.compare(predicted, self.targets(batch), masks)
+
     def loss(self, batch: Tensor, masks: AnyMasks, **options: Any) -> Tensor:
         """The training loss, an fp32 scalar; gradients reach the context encoder and the predictor.
 
         options: of the model's forward, such as V-JEPA 2's mask_index.
         """
-        return self.compare(self(batch, masks, **options), self.targets(batch), masks)
+        return self.objective(self(batch, masks, **options), batch, masks)
 
     def load(self, source: Source) -> LoadReport:
         """Load a published checkpoint in any layout, or this model's own state dict; report what became of it.
@@ -246,34 +250,41 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Tensor,
-    masks: AnyMasks,
-    momentum: float | Tensor,
+    given: Any,
+    momentum: float | Tensor | None = None,
     *,
     dtype: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> Tensor:
-    """One step: loss, backward, optimiser, moving average. Returns the loss, without a device sync.
+    """One step: loss, backward, optimiser, moving average if there is one. Returns the loss, without a device sync.
 
-    model: a JEPA, or a wrapper that keeps one in `.module` (DDP).
+    model: a JEPA, another model with `forward` and `objective` (LeWorldModel), or a wrapper that keeps one in `.module`
+        (DDP).
+    given: what is predicted from besides the batch: masks, or actions.
     optimizer: one without targets; or an `AdamWEMA` with those of model.ema (`ema.pairs()`), which moves them itself.
-    momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser.
+    momentum: in [0, 1], of the target encoder's moving average, which is updated after the optimiser; None for a model
+        without one.
     dtype: run the networks under autocast to it; None: in the parameters' dtype.
     scaler: for float16; the moving average is updated even where it skips the optimiser, as published.
     options: of the model's forward, such as V-JEPA 2's mask_index.
     """
-    jepa = cast(JEPA, getattr(model, "module", model))
+    own: Any = getattr(model, "module", model)
+    ema: EMA | None = getattr(own, "ema", None)
+    if (ema is None) != (momentum is None):
+        wanted = "be None without a target encoder" if ema is None else "be given for the target encoder"
+        fail("train_step", "momentum", wanted, momentum, "only a moving average has one")
     with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
-        loss = jepa.compare(model(batch, masks, **options), jepa.targets(batch), masks)
+        loss = own.objective(model(batch, given, **options), batch, given)
     moves_targets = isinstance(optimizer, jk.AdamWEMA) and bool(optimizer.targets)
     (loss if scaler is None else scaler.scale(loss)).backward()
-    with jepa.ema.moved_by(cast(jk.AdamWEMA, optimizer), momentum) if moves_targets else nullcontext():
+    with own.ema.moved_by(optimizer, momentum) if moves_targets else nullcontext():
         if scaler is None:
             optimizer.step()
         else:
             scaler.step(optimizer)
             scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if not moves_targets:
-        jepa.ema.apply_update_(jepa.context_encoder, momentum)
+    if ema is not None and momentum is not None and not moves_targets:
+        ema.apply_update_(own.context_encoder, momentum)
     return loss.detach()

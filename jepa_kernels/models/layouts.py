@@ -153,6 +153,20 @@ IJEPA_OLD = Layout(  # of transformers before 5
         *IJEPA.inside[-2:],
     ),
 )
+LEWM = Layout(  # its encoder as either transformers names a ViT, or as ours
+    "LeWorldModel's layout",
+    mark=("pred_proj.",),
+    begins=(
+        ("encoder.embeddings.cls_token", "encoder.cls_token"),
+        ("encoder.embeddings.position_embeddings", "encoder.pos_embed"),
+        ("encoder.embeddings.patch_embeddings.projection.", "encoder.patch_embed.proj."),
+        ("encoder.encoder.layer.", "encoder.blocks."),
+        ("encoder.layers.", "encoder.blocks."),
+        ("encoder.layernorm.", "encoder.norm."),
+        *((f"{name}.",) * 2 for name in ("encoder", "projector", "action_encoder", "predictor", "pred_proj", "sigreg")),
+    ),
+    inside=(*IJEPA_OLD.inside, *IJEPA.inside[:4]),
+)
 TIMM_POOLED = Layout(
     "timm's layout, its norm after pooling (fc_norm) as that of every patch",
     mark=("fc_norm.",),
@@ -160,7 +174,7 @@ TIMM_POOLED = Layout(
 )
 BARE = Layout("the layout of timm, or of one encoder", mark=("blocks.",), begins=TIMM_POOLED.begins[1:])
 PROBE = Layout("the layout of one probe", mark=("pooler.",), begins=(("", "classifier."),))
-LAYOUTS = (OWN, IJEPA_OLD, VJEPA2, META, IJEPA, TIMM_POOLED, BARE, PROBE)
+LAYOUTS = (OWN, LEWM, IJEPA_OLD, VJEPA2, META, IJEPA, TIMM_POOLED, BARE, PROBE)
 
 
 def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkpoint:

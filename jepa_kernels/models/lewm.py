@@ -1,0 +1,299 @@
+"""LeWorldModel: a world model of one token a frame, trained end to end from pixels without a target network.
+
+Source: LeWorldModel (arXiv:2603.19312). Parameter names and semantics are those of the published code; the encoder's
+names are this library's, and its published ones, Hugging Face's, are read too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import isqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels.models import checkpoints
+from jepa_kernels.models.checkpoints import LoadReport, Source
+from jepa_kernels.models.layouts import LEWM, recognise, to_huggingface
+from jepa_kernels.models.sizes import Networks, count, shape_of
+from jepa_kernels.models.world import Context
+from jepa_kernels.nn import SIGReg
+from jepa_kernels.nn.class_encoder import ClassEncoder
+from jepa_kernels.nn.conditional import ConditionalPredictor, Net
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
+HEAD_DIM = 64  # of every published encoder and predictor: shapes do not tell the heads
+NETWORKS = ("encoder", "projector", "action_encoder", "predictor", "pred_proj")
+UNTOLD = ("num_heads", "predictor_num_heads", "predictor_head_dim")  # fields that no weight tells
+
+
+@dataclass(frozen=True)
+class LeWMConfig:
+    """Sizes of the networks, and the weight of SIGReg in the loss."""
+
+    crop_size: int = 224  # pixels per side
+    patch_size: int = 14
+    in_chans: int = 3
+    embed_dim: int = 192  # of the encoder and of embeddings
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    projector_hidden: int = 2048
+    action_dim: int = 10  # PushT's: two numbers for each of the 5 steps between frames
+    action_hidden: int = 10
+    history: int = 3  # frames that the predictor sees
+    predictor_depth: int = 6
+    predictor_num_heads: int = 16
+    predictor_head_dim: int = HEAD_DIM
+    predictor_hidden: int = 2048
+    dropout: float = 0.1  # in training, of what the predictor's branches add
+    sigreg_weight: float = 0.09
+
+
+def vit_tiny(**changes: Any) -> LeWMConfig:
+    """The published one, 15 M parameters."""
+    return replace(LeWMConfig(), **changes)
+
+
+def pusht(**changes: Any) -> LeWMConfig:
+    """One that trains on two CPU cores in minutes: 64 pixels a side, two numbers an action."""
+    encoder = LeWMConfig(crop_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=2.0)
+    predictor = dict(predictor_depth=2, predictor_num_heads=4, predictor_head_dim=32, predictor_hidden=512)
+    return replace(encoder, projector_hidden=512, action_dim=2, dropout=0.0, **{**predictor, **changes})
+
+
+SIZES: dict[str, Callable[..., LeWMConfig]] = {f.__name__: f for f in (vit_tiny, pusht)}
+
+
+class ActionEncoder(nn.Module):
+    """W2 silu(W1 (W0 a + b0) + b1) + b2: actions [..., A] -> [..., E]; W0 is stored as a convolution's."""
+
+    def __init__(self, action_dim: int, hidden: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv1d(action_dim, hidden, 1)
+        self.embed = nn.Sequential(nn.Linear(hidden, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim))
+
+    def forward(self, actions: Tensor) -> Tensor:
+        return self.embed(F.linear(actions, self.patch_embed.weight[..., 0], self.patch_embed.bias))
+
+
+def _projector(width: int, hidden: int) -> Net:
+    return Net(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class LeWorldModel(nn.Module):
+    """Embeds frames, one token each, and predicts the next one's embedding from three and the actions taken in them.
+
+    Frames are uint8, or floating in 0..1; ImageNet's mean and standard deviation are taken out on the way in.
+    A `World`: plan with it in evaluation mode, in which batch norms use what they saw in training.
+    """
+
+    inputs = "windows"  # what a batch holds, in messages
+
+    def __init__(self, config: LeWMConfig | None = None) -> None:
+        super().__init__()
+        self.config = c = LeWMConfig() if config is None else config
+        if c.crop_size % c.patch_size:
+            fail("LeWorldModel", "crop_size", f"be a multiple of {c.patch_size}", c.crop_size, "change patch_size too")
+        self.action_dim = c.action_dim
+        sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans
+        self.encoder = ClassEncoder(*sizes, mean=MEAN, std=STD)
+        self.projector = _projector(c.embed_dim, c.projector_hidden)
+        self.action_encoder = ActionEncoder(c.action_dim, c.action_hidden, c.embed_dim)
+        heads = c.predictor_num_heads, c.predictor_head_dim
+        self.predictor = ConditionalPredictor(
+            c.history, c.embed_dim, c.predictor_depth, *heads, c.predictor_hidden, c.dropout
+        )
+        self.pred_proj = _projector(c.embed_dim, c.projector_hidden)
+        self.sigreg = SIGReg()
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """frames [..., C, H, W] -> their embeddings [..., E]."""
+        c = self.config
+        if frames.shape[-3:] != (c.in_chans, c.crop_size, c.crop_size):
+            wanted = f"be [..., {c.in_chans}, {c.crop_size}, {c.crop_size}]"
+            fail("LeWorldModel", "frames", wanted, tuple(frames.shape), "resize them to the model's crop_size")
+        return self.projector(self.encoder(frames.flatten(0, -4))).unflatten(0, frames.shape[:-3])
+
+    def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """frames [B, T, C, H, W], actions [B, T - 1, A], T - 1 at most the history ->
+        (predictions of frames 2 to T [B, T - 1, E], embeddings of all [B, T, E])."""
+        embeddings = self.embed(frames)
+        if actions.shape[:-1] != (len(frames), frames.shape[1] - 1) or actions.shape[-1] != self.action_dim:
+            wanted = f"have shape {(len(frames), frames.shape[1] - 1, self.action_dim)}"
+            fail("LeWorldModel", "actions", wanted, tuple(actions.shape), "pass those taken between the frames")
+        predicted = self.predictor(embeddings[:, :-1], self.action_encoder(actions))
+        return self.pred_proj(predicted.flatten(0, 1)).view_as(predicted), embeddings
+
+    def objective(self, outputs: tuple[Tensor, Tensor], frames: Tensor, actions: Tensor) -> Tensor:
+        """The loss, an fp32 scalar, of what `forward` gives."""
+        predicted, embeddings = (x.float() for x in outputs)
+        error = F.mse_loss(predicted, embeddings[:, 1:])  # gradients reach both sides
+        return error + self.config.sigreg_weight * self.sigreg(embeddings.transpose(0, 1).contiguous())
+
+    def loss(self, frames: Tensor, actions: Tensor) -> Tensor:
+        """Mean squared error of the predicted embeddings + sigreg_weight * sigreg of each frame's in the batch.
+
+        Without a stop-gradient: SIGReg keeps embeddings from collapsing. Arguments: as of `forward`.
+        """
+        return self.objective(self(frames, actions), frames, actions)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """frames [..., T, C, H, W] -> latents [..., T, 1, E], without gradient."""
+        self._check_evaluation()
+        return self.embed(frames).unsqueeze(-2)
+
+    def imagine(self, context: Context, samples: int, horizon: int) -> Callable[[Tensor], Tensor]:
+        """Prepare a plan: actions [S, horizon, A] -> latents [S, horizon, 1, E] of the frames after the context's last.
+
+        Every step computes the last `history` frames anew, at places from 0 on: nothing is cached, shapes do not depend
+        on values, the device is never waited for. Fewer samples or steps than said are taken as well. Raises ValueError
+        where gradients are recorded, and for arguments that do not fit; see `unroll` for gradients.
+        """
+        if torch.is_grad_enabled():
+            fail("LeWorldModel", "imagine", "run without gradients", "gradients on", "use torch.no_grad(), or unroll")
+        self._check_evaluation()
+        latents, embedded = self._past(context)
+
+        @torch.no_grad()
+        def imagined(actions: Tensor) -> Tensor:
+            self._check_actions(actions, samples, horizon)
+            return self._rollout(latents, embedded, actions)
+
+        return imagined
+
+    def unroll(self, context: Context, actions: Tensor) -> Tensor:
+        """The same numbers as `imagine`'s, with gradients: actions [S, horizon, A] -> [S, horizon, 1, E]."""
+        self._check_evaluation()
+        self._check_actions(actions, actions.shape[0], actions.shape[1])
+        return self._rollout(*self._past(context), actions)
+
+    def _past(self, context: Context) -> tuple[Tensor, Tensor]:
+        """Embeddings [1, t, E] of the context's last t frames that count, and of the actions [1, t - 1, E] in them."""
+        latents, actions, width = context.latents, context.actions, self.config.embed_dim
+        check_tensor("LeWorldModel", "context.latents", latents, "T N E")
+        if latents.shape[0] < 1 or latents.shape[1:] != (1, width):
+            fail(
+                "LeWorldModel", "context.latents", f"be [T, 1, {width}]", tuple(latents.shape), "pass what encode gives"
+            )
+        wanted = latents.shape[0] - 1, self.action_dim
+        if actions is None:
+            actions = latents.new_empty(0, self.action_dim)
+        if actions.shape != wanted:
+            remedy = "pass those taken between the frames"
+            fail("LeWorldModel", "context.actions", f"have shape {wanted}", tuple(actions.shape), remedy)
+        kept = min(latents.shape[0], self.config.history)
+        return latents[-kept:, 0][None], self.action_encoder(actions[len(actions) - kept + 1 :])[None]
+
+    def _rollout(self, latents: Tensor, embedded: Tensor, actions: Tensor) -> Tensor:
+        """Frame after frame, each from the `history` before it."""
+        seen, samples = latents.shape[1], actions.shape[0]
+        embedded = torch.cat([embedded.expand(samples, -1, -1), self.action_encoder(actions)], 1)
+        latents = latents.expand(samples, -1, -1)
+        for end in range(seen, seen + actions.shape[1]):
+            first = max(0, end - self.config.history)
+            following = self.predictor(latents[:, first:], embedded[:, first:end])[:, -1]
+            latents = torch.cat([latents, self.pred_proj(following)[:, None]], 1)
+        return latents[:, seen:, None]
+
+    def _check_evaluation(self) -> None:
+        if self.training:
+            remedy = "call .eval(): batch norms would mix the samples"
+            fail("LeWorldModel", "the model", "be in evaluation mode", "training mode", remedy)
+
+    def _check_actions(self, actions: Tensor, samples: int, horizon: int) -> None:
+        check_tensor("LeWorldModel", "actions", actions, "S horizon A")
+        if actions.shape[-1] != self.action_dim:
+            wanted = f"have {self.action_dim} numbers each"
+            fail("LeWorldModel", "actions", wanted, actions.shape[-1], "pass the model's action_dim to the planner")
+        if actions.shape[0] > samples or actions.shape[1] > horizon:
+            wanted = f"be at most {samples} samples of {horizon} steps"
+            fail("LeWorldModel", "actions", wanted, tuple(actions.shape), "prepare for as many")
+
+    def load(self, source: Source) -> LoadReport:
+        """Load the published `weights.pt`, a file of `save`, or this model's state dict, whole or not at all.
+
+        source: as of `JEPA.load`. Raises ValueError, and loads nothing, for weights that do not fit or are not finite,
+        and for a file of `save` whose heads are others.
+        """
+        name = type(self).__name__
+        found, theirs = recognise(name, checkpoints.read(name, source)), checkpoints.config_in(name, source)
+        own = {field: getattr(self.config, field) for field in UNTOLD}
+        held = {field: theirs.get(field, own[field]) for field in UNTOLD}
+        if held != own:
+            fail(name, "checkpoint", f"be of {own}", held, "build the model by from_checkpoint")
+        wanted = NETWORKS if "sigreg" not in found.networks else (*NETWORKS, "sigreg")
+        parts = {network: (getattr(self, network), found.networks.get(network, {})) for network in wanted}
+        others = {network: "no network of this model" for network in found.networks if network not in parts}
+        checkpoints.load(name, parts, lambda _: "build the model by from_checkpoint")
+        loaded = tuple(f"{network}.{key}" for network, (_, state) in parts.items() for key in state)
+        missing = {} if "sigreg" in parts else {"sigreg": "its count of steps is left as it was"}
+        return LoadReport(name, found.layout.title, loaded, {**found.ignored, **others}, missing)
+
+    @classmethod
+    def from_checkpoint(cls, source: Source, **changes: Any) -> tuple[LeWorldModel, LoadReport]:
+        """Build the model that a checkpoint holds the weights of, load it, and put it in evaluation mode.
+
+        A file of `save` holds its config. Of others sizes come from the shapes, and heads are 64 wide, as published.
+        changes: fields of the config. Raises ValueError as `load` does.
+        """
+        state, config = checkpoints.read(cls.__name__, source), checkpoints.config_in(cls.__name__, source)
+        config = config or _config_in(recognise(cls.__name__, state).networks)
+        model = cls(replace(LeWMConfig(), **{**config, **changes}))
+        return model, (model.load(state), model.eval())[0]
+
+    def save(self, path: str | os.PathLike[str], layout: str = "meta", *, dtype: torch.dtype | None = None) -> None:
+        """Write the weights, and the config as JSON in the metadata, to a .safetensors file, whole or not at all.
+
+        layout: "meta": this model's names; "huggingface": the published ones, as `weights.pt` has them, without config.
+        dtype: of the file; None: the weights' own. Raises ValueError and OSError as `JEPA.save` does.
+        """
+        name = type(self).__name__
+        if layout not in ("meta", "huggingface"):
+            fail(name, "layout", "be meta or huggingface", repr(layout), "leave it out for this model's names")
+        tensors, config = self.state_dict(), asdict(self.config)
+        if layout == "huggingface":
+            networks = {network: getattr(self, network).state_dict() for network in NETWORKS}
+            tensors, config = to_huggingface(name, LEWM, networks), {}
+        checkpoints.write(name, path, tensors, dtype, config)
+
+
+def _config_in(networks: Networks) -> dict[str, Any]:
+    """{field: value} as far as shapes tell."""
+    encoder, predictor = (networks.get(name, {}) for name in ("encoder", "predictor"))
+    layer = "transformer.layers.0."
+    width, channels, _, patch = _shape(encoder, "patch_embed.proj.weight", 4)
+    hidden, _ = _shape(encoder, "blocks.0.mlp.fc1.weight", 2)
+    action_hidden, action_dim, _ = _shape(networks.get("action_encoder", {}), "patch_embed.weight", 3)
+    inner, _ = _shape(predictor, f"{layer}attn.to_out.0.weight", 2)[::-1]
+    return {
+        "crop_size": isqrt(_shape(encoder, "pos_embed", 3)[1] - 1) * patch,
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": count(encoder, "blocks."),
+        "num_heads": max(1, width // HEAD_DIM),
+        "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,  # the model rounds down
+        "projector_hidden": _shape(networks.get("projector", {}), "net.0.weight", 2)[0],
+        "action_dim": action_dim,
+        "action_hidden": action_hidden,
+        "history": _shape(predictor, "pos_embedding", 3)[1],
+        "predictor_depth": count(predictor, "transformer.layers."),
+        "predictor_num_heads": max(1, inner // HEAD_DIM),
+        "predictor_head_dim": HEAD_DIM,
+        "predictor_hidden": _shape(predictor, f"{layer}mlp.net.1.weight", 2)[0],
+    }
+
+
+def _shape(state: Any, name: str, rank: int) -> tuple[int, ...]:
+    shape = shape_of(state, name)
+    if len(shape) != rank or min(shape) < 1:
+        remedy = "pass the published weights.pt, or this model's state_dict()"
+        fail("LeWorldModel", "checkpoint", f"hold {name}", shape or "none", remedy)
+    return shape
