@@ -68,8 +68,8 @@ def matrix_to_euler(matrix: Tensor) -> Tensor:
     cos_b = torch.hypot(x, y)
     locked = cos_b <= GIMBAL
     # At a pole the gradient of atan2 would be NaN: it gets other numbers there.
-    c = torch.atan2(torch.where(locked, 0, y), torch.where(locked, 1, x))
-    b = torch.atan2(-m[..., 2, 0], torch.where(locked, 0, cos_b))
+    c = torch.atan2(y.masked_fill(locked, 0), x.masked_fill(locked, 1))
+    b = torch.atan2(-m[..., 2, 0], cos_b.masked_fill(locked, 0))
     sin, cos = c.sin(), c.cos()
     a = torch.atan2(sin * m[..., 0, 2] - cos * m[..., 1, 2], cos * m[..., 1, 1] - sin * m[..., 0, 1])
     return torch.stack((a, b, c), -1).to(matrix.dtype)

@@ -233,7 +233,8 @@ def test_explain_refuses_a_device_that_is_not_there(device, capsys):
 def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    first, encoding, target, optimizing, video, probing, files, patching = (part.split("```")[0] for part in parts)
+    parts = [part.split("```")[0] for part in parts]
+    first, encoding, target, optimizing, video, probing, files, planning, avoiding, patching = parts
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -260,6 +261,11 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().out.strip()
     assert said == "VJEPA2: 96 of its tensors loaded from Meta's layout" and f"# {said}" in files
     assert names["features"].shape == (3, 256, 384) and (tmp_path / "vjepa2.safetensors").exists()
+    exec(planning, names)
+    assert names["plan"].actions.shape == (2, 7) and names["plan"].energies.shape == (10, 50)
+    exec(avoiding, names)
+    assert names["plan"].actions.abs().max() <= 0.1 and names["plan"].invalid.tolist() == [0, 0, 0]
+    capsys.readouterr()
     exec(patching, names)
     assert names["features"].shape == (1, 32, 1024) and not names["patch"].skipped
     assert "VJEPA2Model: 8 modules patched, 0 left alone" in capsys.readouterr().out

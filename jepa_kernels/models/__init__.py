@@ -1,5 +1,5 @@
 """The models, one file each: a frozen config, named sizes, `loss(batch, masks)`, `load(state_dict | path)`."""
 
-from jepa_kernels.models import ijepa, probes, vjepa, vjepa2, vjepa2_1
+from jepa_kernels.models import ijepa, probes, vjepa, vjepa2, vjepa2_1, vjepa2_ac, world, world_losses
 
-__all__ = ["ijepa", "probes", "vjepa", "vjepa2", "vjepa2_1"]
+__all__ = ["ijepa", "probes", "vjepa", "vjepa2", "vjepa2_1", "vjepa2_ac", "world", "world_losses"]

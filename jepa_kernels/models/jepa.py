@@ -17,11 +17,9 @@ from jepa_kernels.masks import MaskBatch, Masks
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.models.layouts import ENCODERS, OWN, Checkpoint, Layout, recognise, to_huggingface
-from jepa_kernels.models.sizes import config_for, describe, model_of, size_of
+from jepa_kernels.models.sizes import check_config, config_for, describe, model_of, size_of
 from jepa_kernels.nn import EMA, Encoder, Predictor
 
-# Fields of configs that change what weights compute, and that no weight tells.
-UNTOLD = {"num_heads", "predictor_num_heads", "rope", "interpolate_rope", "predictor_interpolate_rope", "frame_causal"}
 AnyMasks = Masks | tuple[Tensor, Tensor]
 Self = TypeVar("Self", bound="JEPA")
 
@@ -84,7 +82,7 @@ class JEPA(nn.Module):
             "predictor": self.predictor,
         }
         self._refuse_other(found, model_of({name: module.state_dict() for name, module in modules.items()}))
-        self._refuse_config(checkpoints.config_in(type(self).__name__, source))
+        check_config(type(self).__name__, asdict(self.config), checkpoints.config_in(type(self).__name__, source))
         networks, missing = self._completed(found)
         report = self._fit({name: (modules[name], own) for name, own in networks.items()}, found, missing)
         self.ema.refresh()
@@ -186,15 +184,6 @@ class JEPA(nn.Module):
         if kind not in (None, *published):
             size = describe(cls.sizes, size_of(found.networks))
             fail(cls.__name__, "checkpoint", f"be of {published[0]}", f"one of {kind}, {size}", "build that model")
-
-    def _refuse_config(self, theirs: Mapping[str, Any]) -> None:
-        """Raise ValueError for the config of a file whose weights would mean something else in this model."""
-        own = asdict(self.config)
-        if other := {f: v for f, v in theirs.items() if f in UNTOLD and v != own.get(f)}:
-            wanted = ", ".join(f"{field}={own.get(field)!r}" for field in other)
-            held = ", ".join(f"{field}={value!r}" for field, value in other.items())
-            remedy = "build the model by from_checkpoint, or pass the file's tensors"
-            fail(type(self).__name__, "checkpoint", f"be of {wanted}", held, remedy)
 
     @classmethod
     def _fit(

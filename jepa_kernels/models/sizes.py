@@ -12,6 +12,9 @@ from torch import Tensor
 from jepa_kernels._core.check import fail
 from jepa_kernels.models.layouts import ENCODERS
 
+# Fields of configs that change what weights compute, and that no weight tells.
+UNTOLD = {"num_heads", "predictor_num_heads", "rope", "interpolate_rope", "predictor_interpolate_rope", "frame_causal"}
+UNTOLD |= {"rope_grid", "use_extrinsics", "normalize", "mean", "std"}
 Networks = Mapping[str, Mapping[str, Any]]
 Sizes = Mapping[str, Callable[..., Any]]
 
@@ -53,6 +56,8 @@ def size_of(networks: Networks) -> dict[str, Any]:
         found["patches"] = table[1]
     if own:
         found |= {"predictor_embed_dim": own[0], "predictor_depth": count(predictor, "predictor_blocks.")}
+    if "action_encoder.weight" in predictor:
+        found |= _steering(predictor)
     if tokens := count(predictor, "mask_tokens."):
         found["num_mask_tokens"] = tokens
     return found
@@ -70,6 +75,14 @@ def _options(width: int, encoder: Mapping[str, Any], predictor: Mapping[str, Any
         found |= {"levels": levels, "teacher_embed_dim": None if out[0] == levels * width else out[0]}
         found["predict_all"] = "predictor_proj_context.weight" in predictor
     return found
+
+
+def _steering(predictor: Mapping[str, Any]) -> dict[str, Any]:
+    """What an action-conditioned predictor is told, and how."""
+    shapes = {of: shape_of(predictor, f"{of}_encoder.weight") for of in ("action", "state", "extrinsics")}
+    found: dict[str, Any] = {f"{of}_dim": shape[1] if len(shape) == 2 else None for of, shape in shapes.items()}
+    modulated = any(".adaLN_modulation." in name for name in predictor)
+    return {**found, "conditioning": "adaln" if modulated else "tokens"}
 
 
 def describe(sizes: Sizes, size: Mapping[str, Any]) -> str:
@@ -106,6 +119,15 @@ def config_for(model: str, sizes: Sizes, networks: Networks, changes: Mapping[st
     if not hasattr(config, "rope"):  # with it the model has no table
         given |= _crop(replace(config, **{**given, **changes}), size)
     return replace(config, **{**given, **changes})
+
+
+def check_config(model: str, own: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise ValueError for the config of a file whose weights would mean something else in this model."""
+    if other := {f: v for f, v in theirs.items() if f in UNTOLD and v != own.get(f)}:
+        wanted = ", ".join(f"{field}={own.get(field)!r}" for field in other)
+        held = ", ".join(f"{field}={value!r}" for field, value in other.items())
+        remedy = "build the model by from_checkpoint, or pass the file's tensors"
+        fail(model, "checkpoint", f"be of {wanted}", held, remedy)
 
 
 def _crop(config: Any, size: Mapping[str, Any]) -> dict[str, int]:

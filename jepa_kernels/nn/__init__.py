@@ -1,5 +1,6 @@
 """Building blocks of the models, with the published parameter names. They call public ops and hold no dispatch."""
 
+from jepa_kernels.nn.action_predictor import ActionPredictor
 from jepa_kernels.nn.attention import Attention
 from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
@@ -13,6 +14,7 @@ from jepa_kernels.nn.sigreg import SIGReg
 __all__ = [
     "EMA",
     "MLP",
+    "ActionPredictor",
     "Attention",
     "AttentiveClassifier",
     "AttentivePooler",

@@ -66,7 +66,7 @@ def guardrail(clearance: Callable[[Tensor], Tensor], *, margin: float = 0.0, har
             wanted = f"give a number for each frame of a sample, {tuple(latents.shape[:2])}"
             fail("guardrail", "clearance", wanted, tuple(missing.shape), "reduce over tokens and channels")
         if hard:
-            missing = torch.where(missing > 0, math.inf, missing)
+            missing = missing.masked_fill(missing > 0, math.inf)
         return missing.clamp(min=0).sum(-1)
 
     return cost

@@ -69,20 +69,18 @@ def gradient(
     first = _first(problem, mean, noise, seed, include_mean)
     constrained = problem.constrained()
 
-    def step(scales: Tensor, old: Descent) -> tuple[Descent, Tensor, Tensor]:
+    def step(scales: Tensor, old: Descent) -> tuple[Descent, Tensor]:
         energies, grad = _slopes(problem, old.starts)
-        invalid = energies.isnan()
-        energies = energies.masked_fill(invalid, torch.inf)
-        grad = torch.where(grad.isfinite(), grad, 0)
+        grad = grad.masked_fill(~grad.isfinite(), 0)
         change, m, v = grad, old.first, old.second
         if optimizer == "adam":
             m, v = torch.lerp(grad, m, betas[0]), torch.lerp(grad.square(), v, betas[1])
             change = m / scales[0] / ((v / scales[1]).sqrt() + eps)
-        value, place = energies.min(0, keepdim=True)
+        value, place = energies.nan_to_num(torch.inf, torch.inf, -torch.inf).min(0, keepdim=True)
         better = value < old.lowest
         best = torch.where(better, old.starts[place][0], old.best)
         lowest = torch.where(better, value, old.lowest)
-        return Descent(constrained(old.starts - lr * change), m, v, best, lowest), energies, invalid.sum()
+        return Descent(constrained(old.starts - lr * change), m, v, best, lowest), energies
 
     with torch.no_grad():
         taken = torch.arange(1, iterations + 1, device=first.device, dtype=torch.float64)[:, None]
@@ -90,9 +88,9 @@ def gradient(
         starts = constrained(first)
         zeros = torch.zeros_like(starts)
         descent = Descent(starts, zeros, zeros, starts[0], starts.new_full((1,), torch.inf))
-        last, energies, invalid = steps(step, decays, descent, graph=False)
+        last, energies = steps(step, decays, descent, graph=False)
         spread = last.starts.std(0, correction=0)
-        return problem.plan(problem.imagined(1), last.best, energies, invalid, last.best, spread)
+        return problem.plan(problem.imagined(1), last.best, energies, last.best, spread)
 
 
 def _first(problem: Problem, mean: Tensor | None, noise: Tensor | None, seed: int, include_mean: bool) -> Tensor:
@@ -105,7 +103,7 @@ def _first(problem: Problem, mean: Tensor | None, noise: Tensor | None, seed: in
         noise = mean.new_empty(shape).normal_(generator=generator)
     if include_mean:
         noise = noise.clone()
-        noise[0] = 0
+        noise[0].zero_()
     return noise * problem.std() + mean
 
 

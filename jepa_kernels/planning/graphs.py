@@ -13,7 +13,14 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.planning.plan import Plan
 
 T = TypeVar("T")
-Step = Callable[[Tensor, Any], tuple[Any, Tensor, Tensor]]
+Step = Callable[[Tensor, Any], tuple[Any, Tensor]]  # (row, state) -> (state, energies [S])
+
+
+def check_graph(planner: str, graph: bool | PlanGraph, device: torch.device) -> None:
+    """No graph is asked for, or there is CUDA to record it."""
+    if graph and device.type != "cuda":
+        actual = f"{'True' if graph is True else type(graph).__name__} on {device}"
+        fail(planner, "graph", "be False where there is no CUDA", actual, "leave it out")
 
 
 def recorded(function: Callable[[], T]) -> tuple[Callable[[], None], T]:
@@ -27,37 +34,36 @@ def recorded(function: Callable[[], T]) -> tuple[Callable[[], None], T]:
     return graph.replay, results
 
 
-def steps(step: Step, rows: Tensor, state: Any, graph: bool) -> tuple[Any, Tensor, Tensor]:
-    """step(row, state) -> (state, energies [S], invalid []) for each row: the last state, and all energies and counts.
+def steps(step: Step, rows: Tensor, state: Any, graph: bool) -> tuple[Any, Tensor]:
+    """A step for each row: the last state, and all energies [rows, S].
 
     graph: all but the first replay a CUDA graph of it.
     """
-    energies, invalid = [], []
+    energies = []
     for n, row in enumerate(rows):
         if graph and n == 1:
             step = recorded_step(step, row, state)
-        state, of_samples, count = step(row, state)
-        energies.append(of_samples.clone() if graph else of_samples)
-        invalid.append(count.clone() if graph else count)
-    return state, torch.stack(energies), torch.stack(invalid)
+        state, found = step(row, state)
+        energies.append(found.clone() if graph else found)
+    return state, torch.stack(energies)
 
 
 def recorded_step(step: Step, row: Tensor, state: Any) -> Step:
     """`step` of a search as a CUDA graph. What it returns is overwritten by the next one."""
     row, state = row.clone(), type(state)(*(x.clone() for x in state))
 
-    def move() -> tuple[Tensor, Tensor]:
-        after, energies, invalid = step(row, state)
+    def move() -> Tensor:
+        after, energies = step(row, state)
         for kept, new in zip(state, after, strict=True):
             kept.copy_(new)
-        return energies, invalid
+        return energies
 
-    replay, results = recorded(move)
+    replay, energies = recorded(move)
 
-    def replayed(next_row: Tensor, before: Any) -> tuple[Any, Tensor, Tensor]:
+    def replayed(next_row: Tensor, before: Any) -> tuple[Any, Tensor]:
         row.copy_(next_row)  # before is the state that the last replay left
         replay()
-        return state, *results
+        return state, energies
 
     return replayed
 

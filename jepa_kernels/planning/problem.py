@@ -81,7 +81,7 @@ class Problem:
         """[D], written on the device: a copy from the host would wait for it."""
         vector = self.empty.new_empty(len(numbers))
         for dim, value in enumerate(numbers):
-            vector[dim] = value
+            vector[dim].fill_(value)
         return vector
 
     def std(self) -> Tensor:
@@ -142,9 +142,11 @@ class Problem:
             fail(self.planner, "cost", f"give one energy a sample, ({len(actions)},)", actual, "reduce over the rest")
         return energies.to(self.empty)
 
-    def plan(self, imagined: Imagined, chosen: Tensor, energies: Tensor, invalid: Tensor, *moments: Tensor) -> Plan:
-        """The plan of the numbers chosen, [H, D]."""
+    def plan(self, imagined: Imagined, chosen: Tensor, energies: Tensor, *moments: Tensor) -> Plan:
+        """The plan of the numbers chosen, [H, D]; energies [iterations, S] of all samples."""
         if self.space.finish is not None:
             chosen = self.space.finish(chosen)
         latents, actions = self.future(imagined, chosen[None])
-        return Plan(actions[0], latents[0], self.energy(latents, actions)[0], energies, invalid, *moments)
+        invalid = energies.isnan()
+        energies = energies.masked_fill(invalid, math.inf)
+        return Plan(actions[0], latents[0], self.energy(latents, actions)[0], energies, invalid.sum(1), *moments)

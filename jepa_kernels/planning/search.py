@@ -11,7 +11,8 @@ from torch import Tensor
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.models.world import Context
-from jepa_kernels.planning.graphs import PlanGraph, steps
+from jepa_kernels.planning import graphs
+from jepa_kernels.planning.graphs import PlanGraph
 from jepa_kernels.planning.plan import Plan
 from jepa_kernels.planning.problem import Problem
 
@@ -70,6 +71,7 @@ class Search:
         """From the first mean [H, D] (None: 0) and the noise (None: of the seed)."""
         self.check()
         p = self.problem
+        graphs.check_graph(p.planner, graph, p.context.latents.device)
         moments = p.horizon, p.dims
         mean = p.given("mean", mean, *moments)
         noise = p.given("noise", noise, self.iterations, p.samples, *moments)
@@ -96,20 +98,19 @@ class Search:
         constrained, update, std = problem.constrained(), self.update(problem), problem.std().expand_as(mean)
         imagined = problem.imagined(problem.samples)
 
-        def step(noise: Tensor, old: Distribution) -> tuple[Distribution, Tensor, Tensor]:
+        def step(noise: Tensor, old: Distribution) -> tuple[Distribution, Tensor]:
             samples = constrained(noise * old.std + old.mean)
             energies = problem.energies(imagined, samples)
-            invalid = energies.isnan()
-            energies = energies.masked_fill(invalid, torch.inf)
-            return self._moved(samples, energies, old, update), energies, invalid.sum()
+            return self._moved(samples, energies, old, update), energies
 
         first = Distribution(mean, std, mean, mean.new_full((), torch.inf))
-        last, energies, invalid = steps(step, noise, first, graph)
+        last, energies = graphs.steps(step, noise, first, graph)
         chosen = last.mean if self.returns == "mean" else last.best
-        return problem.plan(imagined, chosen, energies, invalid, last.mean, last.std)
+        return problem.plan(imagined, chosen, energies, last.mean, last.std)
 
     def _moved(self, samples: Tensor, energies: Tensor, old: Distribution, update: Update) -> Distribution:
-        values, order = energies.topk(self.elites, largest=False)
+        values, order = energies.topk(self.elites, largest=False)  # NaN comes last, behind infinity
+        values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
         elites, finite = samples[order], (values < torch.inf).sum()
         mean, std = update(elites, values, finite, old)
         better = values[0] < old.lowest

@@ -38,7 +38,7 @@ def clip_norm(*groups: tuple[slice, float]) -> Change:
         scales = torch.ones_like(actions)
         for dims, most in groups:
             norm = actions[..., dims].norm(dim=-1, keepdim=True)
-            scales[..., dims] = torch.where(norm > most, most / norm, 1.0)
+            scales[..., dims] = (most / norm).clamp(max=1)
         return actions * scales
 
     return change
@@ -51,7 +51,7 @@ def fixed(values: dict[int, float], *, first_step: int = 0) -> Change:
     def change(actions: Tensor) -> Tensor:
         actions = actions.clone()
         for dim, value in values.items():
-            actions[..., first_step:, dim] = value
+            actions[..., first_step:, dim].fill_(value)
         return actions
 
     return change
@@ -69,7 +69,7 @@ def dead_zone(dim: int, below: float) -> Change:
     def change(actions: Tensor) -> Tensor:
         actions = actions.clone()
         kept = actions[..., dim]
-        actions[..., dim] = torch.where(kept.abs() < below, 0, kept)
+        kept.masked_fill_(kept.abs() < below, 0)
         return actions
 
     return change

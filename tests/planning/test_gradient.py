@@ -70,6 +70,18 @@ def test_a_start_that_is_nan_loses_alone():
     assert torch.equal(plan.energies[:, 1:], fine.energies) and torch.equal(plan.actions, fine.actions)
 
 
+def test_a_start_of_infinite_energy_is_not_chosen():
+    context, noise = Context(torch.zeros(1, 1, 2)), torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
+    forbidden = costs.guardrail(lambda z: z[:, :, 0, 0] - 2, hard=True)
+    cost = costs.weighted((1.0, costs.effort), (1.0, forbidden))
+    options = dict(horizon=1, samples=2, iterations=1, lr=0.1, include_mean=False)
+    plan = jk.planning.gradient(Point(), context, cost=cost, noise=noise, **options)
+    assert plan.energies.tolist() == [[torch.inf, 9.0]] and plan.invalid.tolist() == [0]
+    assert torch.equal(plan.actions, noise[1])
+    nothing = jk.planning.gradient(Point(), context, cost=cost, noise=noise[:1], **{**options, "samples": 1})
+    assert torch.equal(nothing.actions, noise[0]) and nothing.energy.isinf()
+
+
 def test_several_starts_find_what_one_does_not():
     """Two valleys of the cost; the one at the mean is the worse."""
 

@@ -1,0 +1,222 @@
+"""Frames imagined with kept keys and values: equal to computing every prefix anew, whatever the lengths."""
+
+import copy
+
+import pytest
+import torch
+
+import jepa_kernels as jk
+from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
+from jepa_kernels.models.world import Context
+from jepa_kernels.nn.kv_cache import KVCache
+from jepa_kernels.testing import compare
+from tests.models import world_equations
+from tests.models.test_vjepa2_ac import SMALL, given, world
+
+each_past = pytest.mark.parametrize("frames", [1, 2, 3])
+
+
+def seen(model, frames):
+    """A context, with numbers that do not turn poses near a pole."""
+    latents, actions, states, _ = given(model, batch=1, frames=frames)
+    return Context(latents[0], actions[0, : frames - 1] if frames > 1 else None, None if states is None else states[0])
+
+
+def chosen(model, samples=3, horizon=4):
+    return torch.randn(samples, horizon, model.config.action_dim) * 0.3
+
+
+def wide(context):
+    tensors = (context.latents, context.actions, context.states)
+    return Context(*(None if x is None else x.double() for x in tensors))
+
+
+def by_the_equations(model, context, actions):
+    """In float64, a sample at a time."""
+    p = {name: x.double() for name, x in model.predictor.named_parameters()}
+    c, past = wide(context), context.actions
+    past = actions.new_zeros(0, actions.shape[-1]).double() if past is None else past.double()
+    one = [world_equations.imagine(c.latents, past, c.states, a.double(), p, model.config) for a in actions]
+    return torch.stack(one)
+
+
+def imagined(model, context, actions, samples=None, horizon=None):
+    with torch.no_grad():
+        return model.imagine(context, samples or len(actions), horizon or actions.shape[1])(actions)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "no_state", "adaln"])
+@each_past
+def test_imagined_frames_are_those_of_whole_prefixes(kind, frames):
+    """Against the equations, within 1e-5; and as exact as `forward` of each prefix on the same machine."""
+    model = world(kind)
+    context, actions = seen(model, frames), chosen(model, samples=2)
+    exact, found = by_the_equations(model, context, actions), imagined(model, context, actions)
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    with jk.use_backend("reference"):
+        double, eager = copy.deepcopy(model).double(), imagined(model, context, actions)
+        reference = imagined(double, wide(context), actions.double())
+    parity = compare("latents", found, reference, eager)
+    assert parity.ok, parity
+    for steps in (1, 2, 3):  # of another plan, and of the same
+        assert torch.equal(imagined(model, context, actions[:, :steps]), found[:, :steps])
+        assert torch.equal(imagined(model, context, actions[:, :steps], horizon=4), found[:, :steps])
+
+
+@each_past
+def test_one_camera_serves_all_imagined_frames(frames):
+    model, actions = world("camera"), chosen(world("camera"))
+    latents, past, states, extrinsics = given(model, batch=1, frames=frames)
+    extrinsics = extrinsics[:, :1].expand(-1, frames, -1)
+    context = Context(latents[0], past[0, :-1], states[0], extrinsics[0])
+    found = imagined(model, context, actions)
+    seen, past, states = (x.expand(3, -1, *x.shape[2:]) for x in (latents, past[:, :-1], states))
+    for n in range(actions.shape[1]):
+        past = torch.cat([past, actions[:, n, None]], 1)
+        with torch.no_grad():
+            new = model(seen, past, states, extrinsics[:, :1].expand(3, frames + n, -1))[:, -1:]
+        torch.testing.assert_close(found[:, n, None], new, rtol=1e-4, atol=2e-5)
+        seen = torch.cat([seen, new], 1)
+        moved = [
+            world_equations.moved(s.double(), a.double()) for s, a in zip(states[:, -1], actions[:, n], strict=True)
+        ]
+        states = torch.cat([states, torch.stack(moved).float()[:, None]], 1)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "adaln"])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_unrolled_frames_are_the_same_and_have_the_gradient_of_the_equations(kind, frames):
+    """next_state of the equations is SciPy's, which has no gradient: states stay here, by a function given."""
+    model = world(kind)
+    model.next_state = stays
+    context, actions = seen(model, frames), chosen(model, samples=2, horizon=3).requires_grad_()
+    found, weights = model.unroll(context, actions), torch.randn(2, 3, 6, 24)
+    torch.testing.assert_close(found, imagined(model, context, actions.detach()), rtol=1e-4, atol=1e-5)
+    (grad,) = torch.autograd.grad((found * weights).sum(), actions)
+    p = {name: x.double() for name, x in model.predictor.named_parameters()}
+    c = wide(context)
+    past = torch.zeros(0, actions.shape[-1]).double() if c.actions is None else c.actions
+    double = actions.detach().double().requires_grad_()
+    stated = torch.stack(
+        [world_equations.imagine(c.latents, past, c.states, a, p, model.config, stays) for a in double]
+    )
+    assert (found - stated).norm() <= 1e-5 * stated.norm()
+    (exact,) = torch.autograd.grad((stated * weights).sum(), double)
+    assert (grad - exact).norm() <= 1e-5 * exact.norm()
+
+
+def stays(state, action):
+    return state
+
+
+def test_poses_have_a_gradient_too():
+    model = world()
+    context, actions = seen(model, 2), chosen(model).requires_grad_()
+    (grad,) = torch.autograd.grad(model.unroll(context, actions).square().sum(), actions)
+    moved = actions.detach().clone()
+    moved[1, 0] += 1.0
+    before, after = (imagined(model, context, a) for a in (actions.detach(), moved))
+    assert grad.isfinite().all() and (grad != 0).all()
+    assert torch.equal(before[[0, 2]], after[[0, 2]]) and not torch.equal(before[1], after[1])  # samples stay apart
+
+
+def test_a_plan_gives_the_same_bits_at_every_call_and_takes_fewer_samples():
+    model = world()
+    context, actions, others = seen(model, 2), chosen(model, samples=5), chosen(model, samples=5)
+    with torch.no_grad():
+        plan = model.imagine(context, 5, 4)
+        first = plan(actions)
+        kept = first.clone()
+        plan(others)
+        assert torch.equal(plan(actions), kept) and torch.equal(first, kept)
+        assert (plan(actions[:2]) - kept[:2]).norm() <= 1e-5 * kept[:2].norm()
+
+
+def test_on_a_cpu_samples_take_turns(monkeypatch):
+    model = world()
+    context, actions = seen(model, 2), chosen(model, samples=5)
+    whole = imagined(model, context, actions)
+    monkeypatch.setattr("jepa_kernels.models.vjepa2_ac.CPU_TURN", 2)
+    assert (imagined(model, context, actions) - whole).norm() <= 1e-5 * whole.norm()
+
+
+def test_the_cache_is_allocated_once_and_as_large_as_said(monkeypatch):
+    made = []
+    monkeypatch.setattr("jepa_kernels.models.vjepa2_ac.KVCache", lambda *args: made.append(KVCache(*args)) or made[-1])
+    model = world()
+    context, actions = seen(model, 2), chosen(model)
+    with torch.no_grad():
+        plan = model.imagine(context, 3, 4)
+        (cache,) = made
+        numbers = 2 * 2 * 48 * (2 - 1 + 4) * 8 * 3  # 2 L D, tokens of T - 1 + horizon frames, samples
+        place = cache._kept.data_ptr()
+        plan(actions)
+    assert cache._kept.numel() == numbers and cache._kept.data_ptr() == place and len(made) == 1
+
+
+@pytest.mark.parametrize("kind", ["tokens", "adaln"])
+def test_under_autocast_it_is_as_exact_as_forward(kind):
+    """bf16 products: the error of a rollout against float64 is at most a little more than that of plain prefixes."""
+    model = world(kind)
+    context, actions = seen(model, 2), chosen(model, horizon=2)
+    exact = by_the_equations(model, context, actions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = imagined(model, context, actions)
+        with jk.use_backend("reference"):
+            eager = prefixes(model, context, actions)
+    parity = compare("latents", found.float(), exact, eager.float())
+    assert parity.relative <= 2e-2 and parity.rms_err <= 1.25 * (eager - exact).square().mean().sqrt(), parity
+
+
+@torch.no_grad()
+def prefixes(model, context, actions):
+    latents = context.latents.expand(len(actions), *context.latents.shape)
+    past = context.actions.expand(len(actions), *context.actions.shape)
+    states = None if context.states is None else context.states.expand(len(actions), *context.states.shape)
+    begin = latents.shape[1]
+    for n in range(actions.shape[1]):
+        past = torch.cat([past, actions[:, n, None]], 1)
+        latents = torch.cat([latents, model(latents, past, states)[:, -1:]], 1)
+        if states is not None:
+            states = torch.cat([states, model.next_state(states[:, -1], actions[:, n])[:, None]], 1)
+    return latents[:, begin:]
+
+
+def test_states_of_other_worlds_move_by_the_function_given():
+    model = WorldModel(WorldModelConfig(**SMALL, action_dim=2, state_dim=2), next_state=torch.add)
+    context, actions = seen(model, 1), chosen(model)
+    first = imagined(model, context, actions)
+    model.next_state = lambda state, action: state
+    assert torch.equal(first[:, 0], imagined(model, context, actions)[:, 0])
+    assert not torch.isclose(first[:, 1:], imagined(model, context, actions)[:, 1:]).all()
+    model.next_state = None
+    with pytest.raises(ValueError, match="next_state must be given for states of 2 and actions of 2 numbers, got None"):
+        imagined(model, context, actions)
+    imagined(model, context, actions[:, :1])  # the state after it is not asked for
+
+
+@torch.no_grad()
+def test_what_does_not_fit_the_model_is_refused():
+    model = world()
+    context, actions = seen(model, 2), chosen(model)
+    c = context
+    plan = model.imagine(context, 3, 4)
+    for call, message in (
+        (lambda: plan(torch.zeros(3, 4, 4)), r"actions must be \[3, 4, 7\] at most, .* got \(3, 4, 4\)"),
+        (lambda: plan(torch.zeros(3, 5, 7)), r"actions must be \[3, 4, 7\] at most, .* got \(3, 5, 7\)"),
+        (lambda: plan(torch.zeros(4, 4, 7)), r"got \(4, 4, 7\); prepare the plan for as many"),
+        (lambda: model.imagine(context, 3, 6), "horizon must lie in 1..5: the model takes 6 frames, of which 2 are"),
+        (lambda: model.imagine(context, 3, 0), "horizon must lie in 1..5"),
+        (lambda: model.unroll(context, torch.zeros(3, 6, 7)), "horizon must lie in 1..5"),
+        (lambda: model.imagine(Context(c.latents, None, c.states), 3, 4), r"actions must be \(1, 7\), got None"),
+        (lambda: model.imagine(Context(c.latents, c.actions), 3, 4), r"states must be \(2, 7\), got None"),
+        (lambda: model.imagine(Context(c.latents[:, :5], c.actions, c.states), 3, 4), r"latents must be \(2, 6, 24\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="context must be a Context, got Tensor"):
+        model.imagine(context.latents, 3, 4)
+    with torch.enable_grad():
+        for call in (lambda: plan(actions), lambda: model.imagine(context, 3, 4)):
+            with pytest.raises(RuntimeError, match="imagine must run where no gradients are recorded, got grad mode"):
+                call()
