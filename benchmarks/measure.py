@@ -62,7 +62,8 @@ class Run:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
         public = self.public
         found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
-        if self.workload.small is not None or not self.workload.reference_timed:
+        timed = self.workload.reference_timed
+        if not (self.workload.small is None if timed is None else timed):
             del found["reference"]
         if self.stage in self.workload.compile:
             compiled = torch.compile(self.reference, dynamic=False)
@@ -183,8 +184,11 @@ def verdict(checks: list[testing.Parity]) -> dict[str, Any]:
     }
 
 
-def with_backward(function: Callable[[], Any], leaves: list[Tensor]) -> Callable[[], Any]:
-    """Forward, then the gradients of `leaves` for a fixed gradient of the outputs; 1 for a loss, as in training."""
+def with_backward(function: Callable[[], Any], leaves: list[Tensor], **options: Any) -> Callable[[], Any]:
+    """Forward, then the gradients of `leaves` for a fixed gradient of the outputs; 1 for a loss, as in training.
+
+    options: of torch.autograd.grad.
+    """
     generator = torch.Generator().manual_seed(2)
 
     def outputs() -> list[Tensor]:
@@ -193,7 +197,7 @@ def with_backward(function: Callable[[], Any], leaves: list[Tensor]) -> Callable
 
     found = outputs()
     grads = [(torch.randn(x.shape, generator=generator) if x.dim() else torch.ones(())).to(x) for x in found]
-    return lambda: torch.autograd.grad(outputs(), leaves, grads)
+    return lambda: torch.autograd.grad(outputs(), leaves, grads, **options)
 
 
 def floor_seconds(bytes_: float, flops: float, dtype: str, traffic: str, peaks: dict[str, Any]) -> float:

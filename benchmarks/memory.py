@@ -1,5 +1,6 @@
 """Peak memory of one call, counted from the allocator's own events: resident size is far too coarse."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -23,3 +24,15 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def peaks_and_seconds(
+    functions: dict[str, Callable[[], object]], device: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """Of one call each, which also warms what is slow enough to be called a few times only."""
+    peaks, seconds = {}, {}
+    for name, function in functions.items():
+        started = time.perf_counter()
+        peaks[name] = peak_bytes(function, device)
+        seconds[name] = time.perf_counter() - started
+    return peaks, seconds

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.measure import OURS, Interrupted, Settings, verdict, with_backward
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
 
@@ -100,17 +100,16 @@ class PatchedRun:
         training = self.stage == "backward"
         functions = {n: self.trained(m) if training else self.call(m) for n, m in models.items()}
         with nullcontext() if training else torch.no_grad():
+            memory, once = peaks_and_seconds(functions, s.device)
+            clock = timing.Clock(s.device)
             times = timing.interleave(
-                functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=timing.Clock(s.device), drive=drive
+                functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=clock, drive=drive, once=once
             )
-            memory = {} if times.interrupted else {n: peak_bytes(f, s.device) for n, f in functions.items()}
         row = timed_row(common, "unpatched", times.of(OURS), times.of("unpatched"), times.interrupted)
+        row = finished({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]}, s)
         if times.interrupted:
-            raise Interrupted([finished(row, s)])
-        return [finished({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]}, s)]
+            raise Interrupted([row])
+        return [row]
 
     def trained(self, model: nn.Module) -> Callable[[], Any]:
-        call = self.call(model)
-        found = torch.autograd.grad(sum(x.sum() for x in call()), list(model.parameters()), allow_unused=True)
-        leaves = [p for p, g in zip(model.parameters(), found, strict=True) if g is not None]
-        return with_backward(call, leaves)
+        return with_backward(self.call(model), list(model.parameters()), allow_unused=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from benchmarks import timing
 from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict
-from benchmarks.memory import peak_bytes
+from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
@@ -226,14 +226,17 @@ class StepRun:
         if error:
             return self.finish([failed(common, n, error) for n in names])
         s = self.settings
+        for step in steppers.values():  # compiles, and makes the optimiser's state
+            step()
+        memory, once = peaks_and_seconds(steppers, s.device)
         times = timing.interleave(
             steppers,
             budget_s=4 * s.budget_s,
             rounds=(max(3, s.min_rounds // 2), 50),
             clock=timing.Clock(s.device),
             drive=drive,
+            once=once,
         )
-        memory = {} if times.interrupted else {n: peak_bytes(step, s.device) for n, step in steppers.items()}
         found = self.finish([self.row(common, n, steppers, times, memory) for n in names])
         if times.interrupted:
             raise Interrupted(found)

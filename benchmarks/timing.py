@@ -76,17 +76,19 @@ def interleave(
     rounds: tuple[int, int] = (7, 200),
     clock: Callable[[Function, int], float] | None = None,
     drive: Callable[[Function, Function, int], object] = loop,
+    once: dict[str, float] | None = None,
 ) -> Times:
     """Time all functions in turn. The first one is ours; the others go before it, in an order that rotates.
 
     As many rounds as fit into the budget, within `rounds`; but where the least of them would take OVERRUN times the
     budget, on a slow or busy machine, fewer. Ctrl-C ends it early: the rounds so far are returned, marked interrupted.
+    once: about the seconds of a call of each, where they have run already; else each is called until warm.
     """
     clock = clock or Clock()
     ours, *others = functions
     times = Times({name: [] for name in functions})
     try:
-        once = {name: _warm(function, clock) for name, function in functions.items()}
+        once = once or {name: _warm(function, clock) for name, function in functions.items()}
         times.calls = {name: max(1, round(SHORTEST_SAMPLE_S / max(s, 1e-9))) for name, s in once.items()}
         per_round = sum(once[name] * times.calls[name] for name in functions)
         least = min(rounds[0], max(FEWEST_ROUNDS, OVERRUN * budget_s / per_round))

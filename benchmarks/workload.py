@@ -30,7 +30,8 @@ class Workload:
     rivals      rivals(inputs) -> {name: function of no arguments} doing the same work on the same inputs; what is
                 built outside the functions (masks, index tensors) is not timed. An output must have the shape of
                 ours. "reference" is added by itself; a "compile" of your own replaces the compiled reference
-    reference_timed  False where the reference takes seconds and says little: rivals alone are timed
+    reference_timed  False where the reference takes seconds and says little: rivals alone are timed. None: it is
+                timed unless parity is checked on a smaller call
     grads       arguments that get a gradient: adds the stage "backward"
     mutates     arguments changed in place: they are compared instead of the output
     dtypes      each is a run of its own
@@ -38,8 +39,8 @@ class Workload:
     compile     stages in which torch.compile of the reference is timed too; compiling takes seconds, so few
     function    the public function, where the op has several; `reference` then is its specification
     devices     where it is measured: sizes that fill a GPU take minutes on a CPU
-    small       make, of a smaller call of the same kind: parity is checked on it, and the reference is not timed, where
-                the reference of the timed call would not fit into memory
+    small       make, of a smaller call of the same kind, on which parity is checked where the reference of the timed
+                call would not fit into memory, or take longer than all timing
     smoke       part of the one-minute run, in fp32
     """
 
@@ -58,7 +59,7 @@ class Workload:
     reference: Callable[..., Any] | None = None
     devices: tuple[str, ...] = ("cpu",)
     small: Callable[[torch.Generator], Inputs] | None = None
-    reference_timed: bool = True
+    reference_timed: bool | None = None
     smoke: bool = False
 
     @property

@@ -178,6 +178,19 @@ class Packing:
         rows = torch.arange(self.tokens, device=self.cu_seqlens.device, dtype=torch.int32)
         return torch.searchsorted(self.cu_seqlens[1:].contiguous(), rows, right=True)
 
+    def place_of_token(self) -> Tensor:
+        """int64 [T]: how many tokens of its sequence stand before each one."""
+        start = self.cu_seqlens[self.sequence_of_token()]
+        return torch.arange(self.tokens, device=start.device) - start
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of each sequence's tokens, summed in fp32 or wider: x [T, ...] -> [S, ...]; 0 for empty ones.
+        Differentiable."""
+        self._check_tokens("x", x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        offsets = self.cu_seqlens.long()
+        return torch.segment_reduce(wide, "mean", offsets=offsets, unsafe=True, initial=0).to(x.dtype)
+
     def dense_mask(self) -> Tensor:
         """bool [T, T]: True where two tokens share a sequence (for SDPA's attn_mask)."""
         owner = self.sequence_of_token()

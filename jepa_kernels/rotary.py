@@ -188,6 +188,15 @@ def patch_positions(ids: Tensor, grid: tuple[int, int, int], *, pretrained_grid:
     return torch.stack([frame.float(), row.float(), column.float()], -1)
 
 
+def published_frequencies(
+    count: int, dtype: torch.dtype, device: torch.device, power_dtype: torch.dtype | None = None
+) -> Tensor:
+    """10000 ** (-j / count), j < count, rounded as in the published code: the exponents in `dtype`, that of queries,
+    the powers in `power_dtype`; None: in what autocast makes of the exponents."""
+    exponents = torch.arange(count, dtype=dtype, device=device) / count
+    return 1.0 / 10000 ** exponents.to(power_dtype or dtype)
+
+
 def _capturing(x: Tensor) -> bool:
     """Whether x is made inside a CUDA graph, whose memory other graphs may not read."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -25,6 +25,7 @@ VIDEOS = {
 # Shares of a video's frames. Both carphones are cut at the same frames, so that neither shows what the other holds out.
 SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0)}
 SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops are hardly ever enlarged
+TS_PACKETS = (188, 192, 204)  # bytes of an MPEG transport stream: plain, with time stamps, with check sums
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -33,7 +34,8 @@ def load_video(path: str, short_side: int) -> Tensor:
     """Every frame that a file shows, uint8 [T, 3, H, W], whose shorter side has at most `short_side` pixels.
 
     It is decoded once, and kept: the four bundled videos take about two seconds and 60 MB for crops of 96 pixels.
-    Raises ValueError for a file that does not decode, lacks frames, or ends before the time that its header tells.
+    Raises ValueError for a file that does not decode, lacks frames, or ends before the time that its header tells. Of a
+    format that tells none, a file that is cut between two frames can not be told from a shorter one.
     """
     av = extra("av")
     try:
@@ -49,18 +51,24 @@ def _decode(container: Any, short_side: int) -> list[np.ndarray]:
     """The frames [H, W, 3]; EOFError where some are missing."""
     if not container.streams.video:
         raise EOFError("no pictures")
+    if container.format.name == "mpegts" and all(container.size % size for size in TS_PACKETS):
+        raise EOFError("a part of its last packet")
     stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+    stream.thread_type = "SLICE"  # threads of whole frames lose the errors of the last ones
     stream.codec_context.options = {"err_detect": "explode"}  # without it, damage is painted over
     shrink = min(1.0, short_side / min(stream.width, stream.height))
     size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
-    frames, shown, end = [], 0, 0.0
+    frames: list[np.ndarray] = []
+    shown, end = 0, 0.0
     for packet in container.demux():  # of all streams: the header's duration is that of the longest
         if packet.pts is not None:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if packet.stream.index == stream.index:
             shown += packet.size > 0 and not packet.is_discard  # an edit list leaves some out
-            shrunk = (f.reformat(**size, format="rgb24", interpolation="AREA") for f in packet.decode())
+            decoded = packet.decode()
+            if packet.is_corrupt or any(frame.is_corrupt for frame in decoded):
+                raise EOFError(f"{len(frames)} frames and a part")
+            shrunk = (f.reformat(**size, format="rgb24", interpolation="AREA") for f in decoded)
             frames += [frame.to_ndarray() for frame in shrunk]
     seconds, frame = (container.duration or 0) / 1e6, 1 / (stream.average_rate or 10)
     if 0 < end < seconds - 1.5 * frame:  # the last packet need not tell its duration

@@ -1,7 +1,7 @@
 """Every test of the project, as `make test` runs them: three pytest processes, one summed line.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so interpreted and compiled kernels need processes of
-their own. Each of these two keeps one core busy: they run side by side, after the plain tests, which take every core.
+their own. All run side by side: two of them keep one core busy each, and the plain tests seldom more than one.
 `python -m tests ARGS` hands ARGS to each process (say, `-k rope`). `python -m tests --gpu ARGS` runs the GPU tests, in
 as many processes as compile kernels side by side.
 """
@@ -19,40 +19,35 @@ SHARDS = min(8, os.cpu_count() or 1)
 ONE_CORE = {"OMP_NUM_THREADS": "1"}
 # Which tests, in which environment, with which arguments more.
 STAGES = {
-    "plain": ("not interp and not compile and not gpu", {}, []),
+    "plain": ("not interp and not compile and not gpu", {"OMP_WAIT_POLICY": "passive"}, []),
     "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", **ONE_CORE}, []),
     "compile": ("compile and not gpu", ONE_CORE, []),
 }
+LIVE = "plain"  # its output is shown as it comes
 GPU_STAGES = {f"gpu {i + 1} of {SHARDS}": ("gpu", ONE_CORE, [f"--shard={i}/{SHARDS}"]) for i in range(SHARDS)}
 
 
-def start(name: str, args: list[str], report: Path, log: Path | None = None) -> subprocess.Popen[bytes]:
+def start(name: str, args: list[str], report: Path) -> subprocess.Popen[bytes]:
     marker, extra, more = (STAGES | GPU_STAGES)[name]
     command = [sys.executable, "-m", "pytest", str(ROOT), "-q", "-m", marker, f"--junitxml={report}", *more, *args]
-    stream = None if log is None else log.open("wb")
-    return subprocess.Popen(
-        command, env={**os.environ, **extra}, cwd=ROOT.parent, stdout=stream, stderr=subprocess.STDOUT if log else None
-    )
+    with report.with_suffix(".log").open("wb") as log:
+        stream = None if name == LIVE else log
+        return subprocess.Popen(
+            command, env={**os.environ, **extra}, cwd=ROOT.parent, stdout=stream, stderr=subprocess.STDOUT
+        )
 
 
-def alone(name: str, args: list[str], report: Path) -> int:
-    print(f"\n== {name}", flush=True)
+def side_by_side(reports: dict[str, Path], args: list[str]) -> list[int]:
+    """The exit code of each process; the output of all but one comes as they end."""
     started = time.monotonic()
-    code = start(name, args, report).wait()
-    print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
-    return code
-
-
-def side_by_side(names: list[str], args: list[str], reports: dict[str, Path]) -> list[int]:
-    """Their output comes as each ends."""
-    started = time.monotonic()
-    logs = {name: reports[name].with_suffix(".log") for name in names}
-    children = {name: start(name, args, reports[name], logs[name]) for name in names}
-    print(f"\n== {' and '.join(names)}, side by side", flush=True)
-    while logs:
+    children = {name: start(name, args, report) for name, report in reports.items()}
+    print(f"== {', '.join(children)}, side by side", flush=True)
+    running = set(children)
+    while running:
         time.sleep(1)
-        for name in [n for n in logs if children[n].poll() is not None]:
-            print(f"\n== {name}\n{logs.pop(name).read_text(errors='replace')}", end="")
+        for name in [n for n in children if n in running and children[n].poll() is not None]:
+            running.remove(name)
+            print(f"\n== {name}\n{reports[name].with_suffix('.log').read_text(errors='replace')}", end="")
             print(f"== {name}: {time.monotonic() - started:.0f} s", flush=True)
     return [child.returncode for child in children.values()]
 
@@ -72,8 +67,7 @@ def main(args: list[str]) -> int:
     stages, args = (GPU_STAGES, args[1:]) if with_gpu else (STAGES, args)
     with tempfile.TemporaryDirectory() as folder:
         reports = {name: Path(folder) / f"{name}.xml" for name in stages}
-        codes = [] if with_gpu else [alone("plain", args, reports["plain"])]
-        codes += side_by_side([name for name in stages if name != "plain"], args, reports)
+        codes = side_by_side(reports, args)
         if args or with_gpu:  # 5: nothing selected, as ARGS (say, -k) or a shard may cause
             codes = [0 if code == 5 else code for code in codes]
         passed, failed, skipped = (sum(n) for n in zip(*(count(r) for r in reports.values()), strict=True))

@@ -129,6 +129,19 @@ def test_a_video_without_a_count_of_frames_is_held_to_its_duration(ramp, tmp_pat
         video.load_video(str(tmp_path / "truncated.mkv"), 16)
 
 
+@pytest.mark.parametrize("name, codec", [("cut.h264", "libx264"), ("cut.ts", "mpeg2video"), ("cut.ivf", "libvpx")])
+def test_formats_without_a_duration_show_that_they_end_inside_a_frame(tmp_path, name, codec):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    path = write(tmp_path / name, np.stack([np.roll(noise, 2 * i, 1) for i in range(20)]), codec)
+    assert len(video.load_video(str(path), 32)) == 20
+    whole = path.read_bytes()
+    for i, cut in enumerate(range(len(whole) // 3, len(whole) - 8, len(whole) // 12 + 1)):
+        path = path.with_stem(f"cut{i}")
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=f"cut{i}.* must be a video that decodes, got "):
+            video.load_video(str(path), 32)
+
+
 def damaged(source, folder):
     """Files that do not decode, and what is said of them."""
     whole = source.read_bytes()

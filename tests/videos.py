@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 
-def write(path: Path, frames: np.ndarray) -> Path:
-    """A video of uint8 frames [T, H, W, 3], which starts with its index."""
+def write(path: Path, frames: np.ndarray, codec: str = "mpeg4") -> Path:
+    """A video of uint8 frames [T, H, W, 3], which starts with its index, if its format has one."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("mpeg4", rate=25, bit_rate=4_000_000)
+        stream = container.add_stream(codec, rate=25, bit_rate=4_000_000)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array)))

@@ -1,7 +1,6 @@
 """adamw_ema over whole encoders: the step that torch takes in two passes, and in four where it casts as well."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,42 +54,41 @@ def flops(inputs: Inputs, stage: str) -> float:
 
 
 def workload(name: str, width: int, depth: int, shadows: bool = False, **options: Any) -> Workload:
-    case = cases.case(name, cases.make(encoder_shapes(width, depth), shadows=(LOW, LOW) if shadows else (None, None)))
-    return Workload(
-        name,
-        case.make,
-        bytes=moved,
-        flops=flops,
-        rivals=rivals,
-        mutates=case.mutates,
-        keep=(*case.keep, "grads"),
-        traffic="rmw",
-        **options,
-    )
-
-
-def on_gpu(name: str, width: int, depth: int, shadows: bool = False) -> Workload:
-    """Every block has the numbers of one, on which parity is checked: drawing more takes longer than the rest."""
-    one = workload(name, width, 1, shadows)
+    """Every block has the numbers of one, on which parity is checked: drawing more takes longer than all the rest."""
+    kinds = (LOW, LOW) if shadows else (None, None)
+    one = cases.case(name, cases.make(encoder_shapes(width, 1), shadows=kinds))
 
     def make(generator: torch.Generator) -> Inputs:
         return {role: deepened(x, depth) if isinstance(x, list) else x for role, x in one.make(generator).items()}
 
-    return replace(one, make=make, small=one.make, devices=("cuda",))
+    return Workload(
+        name,
+        make,
+        bytes=moved,
+        flops=flops,
+        rivals=rivals,
+        mutates=one.mutates,
+        keep=(*one.keep, "grads"),
+        traffic="rmw",
+        small=one.make,
+        **options,
+    )
 
 
 def deepened(tensors: list[torch.Tensor], depth: int) -> list[torch.Tensor]:
     """Of an encoder of one block: three tensors before it, two after it."""
-    single = [t.float() if t.dtype == torch.float64 else t for t in tensors]  # half the bytes on their way to the GPU
+    single = [t.float() if t.dtype == torch.float64 else t for t in tensors]  # half the bytes on their way
     return [*single[:3], *single[3:-2] * depth, *single[-2:]]
 
 
+ON_CPU: dict[str, Any] = dict(reference_timed=True)
+ON_GPU: dict[str, Any] = dict(devices=("cuda",))
 WORKLOADS = (
-    workload("vit_s16", 384, 12, smoke=True),
-    workload("vit_b16", 768, 12),
-    workload("vit_b16_bf16_shadows", 768, 12, shadows=True),
-    on_gpu("vit_h14", 1280, 32),
-    on_gpu("vit_h14_bf16_shadows", 1280, 32, shadows=True),
+    workload("vit_s16", 384, 12, smoke=True, **ON_CPU),
+    workload("vit_b16", 768, 12, **ON_CPU),
+    workload("vit_b16_bf16_shadows", 768, 12, shadows=True, **ON_CPU),
+    workload("vit_h14", 1280, 32, **ON_GPU),
+    workload("vit_h14_bf16_shadows", 1280, 32, shadows=True, **ON_GPU),
 )
 
 

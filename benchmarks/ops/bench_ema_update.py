@@ -122,9 +122,9 @@ VIT_H = encoder_shapes(1280, 32, patch=14, tokens=256)
 WORKLOADS = (
     workload("vit_ti16", VIT_TI),
     workload("vit_s16", VIT_S, smoke=True),
-    workload("vit_b16", VIT_B, rivals=compiled_rivals),
+    workload("vit_b16", VIT_B, rivals=compiled_rivals, small=lists(VIT_TI, False), reference_timed=True),
     workload("vit_s16_bf16_shadow", VIT_S, shadow=True),
-    workload("vit_b16_bf16_shadow", VIT_B, shadow=True),
+    workload("vit_b16_bf16_shadow", VIT_B, shadow=True, small=lists(VIT_TI, True), reference_timed=True),
     workload("tiny_1000", TINY, rivals=tiny_rivals, devices=("cpu", "cuda")),
     on_gpu("vit_h14", VIT_H),
     on_gpu("vit_h14_bf16_shadow", VIT_H, shadow=True),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.select import FLOATS
-from jepa_kernels.rotary import Rope, patch_positions
+from jepa_kernels.rotary import Rope, patch_positions, published_frequencies
 
 
 class Ropes:
@@ -63,10 +63,3 @@ def published_rope(
     frequencies = published_frequencies(pairs, dtype, ids.device)
     rounded = frequencies.dtype if frequencies.dtype in FLOATS else torch.float32
     return Rope(positions, pairing=pairing, frequencies=frequencies.float(), angle_dtype=rounded)
-
-
-def published_frequencies(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """10000 ** (-j / count), j < count, rounded as in the published code: the exponents in the type of the queries, the
-    powers in what autocast makes of them."""
-    exponents = torch.arange(count, dtype=dtype, device=device) / count
-    return 1.0 / 10000**exponents

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from jepa_kernels._core.check import fail
 from jepa_kernels.models.jepa import AnyMasks
 from jepa_kernels.models.video import VideoJEPA
 from jepa_kernels.nn import Encoder, Predictor
@@ -24,6 +25,8 @@ class VJEPAConfig:
     """Sizes of the networks; those of ViT-L unless given. The predictor has as many heads as the encoder.
 
     uniform_power: of the tables of positions (see `sincos_3d`).
+    interpolate_positions: encoders take clips of other sizes and numbers of frames, for which their table is resized
+        (see `Encoder`); predictors do not.
     frame_causal: a patch sees those of its own frame and of earlier ones alone; published encoders see all.
     loss_exp: p of the loss |d|^p / p.
     reg_coeff: of mean(relu(1 - s)) in the loss, with s the predictions' standard deviation over the places of a clip,
@@ -43,6 +46,7 @@ class VJEPAConfig:
     predictor_depth: int = 12
     num_mask_tokens: int = 2  # one for each kind of mask
     uniform_power: bool = True
+    interpolate_positions: bool = False
     frame_causal: bool = False
     loss_exp: float = 1.0
     reg_coeff: float = 0.0
@@ -69,7 +73,8 @@ class VJEPA(VideoJEPA):
     shadow_dtype, .ema: as of `IJEPA`.
 
     Inference: `model.ema(clips)` is the target encoder's latents [B, N, E]; `model.ema(clips, ids, packing)` those of
-    the kept patches, at the cost of these alone; `model(clips, masks)` predictions. Clips have the config's size.
+    the kept patches, at the cost of these alone; `model(clips, masks)` predictions. Clips have the config's size,
+    but for encoders with interpolate_positions.
     """
 
     published_name, sizes = "V-JEPA", SIZES
@@ -87,6 +92,7 @@ class VJEPA(VideoJEPA):
             tubelet_size=c.tubelet_size,
             num_frames=c.num_frames,
             uniform_power=c.uniform_power,
+            interpolate_positions=c.interpolate_positions,
             frame_causal=c.frame_causal,
         )
         predictor = Predictor(
@@ -106,7 +112,10 @@ class VJEPA(VideoJEPA):
 
         Mask number j takes mask token j, the first again after the last.
         """
-        m = self._masks(batch, masks)
+        m, grid = self._masks(batch, masks), self.context_encoder.grid_of(batch)
+        if grid != self.grid:
+            wanted = f"have {self.grid} patches like the predictor's table of positions"
+            fail("VJEPA", "batch", wanted, grid, "encoders alone interpolate theirs")
         context = self.context_encoder(batch, m.context_ids, m.context_packing)
         packings = m.context_packing, m.target_packing, m.pairs
         rows = m.context_ids.shape[0] if m.context_packing is None else m.context_packing.sequences

@@ -42,6 +42,8 @@ class VJEPA2Config:
         weight_distance_loss: each token's divided by the root of its distance to the nearest target;
         offset_context_loss: that distance in units of Gh // 16 patches.
 
+    rope_precision: of angles, as of `Encoder`: "bf16_exponent" gives the numbers of published training and evaluation
+        under autocast to bf16, in any type.
     frame_causal: a patch sees those of its own frame and of earlier ones alone; published encoders see all.
     """
 
@@ -69,6 +71,7 @@ class VJEPA2Config:
     context_weight: float = 0.5
     weight_distance_loss: bool = True
     offset_context_loss: bool = False
+    rope_precision: str = "float32"
     frame_causal: bool = False
 
 
@@ -138,6 +141,7 @@ class VJEPA2(VideoJEPA):
             c.in_chans,
             tubelet_size=c.tubelet_size,
             rope=c.rope,
+            rope_precision=c.rope_precision,
             pretrained_grid=pretrained_grid if c.interpolate_rope else None,
             frame_causal=c.frame_causal,
             levels=c.levels,
@@ -153,6 +157,7 @@ class VJEPA2(VideoJEPA):
             c.predictor_depth,
             c.predictor_num_heads,
             rope=c.rope,
+            rope_precision=c.rope_precision,
             num_mask_tokens=c.num_mask_tokens,
             pretrained_grid=pretrained_grid if c.predictor_interpolate_rope else None,
             levels=c.levels or 1,

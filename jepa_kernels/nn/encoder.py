@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table, sincos
+from jepa_kernels.nn.patch_embed import PatchEmbed, frozen_table, resized, sincos
 from jepa_kernels.packing import Packing
-from jepa_kernels.rotary import Rope, patch_positions
+from jepa_kernels.rotary import Rope, patch_positions, published_frequencies
 
+PRECISIONS = "float32", "bf16_exponent", "bfloat16"  # of rotary angles
 LEVELS = 4  # the quarters of the blocks, after each of which V-JEPA 2.1 has a norm
 
 
@@ -22,7 +23,11 @@ class Encoder(nn.Module):
     rope: how queries and keys turn with their patch's frame, row and column, a pairing of `Rope` ("tiled": V-JEPA 2,
         "interleaved": V-JEPA 2.1): pixels of any size and number of frames. None: a table of positions is added to
         the patches, I-JEPA's for images of crop_size alone, V-JEPA's for clips of num_frames of them.
-    num_frames, uniform_power: of the table for clips (see `sincos_3d`).
+    rope_precision: "float32": exact angles. "bf16_exponent": frequencies from exponents in bf16, off by up to 1.5 %, as
+        published training under autocast has them; angles are exact. "bfloat16": angles are rounded too, as in
+        published code whose weights are bf16.
+    num_frames, uniform_power: of the table for clips (see `sincos_3d`). interpolate_positions: clips of other sizes and
+        numbers of frames have it resized, trilinear, as published; False: they are refused.
     pretrained_grid: of positions with rope (see `patch_positions`); V-JEPA 2.1: 256 // patch_size.
     frame_causal: a patch sees those of its own frame and of earlier ones alone.
     levels: None: the last block's output has a norm, `norm`. 1 to 4: `norms_block`, one after each quarter of the
@@ -46,8 +51,10 @@ class Encoder(nn.Module):
         *,
         tubelet_size: int | None = None,
         rope: str | None = None,
+        rope_precision: str = "float32",
         num_frames: int | None = None,
         uniform_power: bool = True,
+        interpolate_positions: bool = False,
         pretrained_grid: int | None = None,
         frame_causal: bool = False,
         levels: int | None = None,
@@ -57,7 +64,7 @@ class Encoder(nn.Module):
         std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        check_rope("Encoder", rope)
+        check_rope("Encoder", rope, rope_precision)
         self.grid: tuple[int, ...] = _grid(crop_size, patch_size)
         if tubelet_size is not None and rope is None:
             self.grid = (frames_of("Encoder", num_frames, tubelet_size), *self.grid)
@@ -65,11 +72,15 @@ class Encoder(nn.Module):
             wanted = f"be 1 to {LEVELS}, for a depth of as many equal parts"
             fail("Encoder", "levels", wanted, f"{levels} with depth {depth}", "leave it out for one norm")
         self.rope, self.pretrained_grid, self.frame_causal, self.levels = rope, pretrained_grid, frame_causal, levels
+        self.rope_precision, self.head_dim = rope_precision, embed_dim // num_heads
         given = dict(mean=mean, std=std)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, tubelet_size, **given)
         self.patch_embed_img = PatchEmbed(patch_size, in_chans, embed_dim, 1, **given) if image_tokenizer else None
         self.img_mod_embed, self.video_mod_embed = modality_embeddings(embed_dim, modality_embedding)
-        self.pos_embed, self.uniform_power = None, uniform_power
+        if interpolate_positions and (rope is not None or tubelet_size is None):
+            wanted, remedy = "be False without a table for clips", "rotary positions are of any size"
+            fail("Encoder", "interpolate_positions", wanted, True, remedy)
+        self.pos_embed, self.uniform_power, self.interpolate_positions = None, uniform_power, interpolate_positions
         if rope is None:
             self.pos_embed = frozen_table("Encoder", "embed_dim", self.grid, embed_dim, uniform_power=uniform_power)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -94,6 +105,25 @@ class Encoder(nn.Module):
         if not dense:
             return norms[-1](outputs[-1])
         return _side_by_side([norm(x) for norm, x in zip(norms, outputs, strict=True)])
+
+    def ragged(self, views: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """Encode every patch of views of several sizes in one packed pass, each view by itself.
+
+        views: pixels [n, C, H, W] of a size each, which takes rope where there are several; or clips of an encoder that
+        is not frame_causal. Returns packed [T, E], views one after another as given, and their packing.
+        """
+        if self.frame_causal:
+            fail("Encoder", "ragged", "be of an encoder that is not frame_causal", True, "encode each size by itself")
+        embedded = [self._embed(view, None, None) for view in views]
+        lengths = [x.shape[1] for x in embedded for _ in range(len(x))]
+        packing, rope = Packing.from_lengths(lengths, device=embedded[0].device), None
+        if self.rope is not None:
+            places = [self._positions(view, None).repeat(len(view), 1) for view in views]
+            rope = self._turning(torch.cat(places))
+        x = torch.cat([x.flatten(0, 1) for x in embedded])
+        for block in self.blocks:
+            x = block(x, packing, rope)
+        return self._norms()[-1](x), packing
 
     def features(self, pixels: Tensor, ids: Tensor | None = None, packing: Packing | None = None) -> Tensor:
         """`forward(dense=True)` without the last norms."""
@@ -138,19 +168,28 @@ class Encoder(nn.Module):
         embed = self.patch_embed_img if image and self.patch_embed_img is not None else self.patch_embed
         modality = self.img_mod_embed if image else self.video_mod_embed
         table, shift = self.pos_embed, None if modality is None else modality[0, 0]
+        grid = self.grid_of(pixels)[-len(self.grid) :]
+        if table is not None and self.interpolate_positions and grid != self.grid:
+            return embed(pixels, ids, packing, resized(table[0], self.grid, grid), shift)
         x = embed(pixels, ids, packing, None if table is None else table[0], shift)
-        if table is not None and self.grid_of(pixels)[-len(self.grid) :] != self.grid:  # of as many patches
+        if table is not None and grid != self.grid:  # of as many patches
             wanted, remedy = f"have {self.grid} patches like the table of positions", "crop to the config's size"
             fail("Encoder", "pixels", wanted, self.grid_of(pixels), remedy)
         return x
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
-        if self.rope is None:
-            return None
+        return None if self.rope is None else self._turning(self._positions(pixels, ids))
+
+    def _turning(self, positions: Tensor) -> Rope:
+        exactness = rounding(self.rope_precision, self.head_dim, positions.device)
+        return Rope(positions, pairing=cast(str, self.rope), **exactness)
+
+    def _positions(self, pixels: Tensor, ids: Tensor | None) -> Tensor:
+        """Frame, row and column of these patches; of all: [N, 3]."""
         grid = self.grid_of(pixels)
         if ids is None:
             ids = torch.arange(grid[0] * grid[1] * grid[2], device=pixels.device)
-        return Rope(patch_positions(ids, grid, pretrained_grid=self.pretrained_grid), pairing=self.rope)
+        return patch_positions(ids, grid, pretrained_grid=self.pretrained_grid)
 
     def _sight(self, pixels: Tensor, ids: Tensor | None, packing: Packing | None) -> dict[str, Any]:
         if not self.frame_causal:
@@ -178,10 +217,24 @@ def frame_ranges(ids: Tensor, frame_size: int, count: int, packing: Packing | No
     return torch.stack([torch.zeros_like(end), end], -1)
 
 
-def check_rope(module: str, rope: str | None) -> None:
-    """A pairing of the three axes of a patch's place, or None."""
+def check_rope(module: str, rope: str | None, precision: str = "float32") -> None:
+    """A pairing of the three axes of a patch's place, or None, and the precision of its angles."""
+    if precision not in PRECISIONS:
+        wanted = f"be {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+        fail(module, "rope_precision", wanted, repr(precision), "leave it out for exact angles")
     if rope not in (None, "interleaved", "tiled"):
         fail(module, "rope", "be interleaved, tiled or None", repr(rope), "V-JEPA 2 was trained with 'tiled'")
+
+
+def rounding(precision: str, head_dim: int, device: torch.device) -> dict[str, Any]:
+    """What a Rope of three axes takes for angles of this precision."""
+    if precision == "float32":
+        return {}
+    pairs = head_dim // 3 // 2
+    if precision == "bf16_exponent":
+        return {"frequencies": published_frequencies(pairs, torch.bfloat16, device, torch.float32)}
+    frequencies = published_frequencies(pairs, torch.bfloat16, device)
+    return {"frequencies": frequencies.float(), "angle_dtype": torch.bfloat16}
 
 
 def modality_embeddings(dim: int, wanted: bool) -> tuple[nn.Parameter | None, nn.Parameter | None]:

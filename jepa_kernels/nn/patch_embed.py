@@ -6,6 +6,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jepa_kernels as jk
@@ -105,6 +106,12 @@ def frozen_table(
     table = nn.Parameter(torch.empty(1, math.prod(grid), dim, dtype=torch.float32), requires_grad=False)
     table.data.copy_(sincos(grid, dim, uniform_power)[None])
     return table
+
+
+def resized(table: Tensor, grid: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
+    """A clip's table [N, dim] of `grid` spread over a clip of `wanted` patches: trilinear, patch centres on centres."""
+    x = F.interpolate(table.T.unflatten(1, grid)[None], wanted, mode="trilinear")
+    return x[0].flatten(1).T.contiguous()
 
 
 def sincos(grid: tuple[int, ...], dim: int, uniform_power: bool) -> Tensor:

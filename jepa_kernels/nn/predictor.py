@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import INT64, check_ids, check_tensor, fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
-from jepa_kernels.nn.encoder import check_rope, modality_embeddings
+from jepa_kernels.nn.encoder import check_rope, modality_embeddings, rounding
 from jepa_kernels.nn.patch_embed import frozen_table
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
@@ -25,7 +25,8 @@ class Predictor(nn.Module):
     copies of a context or of a mask token; the last block computes the target rows alone, if no others are asked.
 
     grid: (Gh, Gw) or (Gt, Gh, Gw), the latter with `rope`, of the patches.
-    rope, uniform_power, pretrained_grid: as of `Encoder`; without rope: a table of positions, of `grid` alone.
+    rope, rope_precision, uniform_power, pretrained_grid: as of `Encoder`; without rope: a table of positions, of `grid`
+        alone.
     num_mask_tokens: None: one mask token, `mask_token`, as I-JEPA's; else so many in the list `mask_tokens`, 0 at the
         start, as V-JEPA's.
     levels: so many latents of width embed_dim stand side by side in the context; several are embedded by two layers
@@ -45,6 +46,7 @@ class Predictor(nn.Module):
         mlp_ratio: float = 4.0,
         *,
         rope: str | None = None,
+        rope_precision: str = "float32",
         num_mask_tokens: int | None = None,
         uniform_power: bool = True,
         pretrained_grid: int | None = None,
@@ -55,7 +57,7 @@ class Predictor(nn.Module):
     ) -> None:
         super().__init__()
         dim = predictor_embed_dim
-        check_rope("Predictor", rope)
+        check_rope("Predictor", rope, rope_precision)
         if len(grid) != 3 and (rope is not None or len(grid) != 2):
             wanted = "be (Gh, Gw) or (Gt, Gh, Gw)" if rope is None else "be (Gt, Gh, Gw) with rope"
             fail("Predictor", "grid", wanted, grid, "pass the encoder's grid")
@@ -63,6 +65,7 @@ class Predictor(nn.Module):
             if count is not None and count < 1:
                 fail("Predictor", name, "be at least 1", count, "the published predictors have 12 blocks")
         self.grid, self.rope, self.pretrained_grid = tuple(grid), rope, pretrained_grid
+        self.rope_precision, self.head_dim = rope_precision, dim // num_heads
         self.predictor_embed: nn.Module = nn.Linear(embed_dim, dim)
         if levels > 1:
             wide = nn.Linear(levels * embed_dim, embed_dim)
@@ -190,7 +193,8 @@ class Predictor(nn.Module):
         positions, targets = (
             patch_positions(x, shape, pretrained_grid=self.pretrained_grid) for x in (ids, target_ids)
         )
-        return Rope(positions, pairing=self.rope), Rope(targets, positions, pairing=self.rope)
+        options = dict(pairing=self.rope, **rounding(self.rope_precision, self.head_dim, ids.device))
+        return Rope(positions, **options), Rope(targets, positions, **options)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

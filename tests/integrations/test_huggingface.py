@@ -39,7 +39,7 @@ def test_patched_equals_unpatched_forward_and_every_gradient(width, dtype):
     model, given, pixels = small(dtype=dtype, **WIDTHS[width]), arguments(), clips(dtype=dtype)
     exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
     done = patch(model)
-    assert not done.skipped and len(done.patched) == 8
+    assert not done.skipped and len(done.patched) == 9
     assert_within_budget(numbers(model, pixels, **given), exact, own)
 
 
@@ -187,6 +187,22 @@ def test_hidden_states_are_recorded_and_hooks_run():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("own", ["nothing", "layer", "attention"])
+def test_the_predictors_last_layer_computes_targets_alone_unless_it_keeps_its_own(own):
+    """11 rows of context, 9 of the target."""
+    model, given, pixels, rows = small(), arguments(), clips(), {}
+    exact, plain = exactly(model, pixels, **given), numbers(model, pixels, **given)
+    for i, layer in enumerate(model.predictor.layer):
+        layer.mlp.register_forward_hook(lambda *args, i=i: rows.update({i: args[-1].shape[1]}))
+    last = model.predictor.layer[1]
+    if own != "nothing":
+        kept = last if own == "layer" else last.attention
+        kept.forward = kept.forward
+    patch(model)
+    assert_within_budget(numbers(model, pixels, **given), exact, plain)
+    assert rows == {0: 20, 1: 9 if own == "nothing" else 20}
+
+
 def gathered(model, pixels, context_mask, target_mask=None):
     """What a masked encoder means, in the model's own layers."""
     x = model.encoder.embeddings(pixels)
@@ -283,6 +299,22 @@ def test_our_model_gives_the_same_numbers_from_the_same_weights():
     ours = {"last": encoder(pixels.transpose(1, 2)), "masked": kept, "predicted": predicted}
     names = ours.keys()
     assert_within_budget(ours, {name: exact[name] for name in names}, {name: theirs[name] for name in names})
+
+
+def test_our_model_rounds_angles_as_theirs_does_in_bf16():
+    """On a clip of many frames of one patch; by sharp attention, whose numbers show them."""
+    model = small(dtype=torch.bfloat16, crop_size=8, **SHALLOW)
+    model.encoder.layer[0].attention.query.weight.data.mul_(16)
+    pixels = torch.randn(1, 600, 3, 8, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    theirs, apart = model(pixels, skip_predictor=True).last_hidden_state.float(), {}
+    for precision in ("float32", "bfloat16"):
+        sizes = dict(crop_size=8, num_frames=4, patch_size=8, embed_dim=64, depth=1, num_heads=2, num_mask_tokens=3)
+        narrow = dict(predictor_embed_dim=32, predictor_depth=1, predictor_num_heads=2)
+        config = own_vjepa2.VJEPA2Config(**sizes, **narrow, rope_precision=precision)
+        own = own_vjepa2.VJEPA2(config)
+        own.load(model.state_dict())
+        apart[precision] = (own.bfloat16().context_encoder(pixels.transpose(1, 2)) - theirs).norm() / theirs.norm()
+    assert apart["bfloat16"] < 0.3 * apart["float32"]
 
 
 def ijepa(**changes):

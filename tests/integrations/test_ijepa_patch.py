@@ -52,6 +52,19 @@ def test_it_compiles_as_one_graph(make):
     assert counter.frame_count == 1
 
 
+def test_its_attention_compiles_where_tensors_are_laid_out_anew(make):
+    """One module: inductor takes minutes for the many kernels of a model."""
+    torch._dynamo.reset()
+    counter, hidden = CompileCounterWithBackend("inductor"), drawn(2, 9, 160)
+
+    def attention(model):
+        return {"out": model.layers[0].attention(hidden.to(next(model.parameters()).dtype))[0]}
+
+    changed = lambda run: torch.compile(run, fullgraph=True, backend=counter)  # noqa: E731
+    assert not failures([make(num_hidden_layers=1)], patch, attention, changed)
+    assert counter.frame_count == 1
+
+
 def test_a_report_names_what_was_replaced(make):
     lines = str(patch(make())).split("\n")
     assert lines[:3] == [

@@ -12,6 +12,7 @@ import jepa_kernels as jk
 from jepa_kernels.masks import MultiBlock3d
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.vjepa import VJEPA, VJEPAConfig
+from jepa_kernels.nn import Encoder
 from jepa_kernels.nn.patch_embed import sincos_2d, sincos_3d
 from jepa_kernels.packing import Packing
 from tests.models import video_equations
@@ -148,6 +149,41 @@ def test_inference_by_kept_patches_and_of_other_sizes(model):
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match=r"^embed_patches: pos_embed must have shape \(12, 32\)"):
         model.ema(clips[:, :, :4])
+
+
+def between(n, wanted):
+    """[wanted, n]: what each of n places in a row weighs at the centres of others spread over the same line."""
+    weights = torch.zeros(wanted, n)
+    for i in range(wanted):
+        at = min(max((i + 0.5) * n / wanted - 0.5, 0.0), n - 1.0)
+        left = min(int(at), n - 1)
+        weights[i, left] += 1 - (at - left)
+        weights[i, min(left + 1, n - 1)] += at - left
+    return weights
+
+
+@pytest.mark.parametrize("grid", [(4, 3, 5), (2, 2, 3), (3, 4, 6)], ids=str)
+def test_the_table_of_encoders_is_resized_where_it_is_asked_for(grid):
+    model = far_from_its_start(interpolate_positions=True)
+    clips = torch.randn(2, 3, 2 * grid[0], 4 * grid[1], 4 * grid[2])
+    other = VJEPA(replace(CONFIG, num_frames=2 * grid[0], crop_size=(4 * grid[1], 4 * grid[2]))).target_encoder
+    state = model.target_encoder.state_dict()
+    weights = (between(n, wanted) for n, wanted in zip(GRID, grid, strict=True))
+    table = torch.einsum("at,bh,cw,thwe->abce", *weights, state["pos_embed"][0].unflatten(0, GRID))
+    other.load_state_dict({**state, "pos_embed": table.view(1, -1, 32)})
+    ids = torch.tensor([[0, 3, 11], [2, 5, 7]])
+    for given in ((clips,), (clips, ids)):
+        torch.testing.assert_close(model.ema(*given), other(*given), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"pos_embed must have shape|pixels must have .* patches like the table"):
+        far_from_its_start().ema(clips)
+    with pytest.raises(ValueError, match=r"^VJEPA: batch must have \(3, 2, 3\) patches like the predictor's table"):
+        model(clips, (ids, ids + 1))
+
+
+@pytest.mark.parametrize("options", [{"rope": "tiled", "tubelet_size": 2}, {}], ids=["rope", "images"])
+def test_there_must_be_a_table_of_clips_to_resize(options):
+    with pytest.raises(ValueError, match=r"^Encoder: interpolate_positions must be False without a table for clips"):
+        Encoder(8, 4, 32, 1, 2, interpolate_positions=True, **options)
 
 
 def test_one_target_of_each_clip_has_no_spread():

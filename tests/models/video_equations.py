@@ -52,7 +52,7 @@ def levels(x, ids, grid, p, blocks, depth, heads, c, spread=None, causal=False):
     options = []
     if getattr(c, "rope", None) is not None:
         at = places(ids, grid, spread)
-        options.append(lambda q: turned(q, at, c.rope))
+        options.append(lambda q: turned(q, at, c.rope, c.rope_precision))
     else:
         options.append(lambda q: q)
     frames = ids // (grid[1] * grid[2])

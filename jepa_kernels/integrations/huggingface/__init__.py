@@ -17,6 +17,7 @@ from jepa_kernels.integrations import patching
 from jepa_kernels.integrations.huggingface import ijepa, vjepa2_plan
 from jepa_kernels.integrations.huggingface.implementations import run_in_any_type
 from jepa_kernels.integrations.patching import Patch, kind_of
+from jepa_kernels.packing import Packing
 
 # Class name -> what plans its patch: (model, masked_encoder, angle_dtype) -> replacements, skipped, verification.
 PLANS = {
@@ -40,10 +41,10 @@ def patch(
     VJEPA2Model, VJEPA2ForVideoClassification: positions are turned into one table of cosines for all layers, and
     queries and keys turn inside attention; patches are embedded by one product; the predictor neither sorts tokens nor
     waits for the device, so that torch.compile(fullgraph=True) works, and takes several masks (lists of ids [B, K],
-    all of one K), with which the model alone fails: rows are mask-major then. IJepaModel, IJepaForImageClassification:
-    attention, and patches as above; calls with attention_mask run transformers' attention. All else stays the model's
-    own: norms, MLPs, drop path, gradient checkpointing, hidden states, adapters in its linear layers. Attention weights
-    are not formed.
+    all of one K), with which the model alone fails: rows are mask-major then; its last layer computes the rows of the
+    target alone, which hooks in it see. IJepaModel, IJepaForImageClassification: attention, and patches as above; calls
+    with attention_mask run transformers' attention. All else stays the model's own: norms, MLPs, drop path, gradient
+    checkpointing, hidden states, adapters in its linear layers. Attention weights are not formed.
 
     only: names of modules to patch, with what they contain: "encoder", ["predictor", "encoder.layer.0"]. None: all.
     verify: compare a small forward before and after (see `patching.apply`); costs a float64 copy of the weights for
@@ -65,7 +66,7 @@ def patch(
     if masked_encoder and only is not None:
         fail("patch", "only", "be left out with masked_encoder", repr(only), "it needs the whole encoder")
     replacements, skipped, run = PLANS[kind](model, masked_encoder=masked_encoder, angle_dtype=angle_dtype)
-    source = f"transformers {_transformers().__version__}"
+    source = f"transformers {transformers().__version__}"
     verified = partial(run_in_any_type, run=run) if verify else None
     return patching.apply(model, replacements, skipped, source=source, only=only, run=verified)
 
@@ -75,10 +76,11 @@ def register_attention(name: str = "jepa_kernels") -> None:
 
     Afterwards: AutoModel.from_pretrained(..., attn_implementation="jepa_kernels"), or on a live model
     model.set_attn_implementation("jepa_kernels"). Calls with a mask (padded batches) go to transformers' own "sdpa";
-    attention dropout and causal attention are refused. VJEPA2's positions stay apart from attention here: `patch`
-    fuses them.
+    attention dropout and causal attention are refused. Models that hand keywords on to attention, as BERT does, take
+    packed sequences: model(input_ids=[1, T], position_ids=..., packing=...); see `TextEncoder`. VJEPA2's positions stay
+    apart from attention here: `patch` fuses them.
     """
-    utils, masking = (_transformers(f".{part}") for part in ("modeling_utils", "masking_utils"))
+    utils, masking = (transformers(f".{part}") for part in ("modeling_utils", "masking_utils"))
     utils.AttentionInterface.register(name, _attention)
     masking.AttentionMaskInterface.register(name, masking.sdpa_mask)
 
@@ -92,9 +94,13 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    packing: Packing | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, N, D], key and value [B, Hk, M, D] -> ([B, N, H, D], None), as transformers calls it."""
+    """query [B, H, N, D], key and value [B, Hk, M, D] -> ([B, N, H, D], None), as transformers calls it.
+
+    packing: of the sequences that follow one another in the only row of a batch.
+    """
     name = f"{type(module).__name__} with attn_implementation='jepa_kernels'"
     if dropout:
         fail(name, "dropout", "be 0", dropout, "set the config's attention dropout to 0, or take 'sdpa'")
@@ -104,12 +110,16 @@ def _attention(
         if options.get(option) is not None:
             fail(name, option, "be left out", options[option], "take 'eager'")
     if attention_mask is not None:
-        own = _transformers(".integrations.sdpa_attention").sdpa_attention_forward
+        own = transformers(".integrations.sdpa_attention").sdpa_attention_forward
         return own(module, query, key, value, attention_mask, scaling=scaling, is_causal=False, **options)
+    if packing is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return jk.masked_attention(q, k, v, packing, scale=scaling)[None], None
     return jk.masked_attention(query, key, value, scale=scaling).transpose(1, 2), None
 
 
-def _transformers(part: str = "") -> ModuleType:
+def transformers(part: str = "") -> ModuleType:
+    """The package, or a module in it; importing ours alone needs neither."""
     try:
         return importlib.import_module(f"transformers{part}")
     except ImportError as error:

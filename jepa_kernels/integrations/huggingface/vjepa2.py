@@ -20,17 +20,24 @@ AngleType = torch.dtype | None
 
 
 def attention(
-    self: Any, hidden_states: Tensor, position_mask: Tensor | Rope | None = None, *, angle_dtype: AngleType
+    self: Any,
+    hidden_states: Tensor,
+    position_mask: Tensor | Rope | None = None,
+    *,
+    angle_dtype: AngleType,
+    first: int = 0,
 ) -> tuple[Tensor, None]:
     """VJEPA2RopeAttention: q and k turn on their way into attention.
 
     position_mask: ids [B, N]; None: the first N; a patched encoder or predictor passes the Rope of all its layers.
+    first: of the rows that look; those before are only looked at, and the Rope is of these queries and all keys.
     """
     if self.config._attn_implementation == "eager":
         remedy = "undo the patch, or model.set_attn_implementation('sdpa')"
         fail("patched VJEPA2", "attn_implementation", "not be 'eager'", "a wish for attention weights", remedy)
     heads = self.num_attention_heads, self.attention_head_size
-    q, k, v = (part(hidden_states).unflatten(-1, heads).transpose(1, 2) for part in (self.query, self.key, self.value))
+    parts = self.query(hidden_states[:, first:]), self.key(hidden_states), self.value(hidden_states)
+    q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in parts)
     rope = position_mask if isinstance(position_mask, Rope) else _rope(self, q, position_mask, angle_dtype)
     out = jk.masked_attention(q, k, v, rope=rope, scale=self.scaling)
     return self.proj(out.transpose(1, 2).flatten(2)), None
@@ -98,21 +105,43 @@ def predictor(
     *,
     angle_dtype: AngleType,
     fused: bool,
+    shortened: bool,
     masked: bool = False,
     **kwargs: Any,
 ) -> Any:
     """VJEPA2Predictor: attention minds no order, so that nothing is sorted and predictions are the last rows.
 
-    fused: whether its layers take a Rope. masked: encoder_hidden_states are those of context_mask already.
+    fused: whether its layers take a Rope. shortened: whether the last one is `last_layer`.
+    masked: encoder_hidden_states are those of context_mask already.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
     context = encoder_hidden_states if masked else gather(encoder_hidden_states, context_mask)
     x, ids = self.embeddings(context, context_mask, target_mask)
-    at = _rope(self.layer[0].attention, x, ids, angle_dtype) if fused else ids
-    for layer in self.layer:
+    at, first = _rope(self.layer[0].attention, x, ids, angle_dtype) if fused else ids, context.shape[1]
+    *layers, last = self.layer
+    for layer in layers:
         x = layer(x, at, **kwargs)[0]
-    return BaseModelOutput(last_hidden_state=self.proj(self.layernorm(x[:, context.shape[1] :])))
+    if shortened:
+        x = last(x, _looking(at, first), first=first, **kwargs)[0]
+    else:
+        x = last(x, at, **kwargs)[0][:, first:]
+    return BaseModelOutput(last_hidden_state=self.proj(self.layernorm(x)))
+
+
+def _looking(rope: Rope, first: int) -> Rope:
+    """`rope` where rows from `first` on are queries, and all are keys."""
+    options: dict[str, Any] = dict(frequencies=rope.frequencies, angle_dtype=rope.angle_dtype)
+    return Rope(rope.positions[:, first:], rope.positions, pairing=rope.pairing, **options)
+
+
+def last_layer(
+    self: Any, hidden_states: Tensor, position_mask: Tensor | Rope | None = None, *, first: int = 0, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """VJEPA2Layer at the rows from `first` on, [B, N, E] -> [B, N - first, E]: those before are only looked at."""
+    found, _ = self.attention(self.norm1(hidden_states), position_mask, first=first)
+    x = self.drop_path(found) + hidden_states[:, first:]
+    return self.drop_path(self.mlp(self.norm2(x))) + x, None
 
 
 def masked_model(

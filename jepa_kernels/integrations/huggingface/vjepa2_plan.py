@@ -28,6 +28,9 @@ PARTS = {
         f"tokens are not sorted, {ROPE}",
         ("encoder_hidden_states", "context_mask", "target_mask", "kwargs"),
     ),
+    "VJEPA2Layer": Replacement(
+        vjepa2.last_layer, "rows of the target alone", ("hidden_states", "position_mask", "kwargs")
+    ),
     "VJEPA2PredictorEmbeddings": Replacement(
         vjepa2.predictor_embeddings,
         "mask tokens without waiting for the device",
@@ -68,6 +71,8 @@ def plan(
     _check(model, angle_dtype)
     parts = PARTS | (MASKED if masked_encoder else {})
     modules = {name: module for name, module in model.named_modules() if kind_of(module, parts)}
+    last = [m.layer[-1] for m in modules.values() if kind_of(m, ("VJEPA2Predictor",))]
+    modules = {n: m for n, m in modules.items() if not kind_of(m, ("VJEPA2Layer",)) or m in last}
     skipped = {name: why for name, module in modules.items() if (why := _reason(module))}
     if masked_encoder and (needed := [n for n, m in modules.items() if n in skipped and _is_needed(m)]):
         fail(
@@ -101,6 +106,7 @@ def _bound(module: Any, part: Replacement, angle_dtype: torch.dtype | None) -> R
         options["angle_dtype"] = angle_dtype
     if part.forward is vjepa2.predictor:
         options["fused"] = not _apart(module)
+        options["shortened"] = options["fused"] and not _reason(module.layer[-1])
     return replace(part, forward=partial(part.forward, **options)) if options else part
 
 
@@ -115,6 +121,8 @@ def _reason(module: Any) -> str | None:
         return against_attention(module, module.head_dim, module.dropout)
     if kind == "VJEPA2PatchEmbeddings3D":
         return against_product(module.proj)
+    if kind == "VJEPA2Layer" and (why := _reason(module.attention)):
+        return f"its attention is left alone: {why}"
     if kind == "VJEPA2Encoder" and (apart := _apart(module)):
         return f"layer {apart[0]} keeps its own attention"
     return None
