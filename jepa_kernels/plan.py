@@ -30,6 +30,7 @@ from jepa_kernels.pusht.policies import CEILING, POLICIES, Policy, Search, polic
 from jepa_kernels.pusht.simulator import ACTION_DIM, FRAME_SKIP, Simulator
 
 SHIPPED = Path(__file__).parent / "weights" / "pusht.safetensors"
+Episode = tuple[Task, dict[str, Trace]]
 INTERRUPTED = 130  # the shell's exit code for SIGINT
 
 
@@ -95,7 +96,7 @@ def _make(out: Path) -> None:
         fail("plan", "--out", "be a folder to write to", out, "pass another --out")
 
 
-def act(job: Job, options: argparse.Namespace) -> Iterator[tuple[Task, dict[str, Trace]]]:
+def act(job: Job, options: argparse.Namespace) -> Iterator[Episode]:
     """Every episode, when all policies are through with it."""
     total = len(job.tasks) * len(job.policies)
     with _progress(total) as show:
@@ -145,7 +146,9 @@ def show(found: dict[str, Any]) -> None:
     """Print medians and ratios as a table."""
     rich = extra("rich.table", "plan")
     title = f"distance to the goal after {found['actions']} actions, {len(found['episodes'])} episodes"
-    table = rich.Table(title=title if found["complete"] else title + " (interrupted)")
+    lost = sum(row["invalid_samples"] for row in found["summary"].values())
+    caption = f"{lost} samples lost: their energy was NaN" if lost else None
+    table = rich.Table(title=title if found["complete"] else title + " (interrupted)", caption=caption)
     for column in ("policy", "median, pixels", "95 % interval", "of random's", "95 % interval"):
         table.add_column(column)
     for name, row in found["summary"].items():
@@ -156,10 +159,6 @@ def show(found: dict[str, Any]) -> None:
     extra("rich", "plan").print(table)
 
 
-def save(job: Job, found: dict[str, Any]) -> None:
-    report.write(job.out / "plan.json", (json.dumps(found, indent=1) + "\n").encode(), "plan")
-
-
 def main(argv: list[str]) -> int:
     """Run the verb `plan`; returns the exit code (1: the run failed, 2: bad input, 130: interrupted)."""
     options = _parser().parse_args(argv)
@@ -168,26 +167,33 @@ def main(argv: list[str]) -> int:
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    began = time.perf_counter()
-    done: list[tuple[Task, dict[str, Trace]]] = []
-    found: dict[str, Any] = {}
+    done: list[Episode] = []
     try:
-        for task, traces in act(job, options):
-            done.append((task, traces))
-            found = result(job, options, [outcome(*episode) for episode in done], time.perf_counter() - began)
-            save(job, found)
+        return _carry_out(job, options, done)
     except KeyboardInterrupt:
-        print(f"stopped after {len(done)} of {len(job.tasks)} episodes", file=sys.stderr)
+        print(f"stopped after {len(done)} of {len(job.tasks)} episodes (out: {job.out})", file=sys.stderr)
+        return INTERRUPTED
     except (report.SaveError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _carry_out(job: Job, options: argparse.Namespace, done: list[Episode]) -> int:
+    """Fill `done`, keeping all of it on disk at any time, and end with pictures and a table."""
+    began, found = time.perf_counter(), {}
+    interrupted = None
+    try:
+        for episode in act(job, options):
+            done.append(episode)
+            found = result(job, options, [outcome(*one) for one in done], time.perf_counter() - began)
+            report.write(job.out / "plan.json", (json.dumps(found, indent=1) + "\n").encode(), "plan")
+    except KeyboardInterrupt as stop:
+        interrupted = stop
     if done:
-        try:
-            report.write(job.out / "plan.png", pictures.curves(found["episodes"]), "plan")
-            report.write(job.out / "plan.mp4", pictures.video(done), "plan")
-        except report.SaveError as error:
-            print(error, file=sys.stderr)
-            return 1
+        report.write(job.out / "plan.png", pictures.curves(found["episodes"]), "plan")
+        report.write(job.out / "plan.mp4", pictures.video(done), "plan")
         show(found)
-        print(f"results in {job.out}")
-    return 0 if len(done) == len(job.tasks) else INTERRUPTED
+    if interrupted:
+        raise interrupted
+    print(f"results in {job.out}")
+    return 0

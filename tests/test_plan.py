@@ -100,22 +100,23 @@ def test_energies_are_of_what_was_seen():
     assert trace.actions.shape == (2, 2) and trace.invalid == 0
 
 
+class Agents:
+    """A world whose latents are where the agent is, in pixels."""
+
+    action_dim = 2
+
+    def encode(self, frames):
+        blue = (frames[:, 2].float() - frames[:, 0].float()).clamp(min=0)
+        blue = torch.where(blue > 60, blue, 0)
+        x = torch.arange(64.0)
+        place = torch.stack([(blue.sum(1) * x).sum(1), (blue.sum(2) * x).sum(1)], -1) / blue.sum((1, 2))[:, None]
+        return 8 * (place + 0.5)[:, None]
+
+    def imagine(self, context, samples, horizon):
+        return lambda actions: (context.latents[-1] + 64 * actions.cumsum(1))[:, :, None]
+
+
 def test_a_planner_moves_to_what_its_world_says():
-    """In a world whose latent is where the agent is, the agent goes to the goal's."""
-
-    class Agents:
-        action_dim = 2
-
-        def encode(self, frames):
-            blue = (frames[:, 2].float() - frames[:, 0].float()).clamp(min=0)
-            blue = torch.where(blue > 60, blue, 0)
-            x = torch.arange(64.0)
-            place = torch.stack([(blue.sum(1) * x).sum(1), (blue.sum(2) * x).sum(1)], -1) / blue.sum((1, 2))[:, None]
-            return 8 * (place + 0.5)[:, None]
-
-        def imagine(self, context, samples, horizon):
-            return lambda actions: (context.latents[-1] + 64 * actions.cumsum(1))[:, :, None]
-
     task = goals.Task(0, moved(agent_x=180, agent_y=-100), GOAL, 0)
     search = policies.Search(horizon=3, samples=64, iterations=3, elites=6)
     policy = policies.planned(Agents(), 64, 5, search)
@@ -123,18 +124,35 @@ def test_a_planner_moves_to_what_its_world_says():
     np.testing.assert_array_equal(trace.states, again.states)
     away = goals.distance(trace.states, task.goal).agent
     assert away[0] > 200 and away[-1] < 15, away
-    assert trace.energies[-1] < 0.02 * trace.energies[0]
+    assert trace.energies[-1] < 0.02 * trace.energies[0] and trace.invalid == 0
+
+
+def test_samples_that_a_world_gives_nan_for_lose_and_are_counted():
+    class Torn(Agents):
+        def imagine(self, context, samples, horizon):
+            imagined = super().imagine(context, samples, horizon)
+            return lambda actions: torch.where(actions[:, :1, None, :1] > 0.2, torch.nan, imagined(actions))
+
+    task = goals.Task(0, moved(agent_x=180), GOAL, 0)
+    policy = policies.planned(Torn(), 64, 5, policies.Search(horizon=2, samples=32, iterations=2, elites=4))
+    trace = loop.run(task, policy, Torn(), Simulator(64), actions=3, seed=0)
+    assert 0 < trace.invalid < 3 * 2 * 32 and trace.actions[:, 0].max() <= 0.2
+    assert goals.distance(trace.states[-1], task.goal).agent < 40
 
 
 def test_summary_is_median_and_ratio():
     ends = {"random": [100.0, 200.0, 150.0, 120.0], "cem": [50.0, 100.0, 75.0, 60.0]}
-    episodes = [{"policies": {name: {"total": [999.0, v[i]]} for name, v in ends.items()}} for i in range(4)]
+    episodes = [
+        {"policies": {name: {"total": [999.0, v[i]], "invalid_samples": i} for name, v in ends.items()}}
+        for i in range(4)
+    ]
     found = loop.summary(episodes)
     assert found["random"]["median_distance"] == 135 and found["cem"]["median_distance"] == 67.5
     assert found["cem"]["ratio_to_random"] == 0.5
     np.testing.assert_allclose(found["cem"]["ratio_ci95"], 0.5, err_msg="paired: every draw gives a half")
     low, high = found["random"]["ci95"]
     assert 100 <= low < 135 < high <= 200
+    assert found["cem"]["invalid_samples"] == 0 + 1 + 2 + 3
     alone = loop.summary([{"policies": {"cem": e["policies"]["cem"]}} for e in episodes])
     assert alone["cem"]["ratio_to_random"] is None
 

@@ -73,7 +73,7 @@ def rows(out):
 def test_the_command_trains_on_videos_plots_and_asks_both_questions(config, tmp_path, capsys):
     words = [str(config), "--out", str(tmp_path / "run"), "--steps", "3", "--set", "data.num_workers=1"]
     assert train.main(words) == 0
-    files = ["curves.png", "latest.pt", "metrics.jsonl", "probe.json"]
+    files = ["curves.png", "latest.pt", "metrics.jsonl", "model.safetensors", "probe.json"]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == files
     result = json.loads((tmp_path / "run/probe.json").read_text())
     which, arrow = result["probes"]

@@ -68,7 +68,7 @@ def summary(episodes: list[dict[str, Any]], *, draws: int = 2000, seed: int = 0)
     """Of each policy: the median distance after the last action, and its ratio to random's median.
 
     Intervals: bootstrap, 95 %, over episodes; a draw takes the same episodes of every policy. The ratio is None where
-    random did not run.
+    random did not run. invalid_samples: of all plans, those whose energy was NaN.
     """
     ends = {name: np.array([e["policies"][name]["total"][-1] for e in episodes]) for name in episodes[0]["policies"]}
     rows = np.random.default_rng(seed).integers(len(episodes), size=(draws, len(episodes)))
@@ -84,6 +84,7 @@ def summary(episodes: list[dict[str, Any]], *, draws: int = 2000, seed: int = 0)
             "ci95": _interval(medians[name]),
             "ratio_to_random": ratio,
             "ratio_ci95": ci,
+            "invalid_samples": sum(e["policies"][name]["invalid_samples"] for e in episodes),
         }
     return result
 
