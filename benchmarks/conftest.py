@@ -16,6 +16,7 @@ from benchmarks.encoding import EncodingRun
 from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.patched import PatchedRun
+from benchmarks.planning import PlanningRun
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 
@@ -109,7 +110,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun | EncodingRun | PatchedRun | HostRun) -> None:
+    def measured(run: Run | StepRun | EncodingRun | PatchedRun | PlanningRun | HostRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -146,6 +147,12 @@ def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -
 def bench_patched(settings: Settings, measure: Callable[[PatchedRun], None]) -> Callable[..., None]:
     """bench_patched(name, workload, stage, dtype)"""
     return lambda *what: measure(PatchedRun(*what, settings))
+
+
+@pytest.fixture
+def bench_planning(settings: Settings, measure: Callable[[PlanningRun], None]) -> Callable[..., None]:
+    """bench_planning(model, workload, stage, dtype)"""
+    return lambda *what: measure(PlanningRun(*what, settings))
 
 
 @pytest.fixture

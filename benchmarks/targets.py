@@ -144,6 +144,7 @@ TARGETS = (
     Target("vjepa2", "vit_l_4_layers_truncated", "step", "reference", 1.35, "the plain PyTorch training step"),
     Target("vjepa2", "vit_l_4_layers_packed_per_token", "step", "reference", 1.35, "the plain PyTorch training step"),
     Target("vjepa2", "vit_l_4_layers_packed_per_token", "step", "published", 1.0, "the published loop over masks"),
+    Target("vjepa2_ac", "predictor_384_6_layers", "forward", "published", 3.0, "the published planner, an iteration"),
     *patched("vjepa2_vit_l_4_layers", 1.15, "the same model, unpatched"),
     Target("huggingface", "vjepa2_vit_l_1_layer", "forward", "unpatched", 1.3, "the same, bf16", "bfloat16"),
     Target("huggingface", "vjepa2_vit_l_encoder", "forward", "unpatched", 5.0, "all 2048 tokens, where 400 are kept"),
@@ -179,6 +180,8 @@ ON_GPU = (
     on_gpu("vjepa2", "vit_l_b24_truncated", "step", "compile", 1.3, 200_000),
     on_gpu("vjepa2", "vit_l_b24_truncated", "step", "reference", 1.8),
     on_gpu("vjepa2", "vit_l_b24_packed_per_token", "step", "compile", 1.3),
+    on_gpu("vjepa2_ac", "vit_giant_400_samples_2_steps", "forward", "published", 5.0, 3_000_000),
+    on_gpu("vjepa2_ac", "vit_giant_400_samples_2_steps", "forward", "published_autocast", 1.6),
 )
 
 

@@ -1,4 +1,4 @@
-"""V-JEPA 2-AC's rollouts as its authors compute them, on the same weights: the rival of ours."""
+"""V-JEPA 2-AC's plans as its authors compute them, on the same weights: the rival of ours."""
 
 from typing import Any
 
@@ -24,8 +24,22 @@ class Published:
                 rows, columns = (slice(t * self.tokens, (t + 1) * self.tokens) for t in (seeing, seen))
                 self.mask[rows, columns] = True
 
-    def imagine(self, context: Context, samples: int, horizon: int) -> Any:
-        return lambda actions: self.rollout(context, actions)
+    @torch.no_grad()
+    def cem(self, context: Context, goal: Tensor, noise: Tensor, elites: int) -> Tensor:
+        """Actions [horizon, 7] by the published planner, its steps and momenta; noise [iterations, S, horizon, 4]."""
+        longest, momentum = 0.05, 0.15
+        limit = noise.new_tensor([longest, longest, longest, 0.75])
+        mean, std = torch.zeros_like(noise[0, 0]), torch.ones_like(noise[0, 0])
+        std[:, :3] = longest
+        for draw in noise:
+            actions = (draw * std + mean).clamp(-limit, limit)
+            last = self.rollout(context, expanded(actions))[:, -1]
+            energies = (last - goal).abs().mean((1, 2))
+            best = actions[energies.topk(elites, largest=False).indices]
+            mean = best.mean(0) * (1 - momentum) + mean * momentum
+            std = best.std(0) * (1 - momentum) + std * momentum
+        mean[:, 3] = torch.where(mean[:, 3].abs() < 0.25, 0, mean[:, 3])
+        return expanded(mean)
 
     @torch.no_grad()
     def rollout(self, context: Context, actions: Tensor) -> Tensor:
@@ -78,6 +92,11 @@ class Published:
     def merged(self, groups: list[Tensor], frames: int) -> Tensor:
         """Kinds of tokens put back into their frames."""
         return torch.cat([group.unflatten(2, (frames, -1)) for group in groups], 3).flatten(2, 3)
+
+
+def expanded(actions: Tensor) -> Tensor:
+    """(x, y, z, gripper) to a pose's seven numbers, rotations 0."""
+    return torch.cat([actions[..., :3], torch.zeros_like(actions[..., :3]), actions[..., 3:]], -1)
 
 
 def next_poses(poses: Tensor, actions: Tensor) -> Tensor:
