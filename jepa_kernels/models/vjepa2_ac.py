@@ -169,7 +169,8 @@ class WorldModel(nn.Module):
 
         Equal to `forward` on all frames so far, step by step, but every frame goes through the predictor once: keys and
         values of earlier ones are kept, and what all samples share is computed here, for every call (see `Rollout`).
-        Fewer samples and steps may be given; a camera stays as it was last. No host sync, and no buffer moves: calls can be captured in a CUDA graph.
+        Fewer samples and steps may be given; a camera stays as it was last. No host sync, and no buffer moves: a CUDA
+        graph can capture calls.
 
         Memory: 2 L D numbers for each token of T - 1 + horizon frames of every sample; of the published size in bf16
         25.4 MB a frame, 10.1 GB for a frame of 400 samples. On a CPU samples take turns, a few at a time, in one such

@@ -1,9 +1,12 @@
 """Frames imagined with kept keys and values: equal to computing every prefix anew, whatever the lengths."""
 
 import copy
+import itertools
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_kernels as jk
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
@@ -13,7 +16,7 @@ from jepa_kernels.testing import compare
 from tests.models import world_equations
 from tests.models.test_vjepa2_ac import SMALL, given, world
 
-each_past = pytest.mark.parametrize("frames", [1, 2, 3])
+LENGTHS = [("tokens", 1), ("tokens", 2), ("tokens", 3), ("no_state", 2), ("adaln", 1), ("adaln", 3)]
 
 
 def seen(model, frames):
@@ -45,8 +48,7 @@ def imagined(model, context, actions, samples=None, horizon=None):
         return model.imagine(context, samples or len(actions), horizon or actions.shape[1])(actions)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "no_state", "adaln"])
-@each_past
+@pytest.mark.parametrize("kind, frames", LENGTHS)
 def test_imagined_frames_are_those_of_whole_prefixes(kind, frames):
     """Against the equations, within 1e-5; and as exact as `forward` of each prefix on the same machine."""
     model = world(kind)
@@ -63,7 +65,7 @@ def test_imagined_frames_are_those_of_whole_prefixes(kind, frames):
         assert torch.equal(imagined(model, context, actions[:, :steps], horizon=4), found[:, :steps])
 
 
-@each_past
+@pytest.mark.parametrize("frames", [1, 2])
 def test_one_camera_serves_all_imagined_frames(frames):
     model, actions = world("camera"), chosen(world("camera"))
     latents, past, states, extrinsics = given(model, batch=1, frames=frames)
@@ -83,8 +85,7 @@ def test_one_camera_serves_all_imagined_frames(frames):
         states = torch.cat([states, torch.stack(moved).float()[:, None]], 1)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "adaln"])
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("kind, frames", [("tokens", 1), ("tokens", 3), ("adaln", 2)])
 def test_unrolled_frames_are_the_same_and_have_the_gradient_of_the_equations(kind, frames):
     """next_state of the equations is SciPy's, which has no gradient: states stay here, by a function given."""
     model = world(kind)
@@ -152,6 +153,23 @@ def test_the_cache_is_allocated_once_and_as_large_as_said(monkeypatch):
         place = cache._kept.data_ptr()
         plan(actions)
     assert cache._kept.numel() == numbers and cache._kept.data_ptr() == place and len(made) == 1
+
+
+@pytest.mark.parametrize("function", ["imagine", "unroll"])
+def test_a_step_costs_one_frame_and_its_attention_to_those_before(function):
+    """Counted operations of 1..4 steps: their differences grow by the scores and sums of one more frame alone."""
+    model, counts = world(), []
+    context, actions = seen(model, 2), chosen(model)
+    for steps in (1, 2, 3, 4):
+        with torch.no_grad():
+            plan = partial(model.unroll, context) if function == "unroll" else model.imagine(context, 3, 4)
+            with FlopCounterMode(display=False) as counter:
+                plan(actions[:, :steps])
+        counts.append(counter.get_total_flops())
+    steps = [b - a for a, b in itertools.pairwise(counts)]
+    samples, tokens, width, depth = 3, 8, 48, 2
+    growth = samples * depth * 4 * tokens * tokens * width
+    assert [b - a for a, b in itertools.pairwise(steps)] == [growth] * 2
 
 
 @pytest.mark.parametrize("kind", ["tokens", "adaln"])
