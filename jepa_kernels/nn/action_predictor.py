@@ -130,13 +130,13 @@ class ActionPredictor(nn.Module):
 
     def action(self, actions: Tensor) -> Tensor:
         """What steers a frame: [..., A] -> [..., 1, D], its first token, or what modulates its blocks."""
-        return self.action_encoder(actions)[..., None, :]
+        return _token(self.action_encoder, actions)
 
     def parts(self, patches: Tensor, states: Tensor | None, extrinsics: Tensor | None) -> list[Tensor]:
         """The other tokens of frames: of states and extrinsics where the model has them, and patches [..., N, D]."""
-        found = [] if self.state_encoder is None else [self.state_encoder(states)[..., None, :]]
+        found = [] if self.state_encoder is None else [_token(self.state_encoder, states)]
         if self.use_extrinsics:
-            found.append(cast(nn.Linear, self.extrinsics_encoder)(extrinsics)[..., None, :])
+            found.append(_token(self.extrinsics_encoder, extrinsics))
         return [*found, patches]
 
     def join(self, action: Tensor, parts: list[Tensor]) -> Tensor:
@@ -166,3 +166,9 @@ class ActionPredictor(nn.Module):
     def _attend(self, qkv: Tensor, rope: Rope) -> Tensor:
         out = jk.masked_attention_qkv(self.heads(qkv), frame_size=self.frame_tokens, rope=rope)
         return out.transpose(1, 2).flatten(2).unflatten(1, qkv.shape[1:3])
+
+
+def _token(encoder: nn.Linear | None, x: Tensor | None) -> Tensor:
+    """[..., 1, D] of what a frame is told, [..., A], which may be wider than the weights: poses add up over frames."""
+    layer, told = cast(nn.Linear, encoder), cast(Tensor, x)
+    return layer(told.to(layer.weight.dtype))[..., None, :]

@@ -187,6 +187,19 @@ def test_under_autocast_it_is_as_exact_as_forward(kind):
 
 
 @torch.no_grad()
+def test_a_model_of_low_precision_keeps_poses_in_full():
+    """By 0.001 at a time, which bf16 would lose beside 1."""
+    model, low = world(), world().bfloat16()
+    low.load_state_dict(model.state_dict())
+    states, kept = torch.ones(1, 7), []
+    low.next_state = lambda state, action: kept.append(state + 1e-3) or kept[-1]
+    context, actions = Context(torch.randn(1, 6, 24).bfloat16(), None, states), chosen(model).bfloat16()
+    found = low.imagine(context, 3, 4)(actions)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+    torch.testing.assert_close(kept[-1], states.expand(3, 7) + 3e-3)
+
+
+@torch.no_grad()
 def prefixes(model, context, actions):
     latents = context.latents.expand(len(actions), *context.latents.shape)
     past = context.actions.expand(len(actions), *context.actions.shape)
