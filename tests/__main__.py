@@ -16,10 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 SHARDS = min(8, os.cpu_count() or 1)
-ONE_CORE = {"OMP_NUM_THREADS": "1"}
+PATIENT = {"OMP_WAIT_POLICY": "passive"}  # a thread that waits for another one leaves its core to a third
+ONE_CORE = {"OMP_NUM_THREADS": "1", **PATIENT}
 # Which tests, in which environment, with which arguments more.
 STAGES = {
-    "plain": ("not interp and not compile and not gpu", {"OMP_WAIT_POLICY": "passive"}, []),
+    "plain": ("not interp and not compile and not gpu", PATIENT, []),
     "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", **ONE_CORE}, []),
     "compile": ("compile and not gpu", ONE_CORE, []),
 }

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     from tests import interpreter
