@@ -31,6 +31,13 @@ from jepa_kernels.pusht.simulator import ACTION_DIM, FRAME_SKIP, Simulator
 
 SHIPPED = Path(__file__).parent / "weights" / "pusht.safetensors"
 Episode = tuple[Task, dict[str, Trace]]
+PLANNER = {
+    "horizon": "actions that a plan looks ahead",
+    "take": "those of them that are taken before the next plan",
+    "samples": "sequences of actions imagined at once",
+    "iterations": "of the search",
+    "elites": "best samples, which the next ones are drawn around",
+}
 INTERRUPTED = 130  # the shell's exit code for SIGINT
 
 
@@ -53,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policies", default=",".join(POLICIES), help=f"some of {','.join(POLICIES)} (all)")
     for name, value in vars(Search()).items():
-        if name in ("horizon", "samples", "iterations", "elites"):
-            parser.add_argument(f"--{name}", type=int, default=value, help=f"of the planner ({value})")
+        if name in PLANNER:
+            parser.add_argument(f"--{name}", type=int, default=value, help=f"{PLANNER[name]} ({value})")
     parser.add_argument(
         "--checkpoint", type=Path, default=SHIPPED, help="a world model of `train pusht`; the shipped one"
     )
@@ -68,18 +75,20 @@ def prepare(options: argparse.Namespace) -> Job:
     for name in names:
         if name not in POLICIES:
             fail("plan", "--policies", f"name some of {', '.join(POLICIES)}", repr(name), "check the spelling")
-    for name in ("episodes", "actions", "horizon", "samples", "iterations"):
+    for name in ("episodes", "actions", *PLANNER):
         if getattr(options, name) < 1:
             fail("plan", f"--{name}", "be at least 1", getattr(options, name), "leave it out for the usual number")
     if not 2 <= options.elites <= options.samples:
         fail("plan", "--elites", f"lie in 2..{options.samples}", options.elites, "samples bound it")
+    if options.take > options.horizon:
+        fail("plan", "--take", f"be at most the horizon, {options.horizon}", options.take, "plan further ahead")
     for module in ("rich", "matplotlib", "av", "gym_pusht"):
         extra(module, "plan")  # before the first episode, not after the last
     world, _ = LeWorldModel.from_checkpoint(options.checkpoint)
     if world.action_dim != ACTION_DIM:
         remedy = "pass one of `train pusht`"
         fail("plan", "--checkpoint", f"be of a world of {ACTION_DIM} numbers an action", world.action_dim, remedy)
-    search = Search(options.horizon, options.samples, options.iterations, options.elites)
+    search = Search(**{name: getattr(options, name) for name in PLANNER})
     size = world.config.crop_size
     out = options.out or Path("runs") / f"plan-{options.problem}"
     _make(out)

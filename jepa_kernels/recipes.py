@@ -141,10 +141,11 @@ def _episodes(config: Config) -> dict[str, Any]:
 def _state_probes(config: Config, model: LeWorldModel, fresh: Callable[[], LeWorldModel]) -> list[dict[str, Any]]:
     d: Any = config.data
     p: Any = config.probe
-    fitted_on, held_out = (
+    seen, held_out = (
         pusht.load(part, count, seed=d.collect_seed, **_episodes(config))
-        for part, count in (("train", p.fitted_on), ("held_out", p.held_out))
+        for part, count in (("train", d.episodes), ("held_out", p.held_out))
     )
+    fitted_on = pusht.Episodes(*(x[: p.fitted_on] for x in (seen.frames, seen.actions, seen.states)))
     return pusht.probes(model, fresh, fitted_on, held_out)
 
 

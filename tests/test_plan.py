@@ -18,6 +18,7 @@ from jepa_kernels.pusht.simulator import Simulator
 pytest.importorskip("gym_pusht", reason="gym-pusht is not installed: pip install 'jepa_kernels[plan]'")
 
 GOAL = np.array([100.0, 200.0, 0, 0, 256.0, 300.0, 0.0, 0, 0, 0])
+policies_cem = policies.cem
 QUICK = ["--episodes", "2", "--actions", "2", "--samples", "8", "--elites", "3", "--iterations", "1"]
 
 
@@ -118,13 +119,24 @@ class Agents:
 
 def test_a_planner_moves_to_what_its_world_says():
     task = goals.Task(0, moved(agent_x=180, agent_y=-100), GOAL, 0)
-    search = policies.Search(horizon=3, samples=64, iterations=3, elites=6)
+    search = policies.Search(horizon=3, samples=64, iterations=3, elites=6, frames="all")
     policy = policies.planned(Agents(), 64, 5, search)
     trace, again = (loop.run(task, policy, Agents(), Simulator(64), actions=5, seed=0) for _ in range(2))
     np.testing.assert_array_equal(trace.states, again.states)
     away = goals.distance(trace.states, task.goal).agent
     assert away[0] > 200 and away[-1] < 15, away
     assert trace.energies[-1] < 0.02 * trace.energies[0] and trace.invalid == 0
+
+
+def test_a_plan_is_followed_as_far_as_asked(monkeypatch):
+    plans = []
+    monkeypatch.setattr(policies, "cem", lambda *_, **options: plans.append(policies_cem(*_, **options)) or plans[-1])
+    policy = policies.planned(Agents(), 64, 5, policies.Search(horizon=3, samples=8, iterations=1, elites=3, take=2))
+    task = goals.Task(0, moved(agent_x=180), GOAL, 0)
+    trace = loop.run(task, policy, Agents(), Simulator(64), actions=5, seed=0)
+    assert len(plans) == 3
+    followed = torch.cat([plan.actions[:2] for plan in plans])[:5]
+    np.testing.assert_array_equal(trace.actions, followed.double().numpy())
 
 
 def test_samples_that_a_world_gives_nan_for_lose_and_are_counted():
@@ -134,7 +146,7 @@ def test_samples_that_a_world_gives_nan_for_lose_and_are_counted():
             return lambda actions: torch.where(actions[:, :1, None, :1] > 0.2, torch.nan, imagined(actions))
 
     task = goals.Task(0, moved(agent_x=180), GOAL, 0)
-    policy = policies.planned(Torn(), 64, 5, policies.Search(horizon=2, samples=32, iterations=2, elites=4))
+    policy = policies.planned(Torn(), 64, 5, policies.Search(2, samples=32, iterations=2, elites=4, frames="all"))
     trace = loop.run(task, policy, Torn(), Simulator(64), actions=3, seed=0)
     assert 0 < trace.invalid < 3 * 2 * 32 and trace.actions[:, 0].max() <= 0.2
     assert goals.distance(trace.states[-1], task.goal).agent < 40
@@ -231,6 +243,7 @@ def test_a_plan_interrupted_before_its_first_episode_writes_nothing(checkpoint, 
         (["--episodes", "0"], "plan: --episodes must be at least 1, got 0"),
         (["--actions", "-1"], "plan: --actions must be at least 1, got -1"),
         (["--horizon", "0"], "plan: --horizon must be at least 1, got 0"),
+        (["--horizon", "3", "--take", "4"], "plan: --take must be at most the horizon, 3, got 4"),
         (["--elites", "9"], "plan: --elites must lie in 2..8, got 9"),
     ],
 )

@@ -128,7 +128,7 @@ class ClipProbe:
 class StateProbe:
     """See pusht.probes."""
 
-    fitted_on: int = 100  # episodes
+    fitted_on: int = 100  # of the training's episodes
     held_out: int = 40
 
 

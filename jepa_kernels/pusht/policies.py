@@ -27,6 +27,8 @@ class Search:
     elites: int = 12
     std: float = 0.7
     history: int = 3  # frames that the world is shown, the current one among them
+    take: int = 1  # actions of a plan that are taken before the next one
+    frames: str = "last"  # imagined ones that count: last, or all
 
 
 class Policy(Protocol):
@@ -54,7 +56,7 @@ class Random:
 
 
 class Planned:
-    """Looks, plans, takes the first action, and looks again; each plan starts from the rest of the last one.
+    """Looks, plans, takes the first actions, and plans again; each plan starts from the rest of the last one.
 
     look: what the world knows of the simulator, latents [N, E]. cost: of a task. search: see Search.
     """
@@ -69,14 +71,21 @@ class Planned:
         self.latents: list[Tensor] = []
         self.actions: list[Tensor] = []
         self.mean: Tensor | None = None
+        self.coming: list[Tensor] = []
 
     def act(self, simulator: Simulator) -> np.ndarray:
-        s = self.search
         self.latents.append(self.look(simulator))
-        seen, taken = self.latents[-s.history :], self.actions[len(self.actions) - s.history + 1 :]
+        if not self.coming:
+            self.coming = self._plan()
+        self.actions.append(self.coming.pop(0))
+        return self.actions[-1].double().numpy()
+
+    def _plan(self) -> list[Tensor]:
+        s, taken = self.search, len(self.actions)
+        seen, between = self.latents[-s.history :], self.actions[max(0, taken - s.history + 1) :]
         plan = cem(
             self.world,
-            Context(torch.stack(seen), torch.stack(taken) if len(seen) > 1 else None),
+            Context(torch.stack(seen), torch.stack(between) if between else None),
             cost=self.goal_cost,
             horizon=s.horizon,
             samples=s.samples,
@@ -85,12 +94,11 @@ class Planned:
             space=ActionSpace(std=s.std, limit=1.0),
             include_mean=True,
             mean=self.mean,
-            seed=self.seed + len(self.actions),
+            seed=self.seed + taken,
         )
-        self.mean = plan.shifted(1)
+        self.mean = plan.shifted(s.take)
         self.invalid += int(plan.invalid.sum())
-        self.actions.append(plan.actions[0])
-        return plan.actions[0].double().numpy()
+        return list(plan.actions[: s.take])
 
 
 class TrueWorld:
@@ -124,13 +132,9 @@ def encoded(world: World, frames: np.ndarray) -> Tensor:
     return world.encode(torch.from_numpy(frames))
 
 
-def energy(world: World, goal: np.ndarray) -> costs.Cost:
-    """What a planner with this world minimises: the squared distance of latents from those of the goal's frame.
-
-    The mean over all imagined frames: with the last alone, a planner that looks again after every action need not move
-    now, and on the simulator's own state ends half as far again from the goal.
-    """
-    return costs.goal_distance(encoded(world, goal[None])[0], "l2", frames="all")
+def energy(world: World, goal: np.ndarray, frames: str = "last") -> costs.Cost:
+    """What a planner with this world minimises: the squared distance of latents from those of the goal's frame."""
+    return costs.goal_distance(encoded(world, goal[None])[0], "l2", frames=frames)
 
 
 def planned(world: World, size: int, frame_skip: int, search: Search) -> Planned:
@@ -139,7 +143,7 @@ def planned(world: World, size: int, frame_skip: int, search: Search) -> Planned
     return Planned(
         world,
         lambda simulator: encoded(world, simulator.frame()[None])[0],
-        lambda task: energy(world, goal_frame(elsewhere, task)),
+        lambda task: energy(world, goal_frame(elsewhere, task), search.frames),
         search,
     )
 
@@ -157,7 +161,7 @@ def policies(names: list[str], world: World, size: int, frame_skip: int, search:
     """Those of POLICIES asked for, by name, in the order of POLICIES."""
     make: dict[str, Callable[[], Policy]] = {
         "random": Random,
-        "greedy": lambda: planned(world, size, frame_skip, replace(search, horizon=1)),
+        "greedy": lambda: planned(world, size, frame_skip, replace(search, horizon=1, take=1)),
         "cem": lambda: planned(world, size, frame_skip, search),
         "simulator": lambda: ceiling(frame_skip, CEILING),
     }

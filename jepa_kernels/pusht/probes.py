@@ -57,32 +57,25 @@ def probes(world: World, fresh: Callable[[], World], fitted_on: Episodes, held_o
 
     fresh: makes a model at random initialisation.
     """
-    random = fresh()
-    latents = {"trained": _latents(world, held_out), "random_init": _latents(random, held_out)}
-    features = {
-        name: (_latents(w, fitted_on), latents[name]) for name, w in (("trained", world), ("random_init", random))
-    }
+    worlds = {"trained": world, "random_init": fresh()}
+    features = {name: (_latents(w, fitted_on), _latents(w, held_out)) for name, w in worlds.items()}
     features["raw_pixels"] = _pixels(fitted_on), _pixels(held_out)
     rows: dict[str, np.ndarray] = {}
     for name, (seen, held) in features.items():
-        flat = (x.flatten(0, 1).flatten(1).double().numpy() for x in (seen, held))
-        seen_rows, held_rows = flat
+        seen_rows, held_rows = (x.flatten(0, 1).flatten(1).double().numpy() for x in (seen, held))
         scores = explained(seen_rows, fitted_on.states.reshape(-1, 10), held_rows, held_out.states.reshape(-1, 10))
         rows[name] = scores.reshape(*held_out.states.shape[:2], len(QUANTITIES))
     state = {
         quantity: {name: _score(values[..., i]) for name, values in rows.items()}
         for i, quantity in enumerate(QUANTITIES)
     }
-    actions = torch.from_numpy(held_out.actions)
-    ahead = {
-        name: one_step(world, latents[name], actions) for name, world in (("trained", world), ("random_init", random))
-    }
+    ahead = one_step(world, features["trained"][1], torch.from_numpy(held_out.actions))
     return [
         {"question": "What of the state does a held-out frame tell, linearly?", "score": "explained", **state},
         {
             "question": "One step ahead: squared error, copying the last latent being 1",
             "score": "error",
-            "prediction": {name: _score(values[:, None]) for name, values in ahead.items()},
+            "prediction": {"trained": _score(ahead[:, None])},
         },
     ]
 
