@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops.bench_rope import published
 from jepa_kernels.models.vjepa2_ac import WorldModel
 from jepa_kernels.models.world import Context
 
@@ -79,19 +78,30 @@ class Published:
     def heads(self, attention: Any, x: Tensor, kind: int, frames: int) -> tuple[Tensor, ...]:
         """Turned queries and keys, and values, [S, H, n, D] of one kind of tokens: 0 action, 1 state, 2 patches."""
         q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        frame = torch.arange(frames, device=x.device)[:, None]
-        if kind < 2:  # the others' axes stand at 0
-            places = F.pad(frame, (0, 2))
-        else:
-            height, width = self.model.grid
-            id = torch.arange(height * width, device=x.device)
-            places = torch.stack([frame.expand(-1, len(id)), (id // width).expand(frames, -1)], -1)
-            places = torch.cat([places, (id % width).expand(frames, -1)[..., None]], -1).flatten(0, 1)
-        return published(q, places.float()[None]), published(k, places.float()[None]), v
+        frame = torch.arange(frames, device=x.device)
+        if kind < 2:  # turned by its frame alone
+            return turned(q, [frame]), turned(k, [frame]), v
+        height, width = self.model.grid
+        id = torch.arange(frames * height * width, device=x.device)
+        places = [id // (height * width), id // width % height, id % width]
+        return turned(q, places), turned(k, places), v
 
     def merged(self, groups: list[Tensor], frames: int) -> Tensor:
         """Kinds of tokens put back into their frames."""
         return torch.cat([group.unflatten(2, (frames, -1)) for group in groups], 3).flatten(2, 3)
+
+
+def turned(x: Tensor, places: list[Tensor]) -> Tensor:
+    """x [S, H, n, D] by its place on each axis [n], an axis at a time; channels that are left stay."""
+    parts, width = [], x.shape[-1] // 3 // 2 * 2
+    for axis, place in enumerate(places):
+        part = x[..., axis * width : (axis + 1) * width]
+        frequencies = 1.0 / 10000 ** (torch.arange(width // 2, dtype=x.dtype, device=x.device) / (width / 2))
+        angles = torch.einsum("n,j->nj", place.to(x.dtype), frequencies)
+        sin, cos = (wave.repeat(1, 1, 1, 2) for wave in (angles.sin(), angles.cos()))
+        even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
+        parts.append(part * cos + torch.stack((-odd, even), -1).flatten(-2) * sin)
+    return torch.cat([*parts, x[..., len(places) * width :]], -1)
 
 
 def expanded(actions: Tensor) -> Tensor:
