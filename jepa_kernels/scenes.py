@@ -39,7 +39,7 @@ class Scene:
 
     def render(self, tile: int) -> np.ndarray:
         """uint8 [(side + 2) tile, (side + 2) tile, 3], walls around."""
-        grid, objects = extra("minigrid.core.grid"), extra("minigrid.core.world_object")
+        grid, objects = (extra(f"minigrid.core.{part}", of="vl") for part in ("grid", "world_object"))
         room = grid.Grid(self.side + 2, self.side + 2)
         room.wall_rect(0, 0, self.side + 2, self.side + 2)
         for (color, kind), (column, row) in zip(self.things, self.places, strict=True):
@@ -98,7 +98,7 @@ class Scenes(Dataset[tuple[Tensor, str, str]]):
             fail("Scenes", "size", f"be a multiple of side + 2 = {side + 2}", size, "pass whole pixels a cell")
         self.size, self.split, self.side, self.objects = size, split, side, objects
         self.length, self.seed = length, seed
-        extra("minigrid")
+        extra("minigrid", of="vl")
 
     def __len__(self) -> int:
         return self.length
