@@ -28,7 +28,7 @@ class Search:
     std: float = 0.7
     history: int = 3  # frames that the world is shown, the current one among them
     take: int = 1  # actions of a plan that are taken before the next one
-    frames: str = "last"  # imagined ones that count: last, or all
+    frames: str = "all"  # imagined ones that count: all, or last, with which a block that has arrived is pushed on
 
 
 class Policy(Protocol):
