@@ -1,7 +1,8 @@
 """LeWorldModel: a world model of one token a frame, trained end to end from pixels without a target network.
 
-Source: LeWorldModel (arXiv:2603.19312). Parameter names and semantics are those of the published code; the encoder's
-names are this library's, and its published ones, Hugging Face's, are read too.
+Source: LeWorldModel (arXiv:2603.19312). Parameter names and semantics are those of the published code, but for training
+with dropout: there attention's weights are dropped too, here never. The encoder's names are this library's, and its
+published ones, Hugging Face's, are read too.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.check import fail
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.models.layouts import LEWM, recognise, to_huggingface
 from jepa_kernels.models.sizes import Networks, count, shape_of
-from jepa_kernels.models.world import Context
+from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
 from jepa_kernels.nn import SIGReg
 from jepa_kernels.nn.class_encoder import ClassEncoder
 from jepa_kernels.nn.conditional import ConditionalPredictor, Net
@@ -51,7 +52,7 @@ class LeWMConfig:
     predictor_num_heads: int = 16
     predictor_head_dim: int = HEAD_DIM
     predictor_hidden: int = 2048
-    dropout: float = 0.1  # in training, of what the predictor's branches add
+    dropout: float = 0.1  # in training, of what the predictor's branches add; as published, but for attention's weights
     sigreg_weight: float = 0.09
 
 
@@ -62,9 +63,10 @@ def vit_tiny(**changes: Any) -> LeWMConfig:
 
 def pusht(**changes: Any) -> LeWMConfig:
     """One that trains on two CPU cores in minutes: 64 pixels a side, two numbers an action."""
-    encoder = LeWMConfig(crop_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=2.0)
+    encoder = dict(crop_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=2, mlp_ratio=2.0)
     predictor = dict(predictor_depth=2, predictor_num_heads=4, predictor_head_dim=32, predictor_hidden=512)
-    return replace(encoder, projector_hidden=512, action_dim=2, dropout=0.0, **{**predictor, **changes})
+    others = dict(projector_hidden=512, action_dim=2, dropout=0.0)
+    return vit_tiny(**{**encoder, **predictor, **others, **changes})
 
 
 SIZES: dict[str, Callable[..., LeWMConfig]] = {f.__name__: f for f in (vit_tiny, pusht)}
@@ -79,7 +81,8 @@ class ActionEncoder(nn.Module):
         self.embed = nn.Sequential(nn.Linear(hidden, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim))
 
     def forward(self, actions: Tensor) -> Tensor:
-        return self.embed(F.linear(actions, self.patch_embed.weight[..., 0], self.patch_embed.bias))
+        weight = self.patch_embed.weight[..., 0]
+        return self.embed(F.linear(actions.to(weight.dtype), weight, self.patch_embed.bias))
 
 
 def _projector(width: int, hidden: int) -> Net:
@@ -122,7 +125,14 @@ class LeWorldModel(nn.Module):
 
     def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """frames [B, T, C, H, W], actions [B, T - 1, A], T - 1 at most the history ->
-        (predictions of frames 2 to T [B, T - 1, E], embeddings of all [B, T, E])."""
+        (predictions of frames 2 to T [B, T - 1, E], embeddings of all [B, T, E]).
+
+        Raises ValueError for shapes that are not the model's, and for one frame alone, which leaves nothing to predict.
+        """
+        history = self.config.history
+        if frames.dim() != 5 or not 2 <= frames.shape[1] <= history + 1:
+            wanted = f"be [B, T, C, H, W] of T in 2..{history + 1}"
+            fail("LeWorldModel", "frames", wanted, tuple(frames.shape), f"the predictor sees {history}, and the next")
         embeddings = self.embed(frames)
         if actions.shape[:-1] != (len(frames), frames.shape[1] - 1) or actions.shape[-1] != self.action_dim:
             wanted = f"have shape {(len(frames), frames.shape[1] - 1, self.action_dim)}"
@@ -153,17 +163,17 @@ class LeWorldModel(nn.Module):
         """Prepare a plan: actions [S, horizon, A] -> latents [S, horizon, 1, E] of the frames after the context's last.
 
         Every step computes the last `history` frames anew, at places from 0 on: nothing is cached, shapes do not depend
-        on values, the device is never waited for. Fewer samples or steps than said are taken as well. Raises ValueError
-        where gradients are recorded, and for arguments that do not fit; see `unroll` for gradients.
+        on values, the device is never waited for. Fewer samples or steps than said are taken as well. Latents and
+        actions are cast to the weights' dtype. Raises RuntimeError where gradients are recorded, ValueError for
+        arguments that do not fit; see `unroll` for gradients.
         """
-        if torch.is_grad_enabled():
-            fail("LeWorldModel", "imagine", "run without gradients", "gradients on", "use torch.no_grad(), or unroll")
+        refuse_grad("LeWorldModel")
         self._check_evaluation()
         latents, embedded = self._past(context)
 
-        @torch.no_grad()
         def imagined(actions: Tensor) -> Tensor:
-            self._check_actions(actions, samples, horizon)
+            refuse_grad("LeWorldModel")
+            check_actions("LeWorldModel", actions, self.action_dim, samples, horizon)
             return self._rollout(latents, embedded, actions)
 
         return imagined
@@ -171,17 +181,13 @@ class LeWorldModel(nn.Module):
     def unroll(self, context: Context, actions: Tensor) -> Tensor:
         """The same numbers as `imagine`'s, with gradients: actions [S, horizon, A] -> [S, horizon, 1, E]."""
         self._check_evaluation()
-        self._check_actions(actions, actions.shape[0], actions.shape[1])
+        check_actions("LeWorldModel", actions, self.action_dim)
         return self._rollout(*self._past(context), actions)
 
     def _past(self, context: Context) -> tuple[Tensor, Tensor]:
         """Embeddings [1, t, E] of the context's last t frames that count, and of the actions [1, t - 1, E] in them."""
-        latents, actions, width = context.latents, context.actions, self.config.embed_dim
-        check_tensor("LeWorldModel", "context.latents", latents, "T N E")
-        if latents.shape[0] < 1 or latents.shape[1:] != (1, width):
-            fail(
-                "LeWorldModel", "context.latents", f"be [T, 1, {width}]", tuple(latents.shape), "pass what encode gives"
-            )
+        check_context("LeWorldModel", context, 1, self.config.embed_dim)
+        latents, actions = context.latents.to(self.predictor.pos_embedding.dtype), context.actions
         wanted = latents.shape[0] - 1, self.action_dim
         if actions is None:
             actions = latents.new_empty(0, self.action_dim)
@@ -206,15 +212,6 @@ class LeWorldModel(nn.Module):
         if self.training:
             remedy = "call .eval(): batch norms would mix the samples"
             fail("LeWorldModel", "the model", "be in evaluation mode", "training mode", remedy)
-
-    def _check_actions(self, actions: Tensor, samples: int, horizon: int) -> None:
-        check_tensor("LeWorldModel", "actions", actions, "S horizon A")
-        if actions.shape[-1] != self.action_dim:
-            wanted = f"have {self.action_dim} numbers each"
-            fail("LeWorldModel", "actions", wanted, actions.shape[-1], "pass the model's action_dim to the planner")
-        if actions.shape[0] > samples or actions.shape[1] > horizon:
-            wanted = f"be at most {samples} samples of {horizon} steps"
-            fail("LeWorldModel", "actions", wanted, tuple(actions.shape), "prepare for as many")
 
     def load(self, source: Source) -> LoadReport:
         """Load the published `weights.pt`, a file of `save`, or this model's state dict, whole or not at all.

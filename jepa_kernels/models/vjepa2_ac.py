@@ -21,11 +21,10 @@ from jepa_kernels.models import checkpoints, world_losses
 from jepa_kernels.models.checkpoints import TABLES, LoadReport, Source
 from jepa_kernels.models.layouts import Checkpoint, recognise
 from jepa_kernels.models.sizes import check_config, config_for, describe, model_of, size_of
-from jepa_kernels.models.world import Context
+from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
 from jepa_kernels.nn import ActionPredictor, Encoder
 from jepa_kernels.nn.encoder import frames_of
-from jepa_kernels.nn.kv_cache import KVCache, KVHistory
-from jepa_kernels.nn.rollout import Rollout
+from jepa_kernels.nn.rollout import Rollout, WindowRollout, begin
 
 NextState = Callable[[Tensor, Tensor], Tensor]  # (state [S, Ds], action [S, A]) -> [S, Ds]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -44,6 +43,7 @@ class WorldModelConfig:
     conditioning, action_dim, state_dim, extrinsics_dim, use_extrinsics, rope, rope_grid: as of `ActionPredictor`.
     normalize: latents and predictions are layer-normalised, without affine, as of V-JEPA 2-AC.
     distance: of predictions to latents in losses, "l1" or "l2".
+    window: `imagine` and `unroll` predict from the last frames alone, so many, numbered from 0 anew; None: from all.
     """
 
     crop_size: int | tuple[int, int] = 256
@@ -67,6 +67,7 @@ class WorldModelConfig:
     rope_grid: int | None = 16
     normalize: bool = True
     distance: str = "l1"
+    window: int | None = None
     mean: tuple[float, ...] | None = IMAGENET[0]
     std: tuple[float, ...] | None = IMAGENET[1]
 
@@ -77,14 +78,14 @@ def vit_giant(**changes: Any) -> WorldModelConfig:
 
 
 def vj2ac_droid(**changes: Any) -> WorldModelConfig:
-    """JEPA-WMs' "fixed" V-JEPA 2-AC: no state token, a tubelet of one frame, up to 512 of them."""
-    return vit_giant(**{"tubelet_size": 1, "num_frames": 512, "state_dim": None, **changes})
+    """JEPA-WMs' "fixed" V-JEPA 2-AC: no state token, a tubelet of one frame, up to 512 of them, planned from two."""
+    return vit_giant(**{"tubelet_size": 1, "num_frames": 512, "state_dim": None, "window": 2, **changes})
 
 
 def jepa_wm_droid(**changes: Any) -> WorldModelConfig:
-    """JEPA-WMs' predictor with adaptive layer norm, for latents of ViT-L's width (theirs are DINOv3's)."""
+    """JEPA-WMs' predictor with adaptive layer norm, for latents of ViT-L's width (theirs are DINOv3's); window 2."""
     encoder = dict(embed_dim=1024, depth=24, num_heads=16, mlp_ratio=4.0, predictor_depth=12)
-    steering = dict(conditioning="adaln", state_dim=None, extrinsics_dim=None, normalize=False, distance="l2")
+    steering = dict(conditioning="adaln", state_dim=None, extrinsics_dim=None, normalize=False, distance="l2", window=2)
     return vit_giant(**{**encoder, **steering, **changes})
 
 
@@ -111,6 +112,8 @@ class WorldModel(nn.Module):
             fail(NAME, "distance", "be l1 or l2", repr(c.distance), "V-JEPA 2-AC was trained with l1")
         self.config, self.action_dim = c, c.action_dim
         self.max_frames = frames_of(NAME, c.num_frames, c.tubelet_size)
+        if c.window is not None and not 1 <= c.window <= self.max_frames:
+            fail(NAME, "window", f"lie in 1..{self.max_frames}, or be None", c.window, "num_frames bounds it")
         sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans
         self.encoder = Encoder(*sizes, tubelet_size=c.tubelet_size, rope=c.rope, mean=c.mean, std=c.std)
         self.encoder.requires_grad_(False)
@@ -169,8 +172,9 @@ class WorldModel(nn.Module):
 
         Equal to `forward` on all frames so far, step by step, but every frame goes through the predictor once: keys and
         values of earlier ones are kept, and what all samples share is computed here, for every call (see `Rollout`).
-        Fewer samples and steps may be given; a camera stays as it was last. No host sync, and no buffer moves: a CUDA
-        graph can capture calls.
+        With a `window` that the frames exceed, a step is `forward` of the last frames, all computed anew. Latents are
+        cast to the weights' dtype, once. Fewer samples and steps may be given; a camera stays as it was last. No host
+        sync, and no buffer moves: a CUDA graph can capture calls.
 
         Memory: 2 L D numbers for each token of T - 1 + horizon frames of every sample; of the published size in bf16
         25.4 MB a frame, 10.1 GB for a frame of 400 samples. On a CPU samples take turns, a few at a time, in one such
@@ -178,16 +182,14 @@ class WorldModel(nn.Module):
         Raises ValueError for a context or actions that do not fit the model, and for more frames than it takes;
         RuntimeError where gradients are recorded: `unroll` has them.
         """
-        _refuse_grad()
+        refuse_grad(NAME)
         self._check_context(context, horizon)
         turn = min(samples, CPU_TURN) if context.latents.is_cpu else samples
-        cache = self._cache(turn, len(context.latents) - 1 + horizon)
-        rollout = self._rollout(context, horizon, cache)
-        cache.share(rollout.past * self.predictor.frame_tokens)
+        rollout = self._rollout(context, horizon, turn)
 
         def imagined(actions: Tensor) -> Tensor:
-            _refuse_grad()
-            self._check_actions(actions, samples, horizon)
+            refuse_grad(NAME)
+            check_actions(NAME, actions, self.action_dim, samples, horizon)
             return torch.cat([self._futures(rollout, context, some) for some in actions.split(turn)])
 
         return imagined
@@ -195,11 +197,12 @@ class WorldModel(nn.Module):
     def unroll(self, context: Context, actions: Tensor) -> Tensor:
         """`imagine` with gradients: actions [S, horizon, A] -> [S, horizon, N, E]; errors as there.
 
-        Keys and values are tensors of the graph here: every frame goes through the predictor once too.
+        Keys and values are tensors of the graph here, each kept once: every frame goes through the predictor once too,
+        and memory is linear in the frames.
         """
-        self._check_actions(actions, len(actions), horizon := actions.shape[1])
-        self._check_context(context, horizon)
-        return self._futures(self._rollout(context, horizon, KVHistory(self.config.predictor_depth)), context, actions)
+        check_actions(NAME, actions, self.action_dim)
+        self._check_context(context, horizon := actions.shape[1])
+        return self._futures(self._rollout(context, horizon, None), context, actions)
 
     def load(self, source: Source) -> LoadReport:
         """Load `vjepa2-ac-vitg.pt`, or a file of `save`, or this model's state dict; report what became of it.
@@ -246,10 +249,12 @@ class WorldModel(nn.Module):
         """
         checkpoints.write(NAME, path, self.state_dict(), dtype, asdict(self.config))
 
-    def _rollout(self, c: Context, horizon: int, cache: KVCache | KVHistory) -> Rollout:
-        return Rollout(self.predictor, c.latents, c.actions, c.states, c.extrinsics, horizon, cache)
+    def _rollout(self, c: Context, horizon: int, sequences: int | None) -> Rollout | WindowRollout:
+        latents = c.latents.to(self.predictor.predictor_norm.weight.dtype)
+        told = latents, c.actions, c.states, c.extrinsics
+        return begin(self.predictor, *told, horizon, window=self.config.window, sequences=sequences)
 
-    def _futures(self, rollout: Rollout, context: Context, actions: Tensor) -> Tensor:
+    def _futures(self, rollout: Rollout | WindowRollout, context: Context, actions: Tensor) -> Tensor:
         """Of each sample's actions [S, steps, A], frame after frame."""
         found: list[Tensor] = []
         state = None if context.states is None else context.states[-1:].expand(len(actions), -1)
@@ -259,15 +264,6 @@ class WorldModel(nn.Module):
             found.append(self._normed(rollout.step(n, action, found[-1] if found else None, state)))
         return torch.stack(found, 1)
 
-    def _cache(self, sequences: int, frames: int) -> KVCache:
-        c, weight = self.config, self.predictor.predictor_norm.weight
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        heads, tokens = c.predictor_num_heads, frames * self.predictor.frame_tokens
-        like = weight.new_empty(0, dtype=dtype)
-        return KVCache(c.predictor_depth, sequences, tokens, heads, c.predictor_embed_dim // heads, like)
-
     def _normed(self, latents: Tensor) -> Tensor:
         return F.layer_norm(latents, latents.shape[-1:]) if self.config.normalize else latents
 
@@ -275,26 +271,18 @@ class WorldModel(nn.Module):
         return self.encode(frames) if frames.dim() == 5 else frames
 
     def _check_context(self, c: Context, horizon: int) -> None:
-        if not isinstance(c, Context):
-            fail(NAME, "context", "be a Context", type(c).__name__, "pass Context(model.encode(frames))", TypeError)
+        check_context(NAME, c, self.grid[0] * self.grid[1], self.config.embed_dim)
         frames = len(c.latents)
-        self._check((frames,), latents=c.latents, states=c.states, extrinsics=c.extrinsics)
+        self._check((frames,), states=c.states, extrinsics=c.extrinsics)
         if frames > 1 or c.actions is not None:
             self._check((frames - 1,), actions=c.actions)
         most = self.max_frames - frames + 1  # the last one imagined is not predicted from
-        if not 1 <= horizon <= most:
+        if horizon < 1 or (self.config.window is None and horizon > most):
             wanted = f"lie in 1..{most}: the model takes {self.max_frames} frames, of which {frames} are seen"
             fail(NAME, "horizon", wanted, horizon, "plan fewer steps, or build the model with more num_frames")
         if horizon > 1 and c.states is not None and self.next_state is None:
             wanted = f"be given for states of {self.config.state_dim} and actions of {self.action_dim} numbers"
             fail(NAME, "next_state", wanted, None, "pass WorldModel(config, next_state=...)")
-
-    def _check_actions(self, actions: Tensor, samples: int, horizon: int) -> None:
-        fits = isinstance(actions, Tensor) and actions.dim() == 3 and actions.shape[2] == self.action_dim
-        if not (fits and 1 <= actions.shape[0] <= samples and 1 <= actions.shape[1] <= horizon):
-            given = tuple(actions.shape) if isinstance(actions, Tensor) else type(actions).__name__
-            wanted = f"be [{samples}, {horizon}, {self.action_dim}] at most, with {self.action_dim} numbers each"
-            fail(NAME, "actions", wanted, given, "prepare the plan for as many")
 
     def _check(self, leading: tuple[int, ...], **given: Tensor | None) -> None:
         """Each of its shape behind the leading axes, or None where the model has no place for it."""
@@ -319,9 +307,3 @@ def _recognised(source: Source) -> Checkpoint:
         size = describe(SIZES, size_of(found.networks))
         fail(NAME, "checkpoint", f"be of {WorldModel.published_name}", f"one of {kind}, {size}", "build that model")
     return found
-
-
-def _refuse_grad() -> None:
-    if torch.is_grad_enabled():
-        remedy = "call it under torch.no_grad(), or take unroll"
-        fail(NAME, "imagine", "run where no gradients are recorded", "grad mode", remedy, RuntimeError)

@@ -1,6 +1,5 @@
 """Predictors of the next frame's latents from the frames so far and the actions taken in them."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -9,48 +8,11 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.nn.attention import Attention
-from jepa_kernels.nn.block import MLP, NORM_EPS, init_weights, rescale_blocks
+from jepa_kernels.nn.block import NORM_EPS, ActionBlock, init_weights, rescale_blocks
 from jepa_kernels.nn.encoder import check_rope
-from jepa_kernels.nn.modulation import Modulation, modulate
 from jepa_kernels.rotary import Rope
 
-Attend = Callable[[Tensor], Tensor]  # of qkv [B, T, n, 3 D] -> [B, T, n, D], which `attn.proj` takes
 CONDITIONINGS = ("tokens", "adaln")
-ADALN_STD = 0.2  # of JEPA-WMs: 0.02 times their factor of 10
-
-
-class ActionBlock(nn.Module):
-    """A pre-norm block whose caller attends; with `modulated` the action shifts, scales and gates both branches:
-
-    x += gate attn(norm1(x) (1 + scale) + shift);  x += gate' mlp(norm2(x) (1 + scale') + shift').
-    """
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, modulated: bool) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = Modulation(dim, std=ADALN_STD) if modulated else None
-
-    def forward(self, x: Tensor, action: Tensor, attend: Attend, qkv: Tensor | None = None) -> Tensor:
-        """x [B, T, n, D], action [B, T, 1, D]; qkv: what `self.qkv(x)` gives, if known."""
-        if self.adaLN_modulation is None:
-            x = x + self.attn.proj(attend(self.qkv(x) if qkv is None else qkv))
-            return x + self.mlp(self.norm2(x))
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(action)
-        qkv = self.attn.qkv(modulate(self.norm1(x), shift, scale))
-        x = torch.addcmul(x, gate, self.attn.proj(attend(qkv)))
-        return torch.addcmul(x, mlp_gate, self.mlp(modulate(self.norm2(x), mlp_shift, mlp_scale)))
-
-    def qkv(self, x: Tensor, action: Tensor | None = None) -> Tensor:
-        """The first product, of each token by itself: x [..., D] -> [..., 3 D]; action: with modulation."""
-        x = self.norm1(x)
-        if self.adaLN_modulation is not None:
-            shift, scale, *_ = self.adaLN_modulation(action)
-            x = modulate(x, shift, scale)
-        return self.attn.qkv(x)
 
 
 class ActionPredictor(nn.Module):

@@ -27,6 +27,7 @@ class CausalAttention(nn.Module):
     """W softmax(q k^T / sqrt(D)) v + b of the normed tokens, each seeing itself and those before it.
 
     The heads' width is their own: q, k and v have num_heads * head_dim channels, whatever embed_dim is.
+    dropout: of what comes out alone; the published code drops the softmax's weights in training too.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int, dropout: float) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import jepa_kernels as jk
 
 
 class KVCache:
@@ -15,6 +18,13 @@ class KVCache:
 
     def __init__(self, layers: int, sequences: int, tokens: int, heads: int, width: int, like: Tensor) -> None:
         self._kept = like.new_empty(layers, 2, sequences, tokens, heads, width)
+
+    def attend(self, layer: int, begin: int, q: Tensor, k: Tensor, v: Tensor, frame_size: int | None = None) -> Tensor:
+        """Of q [S, H, n, D] to all tokens up to its own, which stand at `begin` on and whose k and v are kept.
+
+        frame_size: as of `masked_attention`.
+        """
+        return jk.masked_attention(q, *self.extend(layer, begin, k, v), frame_size=frame_size)
 
     def extend(self, layer: int, begin: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [S, H, n, D], of the tokens from place `begin` on; all keys and values up to them."""
@@ -31,16 +41,29 @@ class KVCache:
 
 
 class KVHistory:
-    """The same with a gradient: the tensors themselves are kept, and joined at every call."""
+    """The same with a gradient: the tensors themselves are kept, each once, and joined for every attention.
+
+    What is joined is not kept for backward, which joins and attends again: memory is linear in the frames.
+    """
 
     def __init__(self, layers: int) -> None:
-        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(layers)]
 
-    def extend(self, layer: int, begin: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, begin: int, q: Tensor, k: Tensor, v: Tensor, frame_size: int | None = None) -> Tensor:
         """As of `KVCache`; begin: how many tokens were given so far."""
-        before = self._kept[layer]
-        if before is not None:
-            pairs = zip(before, (k, v), strict=True)
-            k, v = (torch.cat([old.expand(len(new), -1, -1, -1), new], 2) for old, new in pairs)
-        self._kept[layer] = k, v
-        return k, v
+        self.extend(layer, begin, k, v)
+        parts = [x for pair in self._kept[layer] for x in pair]
+        return checkpoint(_attend_joined, q, frame_size, *parts, use_reentrant=False, preserve_rng_state=False)
+
+    def extend(self, layer: int, begin: int, k: Tensor, v: Tensor) -> None:
+        """Keep k and v of further tokens."""
+        self._kept[layer].append((k, v.clone()))  # a view would keep the whole product that v is a third of
+
+    def share(self, tokens: int) -> None:
+        """Nothing: what is of one sequence is joined for as many as attend."""
+
+
+def _attend_joined(q: Tensor, frame_size: int | None, *parts: Tensor) -> Tensor:
+    """parts: k, v, k, v, ..., of one sequence or of as many as q."""
+    keys, values = (torch.cat([x.expand(len(q), -1, -1, -1) for x in parts[i::2]], 2) for i in (0, 1))
+    return jk.masked_attention(q, keys, values, frame_size=frame_size)

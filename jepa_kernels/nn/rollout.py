@@ -7,9 +7,41 @@ import torch
 from torch import Tensor
 
 import jepa_kernels as jk
-from jepa_kernels.nn.action_predictor import ActionBlock, ActionPredictor
+from jepa_kernels.nn.action_predictor import ActionPredictor
+from jepa_kernels.nn.block import ActionBlock
 from jepa_kernels.nn.kv_cache import KVCache, KVHistory
 from jepa_kernels.rotary import Rope
+
+
+def begin(
+    predictor: ActionPredictor,
+    latents: Tensor,
+    actions: Tensor | None,
+    states: Tensor | None,
+    extrinsics: Tensor | None,
+    horizon: int,
+    *,
+    window: int | None = None,
+    sequences: int | None = None,
+) -> "Rollout | WindowRollout":
+    """The rollout of these frames: `WindowRollout` where they come to more than `window`, else `Rollout`.
+
+    sequences: for inference, of at most so many samples at once, in a cache of their size; None: with gradients.
+    """
+    told, frames = (latents, actions, states, extrinsics), len(latents) - 1 + horizon
+    if window is not None and frames > window:
+        return WindowRollout(predictor, *told, window)
+    blocks, weight = predictor.predictor_blocks, predictor.predictor_norm.weight
+    if sequences is None:
+        return Rollout(predictor, *told, horizon, KVHistory(len(blocks)))
+    kind, dtype = weight.device.type, weight.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    tokens, heads = frames * predictor.frame_tokens, cast(ActionBlock, blocks[0]).attn.num_heads
+    like = weight.new_empty(0, dtype=dtype)
+    return Rollout(
+        predictor, *told, horizon, KVCache(len(blocks), sequences, tokens, heads, len(weight) // heads, like)
+    )
 
 
 class Rollout:
@@ -43,7 +75,7 @@ class Rollout:
         now = (None if x is None else x[:, -1:] for x in (states, extrinsics))
         self.extrinsics = None if extrinsics is None else extrinsics[:, -1:]
         self.now = torch.cat(predictor.parts(patches[:, -1:], *now), -2)
-        self.now_qkv = self.blocks[0].qkv(self.now) if predictor.cond_tokens else None
+        self.now_qkv = self.blocks[0].before(self.now)[0] if predictor.cond_tokens else None
         self.ropes = [predictor.rope_of(self.past + n, 1) for n in range(horizon)]
 
     def step(self, n: int, actions: Tensor, latents: Tensor | None = None, states: Tensor | None = None) -> Tensor:
@@ -56,7 +88,7 @@ class Rollout:
         if latents is None:
             x = predictor.join(action, [_each(self.now, actions)])
             if self.now_qkv is not None:
-                qkv = torch.cat([self.blocks[0].qkv(action), _each(self.now_qkv, actions)], -2)
+                qkv = torch.cat([self.blocks[0].before(action)[0], _each(self.now_qkv, actions)], -2)
         else:
             states = None if states is None else states[:, None]
             extrinsics = None if self.extrinsics is None else _each(self.extrinsics, actions)
@@ -73,21 +105,55 @@ class Rollout:
         *blocks, last = self.blocks
         for layer, block in enumerate(blocks):
             x = block(x, action, partial(self._attend, layer, 0, rope))
-        _, k, v = self._turned(last.qkv(x, action), rope)
+        _, k, v = self._turned(last.before(x, action)[0], rope)
         self.cache.extend(len(blocks), 0, k, v)
+        self.cache.share(x.shape[1] * x.shape[2])
 
     def _attend(self, layer: int, begin: int, rope: Rope, qkv: Tensor) -> Tensor:
         """Of the tokens of whole frames, the first at place `begin`, to all so far: qkv [S, T, n, 3 D]."""
         q, k, v = self._turned(qkv, rope)
-        keys, values = self.cache.extend(layer, begin, k, v)
         frame_size = None if qkv.shape[1] == 1 else qkv.shape[2]  # one frame sees every key
-        out = jk.masked_attention(q, keys, values, frame_size=frame_size)
+        out = self.cache.attend(layer, begin, q, k, v, frame_size)
         return out.transpose(1, 2).flatten(2).unflatten(1, qkv.shape[1:3])
 
     def _turned(self, qkv: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys by their positions, and values, [S, H, T n, D / H]."""
         q, k, v = self.predictor.heads(qkv).transpose(1, 3).unbind(2)
         return *jk.rope_qk(q, k, rope), v
+
+
+class WindowRollout:
+    """`Rollout` of predictions that see the last `window` frames alone, numbered from 0 anew: each computes them all.
+
+    Kept keys would not be exact: they turn with a frame's number, and hold what the frame saw before the window.
+    """
+
+    def __init__(
+        self,
+        predictor: ActionPredictor,
+        latents: Tensor,
+        actions: Tensor | None,
+        states: Tensor | None,
+        extrinsics: Tensor | None,
+        window: int,
+    ) -> None:
+        self.predictor, self.window = predictor, window
+        past = len(latents) - 1
+        told = (None if x is None else x[:past] for x in (latents, actions, states, extrinsics))
+        self.past = list(zip(*([None] * past if x is None else x.unbind(0) for x in told), strict=True))
+        self.now, self.extrinsics = latents[-1:], None if extrinsics is None else extrinsics[-1:]
+
+    def step(self, n: int, actions: Tensor, latents: Tensor | None = None, states: Tensor | None = None) -> Tensor:
+        """As of `Rollout`; steps come one after the other, and begin anew with n = 0."""
+        if latents is None:
+            self.frames = [[None if x is None else _each(x, actions) for x in frame] for frame in self.past]
+            latents = _each(self.now[0], actions)
+        extrinsics = None if self.extrinsics is None else _each(self.extrinsics[0], actions)
+        self.frames = [*self.frames, [latents, actions, states, extrinsics]][-self.window :]
+        given = (
+            None if x[-1] is None else torch.stack(cast(list[Tensor], x), 1) for x in zip(*self.frames, strict=True)
+        )
+        return self.predictor(*given)[:, -1]
 
 
 def _each(x: Tensor, actions: Tensor) -> Tensor:

@@ -14,6 +14,10 @@
 L1 of the last frame is the cost of a goal given alone; the others: `cost=costs.goal_distance(goal, "l2")`, and for the
 last one `frames="all"` besides, a mean in place of the sum. V-JEPA 2's two further options are
 `fixed({axis: value})`, and `fixed({-1: 1.0}, first_step=k)` for its `close_gripper=k`, in the space's `constrain`.
+
+Which frames the world model sees is its own matter: of JEPA-WMs' rows the last two, numbered from 0 anew, which is the
+`window` of `vjepa2_ac.vj2ac_droid` and `jepa_wm_droid`; of lewm's the last three, its config's `history`; of V-JEPA
+2's all so far.
 """
 
 from typing import Any

@@ -257,18 +257,27 @@ def test_weights_that_do_not_fit_load_nothing(model, tmp_path):
 
 def test_messages(world):
     seen, actions = Context(torch.randn(2, 1, 48), torch.randn(1, 3)), torch.randn(4, 3, 3)
-    with pytest.raises(ValueError, match=r"imagine must run without gradients.*or unroll"):
+    with pytest.raises(RuntimeError, match=r"imagine must run where no gradients are recorded.*or take unroll"):
         world.imagine(seen, 4, 3)
     with torch.no_grad():
         imagine = world.imagine(seen, 4, 3)
         for wrong, message in (
-            (torch.randn(4, 3, 2), r"actions must have 3 numbers each, got 2"),
-            (torch.randn(4, 4, 3), r"actions must be at most 4 samples of 3 steps, got \(4, 4, 3\)"),
-            (torch.randn(5, 3, 3), r"actions must be at most 4 samples of 3 steps"),
+            (torch.randn(4, 3, 2), r"actions must be \[S, horizon, 3\], of one or more, got \(4, 3, 2\)"),
+            (torch.randn(4, 4, 3), r"actions must be \[4, 3, 3\] at most, got \(4, 4, 3\)"),
+            (torch.randn(5, 3, 3), r"actions must be \[4, 3, 3\] at most, got \(5, 3, 3\)"),
             (torch.randn(4, 3), r"actions must have shape \[S, horizon, A\]"),
         ):
             with pytest.raises(ValueError, match=message):
                 imagine(wrong)
+    with pytest.raises(RuntimeError, match=r"imagine must run where no gradients are recorded, got grad mode"):
+        imagine(actions)
+    with pytest.raises(
+        TypeError, match=r"context must be a Context, got Tensor; pass Context\(world.encode\(frames\)\)"
+    ):
+        world.unroll(seen.latents, actions)
+    for few in (torch.randn(0, 3, 3), torch.randn(4, 0, 3)):
+        with pytest.raises(ValueError, match=r"actions must be \[S, horizon, 3\], of one or more"):
+            world.unroll(seen, few)
     for context, message in (
         (Context(torch.randn(2, 1, 48)), r"context.actions must have shape \(1, 3\), got \(0, 3\)"),
         (Context(torch.randn(2, 2, 48), torch.randn(1, 3)), r"context.latents must be \[T, 1, 48\]"),
@@ -280,7 +289,27 @@ def test_messages(world):
         world.train().unroll(seen, actions)
     with pytest.raises(ValueError, match=r"actions must have shape \(3, 3, 3\), got \(3, 4, 3\)"):
         world(batch(0)[0], torch.randn(3, 4, 3))
+    for length in (1, 5):
+        with pytest.raises(
+            ValueError, match=r"frames must be \[B, T, C, H, W\] of T in 2..4, got \(2, \d, 3, 24, 24\)"
+        ):
+            world.loss(torch.rand(2, length, 3, 24, 24), torch.randn(2, length - 1, 3))
     with pytest.raises(ValueError, match=r"frames must be \[..., 3, 24, 24\], got \(1, 3, 32, 32\); resize them"):
         world.embed(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"crop_size must be a multiple of 8"):
         LeWorldModel(lewm.replace(SMALL, crop_size=30))
+
+
+@torch.no_grad()
+def test_a_model_of_low_precision_takes_contexts_and_actions_of_full(world):
+    low = copy.deepcopy(world).bfloat16()
+    context, actions = Context(torch.randn(2, 1, 48), torch.randn(1, 3)), torch.randn(4, 2, 3)
+    cast = Context(context.latents.bfloat16(), context.actions.bfloat16())
+    found = low.imagine(context, 4, 2)(actions)
+    assert torch.equal(found, low.imagine(cast, 4, 2)(actions.bfloat16())) and found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", lewm.SIZES.values())
+def test_every_field_of_a_named_size_can_be_changed(make):
+    for field, value in vars(make()).items():
+        assert make(**{field: value + 1}) == lewm.replace(make(), **{field: value + 1}), field

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels as jk
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
 from jepa_kernels.models.world import Context
+from jepa_kernels.nn import compile_blocks
 from jepa_kernels.nn.kv_cache import KVCache
 from jepa_kernels.testing import compare
 from tests.models import world_equations
@@ -143,7 +144,7 @@ def test_on_a_cpu_samples_take_turns(monkeypatch):
 
 def test_the_cache_is_allocated_once_and_as_large_as_said(monkeypatch):
     made = []
-    monkeypatch.setattr("jepa_kernels.models.vjepa2_ac.KVCache", lambda *args: made.append(KVCache(*args)) or made[-1])
+    monkeypatch.setattr("jepa_kernels.nn.rollout.KVCache", lambda *args: made.append(KVCache(*args)) or made[-1])
     model = world()
     context, actions = seen(model, 2), chosen(model)
     with torch.no_grad():
@@ -233,21 +234,131 @@ def test_what_does_not_fit_the_model_is_refused():
     c = context
     plan = model.imagine(context, 3, 4)
     for call, message in (
-        (lambda: plan(torch.zeros(3, 4, 4)), r"actions must be \[3, 4, 7\] at most, .* got \(3, 4, 4\)"),
-        (lambda: plan(torch.zeros(3, 5, 7)), r"actions must be \[3, 4, 7\] at most, .* got \(3, 5, 7\)"),
+        (lambda: plan(torch.zeros(3, 4, 4)), r"actions must be \[S, horizon, 7\], of one or more, got \(3, 4, 4\)"),
+        (lambda: plan(torch.zeros(3, 5, 7)), r"actions must be \[3, 4, 7\] at most, got \(3, 5, 7\)"),
         (lambda: plan(torch.zeros(4, 4, 7)), r"got \(4, 4, 7\); prepare the plan for as many"),
         (lambda: model.imagine(context, 3, 6), "horizon must lie in 1..5: the model takes 6 frames, of which 2 are"),
         (lambda: model.imagine(context, 3, 0), "horizon must lie in 1..5"),
         (lambda: model.unroll(context, torch.zeros(3, 6, 7)), "horizon must lie in 1..5"),
         (lambda: model.imagine(Context(c.latents, None, c.states), 3, 4), r"actions must be \(1, 7\), got None"),
         (lambda: model.imagine(Context(c.latents, c.actions), 3, 4), r"states must be \(2, 7\), got None"),
-        (lambda: model.imagine(Context(c.latents[:, :5], c.actions, c.states), 3, 4), r"latents must be \(2, 6, 24\)"),
+        (
+            lambda: model.imagine(Context(c.latents[:, :5], c.actions, c.states), 3, 4),
+            r"latents must be \[T, 6, 24\], .* got \(2, 5, 24\)",
+        ),
+        (lambda: model.imagine(Context(c.latents[:0]), 3, 4), r"latents must be \[T, 6, 24\], of a frame or more"),
+        (lambda: model.unroll(context, torch.zeros(3, 7)), r"actions must have shape \[S, horizon, A\]"),
+        (lambda: model.unroll(context, torch.zeros(3, 0, 7)), r"actions must be \[S, horizon, 7\], of one or more"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="context must be a Context, got Tensor"):
+    with pytest.raises(
+        TypeError, match=r"context must be a Context, got Tensor; pass Context\(world.encode\(frames\)\)"
+    ):
         model.imagine(context.latents, 3, 4)
     with torch.enable_grad():
         for call in (lambda: plan(actions), lambda: model.imagine(context, 3, 4)):
             with pytest.raises(RuntimeError, match="imagine must run where no gradients are recorded, got grad mode"):
                 call()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "adaln"])
+def test_what_unroll_keeps_for_backward_is_linear_in_the_frames(kind):
+    model = world(kind, num_frames=128)
+    context, kept = seen(model, 2), {}
+    model.requires_grad_(False)
+
+    def keep(x):
+        storage = x.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    for horizon in (8, 32):
+        sizes, actions = {}, chosen(model, samples=2, horizon=horizon).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model.unroll(context, actions)
+        kept[horizon] = sum(sizes.values()) / horizon
+    assert kept[32] <= 1.02 * kept[8], kept
+
+
+def test_unrolled_frames_have_their_gradient_under_autocast_too():
+    """Against that of float64, as exact as that of plain prefixes in the same low precision."""
+    model = world("adaln").requires_grad_(False)
+    context, actions = seen(model, 2), chosen(model, samples=2, horizon=3).requires_grad_()
+
+    def slope(function, *given, low=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
+            out = function(*given)
+        return torch.autograd.grad(out.square().sum(), given[-1])[0].double()
+
+    found, eager = slope(model.unroll, context, actions), slope(partial(prefixes.__wrapped__, model), context, actions)
+    double = actions.detach().double().requires_grad_()
+    exact = slope(partial(by_the_equations, model), context, double, low=False)
+    assert (found - exact).norm() <= 1.25 * (eager - exact).norm() and (found - exact).norm() <= 5e-2 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "kind, frames, window", [("adaln", 1, 2), ("adaln", 4, 3), ("tokens", 3, 2), ("no_state", 2, 1)]
+)
+def test_with_a_window_only_the_last_frames_are_seen_numbered_anew(kind, frames, window):
+    """Longer than the model's num_frames, which the window alone is bound by."""
+    model = world(kind, window=window)
+    context, actions = seen(model, frames), chosen(model, samples=2, horizon=12)
+    p, c = {name: x.double() for name, x in model.predictor.named_parameters()}, wide(context)
+    stated = []
+    for future in actions.double():
+        latents, states = list(c.latents), None if c.states is None else list(c.states)
+        taken = [] if c.actions is None else list(c.actions)
+        for action in future:
+            taken.append(action)
+            given = [None if x is None else torch.stack(x[-window:]) for x in (latents, taken, states)]
+            latents.append(world_equations.predict(*given, None, p, model.config)[-1])
+            if states is not None:
+                states.append(world_equations.moved(states[-1], action))
+        stated.append(torch.stack(latents[frames:]))
+    stated = torch.stack(stated)
+    with torch.no_grad():
+        plan = model.imagine(context, 2, 12)
+        found = plan(actions)
+        assert torch.equal(plan(actions), found)
+    assert (found - stated).norm() <= 2e-5 * stated.norm()
+    leaf = actions.clone().requires_grad_()
+    unrolled = model.unroll(context, leaf)
+    torch.testing.assert_close(unrolled.detach(), found, rtol=1e-4, atol=1e-5)
+    assert torch.autograd.grad(unrolled.sum(), leaf)[0].isfinite().all()
+
+
+@torch.no_grad()
+def test_a_window_that_no_frame_leaves_changes_no_bit():
+    whole, model = world("adaln"), world("adaln", window=4)
+    model.load_state_dict(whole.state_dict())
+    context, actions = seen(model, 2), chosen(model, horizon=3)
+    assert torch.equal(imagined(model, context, actions), imagined(whole, context, actions))
+
+
+@torch.no_grad()
+def test_latents_are_cast_to_the_weights_dtype():
+    model = world("adaln").bfloat16()
+    context, actions = seen(model, 2), chosen(model)
+    found = imagined(model, context, actions)
+    low = Context(context.latents.bfloat16(), context.actions)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, imagined(model, low, actions))
+    assert torch.equal(model.unroll(context, actions), model.unroll(low, actions))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "adaln"])
+def test_blocks_of_a_rollout_compile_once_for_all_layers_and_lengths(kind):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = world(kind, predictor_depth=4)
+    plain = copy.deepcopy(model)
+    compile_blocks(model, fullgraph=True, backend="aot_eager")
+    for frames, horizon in ((2, 3), (3, 3)):
+        context, actions = seen(model, frames), chosen(model, horizon=horizon)
+        assert torch.equal(imagined(model, context, actions), imagined(plain, context, actions))
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    imagined(copy.deepcopy(model), context, chosen(model, samples=4, horizon=2))
+    imagined(model, context, chosen(model, samples=7, horizon=2))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert model.state_dict().keys() == plain.state_dict().keys()

@@ -174,6 +174,7 @@ def test_the_named_sizes_are_the_published_ones():
     assert round(counts["vit_giant"] / 1e6, 1) == 305.2 and models["vit_giant"].max_frames == 32
     assert counts["vit_giant"] - counts["vj2ac_droid"] == 8 * 1024 and models["vj2ac_droid"].max_frames == 512
     assert [models["jepa_wm_droid"].predictor.cond_tokens, models["vj2ac_droid"].predictor.cond_tokens] == [0, 1]
+    assert {n: m.config.window for n, m in models.items()} == {"vit_giant": None, "vj2ac_droid": 2, "jepa_wm_droid": 2}
     assert {model.predictor.frame_tokens for model in models.values()} == {256, 257, 258}
 
 
@@ -191,6 +192,8 @@ def test_a_training_step_compiles_as_one_graph():
         ({"conditioning": "adaln"}, "state_dim and extrinsics_dim must be None with adaln, got 7 and 6; leave them"),
         ({"distance": "cosine"}, "distance must be l1 or l2, got 'cosine'"),
         ({"use_extrinsics": True, "extrinsics_dim": None}, "sizes must be at least 1, and known where used"),
+        ({"window": 0}, "window must lie in 1..6, or be None, got 0"),
+        ({"window": 7}, "window must lie in 1..6, or be None, got 7"),
         ({"num_frames": 7}, "num_frames must be a multiple of tubelet_size 2, got 7"),
     ],
 )
