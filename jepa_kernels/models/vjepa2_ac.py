@@ -28,6 +28,7 @@ from jepa_kernels.nn.rollout import Rollout, WindowRollout, begin
 
 NextState = Callable[[Tensor, Tensor], Tensor]  # (state [S, Ds], action [S, A]) -> [S, Ds]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEERING = "conditioning", "action_dim", "state_dim", "extrinsics_dim", "use_extrinsics", "rope", "rope_grid"
 NAME = "WorldModel"
 CPU_TURN = 16  # samples that are imagined together
 
@@ -119,20 +120,8 @@ class WorldModel(nn.Module):
         self.encoder.requires_grad_(False)
         height, width = self.encoder.grid
         self.grid = height, width
-        self.predictor = ActionPredictor(
-            self.grid,
-            c.embed_dim,
-            c.predictor_embed_dim,
-            c.predictor_depth,
-            c.predictor_num_heads,
-            conditioning=c.conditioning,
-            action_dim=c.action_dim,
-            state_dim=c.state_dim,
-            extrinsics_dim=c.extrinsics_dim,
-            use_extrinsics=c.use_extrinsics,
-            rope=c.rope,
-            rope_grid=c.rope_grid,
-        )
+        widths = c.embed_dim, c.predictor_embed_dim, c.predictor_depth, c.predictor_num_heads
+        self.predictor = ActionPredictor(self.grid, *widths, **{name: getattr(c, name) for name in STEERING})
         if next_state is None and c.state_dim == c.action_dim == poses.POSE_DIM:
             next_state = poses.next_pose
         self.next_state = next_state

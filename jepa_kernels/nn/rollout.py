@@ -103,8 +103,9 @@ class Rollout:
         """Keep the keys and values of the frames x [1, T - 1, n, D] before the current one."""
         rope = self.predictor.rope_of(0, self.past)
         *blocks, last = self.blocks
-        for layer, block in enumerate(blocks):
-            x = block(x, action, partial(self._attend, layer, 0, rope))
+        for layer, block in enumerate(blocks):  # by halves, which `compile_blocks` leaves: once a plan, of any length
+            qkv, parts = block.before(x, action)
+            x = block.after(x, self._attend(layer, 0, rope, qkv), parts)
         _, k, v = self._turned(last.before(x, action)[0], rope)
         self.cache.extend(len(blocks), 0, k, v)
         self.cache.share(x.shape[1] * x.shape[2])
@@ -138,17 +139,16 @@ class WindowRollout:
         window: int,
     ) -> None:
         self.predictor, self.window = predictor, window
-        past = len(latents) - 1
-        told = (None if x is None else x[:past] for x in (latents, actions, states, extrinsics))
-        self.past = list(zip(*([None] * past if x is None else x.unbind(0) for x in told), strict=True))
+        told = latents, actions, states, extrinsics
+        self.past = [[None if x is None else x[t, None] for x in told] for t in range(len(latents) - 1)]
         self.now, self.extrinsics = latents[-1:], None if extrinsics is None else extrinsics[-1:]
 
     def step(self, n: int, actions: Tensor, latents: Tensor | None = None, states: Tensor | None = None) -> Tensor:
         """As of `Rollout`; steps come one after the other, and begin anew with n = 0."""
         if latents is None:
             self.frames = [[None if x is None else _each(x, actions) for x in frame] for frame in self.past]
-            latents = _each(self.now[0], actions)
-        extrinsics = None if self.extrinsics is None else _each(self.extrinsics[0], actions)
+            latents = _each(self.now, actions)
+        extrinsics = None if self.extrinsics is None else _each(self.extrinsics, actions)
         self.frames = [*self.frames, [latents, actions, states, extrinsics]][-self.window :]
         given = (
             None if x[-1] is None else torch.stack(cast(list[Tensor], x), 1) for x in zip(*self.frames, strict=True)
