@@ -350,13 +350,13 @@ def test_latents_are_cast_to_the_weights_dtype():
 def test_blocks_of_a_rollout_compile_once_for_all_layers_and_lengths(kind):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = world(kind, predictor_depth=4)
+    model = world(kind, predictor_depth=3)
     plain = copy.deepcopy(model)
     compile_blocks(model, fullgraph=True, backend="aot_eager")
     for frames, horizon in ((2, 3), (3, 3)):
         context, actions = seen(model, frames), chosen(model, horizon=horizon)
         assert torch.equal(imagined(model, context, actions), imagined(plain, context, actions))
-    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     imagined(copy.deepcopy(model), context, chosen(model, samples=4, horizon=2))
     imagined(model, context, chosen(model, samples=7, horizon=2))
