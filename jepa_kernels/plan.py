@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from jepa_kernels import report
 from jepa_kernels._core.check import fail
@@ -178,13 +179,25 @@ def main(argv: list[str]) -> int:
         return 2
     done: list[Episode] = []
     try:
-        return _carry_out(job, options, done)
+        with _one_thread():
+            return _carry_out(job, options, done)
     except KeyboardInterrupt:
         print(f"stopped after {len(done)} of {len(job.tasks)} episodes (out: {job.out})", file=sys.stderr)
         return INTERRUPTED
     except (report.SaveError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from a second thread, and wait for it long where something else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _carry_out(job: Job, options: argparse.Namespace, done: list[Episode]) -> int:
