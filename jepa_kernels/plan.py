@@ -79,6 +79,8 @@ def prepare(options: argparse.Namespace) -> Job:
     for name in ("episodes", "actions", *PLANNER):
         if getattr(options, name) < 1:
             fail("plan", f"--{name}", "be at least 1", getattr(options, name), "leave it out for the usual number")
+    if options.seed < 0:
+        fail("plan", "--seed", "be at least 0", options.seed, "leave it out for 0")
     if not 2 <= options.elites <= options.samples:
         fail("plan", "--elites", f"lie in 2..{options.samples}", options.elites, "samples bound it")
     if options.take > options.horizon:
@@ -174,6 +176,9 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         job = prepare(options)
+    except KeyboardInterrupt:
+        print(f"stopped before the first of {options.episodes} episodes", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
