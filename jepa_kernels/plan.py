@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from jepa_kernels import report
 from jepa_kernels._core.check import fail
@@ -78,6 +79,8 @@ def prepare(options: argparse.Namespace) -> Job:
     for name in ("episodes", "actions", *PLANNER):
         if getattr(options, name) < 1:
             fail("plan", f"--{name}", "be at least 1", getattr(options, name), "leave it out for the usual number")
+    if options.seed < 0:
+        fail("plan", "--seed", "be at least 0", options.seed, "leave it out for 0")
     if not 2 <= options.elites <= options.samples:
         fail("plan", "--elites", f"lie in 2..{options.samples}", options.elites, "samples bound it")
     if options.take > options.horizon:
@@ -173,18 +176,33 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         job = prepare(options)
+    except KeyboardInterrupt:
+        print(f"stopped before the first of {options.episodes} episodes", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     done: list[Episode] = []
     try:
-        return _carry_out(job, options, done)
+        with _one_thread():
+            return _carry_out(job, options, done)
     except KeyboardInterrupt:
         print(f"stopped after {len(done)} of {len(job.tasks)} episodes (out: {job.out})", file=sys.stderr)
         return INTERRUPTED
     except (report.SaveError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products this small gain nothing from a second thread, and wait for it long where something else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _carry_out(job: Job, options: argparse.Namespace, done: list[Episode]) -> int:

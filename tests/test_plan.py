@@ -233,6 +233,12 @@ def test_a_plan_interrupted_before_its_first_episode_writes_nothing(checkpoint, 
     assert "stopped after 0 of 2 episodes" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_a_plan_interrupted_while_it_draws_tasks_ends_with_a_line(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan.goals, "tasks", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    assert plan.main([*QUICK, "--checkpoint", str(checkpoint), "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "stopped before the first of 2 episodes\n" and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -244,6 +250,7 @@ def test_a_plan_interrupted_before_its_first_episode_writes_nothing(checkpoint, 
         (["--actions", "-1"], "plan: --actions must be at least 1, got -1"),
         (["--horizon", "0"], "plan: --horizon must be at least 1, got 0"),
         (["--horizon", "3", "--take", "4"], "plan: --take must be at most the horizon, 3, got 4"),
+        (["--seed", "-1"], "plan: --seed must be at least 0, got -1; leave it out for 0"),
         (["--elites", "9"], "plan: --elites must lie in 2..8, got 9"),
     ],
 )

@@ -49,7 +49,7 @@ def cem(
     world, context: what imagines, and what it has seen so far (`jepa_kernels.models.world`).
     goal [N, E]: a frame's latents to arrive at, by `costs.goal_distance`, L1 of the last frame. Or
     cost: any function of imagined latents [S, H, N, E] and actions [S, H, A] -> [S] (`planning.costs`).
-    horizon H, samples S, iterations: at least 1. elites K: 2..S.
+    horizon H, iterations: at least 1. samples S: at least 2. elites K: 2..S.
     momentum_mean, momentum_std: m and m' in 0..1, a number or one for each dimension.
     space: how actions are drawn, clipped and shown to the world (`ActionSpace`).
     sampling: "joint": noise is drawn for an iteration at a time, as by JEPA-WMs; "steps": for a step at a time, as by
@@ -62,8 +62,9 @@ def cem(
     graph: on CUDA. True: the first iteration records a CUDA graph, which the others replay. A `PlanGraph`: the whole
         plan is one, replayed by every later call.
 
-    A sample with a NaN energy loses, as one of infinite energy does; where fewer than K are left, they alone move mean
-    and std, and where one or none is, std or both stay. `Plan.invalid` counts them.
+    A sample of NaN or infinite energy, of either sign, loses. Where fewer than K are finite, mean_K and std_K are those
+    of the finite ones alone, std_K with their number less 1; where one or none is, std or both stay. `Plan.invalid`
+    counts NaN and -inf: what no cost should give.
 
     No gradient: `gradient` plans with one. Raises ValueError for options that are out of range or do not fit each
     other, for a goal, cost or world of other shapes; and what the world raises, as for a horizon beyond its frames.
@@ -82,12 +83,15 @@ def cem(
 def _towards_elites(problem: Problem, elites: int, momentum_mean: Numbers, momentum_std: Numbers) -> Update:
     of_mean = _momentum(problem, "momentum_mean", momentum_mean)
     of_std = _momentum(problem, "momentum_std", momentum_std)
-    places = torch.arange(elites, device=problem.empty.device)
+    # By how many lost: from a mean, and a std, over all K places to those of the others. For none exactly 1.
+    left = torch.arange(elites, -1, -1, dtype=problem.empty.dtype, device=problem.empty.device)
+    to_mean, to_std = left[:1] / left, ((left[:1] - 1) / (left - 1)).sqrt()
 
-    def update(best: Tensor, energies: Tensor, finite: Tensor, old: Distribution) -> tuple[Tensor, Tensor]:
-        # Those that lost leave their places to the others, in turn: all count as often as each other, about.
-        best = best[places % finite.clamp(min=1)]
-        return _mixed(best.mean(0), old.mean, of_mean), _mixed(best.std(0), old.std, of_std)
+    def update(best: Tensor, energies: Tensor, lost: Tensor, count: Tensor, old: Distribution) -> tuple[Tensor, Tensor]:
+        mean = best.mean(0) * to_mean[count]
+        best = torch.where(lost[:, None, None], mean, best)  # nothing to the sum of squares
+        std = best.std(0) * to_std[count]
+        return _mixed(mean, old.mean, of_mean), _mixed(std, old.std, of_std)
 
     return update
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.check import check_tensor, fail, is_number
 
 Cost = Callable[[Tensor, Tensor], Tensor]
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -74,16 +74,29 @@ def guardrail(clearance: Callable[[Tensor], Tensor], *, margin: float = 0.0, har
 
 def critic(value: Callable[[Tensor], Tensor]) -> Cost:
     """Minus a learned value of the last frame: latents [S, N, E] -> [S] or [S, 1], higher is better."""
-    return lambda latents, actions: -_wide(value(latents[:, -1])).flatten(0)[: len(latents)]
+
+    def cost(latents: Tensor, actions: Tensor) -> Tensor:
+        values, samples = value(latents[:, -1]), len(latents)
+        if values.shape not in ((samples,), (samples, 1)):
+            wanted = f"give one number a sample, ({samples},) or ({samples}, 1)"
+            fail("critic", "value", wanted, tuple(values.shape), "reduce over the rest")
+        return -_wide(values).flatten()
+
+    return cost
 
 
 def weighted(*terms: tuple[float, Cost]) -> Cost:
-    """The sum of weight * cost: `weighted((1.0, goal_distance(goal)), (0.1, effort))`."""
+    """The sum of weight * cost: `weighted((1.0, goal_distance(goal)), (0.1, effort))`.
+
+    A cost of weight 0 is not asked: 0 times infinity would be NaN.
+    """
     if not terms:
         fail("weighted", "terms", "be one or more (weight, cost)", "none", "pass goal_distance(goal) alone")
+    counted = [(weight, term) for weight, term in terms if not is_number(weight) or weight != 0]
+    counted = counted or [(0.0, effort)]  # nothing, with a gradient
 
     def cost(latents: Tensor, actions: Tensor) -> Tensor:
-        first, *others = (weight * term(latents, actions) for weight, term in terms)
+        first, *others = (weight * term(latents, actions) for weight, term in counted)
         return sum(others, first)
 
     return cost

@@ -55,8 +55,10 @@ def gradient(
     lr: > 0. iterations: evaluations; a step is taken between each two.
     noise: [S, H, D]. include_mean: the first start is the mean itself.
 
-    A start whose energy or gradient is NaN stays where it is and loses. Memory: activations of `batch` unrolls. Freeze
-    the world's parameters (`requires_grad_(False)`): what only their gradients need is not kept then.
+    A start whose energy is NaN or -inf, or whose gradient is not finite, stays where it is and loses, as of
+    infinite energy; `Plan.invalid` counts it. One of infinite energy and finite gradient goes on.
+    Memory: activations of `batch` unrolls. Freeze the world's parameters (`requires_grad_(False)`): what only their
+    gradients need is not kept then.
     Source: JEPA-WMs (arXiv:2512.24497).
     """
     problem = Problem("gradient", world, context, goal, cost, space, horizon, samples, batch)
@@ -71,16 +73,19 @@ def gradient(
 
     def step(scales: Tensor, old: Descent) -> tuple[Descent, Tensor]:
         energies, grad = _slopes(problem, old.starts)
-        grad = grad.masked_fill(~grad.isfinite(), 0)
+        valid = (energies > -torch.inf) & grad.isfinite().flatten(1).all(1)
+        energies = energies.masked_fill(~valid, torch.nan)
         change, m, v = grad, old.first, old.second
         if optimizer == "adam":
             m, v = torch.lerp(grad, m, betas[0]), torch.lerp(grad.square(), v, betas[1])
             change = m / scales[0] / ((v / scales[1]).sqrt() + eps)
-        value, place = energies.nan_to_num(torch.inf, torch.inf, -torch.inf).min(0, keepdim=True)
+        value, place = energies.nan_to_num(torch.inf, torch.inf).min(0, keepdim=True)
         better = value < old.lowest
         best = torch.where(better, old.starts[place][0], old.best)
         lowest = torch.where(better, value, old.lowest)
-        return Descent(constrained(old.starts - lr * change), m, v, best, lowest), energies
+        moved = constrained(old.starts - lr * change), m, v
+        starts, m, v = (torch.where(valid[:, None, None], new, was) for new, was in zip(moved, old[:3], strict=True))
+        return Descent(starts, m, v, best, lowest), energies
 
     with torch.no_grad():
         taken = torch.arange(1, iterations + 1, device=first.device, dtype=torch.float64)[:, None]

@@ -17,7 +17,7 @@ class Plan:
     actions [H, A]: of the world, to be taken one after another.
     latents [H, N, E]: what they are imagined to lead to.
     energy []: the cost of that; NaN if the world or the cost gave NaN for it.
-    energies [iterations, S]: of every sample; infinite where the world or the cost gave NaN.
+    energies [iterations, S]: of every sample; infinite where the world or the cost gave NaN or -inf.
     invalid [iterations], int64: how many samples that was. They lose. Where all did, mean and std stayed as they were.
     mean, std [H, D]: of the last distribution, in the numbers of the `ActionSpace`. Of a gradient plan: the chosen
         start, and the standard deviation of all.

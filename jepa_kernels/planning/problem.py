@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,23 +33,34 @@ class Problem:
     samples: int
     batch: int | None
 
-    def check(self) -> None:
+    def check(self, least_samples: int = 1) -> None:
         """Everything that is known before a tensor is computed."""
+        if not isinstance(self.context, Context):
+            actual = type(self.context).__name__
+            fail(self.planner, "context", "be a Context", actual, "pass models.world.Context(latents)", TypeError)
         check_tensor(self.planner, "context.latents", self.context.latents, "T N E")
         if (self.goal is None) == (self.cost is None):
             given = "neither" if self.cost is None else "both"
             remedy = "put goal_distance(goal) into costs.weighted" if self.goal is not None else "pass a goal"
             fail(self.planner, "goal", "be given, or a cost, not both", given, remedy)
         self.check_count("horizon", self.horizon)
-        self.check_count("samples", self.samples)
+        self.check_count("samples", self.samples, least_samples)
         if self.batch is not None:
             self.check_count("batch", self.batch)
 
     def check_count(self, name: str, value: Any, least: int = 1, most: int | None = None) -> None:
         """An int of at least `least`, and at most `most`."""
-        if not isinstance(value, int) or value < least or (most is not None and value > most):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < least or (most is not None and value > most):
             wanted = f"be a whole number of at least {least}" if most is None else f"lie in {least}..{most}"
             fail(self.planner, name, wanted, repr(value), f"{least} is the least")
+
+    def check_shape(self, name: str, wanted: str, value: Any, shape: tuple[int, ...], remedy: str) -> Tensor:
+        """A tensor of this shape; wanted: what is asked of it, before the shape."""
+        if not isinstance(value, Tensor) or value.shape != shape:
+            actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            fail(self.planner, name, f"{wanted} {shape}", actual, remedy)
+        return value
 
     @property
     def dims(self) -> int:
@@ -69,10 +80,11 @@ class Problem:
 
     def numbers(self, name: str, values: Numbers, most: float = math.inf) -> list[float]:
         """One for each dimension, in 0..most."""
-        each = [values] * self.dims if is_number(values) else values
-        numbers = [float(x) for x in cast(Sequence[float], each)]
+        each = cast(Any, [values] * self.dims if is_number(values) else values)
+        numbers = [float(x) if is_number(x) else math.nan for x in each] if isinstance(each, Iterable) else []
         if len(numbers) != self.dims:
-            fail(self.planner, name, f"be a number or {self.dims} of them", len(numbers), "pass one for each dimension")
+            actual = len(numbers) if isinstance(each, Iterable) else repr(values)
+            fail(self.planner, name, f"be a number or {self.dims} of them", actual, "pass one for each dimension")
         if not all(0 <= x <= most for x in numbers):
             fail(self.planner, name, f"lie in 0..{most:g}", values, "it is a size, of either sign")
         return numbers
@@ -92,10 +104,8 @@ class Problem:
         """A tensor of the caller, of this shape, on the device and in the dtype of the search."""
         if value is None:
             return None
-        if not isinstance(value, Tensor) or value.shape != shape:
-            actual = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            fail(self.planner, name, f"be a tensor of shape {shape}", actual, "leave it out for the usual one")
-        return value.to(self.empty)
+        remedy = "leave it out for the usual one"
+        return self.check_shape(name, "be a tensor of shape", value, shape, remedy).to(self.empty)
 
     def constrained(self) -> Callable[[Tensor], Tensor]:
         """What `space` makes of samples [S, H, D]."""
@@ -107,7 +117,8 @@ class Problem:
         def constrained(samples: Tensor) -> Tensor:
             samples = samples if limit is None else samples.clamp(lowest, limit)
             for change in self.space.constrain:
-                samples = change(samples)
+                shape = tuple(samples.shape)
+                samples = self.check_shape("space.constrain", "give", change(samples), shape, "change values alone")
             return samples
 
         return constrained
@@ -124,29 +135,24 @@ class Problem:
     def future(self, imagined: Imagined, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Imagined latents [S, H, N, E], and the world's actions [S, H, A]."""
         actions = samples if self.space.to_world is None else self.space.to_world(samples)
-        wanted = (len(samples), self.horizon, self.world.action_dim)
-        if actions.shape != wanted:
-            fail(self.planner, "space.to_world", f"give {wanted}", tuple(actions.shape), "one action for each step")
-        latents = imagined(actions.to(self.context.latents.dtype))
-        if latents.shape != (*wanted[:2], *self.context.latents.shape[1:]):
-            frames = (*wanted[:2], *self.context.latents.shape[1:])
-            fail(self.planner, "world", f"imagine latents {frames}", tuple(latents.shape), "one frame for each step")
-        return latents, actions
+        steps = (len(samples), self.horizon)
+        wanted = (*steps, self.world.action_dim)
+        actions = self.check_shape("space.to_world", "give", actions, wanted, "one action for each step")
+        latents, frames = imagined(actions.to(self.context.latents.dtype)), (*steps, *self.context.latents.shape[1:])
+        return self.check_shape("world", "imagine latents", latents, frames, "one frame for each step"), actions
 
     def energy(self, latents: Tensor, actions: Tensor) -> Tensor:
         """[S], the cost."""
         cost = costs.goal_distance(cast(Tensor, self.goal)) if self.cost is None else self.cost
-        energies = cost(latents, actions)
-        if not isinstance(energies, Tensor) or energies.shape != (len(actions),):
-            actual = tuple(energies.shape) if isinstance(energies, Tensor) else type(energies).__name__
-            fail(self.planner, "cost", f"give one energy a sample, ({len(actions)},)", actual, "reduce over the rest")
-        return energies.to(self.empty)
+        energies, wanted = cost(latents, actions), "give one energy a sample,"
+        return self.check_shape("cost", wanted, energies, (len(actions),), "reduce over the rest").to(self.empty)
 
     def plan(self, imagined: Imagined, chosen: Tensor, energies: Tensor, *moments: Tensor) -> Plan:
         """The plan of the numbers chosen, [H, D]; energies [iterations, S] of all samples."""
         if self.space.finish is not None:
-            chosen = self.space.finish(chosen)
+            shape = tuple(chosen.shape)
+            chosen = self.check_shape("space.finish", "give", self.space.finish(chosen), shape, "change values alone")
         latents, actions = self.future(imagined, chosen[None])
-        invalid = energies.isnan()
+        invalid = energies.isnan() | energies.isneginf()
         energies = energies.masked_fill(invalid, math.inf)
         return Plan(actions[0], latents[0], self.energy(latents, actions)[0], energies, invalid.sum(1), *moments)

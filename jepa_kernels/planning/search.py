@@ -26,8 +26,9 @@ class Distribution(NamedTuple):
     lowest: Tensor
 
 
-# elites [K, H, D], best first, their energies [K], how many of them are finite [], the old distribution -> mean, std
-Update = Callable[[Tensor, Tensor, Tensor, Distribution], tuple[Tensor, Tensor]]
+# elites [K, H, D], best first, their energies [K], which of them lost [K] and how many [1], the old distribution ->
+# mean, std. Those that lost come last, with zeros for numbers and an infinite energy.
+Update = Callable[[Tensor, Tensor, Tensor, Tensor, Distribution], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Search:
     def check(self) -> None:
         """All options, before anything is computed."""
         problem, name = self.problem, self.problem.planner
-        problem.check()
+        problem.check(least_samples=2)
         problem.check_count("iterations", self.iterations)
         problem.check_count("elites", self.elites, 2, problem.samples)
         if self.sampling not in ("joint", "steps"):
@@ -109,14 +110,14 @@ class Search:
         return problem.plan(imagined, chosen, energies, last.mean, last.std)
 
     def _moved(self, samples: Tensor, energies: Tensor, old: Distribution, update: Update) -> Distribution:
-        values, order = energies.topk(self.elites, largest=False)  # NaN comes last, behind infinity
-        values = values.nan_to_num(torch.inf, torch.inf, -torch.inf)
-        elites, finite = samples[order], (values < torch.inf).sum()
-        mean, std = update(elites, values, finite, old)
+        values, order = energies.nan_to_num(*[torch.inf] * 3).topk(self.elites, largest=False)
+        lost = values == torch.inf
+        elites, count = samples[order].masked_fill(lost[:, None, None], 0), lost.sum(0, keepdim=True)
+        mean, std = update(elites, values, lost, count, old)
         better = values[0] < old.lowest
         return Distribution(
-            torch.where(finite > 0, mean, old.mean),
-            torch.where(finite > 1, std, old.std),
+            torch.where(count < self.elites, mean, old.mean),
+            torch.where(count < self.elites - 1, std, old.std),
             torch.where(better, elites[0], old.best),
             torch.where(better, values[0], old.lowest),
         )

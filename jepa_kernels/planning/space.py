@@ -38,7 +38,7 @@ def clip_norm(*groups: tuple[slice, float]) -> Change:
         scales = torch.ones_like(actions)
         for dims, most in groups:
             norm = actions[..., dims].norm(dim=-1, keepdim=True)
-            scales[..., dims] = (most / norm).clamp(max=1)
+            scales[..., dims] = most / norm.clamp(min=most or torch.finfo(norm.dtype).tiny)  # never 0 / 0
         return actions * scales
 
     return change

@@ -80,6 +80,25 @@ def cem_of_jepa_wms(unroll, goal, noise, *, samples, iterations, elites, var_sca
     return mean, std, torch.stack(energies_of)
 
 
+def cem_of_eb_jepa(unroll, goal, noise, *, samples, iterations, elites, longest):
+    """noise() -> [horizon, samples, A] of each iteration; every action is at most `longest` long; sums over frames."""
+    mean, std, energies_of = None, None, []
+    for _ in range(iterations):
+        z = noise().transpose(0, 1)
+        if mean is None:
+            mean, std = torch.zeros_like(z[0]), torch.ones_like(z[0])
+        actions = mean + std * z
+        for sample in actions:
+            for action in sample:
+                if action.norm() > longest:
+                    action *= longest / action.norm()
+        energies = sum((frame - goal).square().mean((1, 2)) for frame in unroll(actions).unbind(1))
+        chosen = actions[torch.topk(-energies, elites).indices]
+        mean, std = chosen.mean(0), chosen.std(0)
+        energies_of.append(energies)
+    return mean, std, torch.stack(energies_of)
+
+
 def mppi(unroll, goal, noise, *, temperature, elites, std_range):
     """noise [iterations, S, H, A]; all sums one sample after another."""
     _, _, horizon, action_dim = noise.shape

@@ -61,21 +61,31 @@ def test_the_planner_of_vjepa2_ac_exactly(name, changed):
 
 
 @pytest.mark.parametrize(
-    "name, groups", [("jepa_wm_droid", True), ("jepa_wm_metaworld", False), ("jepa_wm_pusht", False)]
+    "name, counts, groups",
+    [
+        ("jepa_wm_droid", (3, 300, 10), True),
+        ("jepa_wm_metaworld", (6, 300, 10), False),
+        ("jepa_wm_pusht", (6, 300, 10), False),
+        ("lewm", (5, 300, 30), False),
+    ],
 )
-def test_the_planner_of_jepa_wms_exactly(name, groups):
-    """From the same seed: noise an iteration at a time, the mean as first sample, L2, clipping by groups."""
-    settings, world = {**PUBLISHED[name], "iterations": 5}, Bent(7)
+def test_the_planner_of_jepa_wms_exactly(name, counts, groups):
+    """From the same seed: noise an iteration at a time, the mean as first sample, L2, clipping by groups.
+
+    LeWorldModel's, with more elites and a horizon of the caller, is the same.
+    """
+    horizon, samples, elites = counts
+    settings, world = {"horizon": horizon, **PUBLISHED[name], "iterations": 5}, Bent(7)
     context, goal = world.context(), goal_of(world)
-    draw = normals(4, settings["horizon"], settings["samples"], 7)
+    draw = normals(4, horizon, samples, 7)
     plan = jk.planning.cem(world, context, cost=costs.goal_distance(goal, "l2"), **settings, seed=4)
     mean, std, energies = equations.cem_of_jepa_wms(
         lambda actions: world.unroll(context, actions),
         goal,
         draw,
-        samples=settings["samples"],
+        samples=samples,
         iterations=5,
-        elites=10,
+        elites=elites,
         var_scale=0.1 if groups else 1.0,
         groups=((slice(0, 6), 0.1), (slice(6, 7), 0.75)) if groups else (),
     )
@@ -85,18 +95,39 @@ def test_the_planner_of_jepa_wms_exactly(name, groups):
     assert plan.energy == (plan.latents[-1] - goal).square().mean()
 
 
-def test_given_noise_is_used_as_it_is_and_left_as_it_was():
+def test_the_planner_of_eb_jepa():
+    """From the same seed: no mean among the samples, actions shortened, a sum over frames in place of our mean."""
+    settings, world = {**PUBLISHED["eb_jepa"], "iterations": 2}, Bent(2)
+    context, goal = world.context(), goal_of(world)
+    cost = costs.goal_distance(goal, "l2", frames="all")
+    plan = jk.planning.cem(world, context, cost=cost, **settings, seed=4)
+    mean, std, energies = equations.cem_of_eb_jepa(
+        lambda actions: world.unroll(context, actions),
+        goal,
+        normals(4, 90, 200, 2),
+        samples=200,
+        iterations=2,
+        elites=20,
+        longest=2.45,
+    )
+    assert mean.abs().max() > 0.5
+    for found, expected in ((plan.mean, mean), (plan.std, std), (plan.energies * 90, energies)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("elites", [5, 49, 50])  # 49 / 49 is 1, 49 * (1 / 49) is not
+def test_given_noise_is_used_as_it_is_and_left_as_it_was(elites):
     world = Bent()
-    noise = normals(0)(4, 30, 2, 3)
+    noise = normals(0)(4, 60, 2, 3)
     kept = noise.clone()
-    options = dict(horizon=2, samples=30, iterations=4, elites=5, include_mean=True)
+    options = dict(horizon=2, samples=60, iterations=4, elites=elites, include_mean=True)
     plan = jk.planning.cem(world, world.context(), goal_of(world), noise=noise, **options)
     mean, std, energies = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64), []
     for z in kept:
         actions = z * std + mean
         actions[0] = mean
         energies.append((world.unroll(world.context(), actions)[:, -1] - goal_of(world)).abs().mean((1, 2)))
-        best = actions[energies[-1].argsort()[:5]]
+        best = actions[energies[-1].argsort()[:elites]]
         mean, std = best.mean(0), best.std(0)
     assert (
         torch.equal(noise, kept) and torch.equal(plan.mean, mean) and torch.equal(plan.energies, torch.stack(energies))
@@ -176,16 +207,40 @@ def test_fewer_valid_samples_than_elites_move_the_distribution_alone():
     context = Context(torch.zeros(1, 1, 2, dtype=torch.float64))
     few = noise[0, :, 0, 0].sort().values
     options = dict(horizon=1, samples=40, iterations=1, elites=10, noise=noise)
-    for valid in (5, 1):
+    for valid in (9, 6, 5, 2, 1):
         threshold = (few[valid - 1] + few[valid]).item() / 2
         plan = jk.planning.cem(world, context, cost=nan_for(threshold), **options)
         chosen = noise[0][noise[0, :, 0, 0] < threshold]
         assert plan.invalid.tolist() == [40 - valid]
         torch.testing.assert_close(plan.mean, chosen.mean(0), rtol=0, atol=1e-15)
-        if valid > 1:  # each twice
-            torch.testing.assert_close(plan.std, chosen.repeat(2, 1, 1).std(0), rtol=0, atol=1e-15)
+        if valid > 1:
+            unbiased = ((chosen - sum(chosen) / valid) ** 2).sum(0) / (valid - 1)
+            torch.testing.assert_close(plan.std, unbiased.sqrt(), rtol=0, atol=1e-15)
         else:
             assert torch.equal(plan.std, torch.ones(1, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("planner", ["cem", "mppi"])
+@pytest.mark.parametrize("returns", ["mean", "best"])
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf, -torch.inf])
+def test_samples_of_no_finite_energy_lose_with_numbers_of_any_kind(planner, returns, lost):
+    """As if they had never been drawn, be they the first, and NaN themselves."""
+    noise, plan = normals(1)(1, 8, 1, 2), getattr(jk.planning, planner)
+    context, options = (
+        Context(torch.zeros(1, 1, 2, dtype=torch.float64)),
+        dict(horizon=1, iterations=1, returns=returns),
+    )
+
+    def cost(latents, actions):
+        return actions.square().sum((1, 2)).nan_to_num(lost)
+
+    noise[0, :5] = torch.nan
+    found = plan(Point(), context, cost=cost, samples=8, elites=8, noise=noise, **options)
+    fine = plan(Point(), context, cost=cost, samples=3, elites=3, noise=noise[:, 5:], **options)
+    assert found.invalid.tolist() == [0 if lost == torch.inf else 5] and found.energies[0, :5].isposinf().all()
+    assert found.actions.isfinite().all()
+    for name in ("actions", "mean", "std"):
+        torch.testing.assert_close(getattr(found, name), getattr(fine, name), rtol=0, atol=1e-15)
 
 
 def test_a_plan_of_nothing_but_nan_stays_at_its_mean_and_says_so():

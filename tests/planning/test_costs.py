@@ -48,6 +48,10 @@ def test_effort_critic_and_sums_by_hand():
     assert value(LATENTS, ACTIONS).tolist() == [-3.0, -14.0]
     column = costs.critic(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(2, 1)))
     assert column(LATENTS, ACTIONS).shape == (2,)
+    with pytest.raises(
+        ValueError, match=r"^critic: value must give one number a sample, \(2,\) or \(2, 1\), got \(2, 2\); "
+    ):
+        costs.critic(lambda last: last[:, 0])(LATENTS, ACTIONS)
     total = costs.weighted((2.0, costs.goal_distance(GOAL)), (0.5, costs.effort), (1.0, value))
     assert total(LATENTS, ACTIONS).tolist() == [4 + 1.25 - 3, 7 + 2.5 - 14]
 
@@ -61,6 +65,17 @@ def test_a_guardrail_by_hand():
     assert costs.guardrail(clearance, margin=2)(LATENTS, ACTIONS).tolist() == [6 + 3, 1.0]
     assert costs.guardrail(clearance, hard=True)(LATENTS, ACTIONS).tolist() == [math.inf, 0.0]
     assert costs.guardrail(clearance, margin=2, hard=True)(LATENTS, ACTIONS).tolist() == [math.inf, math.inf]
+
+
+def test_a_cost_of_weight_0_counts_nothing():
+    """Infinite ones too; alone it has a gradient still, of 0."""
+    actions = ACTIONS.clone().requires_grad_()
+    forbidden = costs.guardrail(lambda z: -z.abs().sum((2, 3)) - 1, hard=True)
+    assert forbidden(LATENTS, actions).isinf().all()
+    assert costs.weighted((0.0, forbidden), (1.0, costs.effort))(LATENTS, actions).tolist() == [2.5, 5.0]
+    alone = costs.weighted((0, forbidden))(LATENTS, actions)
+    alone.sum().backward()
+    assert alone.tolist() == [0.0, 0.0] and not actions.grad.any()
 
 
 def test_costs_have_gradients():

@@ -39,7 +39,16 @@ def flat(latents, actions):
     [
         (dict(horizon=0), "cem: horizon must be a whole number of at least 1, got 0; 1 is the least"),
         (dict(horizon=1.5), "cem: horizon must be a whole number of at least 1, got 1.5; 1 is the least"),
-        (dict(samples=0), "cem: samples must be a whole number of at least 1, got 0; 1 is the least"),
+        (dict(horizon=True), "cem: horizon must be a whole number of at least 1, got True; 1 is the least"),
+        (dict(samples=0), "cem: samples must be a whole number of at least 2, got 0; 2 is the least"),
+        (
+            dict(planner="mppi", samples=1, elites=None),
+            "mppi: samples must be a whole number of at least 2, got 1; 2 is the least",
+        ),
+        (
+            dict(planner="gradient", samples=0),
+            "gradient: samples must be a whole number of at least 1, got 0; 1 is the least",
+        ),
         (dict(iterations=0), "cem: iterations must be a whole number of at least 1, got 0; 1 is the least"),
         (dict(batch=0), "cem: batch must be a whole number of at least 1, got 0; 1 is the least"),
         (dict(elites=9), "cem: elites must lie in 2..8, got 9; 2 is the least"),
@@ -53,6 +62,14 @@ def flat(latents, actions):
         (dict(sampling="all"), "cem: sampling must be joint or steps, got 'all'; leave it out for joint"),
         (dict(returns="elite"), "cem: returns must be mean or best, got 'elite'; leave it out for the mean"),
         (dict(momentum_mean=1.5), "cem: momentum_mean must lie in 0..1, got 1.5; it is a size, of either sign"),
+        (
+            dict(momentum_mean=None),
+            "cem: momentum_mean must be a number or 3 of them, got None; pass one for each dimension",
+        ),
+        (
+            dict(momentum_mean=(0.5, None, 0.5)),
+            "cem: momentum_mean must lie in 0..1, got (0.5, None, 0.5); it is a size, of either sign",
+        ),
         (
             dict(momentum_std=(0.5, 0.5)),
             "cem: momentum_std must be a number or 3 of them, got 2; pass one for each dimension",
@@ -99,6 +116,14 @@ def flat(latents, actions):
             "mppi: std_range must be two numbers, 0 or more, in order, got (2, 1); leave it out for no bounds",
         ),
         (
+            dict(planner="mppi", std_range=0.5),
+            "mppi: std_range must be two numbers, 0 or more, in order, got 0.5; leave it out for no bounds",
+        ),
+        (
+            dict(planner="mppi", std_range=(0.5,)),
+            "mppi: std_range must be two numbers, 0 or more, in order, got (0.5,); leave it out for no bounds",
+        ),
+        (
             dict(planner="gradient", optimizer="lbfgs"),
             "gradient: optimizer must be adam or sgd, got 'lbfgs'; leave it out for adam",
         ),
@@ -111,6 +136,13 @@ def flat(latents, actions):
 def test_options_that_do_not_fit_are_refused_before_the_world_is_asked(changes, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         plan(**changes)
+
+
+@pytest.mark.parametrize("planner", ["cem", "mppi", "gradient"])
+def test_latents_alone_are_no_context(planner):
+    message = rf"^{planner}: context must be a Context, got Tensor; pass models.world.Context\(latents\)"
+    with pytest.raises(TypeError, match=message):
+        plan(planner, context=torch.zeros(1, 2, 3))
 
 
 class Wrong(Bent):
@@ -147,6 +179,22 @@ class Wrong(Bent):
         (
             dict(space=ActionSpace((1.0,) * 4, to_world=without_rotation)),
             "space.to_world must give (8, 2, 3), got (8, 2, 7); one action for each step",
+        ),
+        (
+            dict(space=ActionSpace(to_world=lambda a: a[:5])),
+            "space.to_world must give (8, 2, 3), got (5, 2, 3); one action for each step",
+        ),
+        (
+            dict(space=ActionSpace(constrain=(lambda a: a[:5],))),
+            "space.constrain must give (8, 2, 3), got (5, 2, 3); change values alone",
+        ),
+        (
+            dict(space=ActionSpace(finish=lambda a: a[:1])),
+            "space.finish must give (2, 3), got (1, 3); change values alone",
+        ),
+        (
+            dict(space=ActionSpace(finish=lambda a: None)),
+            "space.finish must give (2, 3), got NoneType; change values alone",
         ),
     ],
 )

@@ -70,6 +70,44 @@ def test_a_start_that_is_nan_loses_alone():
     assert torch.equal(plan.energies[:, 1:], fine.energies) and torch.equal(plan.actions, fine.actions)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("lost", [torch.nan, -torch.inf])
+def test_a_start_that_becomes_nan_stays_there_without_momentum(optimizer, lost):
+    """Its way goes below 0.75, where energies are lost; the best of its way before that counts."""
+    context, noise = Context(torch.zeros(1, 1, 2)), torch.tensor([[[1.0, 1.0]], [[4.0, 4.0]]])
+    shown = []
+
+    def cost(latents, actions):
+        shown.append(actions.detach())
+        energies = actions.square().sum((1, 2))
+        return torch.where(actions[:, 0, 0] < 0.75, torch.full_like(energies, lost), energies)
+
+    options = dict(horizon=1, samples=2, iterations=7, lr=0.1, optimizer=optimizer, include_mean=False)
+    plan = jk.planning.gradient(Point(), context, cost=cost, noise=noise, **options)
+    way = torch.stack(shown[:7])[:, 0, 0, 0]
+    first = int((way < 0.75).nonzero()[0])
+    assert first < 5 and (way[first:] == way[first]).all()
+    assert plan.invalid.tolist() == [int(i >= first) for i in range(7)]
+    assert torch.equal(plan.actions[0, 0], way[first - 1])
+
+
+def test_a_start_of_one_nan_slope_stays_whole_and_loses():
+    """The energy is the lowest and finite, and the other number has a slope."""
+    context, noise = Context(torch.zeros(1, 1, 2)), torch.tensor([[[0.0, 0.5]], [[1.0, 1.0]]])
+    shown = []
+
+    def cost(latents, actions):
+        shown.append(actions.detach())
+        x, y = actions[:, 0].unbind(1)
+        return (x * x).sqrt() + y.square()  # at x = 0 of slope 0 / 0
+
+    options = dict(horizon=1, samples=2, iterations=3, lr=0.01, include_mean=False)
+    plan = jk.planning.gradient(Point(), context, cost=cost, noise=noise, **options)
+    assert all(torch.equal(starts[0], noise[0]) for starts in shown[:3])
+    assert plan.invalid.tolist() == [1, 1, 1] and plan.energies[:, 0].isposinf().all()
+    assert torch.equal(plan.actions, shown[2][1])
+
+
 def test_a_start_of_infinite_energy_is_not_chosen():
     context, noise = Context(torch.zeros(1, 1, 2)), torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
     forbidden = costs.guardrail(lambda z: z[:, :, 0, 0] - 2, hard=True)

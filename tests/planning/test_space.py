@@ -15,6 +15,14 @@ def test_vectors_are_shortened_by_groups():
     assert torch.equal(change(actions), expected)
 
 
+def test_a_vector_of_no_length_allowed_is_0():
+    actions = torch.tensor([[[0.0, 0.0, 1.0], [3.0, 4.0, 2.0]]], requires_grad=True)
+    shortened = clip_norm((slice(0, 2), 0.0))(actions)
+    shortened.sum().backward()
+    assert torch.equal(shortened, torch.tensor([[[0.0, 0.0, 1.0], [0.0, 0.0, 2.0]]]))
+    assert actions.grad.isfinite().all()
+
+
 def test_dimensions_are_given_values_from_a_step_on():
     actions = torch.arange(12.0).view(1, 3, 4)
     assert fixed({1: 9.0, -1: 0.0})(actions)[0].tolist() == [[0, 9, 2, 0], [4, 9, 6, 0], [8, 9, 10, 0]]
