@@ -443,7 +443,7 @@ PROBE = {
 
 
 PLAN = {
-    "problem": "pusht", "complete": True, "actions": 20, "seconds": 300.0, "commit": "0123456789abcdef",
+    "problem": "pusht", "complete": True, "actions": 20, "seed": 1, "seconds": 300.0, "commit": "0123456789abcdef",
     "machine": PROBE["machine"],
     "summary": {
         name: {"median_distance": end, "ci95": [end - 9, end + 9], "ratio_to_random": end / 120, "ratio_ci95": [0.3, 1]}
@@ -493,7 +493,7 @@ def test_an_adopted_plan_keeps_where_episodes_ended(tmp_path):
     assert path.name == "pusht-plan.json" and "episodes" not in kept
     assert kept["final_distances"] == {"random": [120.0, 120.0], "cem": [54.0, 54.0]}
     tables = readme.tables(tmp_path / "results")
-    assert "2 held-out starts and goals, 20 actions each, in 300 s (A Processor" in tables
+    assert "plan --seed 1`: 2 held-out starts and goals, 20 actions each, in 300 s (A Processor" in tables
     assert "| CEM, world model | 54 (45 to 63) | 0.45 (0.30 to 1.00) |" in tables
 
 
