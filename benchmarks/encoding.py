@@ -10,7 +10,7 @@ from torch import Tensor
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict, with_backward
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict, with_backward
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
@@ -122,9 +122,8 @@ class EncodingRun:
     def row(self, common: Row, times: timing.Times) -> Row:
         ours, loop = times.of(OURS) / self.tokens, times.of("loop") / self.loop_tokens
         row = timed_row(common, "loop", ours, loop, times.interrupted)
-        if row["ours_us"] is not None and self.settings.peaks and self.settings.device == "cpu":
-            rate = common["flops"] / row["ours_us"]["p50"] / 1e3
-            row["share_of_peak"] = rate / self.settings.peaks["fma_gflops"]["float32"]
+        if row["ours_us"] is not None:
+            row["share_of_peak"] = share_of_fma(self.settings, common["flops"] / row["ours_us"]["p50"] * 1e6)
         return finished(row, self.settings)
 
     def common(self, parity: dict[str, Any]) -> Row:

@@ -200,6 +200,13 @@ def with_backward(function: Callable[[], Any], leaves: list[Tensor], **options: 
     return lambda: torch.autograd.grad(outputs(), leaves, grads, **options)
 
 
+def share_of_fma(settings: Settings, flops_per_s: float) -> float | None:
+    """Of the fp32 multiply-adds that this processor was seen to do."""
+    if settings.peaks is None or settings.device != "cpu":
+        return None
+    return flops_per_s / 1e9 / settings.peaks["fma_gflops"]["float32"]
+
+
 def floor_seconds(bytes_: float, flops: float, dtype: str, traffic: str, peaks: dict[str, Any]) -> float:
     """The least time that this machine needs: bytes at its bandwidth or operations at its peak."""
     rate = peaks["fma_gflops"].get(dtype) or peaks["fma_gflops"]["float32"]

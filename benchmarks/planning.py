@@ -12,8 +12,8 @@ from torch import Tensor
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict
-from benchmarks.memory import peak_bytes
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
+from benchmarks.memory import peaks_and_seconds
 from benchmarks.models.published_vjepa2_ac import Published
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import planning, testing
@@ -130,8 +130,10 @@ class PlanningRun:
         if error:
             return [finished(failed(common, n, error), s) for n in self.workload.rivals]
         functions, clock = self.functions(), timing.Clock(s.device)
-        times = timing.interleave(functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=clock, drive=drive)
-        memory = {} if times.interrupted else {n: peak_bytes(f, s.device) for n, f in functions.items()}
+        memory, once = peaks_and_seconds(functions, s.device)
+        times = timing.interleave(
+            functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=clock, drive=drive, once=once
+        )
         found = [self.row(common, n, times, memory) for n in functions if n != OURS]
         if times.interrupted:
             raise Interrupted(found)
@@ -139,8 +141,7 @@ class PlanningRun:
 
     def row(self, common: Row, name: str, times: timing.Times, memory: dict[str, int]) -> Row:
         row = timed_row(common, name, times.of(OURS), times.of(name), times.interrupted)
-        if row["ours_us"] is not None and self.settings.peaks and self.settings.device == "cpu":
-            rate = common["flops"] / row["ours_us"]["p50"] / 1e3
-            row["share_of_peak"] = rate / self.settings.peaks["fma_gflops"]["float32"]
-        row |= {"peak_bytes": memory.get(OURS), "baseline_peak_bytes": memory.get(name)}
+        if row["ours_us"] is not None:
+            row["share_of_peak"] = share_of_fma(self.settings, common["flops"] / row["ours_us"]["p50"] * 1e6)
+        row |= {"peak_bytes": memory[OURS], "baseline_peak_bytes": memory[name]}
         return finished(row, self.settings)

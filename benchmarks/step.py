@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, verdict
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
 from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
@@ -257,7 +257,7 @@ class StepRun:
             "baseline_tokens": theirs,
             "tokens_per_s": tokens / seconds[0],
             "baseline_tokens_per_s": theirs / seconds[1],
-            "share_of_peak": self.share(common["flops"] / seconds[0]),
+            "share_of_peak": share_of_fma(self.settings, common["flops"] / seconds[0]),
             "peak_bytes": memory.get(OURS),
             "baseline_peak_bytes": memory.get(name),
         }
@@ -265,11 +265,6 @@ class StepRun:
             pair = {"ours": OURS, "reference": name}
             extra["parts"] = {who: steppers[n].parts.medians_us(times.rounds) for who, n in pair.items()}
         return {**row, **extra}
-
-    def share(self, flops_per_s: float) -> float | None:
-        if self.settings.peaks is None or self.settings.device != "cpu":
-            return None
-        return flops_per_s / 1e9 / self.settings.peaks["fma_gflops"]["float32"]
 
     def finish(self, found: list[Row]) -> list[Row]:
         return [finished(row, self.settings) for row in found]

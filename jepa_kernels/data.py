@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from jepa_kernels._core.check import fail
+from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
 # The second view of the stereo pair is left out: it shows the held-out half of the first.
 PHOTOS = {
@@ -41,7 +42,6 @@ PHOTOS = {
     "rocket": "skimage/data/rocket.jpg",
     "text": "skimage/data/text.png",
 }
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_HALF = 512  # pixels on the longer side; larger halves are shrunk once, so that crops resize quickly
 HALVES = ("train", "held_out")
 

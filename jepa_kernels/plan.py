@@ -39,7 +39,6 @@ PLANNER = {
     "iterations": "of the search",
     "elites": "best samples, which the next ones are drawn around",
 }
-INTERRUPTED = 130  # the shell's exit code for SIGINT
 
 
 class Job(NamedTuple):
@@ -94,18 +93,11 @@ def prepare(options: argparse.Namespace) -> Job:
     search = Search(**{name: getattr(options, name) for name in PLANNER})
     size = world.config.crop_size
     out = options.out or Path("runs") / f"plan-{options.problem}"
-    _make(out)
-    chosen = policies(names, world, size, FRAME_SKIP, search)
-    return Job(world, Simulator(size), search, chosen, goals.tasks(options.episodes, seed=options.seed), out)
-
-
-def _make(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail("plan", "--out", "be a folder", f"{out} ({error.strerror})", "pass another --out")
+    report.folder(out, "plan")
     if not os.access(out, os.W_OK):
         fail("plan", "--out", "be a folder to write to", out, "pass another --out")
+    chosen = policies(names, world, size, FRAME_SKIP, search)
+    return Job(world, Simulator(size), search, chosen, goals.tasks(options.episodes, seed=options.seed), out)
 
 
 def act(job: Job, options: argparse.Namespace) -> Iterator[Episode]:
@@ -178,7 +170,7 @@ def main(argv: list[str]) -> int:
         job = prepare(options)
     except KeyboardInterrupt:
         print(f"stopped before the first of {options.episodes} episodes", file=sys.stderr)
-        return INTERRUPTED
+        return report.INTERRUPTED
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -188,7 +180,7 @@ def main(argv: list[str]) -> int:
             return _carry_out(job, options, done)
     except KeyboardInterrupt:
         print(f"stopped after {len(done)} of {len(job.tasks)} episodes (out: {job.out})", file=sys.stderr)
-        return INTERRUPTED
+        return report.INTERRUPTED
     except (report.SaveError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -208,11 +200,13 @@ def _one_thread() -> Iterator[None]:
 def _carry_out(job: Job, options: argparse.Namespace, done: list[Episode]) -> int:
     """Fill `done`, keeping all of it on disk at any time, and end with pictures and a table."""
     began, found = time.perf_counter(), {}
+    outcomes: list[dict[str, Any]] = []
     interrupted = None
     try:
         for episode in act(job, options):
             done.append(episode)
-            found = result(job, options, [outcome(*one) for one in done], time.perf_counter() - began)
+            outcomes.append(outcome(*episode))
+            found = result(job, options, outcomes, time.perf_counter() - began)
             report.write(job.out / "plan.json", (json.dumps(found, indent=1) + "\n").encode(), "plan")
     except KeyboardInterrupt as stop:
         interrupted = stop

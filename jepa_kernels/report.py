@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 from jepa_kernels.files import replacing
 
 CHECKPOINT = "latest.pt"
 WEIGHTS = "model.safetensors"
+INTERRUPTED = 130  # the shell's exit code for SIGINT
 
 
 class SaveError(RuntimeError):
@@ -40,6 +42,22 @@ def unwritable(path: Path, error: OSError, size: int, verb: str = "train") -> Sa
     )
 
 
+def folder(out: Path, verb: str) -> None:
+    """Make --out, or raise ValueError that says why not."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(verb, "--out", "be a folder", f"{out} ({error.strerror})", "pass another --out")
+
+
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib as a file, and closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    extra("matplotlib.pyplot").close(figure)
+    return buffer.getvalue()
+
+
 def plot(metrics: Path, picture: Path) -> None:
     """Loss, feature std, effective rank and learning rate over steps, as a PNG."""
     extra("matplotlib").use("Agg")
@@ -51,10 +69,7 @@ def plot(metrics: Path, picture: Path) -> None:
         axis.plot([r["step"] for r in rows], [r[key] for r in rows])
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    pyplot.close(figure)
-    write(picture, buffer.getbuffer())
+    write(picture, png(figure))
 
 
 def machine() -> dict[str, Any]:

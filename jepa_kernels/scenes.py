@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
@@ -137,9 +136,3 @@ def _with(rng: np.random.Generator, asked: tuple[str, str], count: int, side: in
 def candidates() -> list[str]:
     """Every answer that there is: what retrieval chooses from."""
     return [answer(thing) for thing in THINGS]
-
-
-def items(dataset: Scenes, count: int) -> tuple[Tensor, list[str], list[str]]:
-    """The first `count` items: pixels uint8 [count, 3, size, size], questions, answers."""
-    found: list[Any] = [dataset[i] for i in range(count)]
-    return torch.stack([pixels for pixels, _, _ in found]), [q for _, q, _ in found], [a for _, _, a in found]

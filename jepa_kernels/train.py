@@ -39,7 +39,6 @@ from jepa_kernels.recipes import RECIPES
 
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
-INTERRUPTED = 130  # the shell's exit code for SIGINT
 
 
 class Trainer:
@@ -311,10 +310,7 @@ def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
         if not latest.exists():
             fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
         trainer.load(latest)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail("train", "--out", "be a folder", f"{out} ({error.strerror})", "pass another --out")
+    report.folder(out, "train")
     return trainer, out
 
 
@@ -332,7 +328,7 @@ def main(argv: list[str]) -> int:
         report.plot(out / "metrics.jsonl", out / "curves.png")
         if not finished:
             print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
-            return INTERRUPTED
+            return report.INTERRUPTED
         trainer.model.save(out / report.WEIGHTS)
         if not options.no_probe:
             result = evaluate(trainer)

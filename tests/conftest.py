@@ -13,6 +13,15 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     interpreter.install()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of networks so small that they leave the threads to wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", help="of the chosen tests, every N-th from the I-th (0, 1, ...) on")
 

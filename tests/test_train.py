@@ -171,7 +171,7 @@ def test_an_interrupted_run_saves_and_continues(config, tmp_path, monkeypatch, c
     append = train._append
     with monkeypatch.context() as patched:
         patched.setattr(train, "_append", interrupt_in_step_3)
-        assert train.main([str(config), "--out", str(tmp_path / "run")]) == train.INTERRUPTED
+        assert train.main([str(config), "--out", str(tmp_path / "run")]) == report.INTERRUPTED
     out = tmp_path / "run"
     assert f"stopped at step 3; continue with the same command and --resume (out: {out})" in capsys.readouterr().out
     assert sorted(p.name for p in out.iterdir()) == ["curves.png", "latest.pt", "metrics.jsonl"]

@@ -26,8 +26,8 @@ from jepa_kernels.models.world import Context, check_actions, check_context, ref
 from jepa_kernels.nn import SIGReg
 from jepa_kernels.nn.class_encoder import ClassEncoder
 from jepa_kernels.nn.conditional import ConditionalPredictor, Net
+from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published
 HEAD_DIM = 64  # of every published encoder and predictor: shapes do not tell the heads
 NETWORKS = ("encoder", "projector", "action_encoder", "predictor", "pred_proj")
 UNTOLD = ("num_heads", "predictor_num_heads", "predictor_head_dim")  # fields that no weight tells
@@ -105,7 +105,7 @@ class LeWorldModel(nn.Module):
             fail("LeWorldModel", "crop_size", f"be a multiple of {c.patch_size}", c.crop_size, "change patch_size too")
         self.action_dim = c.action_dim
         sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans
-        self.encoder = ClassEncoder(*sizes, mean=MEAN, std=STD)
+        self.encoder = ClassEncoder(*sizes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         self.projector = _projector(c.embed_dim, c.projector_hidden)
         self.action_encoder = ActionEncoder(c.action_dim, c.action_hidden, c.embed_dim)
         heads = c.predictor_num_heads, c.predictor_head_dim

@@ -24,10 +24,10 @@ from jepa_kernels.models.sizes import check_config, config_for, describe, model_
 from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
 from jepa_kernels.nn import ActionPredictor, Encoder
 from jepa_kernels.nn.encoder import frames_of
-from jepa_kernels.nn.rollout import Rollout, WindowRollout, begin
+from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
+from jepa_kernels.nn.rollout import Rollout, Seen, WindowRollout, begin
 
 NextState = Callable[[Tensor, Tensor], Tensor]  # (state [S, Ds], action [S, A]) -> [S, Ds]
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEERING = "conditioning", "action_dim", "state_dim", "extrinsics_dim", "use_extrinsics", "rope", "rope_grid"
 NAME = "WorldModel"
 CPU_TURN = 16  # samples that are imagined together
@@ -69,8 +69,8 @@ class WorldModelConfig:
     normalize: bool = True
     distance: str = "l1"
     window: int | None = None
-    mean: tuple[float, ...] | None = IMAGENET[0]
-    std: tuple[float, ...] | None = IMAGENET[1]
+    mean: tuple[float, ...] | None = IMAGENET_MEAN
+    std: tuple[float, ...] | None = IMAGENET_STD
 
 
 def vit_giant(**changes: Any) -> WorldModelConfig:
@@ -240,8 +240,8 @@ class WorldModel(nn.Module):
 
     def _rollout(self, c: Context, horizon: int, sequences: int | None) -> Rollout | WindowRollout:
         latents = c.latents.to(self.predictor.predictor_norm.weight.dtype)
-        told = latents, c.actions, c.states, c.extrinsics
-        return begin(self.predictor, *told, horizon, window=self.config.window, sequences=sequences)
+        seen = Seen(latents, c.actions, c.states, c.extrinsics)
+        return begin(self.predictor, seen, horizon, window=self.config.window, sequences=sequences)
 
     def _futures(self, rollout: Rollout | WindowRollout, context: Context, actions: Tensor) -> Tensor:
         """Of each sample's actions [S, steps, A], frame after frame."""

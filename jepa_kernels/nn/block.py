@@ -88,7 +88,6 @@ class ActionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = Modulation(dim, std=ADALN_STD) if modulated else None
-
         self._halves = ActionBlock.before, ActionBlock.after
 
     def forward(self, x: Tensor, action: Tensor, attend: Attend, qkv: Tensor | None = None) -> Tensor:

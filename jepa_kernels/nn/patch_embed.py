@@ -13,6 +13,8 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, in 0..1
+
 
 class PatchEmbed(nn.Module):
     """A convolution with stride = kernel, evaluated at the kept patches only.

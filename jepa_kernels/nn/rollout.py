@@ -1,7 +1,9 @@
 """Frames predicted one after another, each from all before it, without computing anything twice."""
 
+from __future__ import annotations
+
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,42 +15,46 @@ from jepa_kernels.nn.kv_cache import KVCache, KVHistory
 from jepa_kernels.rotary import Rope
 
 
+class Seen(NamedTuple):
+    """Of one world, up to now: latents [T, N, E], the actions taken between them [T - 1, A], and states [T, Ds] and
+    extrinsics [T, Dx] where the model has tokens of them."""
+
+    latents: Tensor
+    actions: Tensor | None
+    states: Tensor | None
+    extrinsics: Tensor | None
+
+
 def begin(
     predictor: ActionPredictor,
-    latents: Tensor,
-    actions: Tensor | None,
-    states: Tensor | None,
-    extrinsics: Tensor | None,
+    seen: Seen,
     horizon: int,
     *,
     window: int | None = None,
     sequences: int | None = None,
-) -> "Rollout | WindowRollout":
+) -> Rollout | WindowRollout:
     """The rollout of these frames: `WindowRollout` where they come to more than `window`, else `Rollout`.
 
     sequences: for inference, of at most so many samples at once, in a cache of their size; None: with gradients.
     """
-    told, frames = (latents, actions, states, extrinsics), len(latents) - 1 + horizon
+    frames = len(seen.latents) - 1 + horizon
     if window is not None and frames > window:
-        return WindowRollout(predictor, *told, window)
+        return WindowRollout(predictor, seen, window)
     blocks, weight = predictor.predictor_blocks, predictor.predictor_norm.weight
     if sequences is None:
-        return Rollout(predictor, *told, horizon, KVHistory(len(blocks)))
+        return Rollout(predictor, seen, horizon, KVHistory(len(blocks)))
     kind, dtype = weight.device.type, weight.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     tokens, heads = frames * predictor.frame_tokens, cast(ActionBlock, blocks[0]).attn.num_heads
     like = weight.new_empty(0, dtype=dtype)
-    return Rollout(
-        predictor, *told, horizon, KVCache(len(blocks), sequences, tokens, heads, len(weight) // heads, like)
-    )
+    return Rollout(predictor, seen, horizon, KVCache(len(blocks), sequences, tokens, heads, len(weight) // heads, like))
 
 
 class Rollout:
     """What an ActionPredictor's predictions for many actions share, computed once; and `step`, the rest.
 
-    latents [T, N, E], actions [T - 1, A], states [T, Ds] and extrinsics [T, Dx] (where the model has tokens of them):
-    of one world, up to now. Shared are the keys and values of all frames but the last, whose actions are known; of the
+    Shared are the keys and values of all frames but the last, whose actions are known; of the
     last frame the embedded patches, and where conditioning tokens stand before them the first block's product of all
     tokens but the action's. Earlier frames go through the last block as keys and values alone.
     horizon: frames to predict, for which `cache` has room.
@@ -57,13 +63,11 @@ class Rollout:
     def __init__(
         self,
         predictor: ActionPredictor,
-        latents: Tensor,
-        actions: Tensor | None,
-        states: Tensor | None,
-        extrinsics: Tensor | None,
+        seen: Seen,
         horizon: int,
         cache: KVCache | KVHistory,
     ) -> None:
+        latents, actions, states, extrinsics = seen
         self.predictor, self.cache, self.past = predictor, cache, len(latents) - 1
         self.blocks = [cast(ActionBlock, block) for block in predictor.predictor_blocks]
         patches = predictor.predictor_embed(latents)[None]  # [1, T, N, D]
@@ -132,16 +136,12 @@ class WindowRollout:
     def __init__(
         self,
         predictor: ActionPredictor,
-        latents: Tensor,
-        actions: Tensor | None,
-        states: Tensor | None,
-        extrinsics: Tensor | None,
+        seen: Seen,
         window: int,
     ) -> None:
         self.predictor, self.window = predictor, window
-        told = latents, actions, states, extrinsics
-        self.past = [[None if x is None else x[t, None] for x in told] for t in range(len(latents) - 1)]
-        self.now, self.extrinsics = latents[-1:], None if extrinsics is None else extrinsics[-1:]
+        self.past = [[None if x is None else x[t, None] for x in seen] for t in range(len(seen.latents) - 1)]
+        self.now, self.extrinsics = seen.latents[-1:], None if seen.extrinsics is None else seen.extrinsics[-1:]
 
     def step(self, n: int, actions: Tensor, latents: Tensor | None = None, states: Tensor | None = None) -> Tensor:
         """As of `Rollout`; steps come one after the other, and begin anew with n = 0."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jepa_kernels import report
 from jepa_kernels.data import extra
 from jepa_kernels.pusht.goals import Task, distance
 from jepa_kernels.pusht.loop import Trace
@@ -88,7 +89,4 @@ def curves(episodes: list[dict[str, Any]]) -> bytes:
     for axis in (far, latent, ends):
         axis.set_ylim(bottom=0)
     far.legend(fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return report.png(figure)
