@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.measure import OURS, Interrupted, Settings, verdict, with_backward
+from benchmarks.measure import DRAWS, OURS, Interrupted, Settings, verdict, with_backward
 from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
@@ -27,7 +27,7 @@ class Patched:
     model     model() -> the model, with the same weights at every call
     small     small() -> one of fewer layers, on which parity is checked
     patch     patch(model) puts the kernels into it
-    inputs    inputs(model) -> keyword arguments of a call; floating tensors are cast
+    inputs    inputs(model) -> keyword arguments of a call; floating tensors are cast. inputs(model, draw=1) are others
     outputs   outputs(model's return value) -> tensors that both give
     own       own(model, **inputs) -> the outputs by the unpatched model's parts, where the model as a whole computes
               something else
@@ -37,7 +37,7 @@ class Patched:
     model: Callable[[], nn.Module]
     small: Callable[[], nn.Module]
     patch: Callable[[nn.Module], Any]
-    inputs: Callable[[nn.Module], Inputs]
+    inputs: Callable[..., Inputs]
     outputs: Callable[[Any], tuple[Tensor, ...]]
     own: Callable[..., tuple[Tensor, ...]] | None = None
     stages: tuple[str, ...] = ("forward", "backward")
@@ -53,14 +53,14 @@ class PatchedRun:
         self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
         self.group = f"{name}/{workload.name}/{stage}/{dtype}"
 
-    def call(self, model: nn.Module, own: bool = False) -> Callable[[], tuple[Tensor, ...]]:
+    def call(self, model: nn.Module, own: bool = False, draw: int = 0) -> Callable[[], tuple[Tensor, ...]]:
         weight, dtype = next(model.parameters()), getattr(torch, self.dtype)
 
         def change(_: str, x: Tensor) -> Tensor:
             x = x.to(weight.device)
             return x.to(dtype).to(weight.dtype) if x.is_floating_point() else x
 
-        inputs = testing.map_tensors(self.workload.inputs(model), change)
+        inputs = testing.map_tensors(self.workload.inputs(model, draw=draw), change)
         if own and self.workload.own is not None:
             return partial(self.workload.own, model, **inputs)
         return lambda: self.workload.outputs(model(**inputs))
@@ -73,8 +73,12 @@ class PatchedRun:
         return {OURS: patched, "unpatched": model}
 
     def results(self, model: nn.Module, own: bool = True) -> dict[str, Tensor]:
-        """Outputs, and the gradient of every parameter that has one."""
-        call, training = self.call(model, own), self.stage == "backward"
+        """Outputs, and the gradient of every parameter that has one, of DRAWS inputs side by side."""
+        drawn = [self.result(model, own, draw) for draw in range(DRAWS)]
+        return {name: torch.cat([found[name].flatten() for found in drawn]) for name in drawn[0]}
+
+    def result(self, model: nn.Module, own: bool, draw: int) -> dict[str, Tensor]:
+        call, training = self.call(model, own, draw), self.stage == "backward"
         with torch.set_grad_enabled(training):
             outputs = call()
         found = {f"output{i}": x.detach() for i, x in enumerate(outputs)}
@@ -85,7 +89,10 @@ class PatchedRun:
         return found | {f"d{n}": g for n, g in zip(named, grads, strict=True) if g is not None}
 
     def parity(self) -> dict[str, Any]:
-        """Outputs and gradients within the error budget of the model as it is."""
+        """Outputs and gradients within the error budget of the model as it is.
+
+        Of DRAWS inputs together: the largest error of one bias alone is luck.
+        """
         pair = self.pair(self.workload.small)
         ours, model = self.results(pair[OURS], own=False), pair["unpatched"]
         eager, exact = self.results(model), self.results(copy.deepcopy(model).double())

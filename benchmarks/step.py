@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
+from benchmarks.measure import DRAWS, OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
 from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import testing
@@ -23,7 +23,6 @@ from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import compile_blocks
 
 LEARNING_RATE, MOMENTUM = 1e-4, 0.996
-DRAWS = 4  # batches on which a step under autocast is held to its error budget
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 from jepa_kernels._core.info import available_backends, info
+from jepa_kernels._core.memory import empty_cache
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
 from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
@@ -41,6 +42,7 @@ __all__ = [
     "distance_weights",
     "ema_update",
     "embed_patches",
+    "empty_cache",
     "explain",
     "gather_tokens",
     "grad_norm",

@@ -45,6 +45,7 @@ PUBLIC = {
     "distance_weights": ["context_ids", "target_ids", "grid", "packing", "target_packing", "scale", "backend"],
     "ema_update": ["target", "online", "momentum", "shadow", "form", "backend"],
     "embed_patches": ["pixels", "ids", "weight", "bias", "pos_embed", "packing", "mean", "std", "backend"],
+    "empty_cache": [],
     "explain": ["op", "args", "kwargs"],
     "gather_tokens": ["x", "ids", "packing", "backend"],
     "grad_norm": ["grads", "backend"],

@@ -32,8 +32,8 @@ EMA = Case("shards", ema_update, mutates=("target", "shadow"), keep=("target",))
 SHARDS = dict(shapes=((3, 5), (400, 301), (70_001,), (1,)))
 ADAMW = op_module("adamw_ema", "cases")
 LENGTHS = (60, 0, 100, 41, 75, 100, 1, 90)  # two masks of four images
-WIDE, ROWS, LOW_ROWS = 1024, 6_301, 12_301  # rows of which fp32 and bf16 outputs are streamed
-STREAMED = 24 << 20  # bytes; of fewer, none are
+WIDE, ROWS, LOW_ROWS = 1024, 2_301, 4_301  # rows of which fp32 and bf16 outputs are streamed
+STREAMED = 8 << 20  # bytes; of fewer, none are
 LOW = (torch.float32, torch.bfloat16)
 ASSEMBLED, MANY = ("context", "mask_token"), (75, 900, 1, 90) * 3
 EACH = [
@@ -63,11 +63,11 @@ EACH = [
     *large("embed_patches", "packed", ("pixels", "weight", "bias", "pos_embed"), "packed", IMAGES, LENGTHS, 480),
     *large("embed_patches", "clips", EMBED.LAYER, "packed", CLIPS, LENGTHS, 480, dtypes=DTYPES[:2]),
     *large("gather_tokens", "packed", ("x",), "packed", 4, 300, 200, LENGTHS, 480),
-    *large("gather_tokens", "streamed", (), "rectangular", 1, ROWS, WIDE, 1, ROWS, dtypes=LOW[:1]),
+    *large("gather_tokens", "streamed", ("x",), "rectangular", 1, LOW_ROWS, WIDE, 2, ROWS, dtypes=LOW),
     *large("grad_norm", "shards", (), "make", **SHARDS),
     *large("info_nce", "pairs", ("x", "y", "temperature"), "pairs", 700, 330, items=300, label_smoothing=0.125),
     *large("latent_loss", "packed", ("pred",), "packed", 4, 300, 200, LENGTHS, 480),
-    *large("latent_loss", "streamed", ("pred",), "packed", 1, 9000, WIDE, (9000, LOW_ROWS - 9000), dtypes=LOW),
+    *large("latent_loss", "streamed", ("pred",), "packed", 1, 3000, WIDE, (3000, LOW_ROWS - 3000), dtypes=LOW),
     *large(
         "latent_loss", "levels", ("pred",), "packed", 4, 300, 264, LENGTHS, levels=2, kind="l1", power=3.0, dtypes=LOW
     ),

@@ -25,11 +25,11 @@ def build(layers: int, **changes: Any) -> nn.Module:
         return transformers.VJEPA2Model(transformers.VJEPA2Config(**{**sizes, **depth, **changes}))
 
 
-def inputs(model: nn.Module, *, masked: bool = True, **more: Any) -> Inputs:
+def inputs(model: nn.Module, *, draw: int = 0, masked: bool = True, **more: Any) -> Inputs:
     config = model.config
     clip = clip_batch(1, config.frames_per_clip, config.crop_size).transpose(1, 2)  # frames before channels
     side, frames = config.crop_size // config.patch_size, config.frames_per_clip // config.tubelet_size
-    order = torch.randperm(frames * side**2, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(frames * side**2, generator=torch.Generator().manual_seed(draw))
     kept = CONTEXT * len(order) // 2048
     masks = {"context_mask": [order[:kept].sort()[0][None]], "target_mask": [order[kept:].sort()[0][None]]}
     return {"pixel_values_videos": clip, **(masks if masked else {}), **more}

@@ -1,4 +1,5 @@
 // What the build holds, the ISA level in use, and the check of patch ids.
+#include "common/blocks.h"
 #include "common/dispatch.h"
 #include "common/tensor.h"
 #include "common/tensor_lists.h"
@@ -60,6 +61,13 @@ void bind_common(py::module_& m) {
       .def("__hash__", &TensorLists::hash);
   m.def("read_lists", &TensorLists::read, py::arg("lists"), py::arg("plain"));
   m.def("first_bad_id", &first_bad_id);
+  m.def("block_bytes", [] {
+    const BlockBytes found = block_bytes();
+    return py::dict(py::arg("held") = found.held, py::arg("most_held") = found.most_held,
+                    py::arg("waiting") = found.waiting);
+  });
+  m.def("reset_most_held", &reset_most_held);
+  m.def("release_blocks", &release_blocks);
 }
 
 } // namespace jepa

@@ -6,19 +6,25 @@
 
 namespace jepa::JEPA_ISA {
 
-// Past the last-level cache, stores that bypass it save reading the line they overwrite.
-constexpr int64_t STREAM_BYTES = int64_t{24} << 20;
+// With what is read, past the last-level cache: stores that bypass it save reading the line they overwrite.
+constexpr int64_t STREAM_BYTES = int64_t{8} << 20;
 
 #if defined(__AVX512F__)
 constexpr int64_t STREAM_STEP = 64;
 static inline void stream_step(char* out, const char* in) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
 }
+static inline void stream_zeros(char* out) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_setzero_si512());
+}
 #else
 constexpr int64_t STREAM_STEP = 32;
 static inline void stream_step(char* out, const char* in) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(out),
                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+}
+static inline void stream_zeros(char* out) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(out), _mm256_setzero_si256());
 }
 #endif
 
@@ -35,6 +41,14 @@ static inline void copy_row(void* out, const void* in, int64_t bytes, bool strea
   }
   for (int64_t i = 0; i < bytes; i += STREAM_STEP)
     stream_step(static_cast<char*>(out) + i, static_cast<const char*>(in) + i);
+}
+
+static inline void clear_row(void* out, int64_t bytes, bool stream) {
+  if (!stream) {
+    std::memset(out, 0, bytes);
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += STREAM_STEP) stream_zeros(static_cast<char*>(out) + i);
 }
 
 } // namespace jepa::JEPA_ISA

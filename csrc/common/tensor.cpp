@@ -1,9 +1,9 @@
 #include "common/tensor.h"
 
 #include <algorithm>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "common/blocks.h"
+#include "common/dlpack.h"
 
 namespace jepa {
 
@@ -104,19 +104,55 @@ Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {
   }
 }
 
-// malloc maps memory of this size anew at each call: clearing it in pages of 4 KiB takes longer than the copy
-// that fills it. Larger pages, where the system grants them on request, take a quarter of the time.
-static void ask_for_large_pages(const Tensor& fresh, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr int64_t MAPPED = int64_t{32} << 20;
-  constexpr uintptr_t PAGE = 4096;
-  if (bytes < MAPPED || !fresh.obj.attr("is_cpu").cast<bool>()) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(fresh.address) + PAGE - 1) / PAGE * PAGE;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(fresh.address) + bytes) / PAGE * PAGE;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE); // a wish: refusals change nothing
-#else
-  (void)fresh, (void)bytes;
-#endif
+// Whether torch is asked to fill what nobody has written: its own method does.
+static bool filled() {
+  static const py::handle asked = torch_attribute("are_deterministic_algorithms_enabled");
+  return asked().cast<bool>();
+}
+
+// An output in a block: torch's reference to it, and what is told of it, which end together.
+struct LargeOutput {
+  dlpack::Managed managed{};
+  Block block;
+  std::array<int64_t, Tensor::MAX_DIM> shape{}, strides{};
+
+  static void end(dlpack::Managed* managed) {
+    auto* own = static_cast<LargeOutput*>(managed->owner);
+    leave_block(own->block);
+    delete own;
+  }
+};
+
+// None: the system has no memory, which torch's own method says best.
+static py::object large_output(const std::vector<int64_t>& shape, DType type, int64_t bytes) {
+  const Block block = take_block(bytes);
+  if (!block.address) return py::none();
+  auto* own = new LargeOutput;
+  own->block = block;
+  const int dims = static_cast<int>(shape.size());
+  int64_t stride = 1;
+  for (int d = dims - 1; d >= 0; --d) {
+    own->shape[d] = shape[d], own->strides[d] = stride;
+    stride *= shape[d];
+  }
+  dlpack::Managed& m = own->managed;
+  m.major = 1, m.owner = own, m.end = &LargeOutput::end;
+  m.tensor = {block.address, dlpack::CPU, 0, dims, 0, 0, 1, own->shape.data(), own->strides.data(), 0};
+  dlpack::set_dtype(m.tensor, type);
+  void* object = nullptr;
+  if (dlpack::exchange().import_owned(&m, &object)) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+Tensor Tensor::new_empty(const std::vector<int64_t>& shape, std::optional<DType> type) const {
+  const DType element = type.value_or(dtype);
+  int64_t bytes = size_of(element);
+  for (int64_t n : shape) bytes *= n;
+  if (bytes >= LARGE_BLOCK && obj.attr("is_cpu").cast<bool>() && !filled()) {
+    const py::object found = large_output(shape, element, bytes);
+    if (!found.is_none()) return from(found);
+  }
+  return allocate("new_empty", shape, type);
 }
 
 Tensor Tensor::allocate(const char* method, const std::vector<int64_t>& shape,
@@ -126,9 +162,7 @@ Tensor Tensor::allocate(const char* method, const std::vector<int64_t>& shape,
   for (int64_t n : shape) dimensions[i++] = n;
   const py::object dt =
       type ? py::reinterpret_borrow<py::object>(torch_dtype(*type)) : py::object(obj.attr("dtype"));
-  const Tensor fresh = from(obj.attr(method)(dimensions, py::arg("dtype") = dt));
-  ask_for_large_pages(fresh, fresh.numel() * size_of(fresh.dtype));
-  return fresh;
+  return from(obj.attr(method)(dimensions, py::arg("dtype") = dt));
 }
 
 } // namespace jepa

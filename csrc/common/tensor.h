@@ -56,10 +56,8 @@ struct Tensor {
   static Tensor from(py::handle h);
 
   // Allocated by torch, on this tensor's device, through the Python method (so poisoned memory reaches us
-  // too).
-  Tensor new_empty(const std::vector<int64_t>& shape, std::optional<DType> type = {}) const {
-    return allocate("new_empty", shape, type);
-  }
+  // too); large ones on a CPU in a block of ours.
+  Tensor new_empty(const std::vector<int64_t>& shape, std::optional<DType> type = {}) const;
   Tensor new_zeros(const std::vector<int64_t>& shape, std::optional<DType> type = {}) const {
     return allocate("new_zeros", shape, type);
   }

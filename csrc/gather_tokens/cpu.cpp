@@ -39,7 +39,7 @@ void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
       char* out = static_cast<char*>(p.out) + row * bytes;
       const int64_t id = run < p.at.sequences ? p.at.ids[row] : -1;
       if (id < 0 || id >= p.at.count) {
-        std::memset(out, 0, bytes);
+        clear_row(out, bytes, streamed);
         continue;
       }
       const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
@@ -60,14 +60,19 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
     if (p.at.cu_seqlens) return g + row * p.stride_row;
     return g + row / p.at.run_length * p.stride_run + row % p.at.run_length * p.stride_row;
   };
-  const int64_t tokens = p.at.batch * p.at.count;
+  const int64_t tokens = p.at.batch * p.at.count, bytes = p.channels * int64_t{sizeof(T)};
+  const bool streamed = worth_streaming(p.dx, tokens, bytes);
   const int threads = tokens * p.channels < 16384 ? 1 : p.threads;
   parallel_for(tokens, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       T* out = static_cast<T*>(p.dx) + token * p.channels;
       const int32_t *row = p.source + p.first[token], *last = p.source + p.first[token + 1];
+      if (row == last) {
+        clear_row(out, bytes, streamed);
+        continue;
+      }
       if (last - row == 1 && p.stride_channel == 1) {
-        std::memcpy(out, grad(*row), p.channels * sizeof(T));
+        copy_row(out, grad(*row), bytes, streamed);
         continue;
       }
       for (int64_t c = 0; c < p.channels; c += W) {
@@ -75,9 +80,13 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
         vf sum = zero();
         for (const int32_t* r = row; r < last; ++r)
           sum = add(sum, load(grad(*r) + c * p.stride_channel, p.stride_channel, n));
-        store_first(out + c, sum, n);
+        if (streamed)
+          stream(out + c, sum);
+        else
+          store_first(out + c, sum, n);
       }
     }
+    if (streamed) _mm_sfence();
   });
 }
 

@@ -2,6 +2,7 @@
 // its prediction is written at once. Row sums are combined in row order, in double: no dependence on threads.
 #include "latent_loss/latent_loss.h"
 
+#include "common/copy.h"
 #include "common/floats.h"
 #include "common/parallel.h"
 #include "latent_loss/row.h"
@@ -68,8 +69,6 @@ template <class P, class T> struct RowScratch {
     delete[] latent;
   }
 };
-
-constexpr int64_t STREAM_BYTES = int64_t{24} << 20; // past the last-level cache, bypass it
 
 // The row's summed distance, level after level. next_pred and next_target: the row that follows.
 template <LossKind kind, class P, class T>

@@ -1,0 +1,43 @@
+#include "common/dlpack.h"
+
+#include <array>
+#include <pybind11/pybind11.h>
+
+namespace jepa::dlpack {
+
+namespace py = pybind11;
+
+const Exchange& exchange() {
+  static const Exchange* const found = [] {
+    const py::object table = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+    const auto* api = static_cast<Exchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    while (api && api->major != 1) api = api->older;
+    if (!api || !api->read || !api->import_owned)
+      throw py::import_error(
+          "torch.Tensor must offer DLPack 1's table of functions; use a torch from 2.11 on");
+    return api;
+  }();
+  return *found;
+}
+
+struct Kind {
+  uint8_t code, bits;
+};
+
+// In the order of DType.
+constexpr std::array<Kind, 7> KINDS = {
+    {{FLOAT, 32}, {BFLOAT, 16}, {FLOAT, 16}, {FLOAT, 64}, {INT, 64}, {INT, 32}, {UINT, 8}}};
+
+DType dtype_of(const Tensor& t) {
+  for (size_t i = 0; t.lanes == 1 && i < KINDS.size(); ++i)
+    if (t.code == KINDS[i].code && t.bits == KINDS[i].bits) return static_cast<DType>(i);
+  return DType::other;
+}
+
+void set_dtype(Tensor& t, DType type) {
+  const Kind kind = KINDS[static_cast<size_t>(type)];
+  t.code = kind.code, t.bits = kind.bits, t.lanes = 1;
+}
+
+} // namespace jepa::dlpack

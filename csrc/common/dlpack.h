@@ -1,0 +1,45 @@
+// What is needed of DLPack 1.x, and of the table of C functions that torch.Tensor offers for it: the fields
+// up to the last function called, in the standard's order.
+#pragma once
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace jepa::dlpack {
+
+enum Device : int32_t { CPU = 1 };
+enum Code : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4 };
+
+struct Tensor {
+  void* data;
+  int32_t device_type, device_index;
+  int32_t dims;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides; // the tensor's own, in elements
+  uint64_t byte_offset;
+};
+
+struct Managed {
+  uint32_t major, minor;
+  void* owner;
+  void (*end)(Managed*);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  Exchange* older;
+  void *allocate, *export_owned;
+  int (*import_owned)(Managed* given, void** object); // object: a new reference
+  int (*read)(void* object, Tensor* out);             // borrows: no reference counts, no sync
+};
+
+// torch's; needs the GIL.
+const Exchange& exchange();
+
+DType dtype_of(const Tensor& t);
+void set_dtype(Tensor& t, DType type);
+
+} // namespace jepa::dlpack
