@@ -8,8 +8,8 @@ def empty_cache() -> None:
 
     Outputs of 4 MiB and more lie in blocks that are kept when their tensors end, and taken by later outputs of about
     their size: the system clears pages before it gives them, which takes longer than to fill them. Never more waits
-    than lived at once, or 256 MiB. Tensors that live are not touched. On a GPU torch keeps memory itself:
-    torch.cuda.empty_cache.
+    than lived at once, or 256 MiB. Tensors that live are not touched. torch's profiler does not see these
+    blocks. On a GPU torch keeps memory itself: torch.cuda.empty_cache.
     """
     module = extension.load()
     if not isinstance(module, str):
