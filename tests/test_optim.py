@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import jepa_kernels as jk
+from jepa_kernels import _C
 from jepa_kernels.testing import compare
 
 MOMENTUM, LR = 0.99, 1e-2
@@ -443,8 +444,11 @@ def test_no_memory_is_taken_but_for_tables():
     p.grad = torch.ones(1 << 20)
     optimizer = jk.AdamWEMA([p], [k], max_grad_norm=1.0)
     optimizer.step()
+    _C.reset_most_held()
+    in_blocks = _C.block_bytes()["held"]
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         optimizer.step()
+    assert _C.block_bytes()["most_held"] == in_blocks
     assert max(event.self_cpu_memory_usage for event in profile.events()) < 1024
 
 
