@@ -45,7 +45,7 @@ def workload(name: str, batch: int, channels: int, **options: Any) -> Workload:
 
 
 WORKLOADS = (
-    workload("b4096_e512", 4096, 512, reference_timed=False),
+    workload("b4096_e512", 4096, 512, small=cases.pairs(700, 512, temperature=0.07)),
     workload("b1024_e1536", 1024, 1536, dtypes=("float32", "bfloat16"), reference_timed=False),
     workload("b512_e256", 512, 256, smoke=True),
     workload("vl_jepa_b24k", 24_000, 1536, dtypes=("bfloat16",), devices=("cuda",), reference_timed=False,
