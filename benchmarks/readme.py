@@ -16,7 +16,12 @@ from benchmarks import rows, targets, text
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROBES = {"ijepa": "I-JEPA", "vjepa2": "V-JEPA 2"}  # of training runs: kept in ijepa-probe.json, ...
+PROBES = {
+    "ijepa": "I-JEPA",
+    "vjepa2": "V-JEPA 2",
+    "lejepa": "LeJEPA",
+}  # of runs: in ijepa-probe.json, ...
+PROBE_KINDS = {"knn": "k-NN", "linear": "linear", "centroid": "nearest centroid"}
 POLICIES = {
     "random": "random actions",
     "greedy": "one step ahead, world model",
@@ -129,7 +134,7 @@ def steps(found: list[rows.Row]) -> list[str]:
         for row in found
         if row["kind"] == "model" and row["ratio"] is not None
     ]
-    return ["", "Training steps (context and target tokens):", "", *lines] if lines else []
+    return ["", "Training steps (tokens of contexts and targets, or of views):", "", *lines] if lines else []
 
 
 def probe(model: str, document: dict[str, Any]) -> str:
@@ -165,14 +170,15 @@ def answers(model: str, asked: dict[str, Any]) -> str:
     """One probe's question and table."""
     counted = f"{asked['seeds']} seeds of {asked['per_seed']}"
     head = f"{asked['question']} Chance: {asked['chance']:.3f}; {counted}:"
+    kinds = [name for name in PROBE_KINDS if name in asked]
     titles = {
         "trained": f"{model}, trained",
         "random_init": "random initialisation",
         "raw_pixels": "raw pixels",
         "trained_minus_random_init": "trained minus random, paired",
     }
-    cells = [(title, *(score(asked[p][name]) for p in ("knn", "linear"))) for name, title in titles.items()]
-    return "\n".join([head, "", *table(("features", "k-NN", "linear"), cells)])
+    cells = [(title, *(score(asked[kind][name]) for kind in kinds)) for name, title in titles.items()]
+    return "\n".join([head, "", *table(("features", *map(PROBE_KINDS.get, kinds)), cells)])
 
 
 def score(one: dict[str, Any]) -> str:
