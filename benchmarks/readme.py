@@ -16,11 +16,12 @@ from benchmarks import rows, targets, text
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROBES = {
+PROBES = {  # of runs: in ijepa-probe.json, ...
     "ijepa": "I-JEPA",
     "vjepa2": "V-JEPA 2",
     "lejepa": "LeJEPA",
-}  # of runs: in ijepa-probe.json, ...
+    "lejepa_photos": "LeJEPA",
+}
 PROBE_KINDS = {"knn": "k-NN", "linear": "linear", "centroid": "nearest centroid"}
 POLICIES = {
     "random": "random actions",
@@ -37,7 +38,7 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     document = json.loads(source.read_text())
     if "probes" in document:
         try:
-            model = document["config"]["architecture"]
+            model = trained(document["config"])
             probe(model, document)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source} can't be adopted: the README can't show it, {error!r}") from error
@@ -58,6 +59,13 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     path = results / f"{slug(document['machine'])}.json"
     rows.write(path, kept)
     return path
+
+
+def trained(config: dict[str, Any]) -> str:
+    """Name of the shipped config that a run is of: LeJEPA has one for each source of views."""
+    architecture = config["architecture"]
+    source = config.get("data", {}).get("source", "mnist")
+    return architecture if source == "mnist" else f"{architecture}_{source}"
 
 
 def adopt_plan(source: Path, document: dict[str, Any], results: Path) -> Path:
@@ -106,15 +114,20 @@ def measured(name: str, document: dict[str, Any]) -> str:
         f"{gpu}{about['cpu']}, {about['threads']} threads, {about['isa']}; torch {versions['torch']}; {commit(git)}"
         f" ([`{name}`](benchmarks/results/{name})):"
     )
-    cells = [
-        cell for target, row, _ in targets.check(document["rows"]) if row for cell in [row_cells(row, target.what)]
-    ]
+    held = [(target, row) for target, row, _ in targets.check(document["rows"]) if row]
+    cells = [row_cells(row, against(target, row)) for target, row in held]
     lines = [head, "", *table(("op", "workload", "ours", "against", "its time", "ratio", "95 % interval"), cells)]
     return "\n".join(lines + steps(document["rows"]))
 
 
 def commit(git: dict[str, Any]) -> str:
     return f"commit {(git.get('sha') or 'unknown')[:10]}{' with changes' if git.get('dirty') else ''}"
+
+
+def against(target: targets.Target, row: rows.Row) -> str:
+    """The baseline, and the share of its memory that we take where a share is asked for."""
+    share = "" if target.most_memory is None else f"; {text.percent(targets.memory_share(row))} of its memory"
+    return target.what + share
 
 
 def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """LeJEPA's training step: all views in one packed pass and fused SIGReg, against an eager recipe."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -61,8 +62,9 @@ SMALL = vit_small(crop_size=32, embed_dim=64, num_heads=2, depth=2, proj_hidden=
 CHECKED = workload("small", SMALL, 16, 8)
 
 WORKLOADS = (
+    workload("vit_tiny_16_64px", replace(TINY, patch_size=16), 32, 32, small=CHECKED),
+    workload("vit_tiny_8_64px", TINY, 32, 16, small=CHECKED),  # four times the patches: little but products
     workload("train_digits", digits(), 14, 64, small=CHECKED),  # of `python -m jepa_kernels train lejepa`
-    workload("vit_tiny_8", TINY, 32, 16, small=CHECKED),
     workload("smoke_digits", digits(depth=1, slices=128), 14, 16, small=CHECKED, smoke=True),
 )
 
