@@ -160,14 +160,18 @@ def _lejepa(config: ViTConfig, *, shadow_dtype: torch.dtype | None = None) -> Le
 
 
 def _views(config: Config) -> tuple[Views, None]:
+    c: Any = config.model
     d: Any = config.data
-    patch = config.model.patch_size
+    patch = c.patch_size
     for name, side in (("model.crop_size", _side(config)), ("data.local_size", d.local_size)):
         if side < patch or side % patch:
             fail("train", name, f"be a multiple of model.patch_size {patch}", side, "views are cut into whole patches")
+    meet, views = c.global_views, d.global_views + d.local_views
+    if meet is not None and meet > views:
+        fail("train", "model.global_views", f"be at most {views}, the views", meet, "raise data.global_views")
     if d.source == "mnist":
         load_digits("train")  # a package that is missing is known before the first step
-    views = Views(
+    crops = Views(
         d.source,
         _side(config),
         d.local_size,
@@ -182,7 +186,7 @@ def _views(config: Config) -> tuple[Views, None]:
         jitter=d.jitter,
         seed=config.seed,
     )
-    return views, None
+    return crops, None
 
 
 def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> list[dict[str, Any]]:

@@ -93,6 +93,7 @@ def test_configs_that_are_off(config):
     for change, message in (
         ("data.local_size=12", r"data.local_size must be a multiple of model.patch_size 8, got 12; views are cut into"),
         ("model.crop_size=20", r"model.crop_size must be a multiple of model.patch_size 8, got 20"),
+        ("model.global_views=5", r"model.global_views must be at most 4, the views, got 5; raise data.global_views"),
         ("data.source=cifar", r"Views: source must be one of photos, mnist, got 'cifar'"),
         ("data.global_views=0", r"Views: global_views and local_views must be at least 1 and 0, got \(0, 2\)"),
         ("mask.min_keep=3", r"must use known keys"),

@@ -127,7 +127,7 @@ class LeJEPA(nn.Module):
         batch = self._batch(views)
         if isinstance(self.backbone, Encoder):
             x, packing = self.backbone.ragged(views)
-            return packing.mean(x).unflatten(0, (len(views), batch))
+            return self._pooled(packing.mean(x), len(views) * batch).unflatten(0, (len(views), batch))
         sizes = [tuple(view.shape[1:]) for view in views]
         found: list[Tensor | None] = [None] * len(views)
         for size in dict.fromkeys(sizes):

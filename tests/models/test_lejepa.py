@@ -169,6 +169,8 @@ def test_refusals():
         lejepa([])
     with pytest.raises(ValueError, match=r"LeJEPA: backbone must give \[5, 32\] or \[5, N, 32\], got .+"):
         model(backbone=nn.Flatten())(given[:1])
+    with pytest.raises(ValueError, match=r"LeJEPA: backbone must give \[20, 32\] .+, got \(20, 48\); .+ set embed_dim"):
+        model(backbone=Encoder(32, 8, 48, 2, 2, rope="interleaved"))(given)
     with pytest.raises(ValueError, match=r"LeJEPA: weight must lie in 0\.\.1, got 2; .+"):
         model(replace(CONFIG, weight=2))
     with pytest.raises(ValueError, match=r"LeJEPA: global_views must lie in 1\.\.4, the views, got 5; .+"):
