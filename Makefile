@@ -45,7 +45,7 @@ help:
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
 bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
 gpu: NEEDS := numpy safetensors pytest
-test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht
+test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht mlxtend
 lint ci: NEEDS += ruff mypy clang-format
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
