@@ -67,7 +67,7 @@ def halves(photo: Any) -> tuple[Any, Any]:
 
 
 def bundled(file: str, of: str = "train") -> Path:
-    """Where `file` of an installed package of an extra, package/folders/name, lies; the package is not imported."""
+    """Where `file` of an installed package, package/folders/name, lies; the package, of extra `of`, is not imported."""
     package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
