@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import machine, rows
+from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
@@ -110,7 +111,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun | EncodingRun | PatchedRun | PlanningRun | HostRun) -> None:
+    def measured(run: Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | HostRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -141,6 +142,12 @@ def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callab
 def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -> Callable[..., None]:
     """bench_encoding(model, workload, stage, dtype)"""
     return lambda *what: measure(EncodingRun(*what, settings))
+
+
+@pytest.fixture
+def bench_crops(settings: Settings, measure: Callable[[CropsRun], None]) -> Callable[..., None]:
+    """bench_crops(model, workload, stage, dtype)"""
+    return lambda *what: measure(CropsRun(*what, settings))
 
 
 @pytest.fixture

@@ -16,7 +16,13 @@ from benchmarks import rows, targets, text
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PROBES = {"ijepa": "I-JEPA", "vjepa2": "V-JEPA 2"}  # of training runs: kept in ijepa-probe.json, ...
+PROBES = {  # of runs: in ijepa-probe.json, ...
+    "ijepa": "I-JEPA",
+    "vjepa2": "V-JEPA 2",
+    "lejepa": "LeJEPA",
+    "lejepa_photos": "LeJEPA",
+}
+PROBE_KINDS = {"knn": "k-NN", "linear": "linear", "centroid": "nearest centroid"}
 POLICIES = {
     "random": "random actions",
     "greedy": "one step ahead, world model",
@@ -32,7 +38,7 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     document = json.loads(source.read_text())
     if "probes" in document:
         try:
-            model = document["config"]["architecture"]
+            model = trained(document["config"])
             probe(model, document)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source} can't be adopted: the README can't show it, {error!r}") from error
@@ -53,6 +59,13 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
     path = results / f"{slug(document['machine'])}.json"
     rows.write(path, kept)
     return path
+
+
+def trained(config: dict[str, Any]) -> str:
+    """Name of the shipped config that a run is of: LeJEPA has one for each source of views."""
+    architecture = config["architecture"]
+    source = config.get("data", {}).get("source", "mnist")
+    return architecture if source == "mnist" else f"{architecture}_{source}"
 
 
 def adopt_plan(source: Path, document: dict[str, Any], results: Path) -> Path:
@@ -101,15 +114,20 @@ def measured(name: str, document: dict[str, Any]) -> str:
         f"{gpu}{about['cpu']}, {about['threads']} threads, {about['isa']}; torch {versions['torch']}; {commit(git)}"
         f" ([`{name}`](benchmarks/results/{name})):"
     )
-    cells = [
-        cell for target, row, _ in targets.check(document["rows"]) if row for cell in [row_cells(row, target.what)]
-    ]
+    held = [(target, row) for target, row, _ in targets.check(document["rows"]) if row]
+    cells = [row_cells(row, against(target, row)) for target, row in held]
     lines = [head, "", *table(("op", "workload", "ours", "against", "its time", "ratio", "95 % interval"), cells)]
     return "\n".join(lines + steps(document["rows"]))
 
 
 def commit(git: dict[str, Any]) -> str:
     return f"commit {(git.get('sha') or 'unknown')[:10]}{' with changes' if git.get('dirty') else ''}"
+
+
+def against(target: targets.Target, row: rows.Row) -> str:
+    """The baseline, and the share of its memory that we take where a share is asked for."""
+    share = "" if target.most_memory is None else f"; {text.percent(targets.memory_share(row))} of its memory"
+    return target.what + share
 
 
 def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:
@@ -129,7 +147,7 @@ def steps(found: list[rows.Row]) -> list[str]:
         for row in found
         if row["kind"] == "model" and row["ratio"] is not None
     ]
-    return ["", "Training steps (context and target tokens):", "", *lines] if lines else []
+    return ["", "Training steps (tokens of contexts and targets, or of views):", "", *lines] if lines else []
 
 
 def probe(model: str, document: dict[str, Any]) -> str:
@@ -165,14 +183,15 @@ def answers(model: str, asked: dict[str, Any]) -> str:
     """One probe's question and table."""
     counted = f"{asked['seeds']} seeds of {asked['per_seed']}"
     head = f"{asked['question']} Chance: {asked['chance']:.3f}; {counted}:"
+    kinds = [name for name in PROBE_KINDS if name in asked]
     titles = {
         "trained": f"{model}, trained",
         "random_init": "random initialisation",
         "raw_pixels": "raw pixels",
         "trained_minus_random_init": "trained minus random, paired",
     }
-    cells = [(title, *(score(asked[p][name]) for p in ("knn", "linear"))) for name, title in titles.items()]
-    return "\n".join([head, "", *table(("features", "k-NN", "linear"), cells)])
+    cells = [(title, *(score(asked[kind][name]) for kind in kinds)) for name, title in titles.items()]
+    return "\n".join([head, "", *table(("features", *map(PROBE_KINDS.get, kinds)), cells)])
 
 
 def score(one: dict[str, Any]) -> str:

@@ -140,8 +140,11 @@ def row_cells(row: Row) -> tuple[str, ...]:
 
 
 def asked(target: targets.Target) -> str:
-    """A ratio, and a time where one is asked."""
-    return f"{target.least:g} x" if target.most_us is None else f"{target.least:g} x, {duration(target.most_us)}"
+    """A ratio, and a time or a share of the baseline's memory where one is asked."""
+    us, memory = target.most_us, target.most_memory
+    more = [] if us is None else [duration(us)]
+    more += [] if memory is None else [f"{percent(memory)} memory"]
+    return ", ".join([f"{target.least:g} x", *more])
 
 
 def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
@@ -150,7 +153,10 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
     for target, row, holds in targets.check(found):
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
         verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
-        cells.append((f"{where}: {target.what}", asked(target), times(row["ratio"] if row else None), verdict))
+        measured = times(row["ratio"] if row else None)
+        if row and target.most_memory is not None:
+            measured += f", {percent(targets.memory_share(row))}"
+        cells.append((f"{where}: {target.what}", asked(target), measured, verdict))
     return cells
 
 

@@ -1,7 +1,7 @@
-"""Probes: what frozen features of held-out photos and clips tell, against random initialisation and raw pixels.
+"""Probes: what frozen features of held-out photos, digits and clips tell, against random initialisation and raw pixels.
 
-A classifier is fitted on one part of every photo or video and scored on another. Pictures are grey, since colour alone
-may identify a photo.
+A classifier is fitted on one part of every photo or video, or on some digits, and scored on another. Pictures are grey,
+since colour alone may identify a photo.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch.utils.data import Dataset
 
 from jepa_kernels.data import PHOTOS, PhotoCrops, extra, normalize
 from jepa_kernels.video import VideoClips
+from jepa_kernels.views import load_digits
 
 CHUNK = 100  # images or clips per forward
 PIXEL_SIDE = 16  # raw pixels are averaged to this side: fewer inputs classify better than all of them
 CLIP_GRID = (4, 8, 8)  # and clips to this: as many
 
 PROBES = ("knn", "linear")
+DIGIT_PROBES = (*PROBES, "centroid")
 FEATURES = ("trained", "random_init", "raw_pixels")
 Fresh = Callable[[], nn.Module]
 Draw = Callable[[str, int], tuple[Tensor, np.ndarray]]
+Prepare = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -45,9 +48,10 @@ def raw_pixels(pixels: Tensor) -> np.ndarray:
 
 
 def correct(probe: str, x: np.ndarray, y: np.ndarray, held_out_x: np.ndarray, held_out_y: np.ndarray) -> np.ndarray:
-    """Fit a probe of standardised features on (x, y): bool per held-out row, True where it is right.
+    """Fit a probe on (x, y): bool per held-out row, True where it is right.
 
-    probe: "knn", a vote of the 5 nearest by cosine, or "linear", least squares with an L2 penalty.
+    probe: of standardised features "knn", a vote of the 5 nearest by cosine, or "linear", least squares with an L2
+    penalty; of features as they are "centroid", the class whose mean is nearest.
     """
     extra("sklearn")
     from sklearn.linear_model import RidgeClassifier
@@ -55,6 +59,10 @@ def correct(probe: str, x: np.ndarray, y: np.ndarray, held_out_x: np.ndarray, he
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if probe == "centroid":
+        classes = np.unique(y)
+        means = np.stack([x[y == c].mean(0) for c in classes])
+        return KNeighborsClassifier(1).fit(means, classes).predict(held_out_x) == held_out_y
     classifiers = {"knn": KNeighborsClassifier(5, metric="cosine"), "linear": RidgeClassifier(alpha=10.0)}
     classifier = make_pipeline(StandardScaler(), classifiers[probe])
     return classifier.fit(x, y).predict(held_out_x) == held_out_y
@@ -70,14 +78,23 @@ def bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> tuple[
     return float(low), float(high)
 
 
-def compare(question: str, encoder: nn.Module, fresh: Fresh, draw: Draw, classes: int, *, seeds: int) -> dict[str, Any]:
+def compare(
+    question: str,
+    encoder: nn.Module,
+    fresh: Fresh,
+    draw: Draw,
+    classes: int,
+    *,
+    seeds: int,
+    probes: tuple[str, ...] = PROBES,
+) -> dict[str, Any]:
     """Accuracy on held-out inputs of trained features, of random initialisation and of raw pixels.
 
     encoder: the trained encoder, inputs -> [n, N, E]. fresh: makes one at random initialisation, a new one for every
     seed. draw: (part, seed) -> (inputs, labels), part "train" or "held_out". Returns {probe: {features: {mean, ci95}}},
     with `trained_minus_random_init` paired input by input; intervals: bootstrap, 95 %, over seeds and inputs.
     """
-    hits: dict[str, dict[str, list[np.ndarray]]] = {p: {f: [] for f in FEATURES} for p in PROBES}
+    hits: dict[str, dict[str, list[np.ndarray]]] = {p: {f: [] for f in FEATURES} for p in probes}
     for seed in range(seeds):
         (x, y), (held_x, held_y) = (draw(part, seed) for part in ("train", "held_out"))
         with torch.random.fork_rng(devices=[]):
@@ -86,9 +103,9 @@ def compare(question: str, encoder: nn.Module, fresh: Fresh, draw: Draw, classes
         views: list[Callable[[Tensor], np.ndarray]] = [partial(encode, encoder), partial(encode, random), raw_pixels]
         for name, features in zip(FEATURES, views, strict=True):
             seen, held_out = features(x), features(held_x)
-            for p in PROBES:
+            for p in probes:
                 hits[p][name].append(correct(p, seen, y, held_out, held_y))
-    scores: dict[str, Any] = {p: _scores({f: np.stack(rows) for f, rows in hits[p].items()}) for p in PROBES}
+    scores: dict[str, Any] = {p: _scores({f: np.stack(rows) for f, rows in hits[p].items()}) for p in probes}
     return {"question": question, "chance": 1 / classes, "seeds": seeds, "per_seed": len(held_y), **scores}
 
 
@@ -98,24 +115,46 @@ def _scores(hits: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: {"mean": float(v.mean()), "ci95": list(bootstrap(v))} for name, v in values.items()}
 
 
-def draw_all(inputs: Dataset[tuple[Tensor, int]]) -> tuple[Tensor, np.ndarray]:
-    """Every item of one epoch, normalised, and the labels."""
+def draw_all(inputs: Dataset[tuple[Tensor, int]], prepare: Prepare = normalize) -> tuple[Tensor, np.ndarray]:
+    """Every item of one epoch, as the encoder takes it, and the labels."""
     pixels, labels = zip(*(inputs[i] for i in range(len(inputs))), strict=True)  # type: ignore[arg-type]
-    return normalize(torch.stack(pixels)), np.array(labels)
+    return prepare(torch.stack(pixels)), np.array(labels)
 
 
-def photos(encoder: nn.Module, fresh: Fresh, size: int, *, seeds: int = 5, per_photo: int = 20) -> list[dict[str, Any]]:
+def photos(
+    encoder: nn.Module, fresh: Fresh, size: int, *, seeds: int = 5, per_photo: int = 20, prepare: Prepare = normalize
+) -> list[dict[str, Any]]:
     """Which photo does a crop come from? Learnt on one half of every photo, scored on the other.
 
     encoder, fresh: see `compare`. size: pixels per side. per_photo: grey crops of each half of each photo.
+    prepare: uint8 pixels -> what the encoder takes.
     """
 
     def crops(half: str, seed: int) -> tuple[Tensor, np.ndarray]:
         length = per_photo * len(PHOTOS)
-        return draw_all(PhotoCrops(size, half=half, grey=1.0, scale=(0.1, 0.5), length=length, seed=seed))
+        return draw_all(PhotoCrops(size, half=half, grey=1.0, scale=(0.1, 0.5), length=length, seed=seed), prepare)
 
     question = f"Which of the {len(PHOTOS)} photos is a held-out grey crop from?"
     return [compare(question, encoder, fresh, crops, len(PHOTOS), seeds=seeds)]
+
+
+def digits(encoder: nn.Module, fresh: Fresh, size: int, *, seeds: int = 5) -> list[dict[str, Any]]:
+    """Which digit is it? Learnt on the 4000 of MNIST's to train on, scored on the 1000 that are held out.
+
+    encoder, fresh: see `compare`; pixels are floating in 0..1. size: pixels per side. Each seed is asked about its own
+    share of the held-out digits.
+    """
+
+    def draw(part: str, seed: int) -> tuple[Tensor, np.ndarray]:
+        pixels, labels = load_digits(part)
+        own = slice(None) if part == "train" else slice(seed, None, seeds)
+        grey = torch.from_numpy(pixels[own, None]) / 255
+        if size != grey.shape[-1]:
+            grey = nn.functional.interpolate(grey, (size, size), mode="bilinear", antialias=True)
+        return grey.expand(-1, 3, -1, -1), labels[own]
+
+    asked = "Which of the 10 digits does a held-out picture show?"
+    return [compare(asked, encoder, fresh, draw, 10, seeds=seeds, probes=DIGIT_PROBES)]
 
 
 def clips(

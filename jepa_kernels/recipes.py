@@ -20,9 +20,11 @@ from jepa_kernels.masks import MultiBlock2d, MultiBlock3d, Spec3d
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.models.jepa import JEPA
+from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.video import VideoClips
+from jepa_kernels.views import Views, load_digits
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,56 @@ def _state_probes(config: Config, model: LeWorldModel, fresh: Callable[[], LeWor
     return pusht.probes(model, fresh, fitted_on, held_out)
 
 
-def _embeddings(model: LeWorldModel) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _embeddings(model: LeWorldModel | LeJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     return model.projector, lambda rows: rows.detach()[:, None]
+
+
+def _lejepa(config: ViTConfig, *, shadow_dtype: torch.dtype | None = None) -> LeJEPA:
+    return LeJEPA.of(config)
+
+
+def _views(config: Config) -> tuple[Views, None]:
+    c: Any = config.model
+    d: Any = config.data
+    patch = c.patch_size
+    for name, side in (("model.crop_size", _side(config)), ("data.local_size", d.local_size)):
+        if side < patch or side % patch:
+            fail("train", name, f"be a multiple of model.patch_size {patch}", side, "views are cut into whole patches")
+    meet, views = c.global_views, d.global_views + d.local_views
+    if meet is not None and meet > views:
+        fail("train", "model.global_views", f"be at most {views}, the views", meet, "raise data.global_views")
+    if d.source == "mnist":
+        load_digits("train")  # a package that is missing is known before the first step
+    crops = Views(
+        d.source,
+        _side(config),
+        d.local_size,
+        global_views=d.global_views,
+        local_views=d.local_views,
+        region=d.region_scale,
+        global_scale=d.global_scale,
+        local_scale=d.local_scale,
+        ratio=d.crop_ratio,
+        flip=d.horizontal_flip,
+        grey=d.grey,
+        jitter=d.jitter,
+        seed=config.seed,
+    )
+    return crops, None
+
+
+def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> list[dict[str, Any]]:
+    d: Any = config.data
+    p: Any = config.probe
+    encoders = model.backbone, lambda: fresh().backbone
+    if d.source == "mnist":
+        return probe.digits(*encoders, _side(config), seeds=p.seeds)
+    return probe.photos(*encoders, _side(config), prepare=lambda pixels: pixels / 255, **vars(p))
 
 
 RECIPES = {
     "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
     "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
     "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=lambda frames: frames),
+    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("skimage", "sklearn"), prepare=lambda views: views),
 }

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels as jk
 from benchmarks import __main__ as front
 from benchmarks import machine, report, rows, stats, step, targets, text, timing
+from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_vjepa2
+from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_lejepa, bench_vjepa2
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.patched import PatchedRun
 from benchmarks.workload import Workload
@@ -304,6 +305,21 @@ def test_a_patched_model_is_timed_against_itself_unless_it_gives_other_numbers()
         assert (found["baseline"], found["status"]) == ("unpatched", status) and rows.problems(document(found)) == []
 
 
+def test_a_step_on_crops_is_timed_against_a_recipe_of_equal_gradients_alone():
+    def biased(*views):
+        return original(*views) + 0.001 * recipe.backbone.norm.weight.sum()  # as much loss, another gradient
+
+    smoke = bench_lejepa.WORKLOADS[-1]
+    (found,) = CropsRun("lejepa", smoke, "step", "float32", QUICK).rows()
+    assert (found["baseline"], found["status"], found["images"]) == ("recipe", "ok", 16)
+    assert rows.problems(document(found)) == [] and found["tokens"] == 16 * (2 * 4 + 6)
+    recipe = smoke.small.recipe()
+    original, recipe.loss = recipe.loss, biased
+    biased_one = replace(smoke, small=replace(smoke.small, recipe=lambda: recipe))
+    (found,) = CropsRun("lejepa", biased_one, "step", "float32", QUICK).rows()
+    assert found["status"] == "failed" and " differs by " in found["error"] and found["ratio"] is None
+
+
 @pytest.mark.parametrize("expected, status", [((1, 2), "ok"), ((2, 1), "failed")])
 def test_host_code_has_a_number_only_where_its_result_is_equal(expected, status):
     workload = Host(
@@ -359,6 +375,15 @@ def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
 
     assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, "vit_h14_bf16_shadow": None, "vit_g16": None}
     assert holds("vit_h14", 2.1e-3)["vit_h14"] is False, "faster than the other, but late"
+
+
+def test_a_target_of_memory_asks_for_a_share_of_the_baselines():
+    asked = targets.Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "lerp", most_memory=0.05)
+    assert asked.holds(row(peak_bytes=50, baseline_peak_bytes=1000))
+    assert not asked.holds(row(peak_bytes=51, baseline_peak_bytes=1000)), "more than a share"
+    assert not asked.holds(row(4e-3, peak_bytes=50, baseline_peak_bytes=1000)), "little memory, but slow"
+    assert not asked.holds(row(peak_bytes=50)), "not measured"
+    assert text.asked(asked) == "1 x, 5 % memory"
 
 
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):

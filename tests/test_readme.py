@@ -46,6 +46,8 @@ def every_target():
             "pass": t.stage,
             "baseline": t.baseline,
             "dtype": t.dtype,
+            "peak_bytes": 30,
+            "baseline_peak_bytes": 1000,
         }
 
 
@@ -62,6 +64,7 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     tables = readme.tables(results)
     assert "| `ema_update` | vit_s16, forward | 1 ms | _foreach_lerp_ | 2 ms | **2.00 x** | 2.00 to 2.00 |" in tables
     assert "ijepa vit_small_16_truncated: 1 ms a step, batch 4, 2.00 x against reference; 500 tokens/s" in tables
+    assert "| the eager chain, eight views of 64 images; 3 % of its memory | 2 ms |" in tables
     assert tables.count("| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |") == 2
     assert "| V-JEPA 2, trained | 0.600 (" in tables and "Which way? Chance: 0.050; 5 seeds of 400:" in tables
     assert tables.count("commit 0123456789") == 2

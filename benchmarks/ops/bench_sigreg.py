@@ -54,6 +54,11 @@ def workload(name: str, make: Any, **options: Any) -> Workload:
 
 WORKLOADS = (
     workload("n512_e512_k1024", cases.embeddings(512, 512, slices=1024), small=cases.embeddings(128, 512, slices=128)),
+    workload(
+        "views8_n64_e64_k1024",  # of `python -m jepa_kernels train lejepa`
+        cases.embeddings(8, 64, 64, slices=1024),
+        small=cases.embeddings(8, 64, 64, slices=128),
+    ),
     workload("views2_n512_e512_k256", cases.embeddings(2, 512, 512, slices=256)),
     workload("n4096_e512_k1000", cases.embeddings(4096, 512, slices=1000), devices=("cuda",)),
     workload("n128_e256_k128", cases.embeddings(128, 256, slices=128), smoke=True),

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.models import ijepa, lewm, vjepa2
+from jepa_kernels.models import ijepa, lejepa, lewm, vjepa2
 from jepa_kernels.models.ijepa import IJEPAConfig
+from jepa_kernels.models.lejepa import ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig
 from jepa_kernels.models.vjepa2 import VJEPA2Config
 from jepa_kernels.video import VIDEOS
@@ -55,6 +56,24 @@ class EpisodeData(Data):
     steps: int = 40  # of an episode
     frame_skip: int = 5
     collect_seed: int = 0
+
+
+@dataclass(frozen=True)
+class ViewData(Data):
+    """Views of photos or digits; see views.Views."""
+
+    batch_size: int = 256
+    source: str = "photos"
+    global_views: int = 2
+    local_views: int = 6
+    local_size: int = 56
+    region_scale: tuple[float, float] = (0.1, 0.6)
+    global_scale: tuple[float, float] = (0.3, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.3)
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    horizontal_flip: bool = True
+    grey: float = 0.2
+    jitter: float = 0.4
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class ClipMask:
 
 @dataclass(frozen=True)
 class Probe:
-    """See probe.photos."""
+    """See probe.photos; probe.digits reads the seeds alone."""
 
     seeds: int = 5
     per_photo: int = 20
@@ -137,7 +156,7 @@ class Config:
     """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
 
     architecture: str = "ijepa"
-    model: IJEPAConfig | VJEPA2Config | LeWMConfig = field(default_factory=IJEPAConfig)
+    model: IJEPAConfig | VJEPA2Config | LeWMConfig | ViTConfig = field(default_factory=IJEPAConfig)
     data: Data = field(default_factory=PhotoData)
     mask: Mask | ClipMask | None = field(default_factory=Mask)  # None: everything is seen
     optimization: Optimization = field(default_factory=TargetOptimization)
@@ -177,11 +196,20 @@ DEFAULTS = {
         ),
         probe=StateProbe(),
     ),
+    "lejepa": Config(
+        architecture="lejepa",
+        model=ViTConfig(),
+        data=ViewData(),
+        mask=None,
+        optimization=Optimization(lr=5e-4, weight_decay=5e-2, final_weight_decay=5e-2),
+        probe=Probe(),
+    ),
 }
 SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "ijepa": ijepa.SIZES,
     "vjepa2": vjepa2.SIZES,
     "lewm": lewm.SIZES,
+    "lejepa": lejepa.SIZES,
 }
 
 

@@ -6,15 +6,23 @@ Source: Balestriero and LeCun, LeJEPA: Provable and Scalable Self-Supervised Lea
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.nn import Encoder, SIGReg
+from jepa_kernels.models import checkpoints
+from jepa_kernels.models.checkpoints import LoadReport, Source
+from jepa_kernels.nn import BatchNorm1d, Encoder, SIGReg
+from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
+
+Views = Sequence[Tensor] | Tensor
+ANY_SIZE = "interpolate_pos_encoding"  # what transformers' ViTs are asked with for images that are not of their size
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,29 @@ class LeJEPAConfig:
     global_views: int | None = None
 
 
-def published(**changes: Any) -> LeJEPAConfig:
-    """Two global and six local views, which meet at the mean of all."""
-    return replace(LeJEPAConfig(), **changes)
+@dataclass(frozen=True)
+class ViTConfig(LeJEPAConfig):
+    """Also of the `Encoder` that `LeJEPA.of` builds, for views of any sides that patch_size divides."""
+
+    crop_size: int = 128  # pixels per side of the global views
+    patch_size: int = 8
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
 
 
-SIZES: dict[str, Callable[..., LeJEPAConfig]] = {"published": published}
+def vit_small(**changes: Any) -> ViTConfig:
+    """ViT-S/8 at 128 pixels, as in the authors' minimal example, but for rotary positions."""
+    return replace(ViTConfig(), **changes)
+
+
+def digits(**changes: Any) -> ViTConfig:
+    """One that trains on two CPU cores in minutes, on MNIST's 28 pixels."""
+    encoder = dict(crop_size=28, patch_size=14, embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0)
+    return vit_small(**{**encoder, **dict(proj_hidden=512, proj_dim=64), **changes})
+
+
+SIZES: dict[str, Callable[..., ViTConfig]] = {f.__name__: f for f in (vit_small, digits)}
 
 
 class Losses(NamedTuple):
@@ -57,10 +82,12 @@ class LeJEPA(nn.Module):
 
     backbone: an `Encoder` of images, whose views of all sizes go through in one packed pass; or any module, such as
         timm's or Hugging Face's, pixels [n, C, H, W] -> [n, E] or [n, N, E], called once for each size. Tokens are
-        averaged.
-    In a process group SIGReg is that of all ranks' embeddings (see `nn.SIGReg`), and gradients averaged by
-    DistributedDataParallel are those of one process with the whole batch, but for the projector's batch norms: convert
-    these with torch.nn.SyncBatchNorm.convert_sync_batchnorm.
+        averaged, a class token among them. Of outputs as transformers has them `last_hidden_state` is taken, and its
+        models are asked to interpolate their positions. timm's ViTs take views of several sizes with
+        dynamic_img_size=True.
+    In a process group SIGReg and the projector's batch norms are those of all ranks (see `nn.SIGReg`,
+    `nn.BatchNorm1d`), and gradients averaged by DistributedDataParallel those of one process with the whole batch,
+    where every rank has as many images.
     """
 
     inputs = "images"  # what a batch holds, in messages
@@ -74,36 +101,52 @@ class LeJEPA(nn.Module):
         hidden = c.proj_hidden
         self.projector = nn.Sequential(
             nn.Linear(c.embed_dim, hidden),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, hidden),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, c.proj_dim),
         )
         self.sigreg = SIGReg(c.slices, c.knots)
 
-    def embed(self, views: Sequence[Tensor]) -> Tensor:
-        """What the backbone gives: views [B, C, H, W] each, of any sizes -> [V, B, E]."""
+    @classmethod
+    def of(cls, config: ViTConfig | None = None) -> LeJEPA:
+        """With an `Encoder` of these sizes and rotary positions.
+
+        It takes pixels that are uint8, or floating in 0..1; ImageNet's mean and standard deviation are taken out on the
+        way in.
+        """
+        c = ViTConfig() if config is None else config
+        sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio
+        return cls(Encoder(*sizes, rope="interleaved", mean=IMAGENET_MEAN, std=IMAGENET_STD), c)
+
+    def embed(self, views: Views, local: Tensor | None = None) -> Tensor:
+        """What the backbone gives: [V, B, E]; arguments as of `forward`."""
+        views = _apart(views, local)
         batch = self._batch(views)
         if isinstance(self.backbone, Encoder):
             x, packing = self.backbone.ragged(views)
-            return packing.mean(x).unflatten(0, (len(views), batch))
+            return self._pooled(packing.mean(x), len(views) * batch).unflatten(0, (len(views), batch))
         sizes = [tuple(view.shape[1:]) for view in views]
         found: list[Tensor | None] = [None] * len(views)
         for size in dict.fromkeys(sizes):
             own = [v for v, other in enumerate(sizes) if other == size]
-            pooled = self._pooled(self.backbone(torch.cat([views[v] for v in own])), len(own) * batch)
+            pooled = self._pooled(self._asked(torch.cat([views[v] for v in own])), len(own) * batch)
             for v, x in zip(own, pooled.chunk(len(own)), strict=True):
                 found[v] = x
         return torch.stack([x for x in found if x is not None])
 
-    def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """Projections of all views: [V, B, proj_dim]."""
-        embedded = self.embed(views)
+    def forward(self, views: Views, local: Tensor | None = None) -> Tensor:
+        """Projections of all views: [V, B, proj_dim].
+
+        views: [B, C, H, W] each, of any sizes, global ones first; or, as data loaders stack those of one size,
+        [B, V, C, H, W], and `local` the others.
+        """
+        embedded = self.embed(views, local)
         return self.projector(embedded.flatten(0, 1)).unflatten(0, embedded.shape[:2])
 
-    def objective(self, projected: Tensor) -> Losses:
+    def losses(self, projected: Tensor) -> Losses:
         """The loss and its parts, of what `forward` gives."""
         c, p = self.config, projected.float()
         if not 1 <= (c.global_views or 1) <= len(p):
@@ -112,9 +155,48 @@ class LeJEPA(nn.Module):
         invariance, sigreg = (p - meet).square().mean(), self.sigreg(p)
         return Losses((1 - c.weight) * invariance + c.weight * sigreg, invariance, sigreg)
 
-    def loss(self, views: Sequence[Tensor]) -> Tensor:
-        """The training loss, an fp32 scalar."""
-        return self.objective(self(views)).loss
+    def objective(self, projected: Tensor, views: Views | None = None, local: Tensor | None = None) -> Tensor:
+        """The loss, an fp32 scalar, of what `forward` gives; the views themselves say no more."""
+        return self.losses(projected).loss
+
+    def loss(self, views: Views, local: Tensor | None = None) -> Tensor:
+        """The training loss, an fp32 scalar; arguments as of `forward`."""
+        return self.objective(self(views, local))
+
+    def load(self, source: Source) -> LoadReport:
+        """Load a file of `save`, or this model's state dict, whole or not at all.
+
+        Raises ValueError, and loads nothing, for weights that do not fit or are not finite, and for a file of `save`
+        whose heads are others.
+        """
+        theirs = checkpoints.config_in("LeJEPA", source).get("num_heads")
+        own = getattr(self.config, "num_heads", theirs)
+        if theirs not in (None, own):
+            fail("LeJEPA", "checkpoint", f"be of {own} heads", theirs, "build the model by from_checkpoint")
+        state = checkpoints.read("LeJEPA", source)
+        checkpoints.load("LeJEPA", {"model": (self, state)}, lambda _: "build the model by from_checkpoint")
+        return LoadReport("LeJEPA", "this model's names", tuple(state), {}, {})
+
+    @classmethod
+    def from_checkpoint(cls, source: Source, backbone: nn.Module | None = None) -> tuple[LeJEPA, LoadReport]:
+        """Build the model that a file of `save` holds, load it, and put it in evaluation mode.
+
+        backbone: where it is not the `Encoder` that `of` builds. Raises ValueError as `load` does, and for a file that
+        does not tell what the backbone is.
+        """
+        config = checkpoints.config_in(cls.__name__, source)
+        if not config or (backbone is None and "depth" not in config):
+            found = "the config of another backbone" if config else "no config"
+            fail("LeJEPA", "checkpoint", "hold the config of an Encoder", found, "pass the backbone")
+        model = cls.of(ViTConfig(**config)) if backbone is None else cls(backbone, _config(config))
+        return model, (model.load(source), model.eval())[0]
+
+    def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Write the weights, and the config as JSON in the metadata, to a .safetensors file, whole or not at all.
+
+        dtype: of the file; None: the weights' own. Raises ValueError and OSError as `JEPA.save` does.
+        """
+        checkpoints.write("LeJEPA", path, self.state_dict(), dtype, asdict(self.config))
 
     def _batch(self, views: Sequence[Tensor]) -> int:
         shapes = [tuple(view.shape) for view in views]
@@ -123,11 +205,36 @@ class LeJEPA(nn.Module):
             fail("LeJEPA", "views", wanted, shapes, "pass each view of all images as one tensor")
         return shapes[0][0]
 
+    def _asked(self, pixels: Tensor) -> Any:
+        """The backbone's output; what it says about views of a size that it does not take comes with the remedy."""
+        resizes = ANY_SIZE in inspect.signature(self.backbone.forward).parameters
+        try:
+            return self.backbone(pixels, **({ANY_SIZE: True} if resizes else {}))
+        except (AssertionError, ValueError) as error:  # timm's, transformers'
+            remedy = "build it for images of any size (timm: dynamic_img_size=True), or pass views of its own"
+            text = f"LeJEPA: views must be of sizes that the backbone takes, got {tuple(pixels.shape[1:])}: {error}"
+            raise ValueError(f"{text.rstrip('.')}; {remedy}") from error
+
     def _pooled(self, x: Any, count: int) -> Tensor:
         """[n, E] of a backbone's output."""
-        width = self.config.embed_dim
+        width, x = self.config.embed_dim, getattr(x, "last_hidden_state", x)
         if not isinstance(x, Tensor) or x.dim() not in (2, 3) or (x.shape[0], x.shape[-1]) != (count, width):
             given = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             wanted = f"give [{count}, {width}] or [{count}, N, {width}]"
             fail("LeJEPA", "backbone", wanted, given, "wrap it, or set embed_dim")
         return x if x.dim() == 2 else x.mean(1)
+
+
+def _apart(views: Views, local: Tensor | None) -> Sequence[Tensor]:
+    """Each view by itself, of stacks [B, V, C, H, W]."""
+    if not isinstance(views, Tensor):
+        return views
+    stacks = [views] if local is None else [views, local]
+    if any(stack.dim() != 5 for stack in stacks):
+        shapes = [tuple(stack.shape) for stack in stacks]
+        fail("LeJEPA", "views", "be [B, V, C, H, W] in one tensor", shapes, "or pass a list of [B, C, H, W]")
+    return [view for stack in stacks for view in stack.unbind(1)]
+
+
+def _config(held: dict[str, Any]) -> LeJEPAConfig:
+    return LeJEPAConfig(**{name: value for name, value in held.items() if name in LeJEPAConfig.__dataclass_fields__})

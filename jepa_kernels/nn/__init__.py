@@ -2,6 +2,7 @@
 
 from jepa_kernels.nn.action_predictor import ActionPredictor
 from jepa_kernels.nn.attention import Attention
+from jepa_kernels.nn.batch_norm import BatchNorm1d
 from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
@@ -18,6 +19,7 @@ __all__ = [
     "Attention",
     "AttentiveClassifier",
     "AttentivePooler",
+    "BatchNorm1d",
     "Block",
     "Encoder",
     "Modulation",

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import jepa_kernels as jk
-from jepa_kernels.models.lejepa import LeJEPA, LeJEPAConfig
+from jepa_kernels.models.lejepa import LeJEPA, LeJEPAConfig, ViTConfig
 from jepa_kernels.nn import Encoder
 from jepa_kernels.ops.sigreg import reference
 from jepa_kernels.testing import compare
-from tests.models.weights import shaken
+from tests.models.weights import same, shaken
 
 CONFIG = LeJEPAConfig(embed_dim=32, proj_hidden=48, proj_dim=16, slices=64)
 SIZES = (32, 16, 24, 16)  # pixels of the views: global first
@@ -42,7 +42,7 @@ def plain_sigreg(p, directions):
 
 def test_the_loss_is_invariance_and_sigreg():
     lejepa = model()
-    found = lejepa.objective(p := lejepa(views()).detach())
+    found = lejepa.losses(p := lejepa(views()).detach())
     p, directions = p.double(), reference.directions(16, 64, 0, 0, torch.device("cpu")).double().T
     meet = sum(p) / len(SIZES)
     invariance = sum(((view - meet) ** 2).mean() for view in p) / len(SIZES)
@@ -56,7 +56,7 @@ def test_views_meet_at_the_global_ones():
     lejepa = model(replace(CONFIG, global_views=1))
     p = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
     expected = ((p - p[0]) ** 2).mean()
-    torch.testing.assert_close(lejepa.objective(p).invariance, expected)
+    torch.testing.assert_close(lejepa.losses(p).invariance, expected)
 
 
 def one_by_one(lejepa, given):
@@ -78,7 +78,7 @@ def test_one_packed_pass_equals_each_view_alone_with_every_gradient():
     packed = results(lejepa, given, lambda net, x: net(x))
     with jk.use_backend("reference"):
         exact = results(double, [x.double() for x in given], one_by_one)
-        eager = results(lejepa, given, one_by_one)
+        eager = results(lejepa, given, lambda net, x: net(x))  # plain PyTorch, with sums as long as ours
     failed = [str(r) for n in exact if not (r := compare(n, packed[n], exact[n], eager[n])).ok]
     assert not failed, failed
 
@@ -104,6 +104,51 @@ def test_other_backbones_are_called_once_for_each_size(tokens):
         torch.testing.assert_close(found, backbone.linear(view.mean((2, 3))), rtol=1e-5, atol=1e-6)
 
 
+def test_stacks_of_views_are_the_views_themselves():
+    lejepa, g = model().eval(), torch.Generator().manual_seed(0)
+    large, small = torch.randn(5, 2, 3, 32, 32, generator=g), torch.randn(5, 3, 3, 16, 16, generator=g)
+    expected = lejepa([*large.unbind(1), *small.unbind(1)])
+    assert torch.equal(lejepa(large, small), expected)
+    assert torch.equal(lejepa(large, small[:, :0]), expected[:2]) and torch.equal(lejepa(large), expected[:2])
+    assert torch.equal(lejepa.objective(expected, large, small), lejepa.losses(expected).loss)
+
+
+SMALL = ViTConfig(embed_dim=32, proj_hidden=48, proj_dim=16, slices=64, crop_size=16, depth=1, num_heads=2)
+
+
+def test_a_saved_model_is_built_again_with_its_statistics_and_steps(tmp_path):
+    lejepa = LeJEPA.of(SMALL)
+    pixels = torch.randint(0, 256, (4, 2, 3, 16, 16), dtype=torch.uint8)
+    lejepa.loss(pixels)
+    lejepa.save(tmp_path / "model.safetensors")
+    again, report = LeJEPA.from_checkpoint(tmp_path / "model.safetensors")
+    assert same(again.state_dict(), lejepa.state_dict()) and again.config == SMALL and not again.training
+    assert again.sigreg.global_step == 1 and again.projector[1].num_batches_tracked == 1
+    assert set(report.loaded) == set(lejepa.state_dict())
+    assert torch.equal(again(pixels), lejepa.eval()(pixels))
+    torch.testing.assert_close(again(pixels / 255), again(pixels))  # the same picture, floating
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    path, other = tmp_path / "model.safetensors", tmp_path / "other.safetensors"
+    LeJEPA.of(SMALL).save(path)
+    heads = LeJEPA.of(replace(SMALL, num_heads=4))
+    before = copy.deepcopy(heads.state_dict())
+    with pytest.raises(ValueError, match=r"^LeJEPA: checkpoint must be of 4 heads, got 2; build the model by from_ch"):
+        heads.load(path)
+    with pytest.raises(ValueError, match=r"^LeJEPA: checkpoint must hold exactly .+ model.backbone.blocks.1.norm1"):
+        LeJEPA.of(replace(SMALL, depth=2)).load(path)
+    nan = {name: value * torch.nan if value.is_floating_point() else value for name, value in before.items()}
+    with pytest.raises(ValueError, match=r"^LeJEPA: checkpoint must hold exactly .+ holds values that are not finite"):
+        heads.load(nan)
+    assert same(heads.state_dict(), before)
+    model(backbone=Pixels(False)).save(other)
+    with pytest.raises(ValueError, match=r"hold the config of an Encoder, got the config of another backbone; pass "):
+        LeJEPA.from_checkpoint(other)
+    again, _ = LeJEPA.from_checkpoint(other, Pixels(False))
+    assert again.config == CONFIG
+
+
 def test_a_few_steps_lower_the_loss():
     lejepa, given = model(), views(16)
     optimizer, losses = torch.optim.AdamW(lejepa.parameters(), 1e-3), []
@@ -124,9 +169,17 @@ def test_refusals():
         lejepa([])
     with pytest.raises(ValueError, match=r"LeJEPA: backbone must give \[5, 32\] or \[5, N, 32\], got .+"):
         model(backbone=nn.Flatten())(given[:1])
+    with pytest.raises(ValueError, match=r"LeJEPA: backbone must give \[20, 32\] .+, got \(20, 48\); .+ set embed_dim"):
+        model(backbone=Encoder(32, 8, 48, 2, 2, rope="interleaved"))(given)
     with pytest.raises(ValueError, match=r"LeJEPA: weight must lie in 0\.\.1, got 2; .+"):
         model(replace(CONFIG, weight=2))
     with pytest.raises(ValueError, match=r"LeJEPA: global_views must lie in 1\.\.4, the views, got 5; .+"):
         model(replace(CONFIG, global_views=5)).loss(given)
+    with pytest.raises(ValueError, match=r"LeJEPA: views must be \[B, V, C, H, W\] in one tensor, got .+"):
+        lejepa(given[0])
+    with pytest.raises(
+        ValueError, match=r"embed_patches: pixels must have sides divisible by the patch size 8, got .+"
+    ):
+        lejepa([given[0], torch.randn(5, 3, 20, 20)])
     with pytest.raises(ValueError, match=r"Encoder: ragged must be of an encoder that is not frame_causal, .+"):
         model(backbone=Encoder(32, 8, 32, 2, 2, rope="tiled", frame_causal=True))(given)

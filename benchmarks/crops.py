@@ -1,0 +1,132 @@
+"""A step on views of several sizes into rows: parity of the loss and every gradient first, then time and memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+import jepa_kernels as jk
+from benchmarks import timing
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
+from benchmarks.memory import peaks_and_seconds
+from benchmarks.rows import Row, failed, finished, stated, timed_row
+from jepa_kernels import testing
+from jepa_kernels.models.jepa import train_step
+from jepa_kernels.models.lejepa import LeJEPA
+
+LEARNING_RATE = 1e-4
+Views = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A training step of LeJEPA of one size.
+
+    name      as in the row
+    model     model() -> the network, with the same weights at every call
+    recipe    recipe() -> the rival, an eager one with these weights
+    views     views() -> uint8 [B, G, C, H, W] and [B, L, C, h, w], global and local ones
+    tokens    of all views of the batch
+    flops     of one step, a multiply-add being two
+    small     a step of the same kind on which parity is checked: in float64 this one takes seconds
+    smoke     part of the one-minute run
+    """
+
+    name: str
+    model: Callable[[], LeJEPA]
+    recipe: Callable[[], LeJEPA]
+    views: Callable[[], Views]
+    tokens: int
+    flops: float
+    small: "Crops | None" = None
+    smoke: bool = False
+    stages: ClassVar[tuple[str, ...]] = ("step",)
+    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+
+
+class Stepper:
+    """One contestant: its own model and optimiser. A call is a training step."""
+
+    def __init__(self, model: LeJEPA, views: Views):
+        self.model, self.views = model, views
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
+
+    def __call__(self) -> None:
+        train_step(self.model, self.optimizer, *self.views)
+
+
+class CropsRun:
+    """One (model, workload): all views in one packed pass, against a batch for each size."""
+
+    def __init__(self, name: str, workload: Crops, stage: str, dtype: str, settings: Settings):
+        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
+        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        self.checked = workload.small or workload
+
+    def parity(self) -> dict[str, Any]:
+        """Loss and gradient of every parameter, within the error budget of the plain PyTorch step."""
+        views = self.checked.views()
+        ours = gradients(self.checked.model(), views)
+        with jk.use_backend("reference"):
+            eager = gradients(self.checked.model(), views)
+            exact = gradients(self.checked.model().double(), in_double(views))
+        return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
+
+    def rival_error(self) -> str | None:
+        """Why the recipe's time would mean nothing: its loss or a gradient is another than ours."""
+        views = self.checked.views()
+        ours, theirs = (gradients(build(), views) for build in (self.checked.model, self.checked.recipe))
+        least = max(float(g.norm()) for g in ours.values()) * 1e-4  # biases before batch norms have none but roundings
+        for name, wanted in ours.items():
+            error = float((theirs[name] - wanted).norm() / wanted.norm().clamp_min(least))
+            if not error <= RIVAL_TOLERANCE[torch.float32]:
+                return f"{name} differs by {error:.2g} of its norm"
+        return None
+
+    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
+        """Measure. A red parity, or a recipe that computes something else, times nothing."""
+        s, w = self.settings, self.workload
+        views = w.views()
+        counted = dict(flops=w.flops, images=len(views[0]), tokens=w.tokens)
+        common = stated("model", self, self.parity(), **counted)
+        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
+        if error:
+            return [finished(failed(common, "recipe", error), s)]
+        steppers = {OURS: Stepper(w.model(), views), "recipe": Stepper(w.recipe(), views)}
+        for step in steppers.values():  # makes the optimiser's state
+            step()
+        memory, once = peaks_and_seconds(steppers, s.device)
+        rounds, clock = (max(3, s.min_rounds // 2), 50), timing.Clock(s.device)
+        times = timing.interleave(steppers, budget_s=4 * s.budget_s, rounds=rounds, clock=clock, drive=drive, once=once)
+        row = self.row(common, times, memory)
+        if times.interrupted:
+            raise Interrupted([row])
+        return [row]
+
+    def row(self, common: Row, times: timing.Times, memory: dict[str, int]) -> Row:
+        row = timed_row(common, "recipe", times.of(OURS), times.of("recipe"), times.interrupted)
+        if row["ours_us"] is not None:
+            seconds, theirs = (row[who]["p50"] / 1e6 for who in ("ours_us", "baseline_us"))
+            row |= {
+                "tokens_per_s": common["tokens"] / seconds,
+                "baseline_tokens_per_s": common["tokens"] / theirs,
+                "share_of_peak": share_of_fma(self.settings, common["flops"] / seconds),
+                "peak_bytes": memory[OURS],
+                "baseline_peak_bytes": memory["recipe"],
+            }
+        return finished(row, self.settings)
+
+
+def gradients(model: LeJEPA, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The loss, and the gradient of every parameter by name."""
+    trained = dict(model.named_parameters())
+    loss = model.loss(*views)
+    found = torch.autograd.grad(loss, list(trained.values()))
+    return {"loss": loss.detach(), **{f"d{n}": g for n, g in zip(trained, found, strict=True)}}
+
+
+def in_double(views: Views) -> tuple[Tensor, ...]:
+    return tuple(view.double() / 255 for view in views)

