@@ -66,12 +66,12 @@ def halves(photo: Any) -> tuple[Any, Any]:
     return photo.crop((0, 0, width, height // 2)), photo.crop((0, height // 2, width, height))
 
 
-def bundled(file: str) -> Path:
-    """Where `file` of an installed package, package/folders/name, lies; the package is not imported."""
+def bundled(file: str, of: str = "train") -> Path:
+    """Where `file` of an installed package, package/folders/name, lies; the package, of extra `of`, is not imported."""
     package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        extra(package)
+        extra(package, of)
     return Path(spec.origin).parent / rest  # type: ignore[union-attr, arg-type]
 
 

@@ -14,6 +14,7 @@ from jepa_kernels.models import ijepa, lewm, vjepa2
 from jepa_kernels.models.ijepa import IJEPAConfig
 from jepa_kernels.models.lewm import LeWMConfig
 from jepa_kernels.models.vjepa2 import VJEPA2Config
+from jepa_kernels.room_answers import RoomsConfig
 from jepa_kernels.video import VIDEOS
 
 FOLDER = Path(__file__).parent
@@ -55,6 +56,15 @@ class EpisodeData(Data):
     steps: int = 40  # of an episode
     frame_skip: int = 5
     collect_seed: int = 0
+
+
+@dataclass(frozen=True)
+class RoomData(Data):
+    """Rooms and questions; see scenes.Scenes."""
+
+    batch_size: int = 32
+    side: int = 4
+    objects: int = 3
 
 
 @dataclass(frozen=True)
@@ -133,16 +143,26 @@ class StateProbe:
 
 
 @dataclass(frozen=True)
+class AnswerProbe:
+    """See room_answers.probes and room_stream.compare."""
+
+    questions: int = 1000
+    fitted_on: int = 2000
+    streams: int = 10
+    frames: int = 100
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
 
     architecture: str = "ijepa"
-    model: IJEPAConfig | VJEPA2Config | LeWMConfig = field(default_factory=IJEPAConfig)
+    model: IJEPAConfig | VJEPA2Config | LeWMConfig | RoomsConfig = field(default_factory=IJEPAConfig)
     data: Data = field(default_factory=PhotoData)
     mask: Mask | ClipMask | None = field(default_factory=Mask)  # None: everything is seen
     optimization: Optimization = field(default_factory=TargetOptimization)
     logging: Logging = field(default_factory=Logging)
-    probe: Probe | ClipProbe | StateProbe = field(default_factory=Probe)
+    probe: Probe | ClipProbe | StateProbe | AnswerProbe = field(default_factory=Probe)
     seed: int = 0
 
     def plain(self) -> dict[str, Any]:
@@ -177,11 +197,20 @@ DEFAULTS = {
         ),
         probe=StateProbe(),
     ),
+    "vl_jepa": Config(
+        architecture="vl_jepa",
+        model=RoomsConfig(),
+        data=RoomData(),
+        mask=None,
+        optimization=Optimization(warmup=0.05, start_lr=0.0, lr=1e-3, final_lr=0.0, final_weight_decay=0.04),
+        probe=AnswerProbe(),
+    ),
 }
 SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "ijepa": ijepa.SIZES,
     "vjepa2": vjepa2.SIZES,
     "lewm": lewm.SIZES,
+    "vl_jepa": {"rooms": RoomsConfig},
 }
 
 
