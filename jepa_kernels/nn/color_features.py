@@ -18,9 +18,9 @@ class ColorFeatures(nn.Module):
 
     f(p) = sqrt(2) gain (cos(W p + b) - cos(b)),   W ~ N(0, bandwidth^2), b ~ U(0, 2 pi), p a pixel's color in 0..1
 
-    A patch is [3 mean f, mean of f in each cell / 4], then its place in I-JEPA's table. A linear map of cosines of single
-    pixels tells color and shape apart, also of pairs that it was not fitted on; one of the pixels, or of a random
-    vision transformer, does not. Black is 0. Nothing is trained.
+    A patch is [3 mean f, mean of f in each cell / 4], then its place in I-JEPA's table. A linear map of cosines of
+    single pixels tells color and shape apart, also of pairs that it was not fitted on; one of the pixels, or of a
+    random vision transformer, does not. Black is 0. Nothing is trained.
 
     Source: Rahimi and Recht, Random Features for Large-Scale Kernel Machines (2007); averages over parts of a picture:
     Lazebnik et al., Beyond Bags of Features (2006).
