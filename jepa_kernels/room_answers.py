@@ -76,8 +76,11 @@ class Collate:
     """Items of `Scenes` -> (pixels uint8 [B, 3, H, W], Texts), in the worker."""
 
     def __init__(self, text: str) -> None:
-        tokenizer = transformers().AutoTokenizer.from_pretrained(text_folder(text), local_files_only=True)
-        self.tokens = partial(tokenize, tokenizer, tokenizer.model_max_length)
+        auto, folder = transformers(), text_folder(text)
+        tokenizer, config = (
+            part.from_pretrained(folder, local_files_only=True) for part in (auto.AutoTokenizer, auto.AutoConfig)
+        )
+        self.tokens = partial(tokenize, tokenizer, config.max_position_embeddings)
 
     def __call__(self, items: Sequence[tuple[Tensor, str, str]]) -> tuple[Tensor, Texts]:
         pixels, asked, said = zip(*items, strict=True)

@@ -62,11 +62,10 @@ class ColorFeatures(nn.Module):
 
     def _describe(self, pixels: Tensor) -> Tensor:
         batch, side, cell = len(pixels), self.crop_size // self.patch_size, self.patch_size // CELLS
-        colors = pixels.permute(0, 2, 3, 1).float() / 255
+        colors, width = pixels.permute(0, 2, 3, 1).float() / 255, len(self.phase)
         waves = (colors @ self.weight.T + self.phase).cos_()
-        of_cells = waves.view(batch, side * CELLS, cell, side * CELLS, cell, -1).mean((2, 4)) - self.phase.cos()
-        of_cells = (
-            of_cells.view(batch, side, CELLS, side, CELLS, -1).transpose(2, 3).reshape(batch, side**2, CELLS**2, -1)
-        )
+        of_cells = waves.view(batch, side * CELLS, cell, side * CELLS, cell, width).mean((2, 4)) - self.phase.cos()
+        of_cells = of_cells.view(batch, side, CELLS, side, CELLS, width).transpose(2, 3)
+        of_cells = of_cells.reshape(batch, side**2, CELLS**2, width)
         parts = torch.cat([WHOLE * of_cells.mean(2), of_cells.flatten(2) / CELLS], -1)
         return parts * (self.gain * math.sqrt(2))
