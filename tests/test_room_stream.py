@@ -44,4 +44,6 @@ def test_an_oracle_decodes_once_a_change_and_uniform_decoding_on_every_frame(mon
     changes = np.mean([len(s.changes) for s in streams])
     assert found["changes"] == changes and found["decodes"]["selective"]["mean"] == pytest.approx(changes + 1)
     assert found["decodes"]["uniform"]["mean"] == 60
+    as_many = found["decodes"]["uniform_as_many"]["mean"]
+    assert changes + 1 <= as_many <= 6 and found["accuracy"]["uniform_as_many"]["mean"] < 1
     assert found["accuracy"]["selective"]["mean"] == found["accuracy"]["uniform"]["mean"] == 1
