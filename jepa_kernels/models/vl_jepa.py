@@ -183,8 +183,10 @@ class VLJEPA(nn.Module):
     def __init__(self, config: VLJEPAConfig, vision: nn.Module, text: nn.Module) -> None:
         super().__init__()
         self.config, self.vision, self.text = config, vision.requires_grad_(False).eval(), text
+        if config.text_scale < 0:
+            fail("VLJEPA", "text_scale", "be at least 0", config.text_scale, "0 keeps the text encoder as it is")
         if not config.text_scale:
-            text.requires_grad_(False)
+            text.requires_grad_(False).eval()
         self.predictor = Predictor(config)
         self.text_proj = nn.Linear(config.text_embed_dim, config.out_dim)
         self.log_temperature = nn.Parameter(
@@ -194,6 +196,8 @@ class VLJEPA(nn.Module):
     def train(self, mode: bool = True) -> VLJEPA:
         super().train(mode)
         self.vision.eval()
+        if not self.config.text_scale:
+            self.text.eval()
         return self
 
     @torch.no_grad()

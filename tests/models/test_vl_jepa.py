@@ -205,7 +205,8 @@ def test_a_fixed_temperature_gets_no_gradient():
 
 
 def test_an_encoder_of_answers_that_stays_is_in_no_group():
-    model, (visual, questions) = whole(text_scale=0.0), inputs()
+    model, (visual, questions) = whole(text_scale=0.0).train(), inputs()
+    assert model.predictor.training and not model.text.training, "no dropout"
     (group,) = model.parameter_groups(1e-3)
     assert all(p.requires_grad for p in group["params"]) and not model.text.words.weight.requires_grad
     model.loss(visual, texts(questions, questions, [0, 1, 2])).backward()
@@ -251,6 +252,8 @@ def test_refusals():
         Predictor(replace(CONFIG, num_kv_heads=3))
     with pytest.raises(ValueError, match=r"GroupedAttention: num_heads must divide embed_dim 64, got 5; .+"):
         Predictor(replace(CONFIG, num_heads=5))
+    with pytest.raises(ValueError, match=r"VLJEPA: text_scale must be at least 0, got -1.0; .+"):
+        whole(text_scale=-1.0)
 
 
 def test_means_of_packed_sequences():
