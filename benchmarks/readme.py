@@ -19,6 +19,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PROBES = {  # of runs: in ijepa-probe.json, ...
     "ijepa": "I-JEPA",
     "vjepa2": "V-JEPA 2",
+    "vl_jepa": "VL-JEPA",
     "lejepa": "LeJEPA",
     "lejepa_photos": "LeJEPA",
 }
@@ -152,13 +153,13 @@ def steps(found: list[rows.Row]) -> list[str]:
 
 def probe(model: str, document: dict[str, Any]) -> str:
     """Accuracy of trained features, of random initialisation and of raw pixels, with intervals."""
-    about = document["machine"]
+    about, shown = document["machine"], scores if model == "vl_jepa" else answers
     head = (
         f"`python -m jepa_kernels train {model}`: {document['step']} steps and the probes in "
         f"{document['seconds']:.0f} s ({about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
         f"{commit({'sha': document['commit']})}), with 95 % intervals."
     )
-    return "\n\n".join([head, *(answers(PROBES[model], asked) for asked in document["probes"])])
+    return "\n\n".join([head, *(shown(PROBES[model], asked) for asked in document["probes"])])
 
 
 def plan(document: dict[str, Any]) -> str:
@@ -192,6 +193,17 @@ def answers(model: str, asked: dict[str, Any]) -> str:
     }
     cells = [(title, *(score(asked[kind][name]) for kind in kinds)) for name, title in titles.items()]
     return "\n".join([head, "", *table(("features", *map(PROBE_KINDS.get, kinds)), cells)])
+
+
+def scores(model: str, asked: dict[str, Any]) -> str:
+    """A question and its table as the run itself shows it."""
+    titles = {"trained": f"{model}, trained", "trained_minus_linear_map": "trained minus linear map, paired"}
+    parts = {part: found for part, found in asked.items() if isinstance(found, dict)}
+    names = list(next(iter(parts.values())))
+    cells = [(titles.get(n, n.replace("_", " ")), *(score(found[n]) for found in parts.values())) for n in names]
+    about = [f"Chance: {asked['chance']:.3f}"] if "chance" in asked else []
+    head = f"{asked['question']} {'; '.join([*about, asked['score']])}:"
+    return "\n".join([head, "", *table(("", *parts), cells)])
 
 
 def score(one: dict[str, Any]) -> str:

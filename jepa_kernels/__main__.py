@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], default="float32")
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_explain)
-    verbs.add_parser("train", help="train a model: `train ijepa`, `train vjepa2`, or a YAML file; see `train --help`")
+    verbs.add_parser("train", help="train a model: `train ijepa`, `train vl_jepa`, or a YAML file; see `train --help`")
     verbs.add_parser("plan", help="plan with a world model and act, on PushT; see `plan --help`")
     return parser
 

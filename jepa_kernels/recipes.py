@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jepa_kernels import probe, pusht
+from jepa_kernels import probe, pusht, room_answers, room_stream
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
 from jepa_kernels.data import PhotoCrops, normalize
@@ -23,6 +23,8 @@ from jepa_kernels.models.jepa import JEPA
 from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
+from jepa_kernels.models.vl_jepa import VLJEPA
+from jepa_kernels.scenes import Scenes
 from jepa_kernels.video import VideoClips
 from jepa_kernels.views import Views, load_digits
 
@@ -37,6 +39,8 @@ class Recipe:
     probes: (a config, the trained networks, what makes others at random initialisation) -> scores, one each.
     needs: packages that these import when they are called.
     prepare: uint8 pixels -> what the model takes.
+    collate: a config -> what makes a batch of items without masks, (pixels, what else); None: both are stacked.
+    pictures: (a config, the trained networks) -> {name: PNG}, of what a table does not show.
     """
 
     model: Callable[..., Any]
@@ -45,6 +49,8 @@ class Recipe:
     probes: Callable[[Config, Any, Callable[[], Any]], list[dict[str, Any]]]
     needs: tuple[str, ...]
     prepare: Callable[[Tensor], Tensor] = normalize
+    collate: Callable[[Config], Callable[[list[Any]], Any]] | None = None
+    pictures: Callable[[Config, Any], dict[str, bytes]] | None = None
 
 
 def _target_latents(model: JEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -198,9 +204,54 @@ def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> 
     return probe.photos(*encoders, _side(config), prepare=lambda pixels: pixels / 255, **vars(p))
 
 
+def _answering(config: room_answers.RoomsConfig, *, shadow_dtype: torch.dtype | None = None) -> VLJEPA:
+    return room_answers.build(config)
+
+
+def _rooms(config: Config) -> tuple[Scenes, None]:
+    return _rooms_of(config)(seed=config.seed), None
+
+
+def _rooms_of(config: Config) -> Callable[..., Scenes]:
+    d: Any = config.data
+    return partial(Scenes, _side(config), side=d.side, objects=d.objects)
+
+
+def _questions(config: Config) -> room_answers.Collate:
+    c: Any = config.model
+    return room_answers.Collate(c.text)
+
+
+def _stream(config: Config, seed: int) -> room_stream.Stream:
+    p: Any = config.probe
+    d: Any = config.data
+    return room_stream.stream(p.frames, _side(config), side=d.side, seed=seed)
+
+
+def _answer_probes(config: Config, model: VLJEPA, fresh: Callable[[], VLJEPA]) -> list[dict[str, Any]]:
+    p: Any = config.probe
+    counts = dict(questions=p.questions, fitted_on=p.fitted_on)
+    found = room_answers.probes(model, fresh, _rooms_of(config), **counts)
+    return [*found, room_stream.compare(model, [_stream(config, seed) for seed in range(p.streams)])]
+
+
+def _answers(model: VLJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    return model.predictor.out_proj, lambda rows: rows.detach()[:, None]
+
+
 RECIPES = {
     "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
     "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
     "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=lambda frames: frames),
     "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("skimage", "sklearn"), prepare=lambda views: views),
+    "vl_jepa": Recipe(
+        _answering,
+        _rooms,
+        _answers,
+        _answer_probes,
+        ("sklearn",),
+        prepare=lambda pixels: pixels,
+        collate=_questions,
+        pictures=lambda config, model: {"selective.png": room_stream.picture(model, _stream(config, 0))},
+    ),
 }

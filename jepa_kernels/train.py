@@ -1,8 +1,8 @@
-"""A plain training loop: `python -m jepa_kernels train ijepa`, `train vjepa2`, `train pusht`, or `train my.yaml`.
+"""A plain training loop: `python -m jepa_kernels train ijepa`, `vjepa2`, `pusht`, `vl_jepa`, or `train my.yaml`.
 
 In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), model.safetensors (the trained weights
-and the networks' config), curves.png, probe.json. Crops, clips, windows, masks and schedules are functions of
-(seed, step), so that a resumed run continues bit for bit.
+and the networks' config), curves.png, probe.json, and a recipe's own pictures. Crops, clips, windows, questions, masks
+and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from jepa_kernels.masks import MaskBatch
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.jepa import train_step
+from jepa_kernels.models.vl_jepa import Texts
 from jepa_kernels.recipes import RECIPES
 
 FORMAT = "jepa_kernels.train/1"
@@ -70,14 +71,14 @@ class Trainer:
         )
         decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
         for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr, decay if group["decayed"] else 0.0
+            group["lr"], group["weight_decay"] = lr * group["lr_scale"], decay if group["decayed"] else 0.0
         row = {"lr": lr, "weight_decay": decay}
         if isinstance(c, TargetOptimization):
             row["momentum"] = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
         return row
 
-    def advance(self, pixels: Tensor, given: MaskBatch | Tensor) -> dict[str, Any]:
-        """One step on uint8 pixels, and masks or actions; returns what the log shows of it."""
+    def advance(self, pixels: Tensor, given: MaskBatch | Tensor | Texts) -> dict[str, Any]:
+        """One step on uint8 pixels, and masks, actions or texts; returns what the log shows of it."""
         row = self.schedule()
         batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
         on_device, momentum = given.to(self.device), row.get("momentum")
@@ -140,13 +141,21 @@ class Trainer:
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for everything but biases and vectors, as published (so the mask token is decayed)."""
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (exempt if parameter.dim() == 1 or name.endswith("bias") else decayed).append(parameter)
-    return [{"params": decayed, "decayed": True}, {"params": exempt, "decayed": False, "weight_decay": 0.0}]
+    """Weight decay for everything but biases, vectors and numbers, as published (so the mask token is decayed).
+
+    A model's `parameter_groups` says what is trained at another share of the learning rate, `lr_scale`.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    own = getattr(model, "parameter_groups", lambda lr: [{"params": list(names), "lr": lr}])
+    groups: list[dict[str, Any]] = []
+    for part in own(1.0):
+        trained = [p for p in part["params"] if p.requires_grad]
+        exempt = {p for p in trained if p.dim() < 2 or names[p].endswith("bias")}
+        decayed = [p for p in trained if p not in exempt]
+        others = [p for p in trained if p in exempt]
+        groups.append({"params": decayed, "decayed": True, "lr_scale": part["lr"]})
+        groups.append({"params": others, "decayed": False, "weight_decay": 0.0, "lr_scale": part["lr"]})
+    return groups
 
 
 def latent_stats(latents: Tensor) -> CollapseStats:
@@ -171,18 +180,19 @@ class _Collate:
 
 
 def batches(config: Config, start: int = 0) -> DataLoader[Any]:
-    """Load (uint8 pixels, masks or actions) of the steps from `start` on: functions of (seed, step) alone."""
-    d = config.data
-    inputs, masks = RECIPES[config.architecture].inputs(config)
+    """Load (uint8 pixels, masks, actions or texts) of the steps from `start` on: functions of (seed, step) alone."""
+    d, recipe = config.data, RECIPES[config.architecture]
+    inputs, masks = recipe.inputs(config)
+    collate = None if recipe.collate is None else recipe.collate(config)
     if masks is not None:
-        masks.step = start
+        masks.step, collate = start, _Collate(masks)
     indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
     generator = torch.Generator()  # the loader would draw its workers' seed from the global one
     return DataLoader(
         inputs,
         d.batch_size,
         sampler=indices,
-        collate_fn=None if masks is None else _Collate(masks),
+        collate_fn=collate,
         num_workers=d.num_workers,
         generator=generator,
     )
@@ -279,9 +289,14 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def _pictures(trainer: Trainer) -> dict[str, bytes]:
+    make = trainer.recipe.pictures
+    return {} if make is None else make(trainer.config, trainer.model)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a shipped name, such as ijepa, vjepa2 or pusht, or a YAML file")
+    parser.add_argument("config", help="a shipped name, such as ijepa, vjepa2, pusht or vl_jepa, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
@@ -334,6 +349,8 @@ def main(argv: list[str]) -> int:
             result = evaluate(trainer)
             result["seconds"] = time.perf_counter() - started
             report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
+            for name, png in _pictures(trainer).items():
+                report.write(out / name, png)
             report.show(result["probes"])
     except (report.SaveError, BackendError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -19,11 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import jepa_kernels as jk
 from benchmarks import __main__ as front
 from benchmarks import machine, report, rows, stats, step, targets, text, timing
+from benchmarks.answering import AnsweringRun, Padded
 from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_lejepa, bench_vjepa2
+from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_lejepa, bench_vjepa2, bench_vl_jepa
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.patched import PatchedRun
 from benchmarks.workload import Workload
@@ -293,6 +294,18 @@ def test_an_encoder_shows_measured_times_of_one_token_of_each_side():
     assert found["baseline_us"]["p50"] * found["baseline_tokens"] == pytest.approx(3e6)
     assert found["share_of_peak"] == pytest.approx(run.workload.flops(run.lengths) / 2.0 / 200e9)
     assert rows.problems(document(found)) == [] and "_per_token/" in rows.key(found)
+
+
+def test_a_predictor_is_timed_against_padding_that_predicts_the_same(monkeypatch):
+    run = AnsweringRun("vl_jepa", bench_vl_jepa.WORKLOADS[-1], "backward", "float32", QUICK)
+    (found,) = run.rows()
+    assert found["status"] == "ok" and rows.problems(document(found)) == []
+    lengths = [len(v) + len(q) for v, q in zip(run.visual, run.questions, strict=True)]
+    assert (found["tokens"], found["baseline_tokens"]) == (sum(lengths), 3 * max(lengths))
+    honest = Padded.turn
+    monkeypatch.setattr(Padded, "turn", lambda *given: 1.1 * honest(*given))
+    (found,) = run.rows()
+    assert found["status"] == "failed" and "its embeddings differ by" in found["error"]
 
 
 def test_a_patched_model_is_timed_against_itself_unless_it_gives_other_numbers():

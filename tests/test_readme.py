@@ -24,6 +24,13 @@ PROBE = {
 }  # fmt: skip
 
 
+ANSWERS = {
+    **PROBE, "config": {"architecture": "vl_jepa"},
+    "probes": [{"question": "Which answer?", "chance": 1 / 18, "score": "recall@1", "held out": {
+        "trained": {"mean": 0.4, "ci95": [0.37, 0.43]}, "linear_map": {"mean": 0.1, "ci95": [0.08, 0.12]}}}],
+}  # fmt: skip
+
+
 PLAN = {
     "problem": "pusht", "complete": True, "actions": 20, "seed": 1, "seconds": 300.0, "commit": "0123456789abcdef",
     "machine": PROBE["machine"],
@@ -96,3 +103,14 @@ def test_only_complete_runs_are_adopted(tmp_path, capsys):
         run.write_text(json.dumps(spoilt))
         assert readme.main(["--adopt", str(run)]) == 1
         assert why in capsys.readouterr().err
+
+
+def test_answers_are_shown_beside_what_they_are_held_against(tmp_path):
+    run, results = tmp_path / "probe.json", tmp_path / "results"
+    run.write_text(json.dumps(ANSWERS))
+    assert readme.adopt(run, results).name == "vl_jepa-probe.json"
+    page = readme.tables(results)
+    assert "`python -m jepa_kernels train vl_jepa`: 1000 steps" in page
+    assert "Which answer? Chance: 0.056; recall@1:" in page and "|  | held out |" in page
+    assert "| VL-JEPA, trained | 0.400 (0.370 to 0.430) |" in page
+    assert "| linear map | 0.100 (0.080 to 0.120) |" in page

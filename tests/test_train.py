@@ -464,7 +464,7 @@ def test_a_missing_package_is_named_before_the_first_step(config, tmp_path, caps
 
 
 def test_every_shipped_config_is_a_config():
-    for name in configs.shipped():
+    for name in set(configs.shipped()) - {"vl_jepa"}:  # its text encoder lies in a package: see test_train_vl_jepa
         config = configs.read(name)
         with torch.device("meta"):
             RECIPES[config.architecture].model(config.model)

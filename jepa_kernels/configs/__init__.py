@@ -15,6 +15,7 @@ from jepa_kernels.models.ijepa import IJEPAConfig
 from jepa_kernels.models.lejepa import ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig
 from jepa_kernels.models.vjepa2 import VJEPA2Config
+from jepa_kernels.room_answers import RoomsConfig
 from jepa_kernels.video import VIDEOS
 
 FOLDER = Path(__file__).parent
@@ -74,6 +75,15 @@ class ViewData(Data):
     horizontal_flip: bool = True
     grey: float = 0.2
     jitter: float = 0.4
+
+
+@dataclass(frozen=True)
+class RoomData(Data):
+    """Rooms and questions; see scenes.Scenes."""
+
+    batch_size: int = 32
+    side: int = 4
+    objects: int = 3
 
 
 @dataclass(frozen=True)
@@ -152,16 +162,26 @@ class StateProbe:
 
 
 @dataclass(frozen=True)
+class AnswerProbe:
+    """See room_answers.probes and room_stream.compare."""
+
+    questions: int = 1000
+    fitted_on: int = 2000
+    streams: int = 10
+    frames: int = 100
+
+
+@dataclass(frozen=True)
 class Config:
     """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
 
     architecture: str = "ijepa"
-    model: IJEPAConfig | VJEPA2Config | LeWMConfig | ViTConfig = field(default_factory=IJEPAConfig)
+    model: IJEPAConfig | VJEPA2Config | LeWMConfig | ViTConfig | RoomsConfig = field(default_factory=IJEPAConfig)
     data: Data = field(default_factory=PhotoData)
     mask: Mask | ClipMask | None = field(default_factory=Mask)  # None: everything is seen
     optimization: Optimization = field(default_factory=TargetOptimization)
     logging: Logging = field(default_factory=Logging)
-    probe: Probe | ClipProbe | StateProbe = field(default_factory=Probe)
+    probe: Probe | ClipProbe | StateProbe | AnswerProbe = field(default_factory=Probe)
     seed: int = 0
 
     def plain(self) -> dict[str, Any]:
@@ -204,12 +224,21 @@ DEFAULTS = {
         optimization=Optimization(lr=5e-4, weight_decay=5e-2, final_weight_decay=5e-2),
         probe=Probe(),
     ),
+    "vl_jepa": Config(
+        architecture="vl_jepa",
+        model=RoomsConfig(),
+        data=RoomData(),
+        mask=None,
+        optimization=Optimization(warmup=0.05, start_lr=0.0, lr=1e-3, final_lr=0.0, final_weight_decay=0.04),
+        probe=AnswerProbe(),
+    ),
 }
 SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "ijepa": ijepa.SIZES,
     "vjepa2": vjepa2.SIZES,
     "lewm": lewm.SIZES,
     "lejepa": lejepa.SIZES,
+    "vl_jepa": {"rooms": RoomsConfig},
 }
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jepa_kernels.models.vl_jepa import LLAMA_3, VLJEPA, Predictor, VLJEPAConfig
+from jepa_kernels.models.vl_jepa import LLAMA_3, VLJEPA, Predictor, Texts, VLJEPAConfig
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.testing import compare
@@ -50,7 +50,7 @@ def llama(own):
 
 def by_llama(own, visual, questions):
     """Each sequence by itself, by the predictor's own weights in Llama's forward."""
-    model, found = llama(own).to(visual.dtype), []
+    model, found = llama(own).to(visual[0].dtype), []
     weights = {n: p for n, p in own.named_parameters() if not n.startswith(("visual_proj", "out_proj"))}
     for name, weight in weights.items():
         owner, _, last = name.rpartition(".")
@@ -91,6 +91,23 @@ def test_gradients_are_those_of_each_sequence_alone():
         assert parity.ok, parity
 
 
+def test_inputs_of_different_lengths_are_each_alone():
+    """Images beside clips: packed visual tokens give the bits that each input gives by itself."""
+    own, (_, questions) = predictor(), inputs()
+    g = torch.Generator().manual_seed(2)
+    shown = [torch.randn(n, CONFIG.vision_embed_dim, generator=g) for n in (4, 9, 1)]
+    visual, seen = pack(shown)
+    alone = [own(x[None], *pack([q]))[0] for x, q in zip(shown, questions, strict=True)]
+    out = own(visual, *pack(questions), seen=seen)
+    torch.testing.assert_close(out, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    exact = by_llama(copy.deepcopy(own).double(), [x.double() for x in shown], questions)
+    parity = compare("out", out, exact, by_llama(own, shown, questions))
+    assert parity.ok, parity
+    even = torch.stack([shown[0]] * 3)
+    same_length = Packing.uniform(3, 4)
+    assert torch.equal(own(even, *pack(questions)), own(even.flatten(0, 1), *pack(questions), seen=same_length))
+
+
 def test_a_question_changes_its_own_answer_alone():
     own, (visual, questions) = predictor(), inputs()
     changed = [questions[0], (questions[1] + 1) % CONFIG.vocab_size, questions[2]]
@@ -123,10 +140,14 @@ def whole(**changes):
     return shaken(VLJEPA(replace(CONFIG, **changes), Seen(), Words()), 0.05)
 
 
+def texts(questions, answers, which):
+    return Texts(*pack(questions), *pack(answers), torch.tensor(which))
+
+
 def test_the_loss_is_the_mean_of_both_cross_entropies():
     model, (visual, questions) = whole(), inputs()
     answers = [q + 0 for q in questions[::-1]]
-    loss = model.loss(model.see(visual), pack(questions), pack(answers))
+    loss = model.loss(visual, texts(questions, answers, [0, 1, 2]))
     predicted = F.normalize(by_llama(model.predictor, model.see(visual), questions), dim=-1)
     answered = torch.stack([model.text_proj(model.text.words(a).mean(0)) for a in answers])
     scores = predicted @ F.normalize(answered, dim=-1).T / model.log_temperature.exp()
@@ -136,20 +157,39 @@ def test_the_loss_is_the_mean_of_both_cross_entropies():
 
 
 def test_equal_answers_are_no_negatives():
+    """Of rows 0 and 1, which share an answer, each has row 2 alone to be told from."""
     model, (visual, questions) = whole(), inputs()
-    answers = [questions[0], questions[0], questions[2]]
-    both = torch.tensor([0, 0, 1])
-    told = model.loss(model.see(visual), pack(questions), pack(answers), duplicates=both)
-    assert told < model.loss(model.see(visual), pack(questions), pack(answers))
+    given = texts(questions, [questions[0], questions[2]], [0, 0, 1])
+    predicted, answered = (F.normalize(x, dim=-1) for x in model(visual, given))
+    assert torch.equal(answered[0], answered[1])
+    scores = (predicted @ answered.T / model.log_temperature.exp()).double()
+    scores[0, 1] = scores[1, 0] = -torch.inf
+    places = torch.arange(3)
+    expected = (F.cross_entropy(scores, places) + F.cross_entropy(scores.T, places)) / 2
+    torch.testing.assert_close(model.loss(visual, given), expected.float(), rtol=1e-5, atol=0)
+
+
+def test_texts_of_a_batch_hold_each_answer_once():
+    words = {"go": [3], "to it": [4, 5], "key": [6]}
+
+    def tokens(given):
+        return pack([torch.tensor(words[text]) for text in given])
+
+    of = Texts.of(tokens, ["to it", "go", "go"], ["to it", "key", "to it"])
+    assert of.question.tolist() == [4, 5, 3, 3] and of.question_packing.lengths == (2, 1, 1)
+    assert of.answer.tolist() == [6, 4, 5] and of.which.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"VLJEPA: answers must be one for each of 2 questions, got 1; .+"):
+        Texts.of(tokens, ["go", "go"], ["key"])
 
 
 def test_the_encoder_of_pixels_stays_as_it_is_and_texts_learn_slowly():
     model, (visual, questions) = whole().train(), inputs()
     assert not model.vision.training and not model.see(visual).requires_grad
     rest, text = model.parameter_groups(1e-3)
+    assert text["lr"] == 0.05 * rest["lr"]
     optimizer = torch.optim.SGD([rest, text])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.loss(model.see(visual), pack(questions), pack(questions)).backward()
+    model.loss(visual, texts(questions, questions, [0, 1, 2])).backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
     optimizer.step()
     assert grads.pop("vision.scale") is None
@@ -160,8 +200,29 @@ def test_the_encoder_of_pixels_stays_as_it_is_and_texts_learn_slowly():
 
 def test_a_fixed_temperature_gets_no_gradient():
     model, (visual, questions) = whole(learn_temperature=False), inputs()
-    model.loss(model.see(visual), pack(questions), pack(questions)).backward()
+    model.loss(visual, texts(questions, questions, [0, 1, 2])).backward()
     assert model.log_temperature.grad is None and model.log_temperature.exp().item() != 0.07  # shaken
+
+
+def test_an_encoder_of_answers_that_stays_is_in_no_group():
+    model, (visual, questions) = whole(text_scale=0.0).train(), inputs()
+    assert model.predictor.training and not model.text.training, "no dropout"
+    (group,) = model.parameter_groups(1e-3)
+    assert all(p.requires_grad for p in group["params"]) and not model.text.words.weight.requires_grad
+    model.loss(visual, texts(questions, questions, [0, 1, 2])).backward()
+    assert model.text.words.weight.grad is None and all(p.grad is not None for p in group["params"])
+
+
+def test_a_file_holds_the_whole_model(tmp_path):
+    model, other = whole(), whole()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    model.save(tmp_path / "model.safetensors")
+    other.load(tmp_path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=r"VLJEPA: checkpoint must hold exactly the weights .+; .+"):
+        other.load({**model.state_dict(), "log_temperature": torch.tensor(torch.nan)})
 
 
 def test_compiles_to_one_graph():
@@ -179,12 +240,20 @@ def test_refusals():
         own(visual[:2], tokens, packing)
     with pytest.raises(ValueError, match=r"VLJEPA: visual must have shape .+"):
         own(visual[0], tokens, packing)
+    with pytest.raises(ValueError, match=r"VLJEPA: seen must pack 15 visual tokens, got 14; .+"):
+        own(visual.flatten(0, 1), tokens, packing, seen=Packing.from_lengths([4, 5, 5]))
+    with pytest.raises(ValueError, match=r"VLJEPA: packing must hold 2 questions, one for each input, got 3; .+"):
+        own(visual.flatten(0, 1), tokens, packing, seen=Packing.from_lengths([7, 8]))
+    with pytest.raises(ValueError, match=r"VLJEPA: texts must hold at least 2 pairs, got 1; .+"):
+        whole().loss(visual[:1], texts(questions[:1], questions[:1], [0]))
     with pytest.raises(TypeError, match=r"VLJEPA: question must .+"):
         own(visual, tokens.int(), packing)
     with pytest.raises(ValueError, match=r"GroupedAttention: num_kv_heads must divide num_heads 4, got 3; .+"):
         Predictor(replace(CONFIG, num_kv_heads=3))
     with pytest.raises(ValueError, match=r"GroupedAttention: num_heads must divide embed_dim 64, got 5; .+"):
         Predictor(replace(CONFIG, num_heads=5))
+    with pytest.raises(ValueError, match=r"VLJEPA: text_scale must be at least 0, got -1.0; .+"):
+        whole(text_scale=-1.0)
 
 
 def test_means_of_packed_sequences():

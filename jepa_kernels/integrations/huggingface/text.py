@@ -14,6 +14,20 @@ from jepa_kernels.integrations.huggingface import register_attention, transforme
 from jepa_kernels.packing import Packing
 
 
+def tokenize(
+    tokenizer: Any, most: int, texts: Sequence[str], *, device: torch.device | str | None = None
+) -> tuple[Tensor, Packing]:
+    """`TextEncoder.tokens` without its model, as workers of a data loader call it; most: tokens of a text."""
+    ids = tokenizer(list(texts))["input_ids"] if len(texts) else []
+    for text, own in zip(texts, ids, strict=True):
+        if not text.strip():
+            fail("TextEncoder", "texts", "hold words", repr(text), "leave it out")
+        if len(own) > most:
+            fail("TextEncoder", "texts", f"have at most {most} tokens", f"{len(own)}: {text[:40]!r}...", "cut it")
+    flat = torch.tensor([i for own in ids for i in own], dtype=torch.int64).to(device)
+    return flat, Packing.from_lengths([len(own) for own in ids], device=device)
+
+
 class TextEncoder(nn.Module):
     """The mean over a text's tokens of an encoder's last hidden state, as sentence embeddings take it.
 
@@ -43,15 +57,8 @@ class TextEncoder(nn.Module):
 
         Raises ValueError for an empty text or one of more tokens than the model has positions.
         """
-        ids = self.tokenizer(list(texts))["input_ids"] if len(texts) else []
         most: int = self.model.config.max_position_embeddings  # type: ignore[union-attr, assignment]
-        for text, own in zip(texts, ids, strict=True):
-            if not text.strip():
-                fail("TextEncoder", "texts", "hold words", repr(text), "leave it out")
-            if len(own) > most:
-                fail("TextEncoder", "texts", f"have at most {most} tokens", f"{len(own)}: {text[:40]!r}...", "cut it")
-        flat = torch.tensor([i for own in ids for i in own], dtype=torch.int64).to(device)
-        return flat, Packing.from_lengths([len(own) for own in ids], device=device)
+        return tokenize(self.tokenizer, most, texts, device=device)
 
     def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
         """int64 [T] packed -> [S, E]."""

@@ -1,0 +1,124 @@
+"""Selective decoding on a stream of rooms: text is decoded when the predicted embeddings move, not on every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jepa_kernels.data import extra
+from jepa_kernels.models.vl_answers import embed, emissions, retrieve
+from jepa_kernels.models.vl_jepa import VLJEPA
+from jepa_kernels.probe import bootstrap
+from jepa_kernels.report import png
+from jepa_kernels.room_answers import predicted
+from jepa_kernels.scenes import HELD_OUT, SPLITS, THINGS, Scene, answer, candidates
+
+CHUNK = 50  # frames per forward
+CHANGE = 1 / 12  # chance that the thing asked about is another one in the next frame
+QUESTION = "what is at the top left?"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """frames: uint8 [T, 3, H, W]. said: the right answer to QUESTION at each of them. changes: frames of a new one."""
+
+    frames: Tensor
+    said: tuple[str, ...]
+    changes: tuple[int, ...]
+
+
+def stream(steps: int, size: int, *, side: int = 4, seed: int = 0) -> Stream:
+    """A room in which a thing at the top left and another at the bottom right wander, each inside its quarter; at times
+    that no clock tells the first gives way to another thing. Of (steps, size, side, seed) alone; training's things."""
+    rng = np.random.default_rng((seed, len(SPLITS)))
+    known, half = [thing for thing in THINGS if thing not in HELD_OUT], side // 2
+    shown, other = (known[n] for n in rng.permutation(len(known))[:2])
+    frames, said, changes = [], [], []
+    for t in range(steps):
+        if t and rng.random() < CHANGE:
+            shown = [thing for thing in known if thing != shown][rng.integers(len(known) - 1)]
+            changes.append(t)
+        (a, b), (c, d) = rng.integers(half, size=(2, 2)).tolist()
+        room = Scene((shown, other), ((a, b), (half + c, half + d)), side)
+        frames.append(torch.from_numpy(room.render(size // (side + 2))).permute(2, 0, 1))
+        said.append(answer(shown))
+    return Stream(torch.stack(frames), tuple(said), tuple(changes))
+
+
+def follow(model: VLJEPA, seen: Stream) -> Tensor:
+    """The predicted embedding of the answer at every frame, [T, out_dim]."""
+    return torch.cat([predicted(model, frames, [QUESTION] * len(frames)) for frames in seen.frames.split(CHUNK)])
+
+
+def right(texts: Sequence[str], decoded: Sequence[int], said: Sequence[str]) -> np.ndarray:
+    """bool [T]: whether the last decoded text is the right one; texts: what would be decoded at each frame."""
+    last = np.searchsorted(np.asarray(decoded), np.arange(len(said)), side="right") - 1
+    return np.array([texts[decoded[n]] == wanted for n, wanted in zip(last, said, strict=True)])
+
+
+def threshold(known: Tensor) -> float:
+    """Half the least distance between two answers' embeddings: a new answer moves the stream by more than that."""
+    apart = 1 - known @ known.T
+    return float(apart[~torch.eye(len(known), dtype=torch.bool, device=known.device)].min() / 2)
+
+
+def compare(model: VLJEPA, streams: Sequence[Stream]) -> dict[str, Any]:
+    """Selective decoding against decoding every p-th frame: "uniform", p the largest that is right as often, over all
+    streams, and "uniform_as_many", p such that there are at least as many decodes.
+
+    Returns {decodes, accuracy: {selective, uniform, uniform_as_many: {mean, ci95}}}, as `report.show` takes them.
+    """
+    known, names = embed(model, candidates()), candidates()
+    limit = threshold(known)
+    chosen, texts = [], []
+    for seen in streams:
+        embeddings = follow(model, seen)
+        chosen.append(emissions(embeddings, limit)[0])
+        texts.append([names[n] for n in retrieve(embeddings, known)[1][:, 0].tolist()])
+
+    def score(decoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        counts = np.array([len(steps) for steps in decoded], dtype=float)
+        shares = [right(*row).mean() for row in zip(texts, decoded, (s.said for s in streams), strict=True)]
+        return counts, np.array(shares)
+
+    selective = score(chosen)
+    every = [score([range(0, len(s.said), p) for s in streams]) for p in range(1, len(streams[0].said) + 1)]
+    many = min((u for u in every if u[0].mean() >= selective[0].mean()), key=lambda u: u[0].mean())
+    uniform = next((u for u in reversed(every) if u[1].mean() >= selective[1].mean()), every[0])
+    found = {"selective": selective, "uniform": uniform, "uniform_as_many": many}
+    return {
+        "question": f"{QUESTION} Asked along {len(streams)} streams of {len(streams[0].said)} frames.",
+        "score": "mean of a stream",
+        "changes": float(np.mean([len(s.changes) for s in streams])),
+        "decodes": {name: _score(counts) for name, (counts, _) in found.items()},
+        "accuracy": {name: _score(shares) for name, (_, shares) in found.items()},
+    }
+
+
+def _score(values: np.ndarray) -> dict[str, Any]:
+    return {"mean": float(values.mean()), "ci95": list(bootstrap(values[:, None]))}
+
+
+def picture(model: VLJEPA, seen: Stream) -> bytes:
+    """The stream's distance from the mean since the last emission, emissions and true changes marked, as a PNG."""
+    extra("matplotlib").use("Agg")
+    pyplot = extra("matplotlib.pyplot")
+    known = embed(model, candidates())
+    limit, embeddings = threshold(known), follow(model, seen)
+    steps, distances = emissions(embeddings, limit)
+    figure, axis = pyplot.subplots(figsize=(12, 3.5), layout="constrained")
+    axis.plot(distances, color="tab:blue", label="distance from the last emission's segment")
+    axis.axhline(limit, color="grey", linestyle="--", label="threshold")
+    axis.plot(steps, distances[steps], "o", color="tab:red", label="text is decoded")
+    for n, change in enumerate(seen.changes):
+        axis.axvline(change, color="tab:green", alpha=0.4, label="the thing changes" if n == 0 else None)
+    for step, nearest in zip(steps, retrieve(embeddings[steps], known)[1][:, 0].tolist(), strict=True):
+        axis.annotate(candidates()[nearest], (step, float(distances[step])), rotation=45, fontsize=7)
+    axis.set(xlabel="frame", ylabel="1 - cosine", title=QUESTION, ylim=(0, None))
+    figure.legend(loc="outside right upper", fontsize=7)
+    return png(figure)
