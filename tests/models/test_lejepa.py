@@ -109,7 +109,8 @@ def test_stacks_of_views_are_the_views_themselves():
     large, small = torch.randn(5, 2, 3, 32, 32, generator=g), torch.randn(5, 3, 3, 16, 16, generator=g)
     expected = lejepa([*large.unbind(1), *small.unbind(1)])
     assert torch.equal(lejepa(large, small), expected)
-    assert torch.equal(lejepa(large, small[:, :0]), expected[:2]) and torch.equal(lejepa(large), expected[:2])
+    assert torch.equal(lejepa(large, small[:, :0]), lejepa(large))
+    torch.testing.assert_close(lejepa(large), expected[:2])  # products of fewer rows may sum in another order
     assert torch.equal(lejepa.objective(expected, large, small), lejepa.losses(expected).loss)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from jepa_kernels.scenes import COLORS, HELD_OUT, KINDS, THINGS, Scene, Scenes, answer, candidates
+from jepa_kernels.rooms.scenes import COLORS, HELD_OUT, KINDS, THINGS, Scene, Scenes, answer, candidates
 
 pytest.importorskip("minigrid", reason="minigrid is not installed")
 SIZE, COUNT = 48, 200

@@ -20,7 +20,7 @@ from jepa_kernels.models.vl_answers import embed, retrieve
 from jepa_kernels.models.vl_jepa import VLJEPA, Texts, VLJEPAConfig
 from jepa_kernels.nn.color_features import ColorFeatures
 from jepa_kernels.probe import bootstrap
-from jepa_kernels.scenes import SPLITS, Scenes, candidates
+from jepa_kernels.rooms.scenes import SPLITS, Scenes, candidates
 
 CHUNK = 50  # questions per forward
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # the baseline's, of which cross-validation takes one

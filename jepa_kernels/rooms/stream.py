@@ -15,8 +15,8 @@ from jepa_kernels.models.vl_answers import embed, emissions, retrieve
 from jepa_kernels.models.vl_jepa import VLJEPA
 from jepa_kernels.probe import bootstrap
 from jepa_kernels.report import png
-from jepa_kernels.room_answers import predicted
-from jepa_kernels.scenes import HELD_OUT, SPLITS, THINGS, Scene, answer, candidates
+from jepa_kernels.rooms.answers import predicted
+from jepa_kernels.rooms.scenes import HELD_OUT, SPLITS, THINGS, Scene, answer, candidates
 
 CHUNK = 50  # frames per forward
 CHANGE = 1 / 12  # chance that the thing asked about is another one in the next frame
