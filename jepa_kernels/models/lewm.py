@@ -143,7 +143,8 @@ class LeWorldModel(nn.Module):
         error = F.mse_loss(predicted, embeddings[:, 1:])  # gradients reach both sides
         loss = error + self.config.sigreg_weight * self.sigreg(embeddings.transpose(0, 1).contiguous())
         if self.inverse is not None:
-            loss = loss + self.config.inverse_weight * F.mse_loss(self.inverse(embeddings), actions.float())
+            read = self.inverse(outputs[1]).float()
+            loss = loss + self.config.inverse_weight * F.mse_loss(read, actions.float())
         return loss
 
     def loss(self, frames: Tensor, actions: Tensor) -> Tensor:

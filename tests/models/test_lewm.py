@@ -58,29 +58,58 @@ def by_the_equations(model, frames, actions):
     """Loss and gradients; SIGReg has a reference and tests of its own."""
     state = dict(model.named_parameters())
     predicted, embeddings = lewm_equations.forward(state, frames, actions, model.config)
-    loss = ((predicted - embeddings[:, 1:]) ** 2).mean()
-    loss = loss + 0.09 * jk.sigreg(embeddings.transpose(0, 1), backend="reference")
-    if model.config.inverse_weight:
-        loss = loss + 0.5 * ((lewm_equations.read_back(state, embeddings) - actions) ** 2).mean()
-    return results(loss, model)
+    error = ((predicted - embeddings[:, 1:]) ** 2).mean()
+    return results(error + 0.09 * jk.sigreg(embeddings.transpose(0, 1), backend="reference"), model)
 
 
-@pytest.mark.parametrize("config, length, rows", [(SMALL, 4, 3), (LONG, 6, 8), (LONG, 3, 8)])
-def test_loss_and_gradients_are_those_of_the_equations(config, length, rows):
-    """A rollout's batch norms see one frame of each row: of 3 rows some would come to lie nearly on one another."""
-    torch.manual_seed(0)
-    model = shaken(LeWorldModel(config), 0.1)
+def test_loss_and_gradients_are_those_of_the_equations(model):
     double = copy.deepcopy(model).double()
     kernels, exact, eager = [], [], []
     for seed in range(3):
         model.sigreg.global_step.zero_()
-        kernels.append(results(model.loss(*batch(seed, length=length, rows=rows)), model))
-        exact.append(by_the_equations(double, *batch(seed, torch.float64, length, rows)))
-        eager.append(by_the_equations(model, *batch(seed, length=length, rows=rows)))
+        kernels.append(results(model.loss(*batch(seed)), model))
+        exact.append(by_the_equations(double, *batch(seed, torch.float64)))
+        eager.append(by_the_equations(model, *batch(seed)))
     assert exact[0].keys() == {"loss", *dict(model.named_parameters())}
     for run in (*kernels, *exact, *eager):  # batch norms take out what these add: 0 but for rounding
         assert all(run.pop(name).abs().max() < 1e-6 for name in UNFELT)
     assert not (failed := failures(kernels, exact, eager)), "\n".join(failed)
+
+
+@pytest.mark.parametrize("length", [3, 4, 6])
+def test_rollouts_and_inverse_dynamics_are_those_of_the_equations(length):
+    """In float64, gradients too, of a weighted sum of all that the loss is made of."""
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1).double()
+    frames, actions = batch(0, torch.float64, length, rows=8)
+    with jk.use_backend("reference"):
+        predicted, embeddings = model(frames, actions)
+        ours = predicted, embeddings, model.inverse(embeddings)
+    state = dict(model.named_parameters())
+    predicted, embeddings = lewm_equations.forward(state, frames, actions, LONG)
+    plain = predicted, embeddings, lewm_equations.read_back(state, embeddings)
+    weights = [torch.randn_like(x) for x in plain]
+
+    def all_of(parts):
+        loss = sum((weight * x).sum() for weight, x in zip(weights, parts, strict=True))
+        return results(loss, model) | dict(zip(("predicted", "embeddings", "read"), parts, strict=True))
+
+    found, wanted = all_of(ours), all_of(plain)
+    assert wanted.keys() == {"loss", "predicted", "embeddings", "read", *state}
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_loss_weighs_what_it_is_made_of():
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1)
+    model.sigreg.eval()  # the same directions twice
+    frames, actions = batch(0, length=6)
+    predicted, embeddings = outputs = model(frames, actions)
+    parts = predicted - embeddings[:, 1:], model.inverse(embeddings) - actions
+    error, read = (part.square().mean() for part in parts)
+    wanted = error + 0.09 * model.sigreg(embeddings.transpose(0, 1)) + 0.5 * read
+    torch.testing.assert_close(model.objective(outputs, frames, actions), wanted)
+    assert read > 0.1, "large enough to be missed"
 
 
 def test_a_step_of_training_without_a_target(model):
