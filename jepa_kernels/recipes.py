@@ -139,7 +139,7 @@ def _windows(config: Config) -> tuple[pusht.Windows, None]:
         fail("train", "model.action_dim", f"be {pusht.ACTION_DIM}", c.action_dim, "PushT's agent moves in a plane")
     d: Any = config.data
     counts = dict(episodes=d.episodes, collect_seed=d.collect_seed)
-    return pusht.Windows(c.history + 1, seed=config.seed, **counts, **_episodes(config)), None
+    return pusht.Windows(c.history + c.rollout_steps, seed=config.seed, **counts, **_episodes(config)), None
 
 
 def _episodes(config: Config) -> dict[str, Any]:

@@ -27,6 +27,8 @@ TINY = {
         "predictor_depth": 1,
         "predictor_hidden": 32,
         "dropout": 0.1,
+        "rollout_steps": 2,
+        "inverse_weight": 0.5,
     },
     "data": {"batch_size": 4, "episodes": 3, "steps": 6},
     "optimization": {"steps": 4},

@@ -163,7 +163,10 @@ LEWM = Layout(  # its encoder as either transformers names a ViT, or as ours
         ("encoder.encoder.layer.", "encoder.blocks."),
         ("encoder.layers.", "encoder.blocks."),
         ("encoder.layernorm.", "encoder.norm."),
-        *((f"{name}.",) * 2 for name in ("encoder", "projector", "action_encoder", "predictor", "pred_proj", "sigreg")),
+        *(
+            (f"{name}.",) * 2
+            for name in ("encoder", "projector", "action_encoder", "predictor", "pred_proj", "sigreg", "inverse")
+        ),
     ),
     inside=(*IJEPA_OLD.inside, *IJEPA.inside[:4]),
 )

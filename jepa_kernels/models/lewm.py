@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import isqrt
 from typing import Any
 
 import torch
@@ -21,21 +20,21 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.models.layouts import LEWM, recognise, to_huggingface
-from jepa_kernels.models.sizes import Networks, count, shape_of
+from jepa_kernels.models.sizes import HEAD_DIM, size_of_lewm
 from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
 from jepa_kernels.nn import SIGReg
+from jepa_kernels.nn.actions import ActionEncoder, InverseDynamics
 from jepa_kernels.nn.class_encoder import ClassEncoder
 from jepa_kernels.nn.conditional import ConditionalPredictor, Net
 from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
-HEAD_DIM = 64  # of every published encoder and predictor: shapes do not tell the heads
 NETWORKS = ("encoder", "projector", "action_encoder", "predictor", "pred_proj")
 UNTOLD = ("num_heads", "predictor_num_heads", "predictor_head_dim")  # fields that no weight tells
 
 
 @dataclass(frozen=True)
 class LeWMConfig:
-    """Sizes of the networks, and the weight of SIGReg in the loss."""
+    """Sizes of the networks, and what training asks of them; the last three fields are as published by default."""
 
     crop_size: int = 224  # pixels per side
     patch_size: int = 14
@@ -54,6 +53,9 @@ class LeWMConfig:
     predictor_hidden: int = 2048
     dropout: float = 0.1  # in training, of what the predictor's branches add; as published, but for attention's weights
     sigreg_weight: float = 0.09
+    rollout_steps: int = 1  # frames after the history that training predicts, all but the first from predictions
+    inverse_weight: float = 0.0  # of inverse dynamics in the loss; 0: no such network
+    inverse_hidden: int = 256
 
 
 def vit_tiny(**changes: Any) -> LeWMConfig:
@@ -72,19 +74,6 @@ def pusht(**changes: Any) -> LeWMConfig:
 SIZES: dict[str, Callable[..., LeWMConfig]] = {f.__name__: f for f in (vit_tiny, pusht)}
 
 
-class ActionEncoder(nn.Module):
-    """W2 silu(W1 (W0 a + b0) + b1) + b2: actions [..., A] -> [..., E]; W0 is stored as a convolution's."""
-
-    def __init__(self, action_dim: int, hidden: int, embed_dim: int) -> None:
-        super().__init__()
-        self.patch_embed = nn.Conv1d(action_dim, hidden, 1)
-        self.embed = nn.Sequential(nn.Linear(hidden, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim))
-
-    def forward(self, actions: Tensor) -> Tensor:
-        weight = self.patch_embed.weight[..., 0]
-        return self.embed(F.linear(actions.to(weight.dtype), weight, self.patch_embed.bias))
-
-
 def _projector(width: int, hidden: int) -> Net:
     return Net(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
 
@@ -101,6 +90,8 @@ class LeWorldModel(nn.Module):
     def __init__(self, config: LeWMConfig | None = None) -> None:
         super().__init__()
         self.config = c = LeWMConfig() if config is None else config
+        if c.rollout_steps < 1:
+            fail("LeWorldModel", "rollout_steps", "be at least 1", c.rollout_steps, "1 trains as published")
         if c.crop_size % c.patch_size:
             fail("LeWorldModel", "crop_size", f"be a multiple of {c.patch_size}", c.crop_size, "change patch_size too")
         self.action_dim = c.action_dim
@@ -114,6 +105,7 @@ class LeWorldModel(nn.Module):
         )
         self.pred_proj = _projector(c.embed_dim, c.projector_hidden)
         self.sigreg = SIGReg()
+        self.inverse = InverseDynamics(c.embed_dim, c.inverse_hidden, c.action_dim) if c.inverse_weight else None
 
     def embed(self, frames: Tensor) -> Tensor:
         """frames [..., C, H, W] -> their embeddings [..., E]."""
@@ -124,30 +116,40 @@ class LeWorldModel(nn.Module):
         return self.projector(self.encoder(frames.flatten(0, -4))).unflatten(0, frames.shape[:-3])
 
     def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """frames [B, T, C, H, W], actions [B, T - 1, A], T - 1 at most the history ->
+        """frames [B, T, C, H, W], actions [B, T - 1, A], T at most history + rollout_steps ->
         (predictions of frames 2 to T [B, T - 1, E], embeddings of all [B, T, E]).
 
+        The first `history` predictions are of true frames alone; each of the others follows the `history` frames
+        before it, of which those after frame `history` are predictions themselves, as a planner's are.
         Raises ValueError for shapes that are not the model's, and for one frame alone, which leaves nothing to predict.
         """
-        history = self.config.history
-        if frames.dim() != 5 or not 2 <= frames.shape[1] <= history + 1:
-            wanted = f"be [B, T, C, H, W] of T in 2..{history + 1}"
+        history, most = self.config.history, self.config.history + self.config.rollout_steps
+        if frames.dim() != 5 or not 2 <= frames.shape[1] <= most:
+            wanted = f"be [B, T, C, H, W] of T in 2..{most}"
             fail("LeWorldModel", "frames", wanted, tuple(frames.shape), f"the predictor sees {history}, and the next")
         embeddings = self.embed(frames)
         if actions.shape[:-1] != (len(frames), frames.shape[1] - 1) or actions.shape[-1] != self.action_dim:
             wanted = f"have shape {(len(frames), frames.shape[1] - 1, self.action_dim)}"
             fail("LeWorldModel", "actions", wanted, tuple(actions.shape), "pass those taken between the frames")
-        predicted = self.predictor(embeddings[:, :-1], self.action_encoder(actions))
-        return self.pred_proj(predicted.flatten(0, 1)).view_as(predicted), embeddings
+        embedded = self.action_encoder(actions)
+        forced = self.predictor(embeddings[:, :-1][:, :history], embedded[:, :history])
+        forced = self.pred_proj(forced.flatten(0, 1)).view_as(forced)
+        known = torch.cat([embeddings[:, : forced.shape[1]], forced[:, -1:]], 1)
+        return torch.cat([forced, self._continued(known, embedded)[:, known.shape[1] :]], 1), embeddings
 
     def objective(self, outputs: tuple[Tensor, Tensor], frames: Tensor, actions: Tensor) -> Tensor:
         """The loss, an fp32 scalar, of what `forward` gives."""
         predicted, embeddings = (x.float() for x in outputs)
         error = F.mse_loss(predicted, embeddings[:, 1:])  # gradients reach both sides
-        return error + self.config.sigreg_weight * self.sigreg(embeddings.transpose(0, 1).contiguous())
+        loss = error + self.config.sigreg_weight * self.sigreg(embeddings.transpose(0, 1).contiguous())
+        if self.inverse is not None:
+            read = self.inverse(outputs[1]).float()
+            loss = loss + self.config.inverse_weight * F.mse_loss(read, actions.float())
+        return loss
 
     def loss(self, frames: Tensor, actions: Tensor) -> Tensor:
-        """Mean squared error of the predicted embeddings + sigreg_weight * sigreg of each frame's in the batch.
+        """Mean squared error of the predicted embeddings + sigreg_weight * sigreg of each frame's in the batch
+        + inverse_weight * mean squared error of the actions that `inverse` reads out of true frames' embeddings.
 
         Without a stop-gradient: SIGReg keeps embeddings from collapsing. Arguments: as of `forward`.
         """
@@ -202,11 +204,15 @@ class LeWorldModel(nn.Module):
         seen, samples = latents.shape[1], actions.shape[0]
         embedded = torch.cat([embedded.expand(samples, -1, -1), self.action_encoder(actions)], 1)
         latents = latents.expand(samples, -1, -1)
-        for end in range(seen, seen + actions.shape[1]):
+        return self._continued(latents, embedded)[:, seen:, None]
+
+    def _continued(self, latents: Tensor, embedded: Tensor) -> Tensor:
+        """Embeddings [S, t, E], and those of t - 1 + n actions, -> [S, t + n, E]: each from the `history` before it."""
+        for end in range(latents.shape[1], embedded.shape[1] + 1):
             first = max(0, end - self.config.history)
             following = self.predictor(latents[:, first:], embedded[:, first:end])[:, -1]
             latents = torch.cat([latents, self.pred_proj(following)[:, None]], 1)
-        return latents[:, seen:, None]
+        return latents
 
     def _check_evaluation(self) -> None:
         if self.training:
@@ -225,7 +231,8 @@ class LeWorldModel(nn.Module):
         held = {field: theirs.get(field, own[field]) for field in UNTOLD}
         if held != own:
             fail(name, "checkpoint", f"be of {own}", held, "build the model by from_checkpoint")
-        wanted = NETWORKS if "sigreg" not in found.networks else (*NETWORKS, "sigreg")
+        optional = {"sigreg": "sigreg" in found.networks, "inverse": self.inverse is not None}
+        wanted = [*NETWORKS, *(network for network, held in optional.items() if held)]
         parts = {network: (getattr(self, network), found.networks.get(network, {})) for network in wanted}
         others = {network: "no network of this model" for network in found.networks if network not in parts}
         checkpoints.load(name, parts, lambda _: "build the model by from_checkpoint")
@@ -241,7 +248,7 @@ class LeWorldModel(nn.Module):
         changes: fields of the config. Raises ValueError as `load` does.
         """
         state, config = checkpoints.read(cls.__name__, source), checkpoints.config_in(cls.__name__, source)
-        config = config or _config_in(recognise(cls.__name__, state).networks)
+        config = config or size_of_lewm(recognise(cls.__name__, state).networks)
         model = cls(replace(LeWMConfig(), **{**config, **changes}))
         return model, (model.load(state), model.eval())[0]
 
@@ -259,38 +266,3 @@ class LeWorldModel(nn.Module):
             networks = {network: getattr(self, network).state_dict() for network in NETWORKS}
             tensors, config = to_huggingface(name, LEWM, networks), {}
         checkpoints.write(name, path, tensors, dtype, config)
-
-
-def _config_in(networks: Networks) -> dict[str, Any]:
-    """{field: value} as far as shapes tell."""
-    encoder, predictor = (networks.get(name, {}) for name in ("encoder", "predictor"))
-    layer = "transformer.layers.0."
-    width, channels, _, patch = _shape(encoder, "patch_embed.proj.weight", 4)
-    hidden, _ = _shape(encoder, "blocks.0.mlp.fc1.weight", 2)
-    action_hidden, action_dim, _ = _shape(networks.get("action_encoder", {}), "patch_embed.weight", 3)
-    inner, _ = _shape(predictor, f"{layer}attn.to_out.0.weight", 2)[::-1]
-    return {
-        "crop_size": isqrt(_shape(encoder, "pos_embed", 3)[1] - 1) * patch,
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": width,
-        "depth": count(encoder, "blocks."),
-        "num_heads": max(1, width // HEAD_DIM),
-        "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,  # the model rounds down
-        "projector_hidden": _shape(networks.get("projector", {}), "net.0.weight", 2)[0],
-        "action_dim": action_dim,
-        "action_hidden": action_hidden,
-        "history": _shape(predictor, "pos_embedding", 3)[1],
-        "predictor_depth": count(predictor, "transformer.layers."),
-        "predictor_num_heads": max(1, inner // HEAD_DIM),
-        "predictor_head_dim": HEAD_DIM,
-        "predictor_hidden": _shape(predictor, f"{layer}mlp.net.1.weight", 2)[0],
-    }
-
-
-def _shape(state: Any, name: str, rank: int) -> tuple[int, ...]:
-    shape = shape_of(state, name)
-    if len(shape) != rank or min(shape) < 1:
-        remedy = "pass the published weights.pt, or this model's state_dict()"
-        fail("LeWorldModel", "checkpoint", f"hold {name}", shape or "none", remedy)
-    return shape

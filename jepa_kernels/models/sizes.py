@@ -15,6 +15,7 @@ from jepa_kernels.models.layouts import ENCODERS
 # Fields of configs that change what weights compute, and that no weight tells.
 UNTOLD = {"num_heads", "predictor_num_heads", "rope", "interpolate_rope", "predictor_interpolate_rope", "frame_causal"}
 UNTOLD |= {"rope_grid", "use_extrinsics", "normalize", "mean", "std"}
+HEAD_DIM = 64  # of every published encoder and predictor of LeWorldModel: shapes do not tell the heads
 Networks = Mapping[str, Mapping[str, Any]]
 Sizes = Mapping[str, Callable[..., Any]]
 
@@ -167,3 +168,38 @@ def shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def count(state: Mapping[str, Any], begin: str) -> int:
     return len({name.removeprefix(begin).split(".")[0] for name in state if name.startswith(begin)})
+
+
+def size_of_lewm(networks: Networks) -> dict[str, Any]:
+    """{field of LeWMConfig: its value} as far as shapes tell; raises ValueError where they tell none."""
+    encoder, predictor = (networks.get(name, {}) for name in ("encoder", "predictor"))
+    layer = "transformer.layers.0."
+    width, channels, _, patch = _lewm_shape(encoder, "patch_embed.proj.weight", 4)
+    hidden, _ = _lewm_shape(encoder, "blocks.0.mlp.fc1.weight", 2)
+    action_hidden, action_dim, _ = _lewm_shape(networks.get("action_encoder", {}), "patch_embed.weight", 3)
+    inner, _ = _lewm_shape(predictor, f"{layer}attn.to_out.0.weight", 2)[::-1]
+    return {
+        "crop_size": isqrt(_lewm_shape(encoder, "pos_embed", 3)[1] - 1) * patch,
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": width,
+        "depth": count(encoder, "blocks."),
+        "num_heads": max(1, width // HEAD_DIM),
+        "mlp_ratio": hidden / width if hidden % width == 0 else (hidden + 0.5) / width,  # the model rounds down
+        "projector_hidden": _lewm_shape(networks.get("projector", {}), "net.0.weight", 2)[0],
+        "action_dim": action_dim,
+        "action_hidden": action_hidden,
+        "history": _lewm_shape(predictor, "pos_embedding", 3)[1],
+        "predictor_depth": count(predictor, "transformer.layers."),
+        "predictor_num_heads": max(1, inner // HEAD_DIM),
+        "predictor_head_dim": HEAD_DIM,
+        "predictor_hidden": _lewm_shape(predictor, f"{layer}mlp.net.1.weight", 2)[0],
+    }
+
+
+def _lewm_shape(state: Any, name: str, rank: int) -> tuple[int, ...]:
+    shape = shape_of(state, name)
+    if len(shape) != rank or min(shape) < 1:
+        remedy = "pass the published weights.pt, or this model's state_dict()"
+        fail("LeWorldModel", "checkpoint", f"hold {name}", shape or "none", remedy)
+    return shape

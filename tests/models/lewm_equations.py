@@ -81,12 +81,25 @@ def part(state, name):
 
 
 def forward(state, frames, actions, c):
-    """Training: (predictions [B, T - 1, E], embeddings [B, T, E])."""
+    """Training: (predictions [B, T - 1, E], embeddings [B, T, E]); frames after the history are rolled out."""
     tokens = torch.stack([encode(part(state, "encoder"), image, c) for image in frames.flatten(0, 1)])
     embeddings = project(part(state, "projector"), tokens, True).unflatten(0, frames.shape[:2])
-    sequences = zip(embeddings[:, :-1], act(part(state, "action_encoder"), actions), strict=True)
-    predicted = torch.cat([predict(part(state, "predictor"), x, condition, c) for x, condition in sequences])
-    return project(part(state, "pred_proj"), predicted, True).view_as(embeddings[:, 1:]), embeddings
+    conditions, given = act(part(state, "action_encoder"), actions), min(c.history, actions.shape[1])
+    known, predicted = embeddings[:, :given], []
+    for end in range(given, actions.shape[1] + 1):
+        first = max(0, end - c.history)
+        pairs = zip(known[:, first:], conditions[:, first:end], strict=True)
+        rows = torch.stack([predict(part(state, "predictor"), x, condition, c) for x, condition in pairs])
+        rows = rows if end == given else rows[:, -1:]
+        predicted.append(project(part(state, "pred_proj"), rows.flatten(0, 1), True).view_as(rows))
+        known = torch.cat([known, predicted[-1][:, -1:]], 1)
+    return torch.cat(predicted, 1), embeddings
+
+
+def read_back(state, embeddings):
+    """Inverse dynamics: embeddings [B, T, E] -> actions [B, T - 1, A]."""
+    w, pairs = part(state, "inverse"), torch.cat([embeddings[:, :-1], embeddings[:, 1:]], -1)
+    return linear(w, "net.2", F.gelu(linear(w, "net.0", pairs)))
 
 
 def imagine(state, latents, actions, past, c):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import jepa_kernels as jk
 from jepa_kernels.models import lewm
@@ -12,6 +13,7 @@ from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.layouts import LEWM, to_huggingface
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.world import Context
+from jepa_kernels.nn.actions import InverseDynamics
 from tests.models import lewm_equations
 from tests.models.training import failures, results
 from tests.models.weights import same, shaken
@@ -20,6 +22,9 @@ SMALL = LeWMConfig(
     crop_size=24, patch_size=8, embed_dim=48, depth=2, num_heads=2, projector_hidden=40, action_dim=3, action_hidden=16,
     predictor_depth=2, predictor_num_heads=4, predictor_head_dim=32, predictor_hidden=56, dropout=0.0,
 )  # fmt: skip
+
+
+LONG = lewm.replace(SMALL, rollout_steps=3, inverse_weight=0.5, inverse_hidden=20)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,10 +45,10 @@ def world(model):
     return model.eval()
 
 
-def batch(seed, dtype=torch.float32):
+def batch(seed, dtype=torch.float32, length=4, rows=3):
     generator = torch.Generator().manual_seed(seed)
-    frames = torch.rand(3, 4, 3, 24, 24, generator=generator)
-    return frames.to(dtype), torch.randn(3, 3, 3, generator=generator).to(dtype)
+    frames = torch.rand(rows, length, 3, 24, 24, generator=generator)
+    return frames.to(dtype), torch.randn(rows, length - 1, 3, generator=generator).to(dtype)
 
 
 UNFELT = {"encoder.norm.bias", "projector.net.0.bias", "pred_proj.net.0.bias", "predictor.transformer.norm.bias"}
@@ -71,6 +76,42 @@ def test_loss_and_gradients_are_those_of_the_equations(model):
     assert not (failed := failures(kernels, exact, eager)), "\n".join(failed)
 
 
+@pytest.mark.parametrize("length", [3, 4, 6])
+def test_rollouts_and_inverse_dynamics_are_those_of_the_equations(length):
+    """In float64, gradients too, of a weighted sum of all that the loss is made of."""
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1).double()
+    frames, actions = batch(0, torch.float64, length, rows=8)
+    with jk.use_backend("reference"):
+        predicted, embeddings = model(frames, actions)
+        ours = predicted, embeddings, model.inverse(embeddings)
+    state = dict(model.named_parameters())
+    predicted, embeddings = lewm_equations.forward(state, frames, actions, LONG)
+    plain = predicted, embeddings, lewm_equations.read_back(state, embeddings)
+    weights = [torch.randn_like(x) for x in plain]
+
+    def all_of(parts):
+        loss = sum((weight * x).sum() for weight, x in zip(weights, parts, strict=True))
+        return results(loss, model) | dict(zip(("predicted", "embeddings", "read"), parts, strict=True))
+
+    found, wanted = all_of(ours), all_of(plain)
+    assert wanted.keys() == {"loss", "predicted", "embeddings", "read", *state}
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_the_loss_weighs_what_it_is_made_of():
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1)
+    model.sigreg.eval()  # the same directions twice
+    frames, actions = batch(0, length=6)
+    predicted, embeddings = outputs = model(frames, actions)
+    parts = predicted - embeddings[:, 1:], model.inverse(embeddings) - actions
+    error, read = (part.square().mean() for part in parts)
+    wanted = error + 0.09 * model.sigreg(embeddings.transpose(0, 1)) + 0.5 * read
+    torch.testing.assert_close(model.objective(outputs, frames, actions), wanted)
+    assert read > 0.1, "large enough to be missed"
+
+
 def test_a_step_of_training_without_a_target(model):
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -80,6 +121,49 @@ def test_a_step_of_training_without_a_target(model):
     assert {"encoder.cls_token", "projector.net.1.running_mean", "predictor.pos_embedding"} <= set(moved)
     with pytest.raises(ValueError, match=r"train_step: momentum must be None without a target encoder, got 0.9"):
         train_step(model, optimizer, *batch(0), 0.9)
+
+
+def test_actions_that_are_what_embeddings_move_by_are_read_back():
+    """With W1 = (-1, 1), b1 = 100, where gelu(x) = x, W2 = 1 and b2 = -100 it is their difference."""
+    inverse = InverseDynamics(2, 2, 2)
+    one = torch.eye(2)
+    first, _, last = inverse.net
+    with torch.no_grad():
+        for layer, weight, bias in ((first, torch.cat([-one, one], 1), 100.0), (last, one, -100.0)):
+            layer.weight.copy_(weight)
+            layer.bias.fill_(bias)
+        read = inverse(torch.tensor([[[1.0, 0.0], [3.0, -2.0], [2.5, -2.0]]]))
+    assert torch.equal(read, torch.tensor([[[2.0, -2.0], [-0.5, 0.0]]]))
+
+
+def test_inverse_dynamics_teach_the_encoder_and_not_the_predictor():
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1)
+    model.sigreg.eval()  # the same directions twice
+    frames, actions = batch(0, length=6)
+    outputs = model(frames, actions)
+    with_it = results(model.objective(outputs, frames, actions), model)
+    outputs = model(frames, actions)
+    inverse, model.inverse = model.inverse, None
+    without = results(model.objective(outputs, frames, actions), model)
+    felt = {name for name, grad in without.items() if not torch.equal(grad, with_it[name])} - UNFELT
+    assert {name.split(".")[0] for name in felt} == {"loss", "encoder", "projector"}
+    assert "encoder.patch_embed.proj.weight" in felt and "projector.net.0.weight" in felt
+    assert {name for name in with_it if name not in without} == {f"inverse.{n}" for n, _ in inverse.named_parameters()}
+
+
+def test_frames_past_the_history_are_predicted_from_predictions():
+    """The last true frames are not seen: changed, they change no prediction; the first ones do."""
+    torch.manual_seed(0)
+    model = shaken(LeWorldModel(LONG), 0.1)
+    frames, actions = batch(0, length=6)
+    embeddings = torch.randn(3, 6, 48)
+    model.embed = lambda _: embeddings
+    first, _ = model(frames, actions)
+    embeddings = torch.cat([embeddings[:, :3], torch.randn(3, 3, 48)], 1)
+    assert torch.equal(model(frames, actions)[0], first) and first.shape == (3, 5, 48)
+    embeddings = torch.cat([torch.randn(3, 1, 48), embeddings[:, 1:]], 1)
+    assert not torch.isclose(model(frames, actions)[0], first).any(-1).any(1).all(), "even the last one feels the first"
 
 
 def test_a_start_that_is_not_steered(model):
@@ -232,6 +316,21 @@ def test_a_saved_model_comes_back_whole(world, tmp_path):
     assert theirs.config == SMALL and same(theirs.projector.state_dict(), world.projector.state_dict())
 
 
+def test_inverse_dynamics_are_kept_and_can_be_left_out(tmp_path):
+    model = shaken(LeWorldModel(LONG), 0.1).eval()
+    model.save(tmp_path / "long.safetensors")
+    back, report = LeWorldModel.from_checkpoint(tmp_path / "long.safetensors")
+    assert back.config == LONG and same(back.state_dict(), model.state_dict()) and not report.ignored
+    bare, report = LeWorldModel.from_checkpoint(tmp_path / "long.safetensors", inverse_weight=0.0)
+    assert bare.inverse is None and report.ignored == {"inverse": "no network of this model"}
+    frames = torch.rand(2, 3, 24, 24)
+    assert torch.equal(bare.encode(frames), model.encode(frames))
+    with pytest.raises(ValueError, match=r"inverse.net.0.weight is missing"):
+        back.load(bare.state_dict())
+    model.save(tmp_path / "theirs.safetensors", "huggingface")
+    assert load_file(tmp_path / "theirs.safetensors").keys() == published(SMALL).keys()
+
+
 def test_weights_that_do_not_fit_load_nothing(model, tmp_path):
     before, state = copy.deepcopy(model.state_dict()), synthetic(SMALL)
     for change, message in (
@@ -292,6 +391,8 @@ def test_messages(world):
         world.embed(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"crop_size must be a multiple of 8"):
         LeWorldModel(lewm.replace(SMALL, crop_size=30))
+    with pytest.raises(ValueError, match=r"rollout_steps must be at least 1, got 0; 1 trains as published"):
+        LeWorldModel(lewm.replace(SMALL, rollout_steps=0))
 
 
 @torch.no_grad()

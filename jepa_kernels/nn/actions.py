@@ -1,0 +1,38 @@
+"""What reads actions into embeddings, and what reads them back out of two frames' embeddings."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ActionEncoder(nn.Module):
+    """W2 silu(W1 (W0 a + b0) + b1) + b2: actions [..., A] -> [..., E]; W0 is stored as a convolution's.
+
+    Source: LeWorldModel (arXiv:2603.19312).
+    """
+
+    def __init__(self, action_dim: int, hidden: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv1d(action_dim, hidden, 1)
+        self.embed = nn.Sequential(nn.Linear(hidden, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim))
+
+    def forward(self, actions: Tensor) -> Tensor:
+        weight = self.patch_embed.weight[..., 0]
+        return self.embed(F.linear(actions.to(weight.dtype), weight, self.patch_embed.bias))
+
+
+class InverseDynamics(nn.Module):
+    """W2 gelu(W1 [z_t, z_t+1] + b1) + b2: embeddings [..., T, E] -> the actions between them [..., T - 1, A].
+
+    For training alone: what an action moves must then be in the embeddings, however little of a picture it is.
+    Source: the inverse dynamics model of EB-JEPA's action-conditioned example.
+    """
+
+    def __init__(self, embed_dim: int, hidden: int, action_dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 * embed_dim, hidden), nn.GELU(), nn.Linear(hidden, action_dim))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        return self.net(torch.cat([embeddings[..., :-1, :], embeddings[..., 1:, :]], -1))
