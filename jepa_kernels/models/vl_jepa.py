@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import jepa_kernels as jk
@@ -141,14 +143,15 @@ class Texts:
     """A batch's questions and the answers that there are to them, as tokens without padding.
 
     question: int64 [T], of B questions, packed by question_packing. answer: of the distinct answers, so that none is
-    encoded twice, packed by answer_packing. which: int64 [B], the answer to each question; equal ones are no negatives
-    of one another.
+    encoded twice, packed by answer_packing. identity: int64 [S], a number of each distinct answer, the same on every
+    rank; equal ones are no negatives of one another. which: int64 [B], the answer to each question.
     """
 
     question: Tensor
     question_packing: Packing
     answer: Tensor
     answer_packing: Packing
+    identity: Tensor
     which: Tensor
 
     @classmethod
@@ -159,13 +162,15 @@ class Texts:
         if len(asked) != len(said):
             fail("VLJEPA", "answers", f"be one for each of {len(asked)} questions", len(said), "repeat or drop some")
         distinct = sorted(set(said))
+        digests = [blake2b(text.encode(), digest_size=8).digest() for text in distinct]
+        identity = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
         which = torch.tensor([distinct.index(text) for text in said], dtype=torch.int64)
-        return cls(*tokens(asked), *tokens(distinct), which)
+        return cls(*tokens(asked), *tokens(distinct), identity, which)
 
     def to(self, device: torch.device | str) -> Texts:
         question, answer = self.question.to(device), self.answer.to(device)
         packings = self.question_packing.to(device), self.answer_packing.to(device)
-        return Texts(question, packings[0], answer, packings[1], self.which.to(device))
+        return Texts(question, packings[0], answer, packings[1], self.identity.to(device), self.which.to(device))
 
 
 class VLJEPA(nn.Module):
@@ -176,13 +181,17 @@ class VLJEPA(nn.Module):
         0.05 of the predictor's learning rate: see `parameter_groups`.
 
     The loss is jk.info_nce(predicted, answered, temperature); rows of equal answers are no negatives of one another.
+    group: ranks whose pairs are told from one another; None: all ranks, where a default group has been initialised.
+        Gradients averaged by DistributedDataParallel are then those of one process with the whole batch.
     """
 
     inputs = "questions"
 
-    def __init__(self, config: VLJEPAConfig, vision: nn.Module, text: nn.Module) -> None:
+    def __init__(
+        self, config: VLJEPAConfig, vision: nn.Module, text: nn.Module, *, group: dist.ProcessGroup | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.vision, self.text = config, vision.requires_grad_(False).eval(), text
+        self.config, self.vision, self.text, self._group = config, vision.requires_grad_(False).eval(), text, group
         if config.text_scale < 0:
             fail("VLJEPA", "text_scale", "be at least 0", config.text_scale, "0 keeps the text encoder as it is")
         if not config.text_scale:
@@ -199,6 +208,12 @@ class VLJEPA(nn.Module):
         if not self.config.text_scale:
             self.text.eval()
         return self
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Ranks whose pairs count as one batch; None: this process alone."""
+        initialized = dist.is_available() and dist.is_initialized()
+        return dist.group.WORLD if self._group is None and initialized else self._group
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Tensor:
@@ -218,7 +233,7 @@ class VLJEPA(nn.Module):
 
     def forward(self, pixels: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Predicted embeddings of the answers, and the answers' own: both [B, out_dim]."""
-        if len(texts.which) < 2:
+        if len(texts.which) < 2 and self.group is None:
             wanted, remedy = "hold at least 2 pairs", "one pair has nothing to be told from"
             fail("VLJEPA", "texts", wanted, len(texts.which), remedy)
         predicted = self.predict(self.see(pixels), texts.question, texts.question_packing)
@@ -226,7 +241,8 @@ class VLJEPA(nn.Module):
 
     def objective(self, outputs: tuple[Tensor, Tensor], pixels: Tensor, texts: Texts) -> Tensor:
         """The loss, an fp32 scalar, of what `forward` gives."""
-        return jk.info_nce(*outputs, self.log_temperature.exp(), duplicates=texts.which)
+        items = texts.identity.index_select(0, texts.which)
+        return jk.info_nce(*outputs, self.log_temperature.exp(), duplicates=items, group=self.group)
 
     def loss(self, pixels: Tensor, texts: Texts) -> Tensor:
         """Symmetric InfoNCE of a batch, an fp32 scalar; equal answers are no negatives. Arguments: as of `forward`."""

@@ -141,7 +141,7 @@ def whole(**changes):
 
 
 def texts(questions, answers, which):
-    return Texts(*pack(questions), *pack(answers), torch.tensor(which))
+    return Texts(*pack(questions), *pack(answers), torch.arange(len(answers)), torch.tensor(which))
 
 
 def test_the_loss_is_the_mean_of_both_cross_entropies():
@@ -178,6 +178,8 @@ def test_texts_of_a_batch_hold_each_answer_once():
     of = Texts.of(tokens, ["to it", "go", "go"], ["to it", "key", "to it"])
     assert of.question.tolist() == [4, 5, 3, 3] and of.question_packing.lengths == (2, 1, 1)
     assert of.answer.tolist() == [6, 4, 5] and of.which.tolist() == [1, 0, 1]
+    alone = Texts.of(tokens, ["go"], ["to it"])
+    assert of.identity.tolist() == [of.identity[0].item(), alone.identity.item()] and len(of.identity.unique()) == 2
     with pytest.raises(ValueError, match=r"VLJEPA: answers must be one for each of 2 questions, got 1; .+"):
         Texts.of(tokens, ["go", "go"], ["key"])
 
