@@ -166,7 +166,7 @@ def plan(document: dict[str, Any]) -> str:
     """Distances to the goal after the last action, and their ratios to those of random actions."""
     about, episodes = document["machine"], len(document["final_distances"]["random"])
     head = (
-        f"`python -m jepa_kernels plan --seed {document['seed']}`: {episodes} held-out starts and goals, "
+        f"`python -m jepa_kernels plan --seed {document['seed']} --episodes {episodes}`: held-out starts and goals, "
         f"{document['actions']} actions each, in {document['seconds']:.0f} s "
         f"({about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
         f"{commit({'sha': document['commit']})}). Median distance to the goal at the end, in pixels of 512, with 95 % "

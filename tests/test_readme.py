@@ -85,7 +85,7 @@ def test_an_adopted_plan_keeps_where_episodes_ended(tmp_path):
     assert path.name == "pusht-plan.json" and "episodes" not in kept
     assert kept["final_distances"] == {"random": [120.0, 120.0], "cem": [54.0, 54.0]}
     tables = readme.tables(tmp_path / "results")
-    assert "plan --seed 1`: 2 held-out starts and goals, 20 actions each, in 300 s (A Processor" in tables
+    assert "plan --seed 1 --episodes 2`: held-out starts and goals, 20 actions each, in 300 s (A Processor" in tables
     assert "| CEM, world model | 54 (45 to 63) | 0.45 (0.30 to 1.00) |" in tables
 
 
