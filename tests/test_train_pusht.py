@@ -91,6 +91,23 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path):
     assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
 
 
+def test_windows_reach_as_far_as_rollouts(config):
+    frames, actions = next(iter(train.batches(configs.read(str(config)))))
+    assert frames.shape == (4, 5, 3, 16, 16) and actions.shape == (4, 4, 2)  # history 3, and two steps beyond
+
+
+def test_a_run_of_before_goes_on_with_the_defaults_of_what_came_later(config, tmp_path):
+    plain = ("--set", "model.rollout_steps=1", "--set", "model.inverse_weight=0")
+    trainer, path = fit(config, tmp_path, *plain, stop=1), tmp_path / "latest.pt"
+    state = trainer.state()
+    for key in ("rollout_steps", "inverse_weight", "inverse_hidden"):
+        del state["config"]["model"][key]
+    train.save(path, state)
+    assert fit(config, tmp_path, *plain, "--resume", stop=2).step == 2
+    with pytest.raises(ValueError, match=r"model.inverse_weight = 0.0 in the checkpoint, 0.5 now"):
+        fit(config, tmp_path, "--set", "model.rollout_steps=1", "--resume")
+
+
 def test_configs_that_are_off(config):
     for change, message in (
         ("model.action_dim=3", r"model.action_dim must be 2, got 3"),

@@ -12,13 +12,15 @@ struct Block {
 };
 
 // From 4 MiB on; below, malloc takes back and hands out the same pages itself.
-constexpr int64_t LARGE_BLOCK = int64_t{4} << 20;
+constexpr int64_t LARGE_BLOCK = int64_t{4} << 20, LARGEST_BLOCK = int64_t{1} << 46;
 
-// Of at least so many bytes, at most half as many again; what it holds is undefined. Any thread may call.
+// Of at least so many bytes, at most half as many again, at an address that 64 divides; what it holds is
+// undefined. Any thread may call any of these; a process that forks hands on its blocks as all of its memory.
 Block take_block(int64_t bytes);
 void leave_block(Block block);
 
-// Gives all that waits back to the system.
+// No more waits than was ever held at once since the last call of this, or 256 MiB: a program's memory at
+// most doubles, whatever sizes it asks for. Gives all that waits back to the system.
 void release_blocks();
 
 struct BlockBytes {

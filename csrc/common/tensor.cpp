@@ -140,15 +140,18 @@ static py::object large_output(const std::vector<int64_t>& shape, DType type, in
   m.tensor = {block.address, dlpack::CPU, 0, dims, 0, 0, 1, own->shape.data(), own->strides.data(), 0};
   dlpack::set_dtype(m.tensor, type);
   void* object = nullptr;
-  if (dlpack::exchange().import_owned(&m, &object)) throw py::error_already_set();
+  if (dlpack::exchange().import_owned(&m, &object))
+    throw py::error_already_set(); // it may have torch's by then
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
 Tensor Tensor::new_empty(const std::vector<int64_t>& shape, std::optional<DType> type) const {
   const DType element = type.value_or(dtype);
   int64_t bytes = size_of(element);
-  for (int64_t n : shape) bytes *= n;
-  if (bytes >= LARGE_BLOCK && obj.attr("is_cpu").cast<bool>() && !filled()) {
+  bool counted = true; // else torch says what is wrong
+  for (int64_t n : shape) counted = counted && !__builtin_mul_overflow(bytes, n, &bytes);
+  if (counted && bytes >= LARGE_BLOCK && bytes < LARGEST_BLOCK && obj.attr("is_cpu").cast<bool>() &&
+      !filled()) {
     const py::object found = large_output(shape, element, bytes);
     if (!found.is_none()) return from(found);
   }

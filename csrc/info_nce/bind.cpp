@@ -12,7 +12,7 @@ static info_nce::Side side_of(const Tensor& x, const std::optional<Tensor>& item
   return {x.data(), x.size(0), x.stride(0), x.stride(1), x.dtype, items ? items->data<float>() : nullptr};
 }
 
-// Of torch's allocator, so that it is counted as every other tensor.
+// A tensor, so that its memory is counted, and taken over, as that of outputs is.
 static Tensor workspace_of(const Tensor& x, const Tensor& y, int threads, bool backward) {
   const auto space = info_nce::workspace(x.size(0), y.size(0), x.size(1), threads, backward);
   return x.new_empty({space.size}, DType::f32);

@@ -398,8 +398,13 @@ def _check(config: Config) -> None:
 
 
 def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue a run with another config: only logging and the probe may change."""
+    """Refuse to continue a run with another config: only logging and the probe may change.
+
+    What a checkpoint of before does not name had its default's value.
+    """
     flat_saved, flat_now = flat(saved if isinstance(saved, Mapping) else {}), flat(now)
+    if flat_saved.get("architecture") == now["architecture"]:
+        flat_saved = {**flat(DEFAULTS[now["architecture"]].plain()), **flat_saved}
     for key in sorted({*flat_saved, *flat_now}):
         if key.split(".")[0] in ("logging", "probe") or key == "data.num_workers":
             continue

@@ -7,6 +7,7 @@ published ones, Hugging Face's, are read too.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -78,6 +79,16 @@ def _projector(width: int, hidden: int) -> Net:
     return Net(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
+def _check_config(c: LeWMConfig) -> None:
+    if not isinstance(c.rollout_steps, int) or c.rollout_steps < 1:
+        fail("LeWorldModel", "rollout_steps", "be a whole number from 1 on", c.rollout_steps, "1 trains as published")
+    if not 0 <= c.inverse_weight < math.inf or c.inverse_hidden < 1:
+        given, remedy = (c.inverse_weight, c.inverse_hidden), "0 leaves inverse dynamics out"
+        fail("LeWorldModel", "inverse_weight and inverse_hidden", "be finite, from 0 and 1 on", given, remedy)
+    if c.crop_size % c.patch_size:
+        fail("LeWorldModel", "crop_size", f"be a multiple of {c.patch_size}", c.crop_size, "change patch_size too")
+
+
 class LeWorldModel(nn.Module):
     """Embeds frames, one token each, and predicts the next one's embedding from three and the actions taken in them.
 
@@ -90,10 +101,7 @@ class LeWorldModel(nn.Module):
     def __init__(self, config: LeWMConfig | None = None) -> None:
         super().__init__()
         self.config = c = LeWMConfig() if config is None else config
-        if c.rollout_steps < 1:
-            fail("LeWorldModel", "rollout_steps", "be at least 1", c.rollout_steps, "1 trains as published")
-        if c.crop_size % c.patch_size:
-            fail("LeWorldModel", "crop_size", f"be a multiple of {c.patch_size}", c.crop_size, "change patch_size too")
+        _check_config(c)
         self.action_dim = c.action_dim
         sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio, c.in_chans
         self.encoder = ClassEncoder(*sizes, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -120,13 +128,17 @@ class LeWorldModel(nn.Module):
         (predictions of frames 2 to T [B, T - 1, E], embeddings of all [B, T, E]).
 
         The first `history` predictions are of true frames alone; each of the others follows the `history` frames
-        before it, of which those after frame `history` are predictions themselves, as a planner's are.
+        before it, of which those after frame `history` are predictions themselves, as a planner's are. Batch norms
+        take these step by step, so that in training they need two rows.
         Raises ValueError for shapes that are not the model's, and for one frame alone, which leaves nothing to predict.
         """
         history, most = self.config.history, self.config.history + self.config.rollout_steps
         if frames.dim() != 5 or not 2 <= frames.shape[1] <= most:
             wanted = f"be [B, T, C, H, W] of T in 2..{most}"
             fail("LeWorldModel", "frames", wanted, tuple(frames.shape), f"the predictor sees {history}, and the next")
+        if self.training and len(frames) < 2 and frames.shape[1] > history + 1:
+            remedy = "batch norms tell the rows of a step apart"
+            fail("LeWorldModel", "frames", "hold at least 2 windows to be rolled out in training", len(frames), remedy)
         embeddings = self.embed(frames)
         if actions.shape[:-1] != (len(frames), frames.shape[1] - 1) or actions.shape[-1] != self.action_dim:
             wanted = f"have shape {(len(frames), frames.shape[1] - 1, self.action_dim)}"
@@ -231,13 +243,14 @@ class LeWorldModel(nn.Module):
         held = {field: theirs.get(field, own[field]) for field in UNTOLD}
         if held != own:
             fail(name, "checkpoint", f"be of {own}", held, "build the model by from_checkpoint")
-        optional = {"sigreg": "sigreg" in found.networks, "inverse": self.inverse is not None}
-        wanted = [*NETWORKS, *(network for network, held in optional.items() if held)]
+        optional = {"sigreg": "its count of steps is left as it was", "inverse": "it is left as it was"}
+        own_parts = [network for network in optional if getattr(self, network) is not None]
+        wanted = [*NETWORKS, *(network for network in own_parts if network in found.networks)]
         parts = {network: (getattr(self, network), found.networks.get(network, {})) for network in wanted}
         others = {network: "no network of this model" for network in found.networks if network not in parts}
         checkpoints.load(name, parts, lambda _: "build the model by from_checkpoint")
         loaded = tuple(f"{network}.{key}" for network, (_, state) in parts.items() for key in state)
-        missing = {} if "sigreg" in parts else {"sigreg": "its count of steps is left as it was"}
+        missing = {network: optional[network] for network in own_parts if network not in parts}
         return LoadReport(name, found.layout.title, loaded, {**found.ignored, **others}, missing)
 
     @classmethod
@@ -255,7 +268,8 @@ class LeWorldModel(nn.Module):
     def save(self, path: str | os.PathLike[str], layout: str = "meta", *, dtype: torch.dtype | None = None) -> None:
         """Write the weights, and the config as JSON in the metadata, to a .safetensors file, whole or not at all.
 
-        layout: "meta": this model's names; "huggingface": the published ones, as `weights.pt` has them, without config.
+        layout: "meta": this model's names; "huggingface": the published ones, as `weights.pt` has them, without config
+            and inverse dynamics.
         dtype: of the file; None: the weights' own. Raises ValueError and OSError as `JEPA.save` does.
         """
         name = type(self).__name__

@@ -1,6 +1,7 @@
 """LeWorldModel against its equations, the published names of its weights, and what a planner asks of it."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -325,8 +326,11 @@ def test_inverse_dynamics_are_kept_and_can_be_left_out(tmp_path):
     assert bare.inverse is None and report.ignored == {"inverse": "no network of this model"}
     frames = torch.rand(2, 3, 24, 24)
     assert torch.equal(bare.encode(frames), model.encode(frames))
-    with pytest.raises(ValueError, match=r"inverse.net.0.weight is missing"):
-        back.load(bare.state_dict())
+    again, report = LeWorldModel.from_checkpoint(bare.state_dict(), **vars(LONG))  # one of before learns it
+    assert report.missing == {"inverse": "it is left as it was"} and again.inverse is not None
+    assert same(again.projector.state_dict(), model.projector.state_dict())
+    with pytest.raises(ValueError, match=r"inverse.net.2.bias is missing"):
+        back.load({name: x for name, x in model.state_dict().items() if name != "inverse.net.2.bias"})
     model.save(tmp_path / "theirs.safetensors", "huggingface")
     assert load_file(tmp_path / "theirs.safetensors").keys() == published(SMALL).keys()
 
@@ -391,8 +395,23 @@ def test_messages(world):
         world.embed(torch.rand(1, 3, 32, 32))
     with pytest.raises(ValueError, match=r"crop_size must be a multiple of 8"):
         LeWorldModel(lewm.replace(SMALL, crop_size=30))
-    with pytest.raises(ValueError, match=r"rollout_steps must be at least 1, got 0; 1 trains as published"):
-        LeWorldModel(lewm.replace(SMALL, rollout_steps=0))
+    for change, message in (
+        (dict(rollout_steps=0), r"rollout_steps must be a whole number from 1 on, got 0; 1 trains as published"),
+        (dict(rollout_steps=2.5), r"rollout_steps must be a whole number from 1 on, got 2.5; .+"),
+        (
+            dict(inverse_weight=-1.0),
+            r"inverse_weight and inverse_hidden must be finite, from 0 and 1 on, got \(-1.+",
+        ),
+        (dict(inverse_weight=math.nan), r"inverse_weight and inverse_hidden must be finite, .+"),
+        (dict(inverse_hidden=0), r"inverse_weight and inverse_hidden must be finite, .+"),
+    ):
+        with pytest.raises(ValueError, match="LeWorldModel: " + message):
+            LeWorldModel(lewm.replace(SMALL, **change))
+    rolled = LeWorldModel(LONG).train()
+    frames, actions = torch.rand(1, 6, 3, 24, 24), torch.rand(1, 5, LONG.action_dim)
+    with pytest.raises(ValueError, match=r"hold at least 2 windows to be rolled out in training, got 1; .+"):
+        rolled(frames, actions)
+    assert rolled(frames[:, :4], actions[:, :3])[0].shape == (1, 3, LONG.embed_dim)
 
 
 @torch.no_grad()
