@@ -114,9 +114,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     def drive(target: Callable[[], object], setup: Callable[[], object], rounds: int) -> None:
         benchmark.pedantic(target, setup=setup, rounds=rounds, iterations=1)
 
-    def measured(
-        run: Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun,
-    ) -> None:
+    def measured(run: AnyRun) -> None:
         benchmark.group = run.group
         try:
             found = run.rows(drive)

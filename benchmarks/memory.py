@@ -13,6 +13,7 @@ def peak_bytes(function: Callable[[], object], device: str = "cpu") -> int:
     """Most bytes that the call holds at any moment beyond what was allocated before it.
 
     On a CPU torch tells of its own; the most in blocks of ours is added to that, as if both were at one moment.
+    What waits in blocks between calls (jepa_kernels.empty_cache) is not counted, nor is what malloc keeps for torch.
     """
     if device == "cuda":
         torch.cuda.synchronize()

@@ -6,6 +6,7 @@ import io
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,33 @@ def plot(metrics: Path, picture: Path) -> None:
         axis.set(title=title, xlabel="step")
         axis.set_ylim(bottom=0)
     write(picture, png(figure))
+
+
+def emissions(
+    steps: Sequence[int],
+    distances: Sequence[float],
+    threshold: float,
+    *,
+    texts: Sequence[str] = (),
+    changes: Sequence[int] = (),
+    title: str = "",
+) -> bytes:
+    """What `vl_answers.emissions` gives of a stream, as a PNG: distances d_t, the threshold, where text is decoded.
+
+    texts: of each emitted step. changes: steps at which what is shown is known to change.
+    """
+    extra("matplotlib").use("Agg")
+    figure, axis = extra("matplotlib.pyplot").subplots(figsize=(12, 3.5), layout="constrained")
+    axis.plot(distances, color="tab:blue", label="distance from the segment since the last emission")
+    axis.axhline(threshold, color="grey", linestyle="--", label="threshold")
+    axis.plot(steps, [distances[t] for t in steps], "o", color="tab:red", label="text is decoded")
+    for n, change in enumerate(changes):
+        axis.axvline(change, color="tab:green", alpha=0.4, label="what is shown changes" if n == 0 else None)
+    for step, text in zip(steps, texts, strict=False):
+        axis.annotate(text, (step, float(distances[step])), rotation=45, fontsize=7)
+    axis.set(xlabel="step", ylabel="1 - cosine", title=title, ylim=(0, None))
+    figure.legend(loc="outside right upper", fontsize=7)
+    return png(figure)
 
 
 def machine() -> dict[str, Any]:

@@ -28,11 +28,13 @@ def name_classes(model: VLJEPA, names: Sequence[str], templates: Sequence[str] =
     templates: texts with a place for the name, such as "a picture of {}".
     Source: CLIP (arXiv:2103.00020) section 3.1.4.
     """
-    bare = [template for template in templates if "{}" not in template]
+    bare = [template for template in templates if template.count("{}") != 1]
     if bare or not templates:
         found = repr(bare[0]) if bare else "none"
-        fail("name_classes", "templates", "each hold {}", found, "leave it out for the name alone")
-    texts = [template.format(name) for name in names for template in templates]
+        fail("name_classes", "templates", "each hold {} once", found, "leave it out for the name alone")
+    if not names:
+        fail("name_classes", "names", "hold at least one class", "none", "pass the classes' names")
+    texts = [template.replace("{}", name) for name in names for template in templates]
     return F.normalize(embed(model, texts).unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
 
 
@@ -51,6 +53,9 @@ def retrieve(predicted: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor,
     scores = classify(predicted, candidates)
     if not 1 <= k <= scores.shape[1]:
         fail("retrieve", "k", f"lie in 1..{scores.shape[1]}, the candidates", k, "ask for fewer")
+    if not scores.isfinite().all():
+        at = int((~scores.isfinite().all(1)).nonzero()[0])
+        fail("retrieve", "embeddings", "be finite", f"row {at} that is not", "look for the input that made it")
     nearest, ids = scores.topk(k, dim=1)
     return nearest, ids
 
@@ -90,13 +95,19 @@ def segments(stream: Tensor, count: int) -> list[int]:
         fail("segments", "count", f"lie in 1..{len(stream)}, the steps", count, "ask for fewer")
     sums = list(F.normalize(stream.detach().double().cpu(), dim=-1))
     starts, sizes = list(range(len(sums))), [1] * len(sums)
+    costs = [_cost(sums, sizes, i) for i in range(len(sums) - 1)]
     while len(starts) > count:
-        gaps = [(sums[i] / sizes[i] - sums[i + 1] / sizes[i + 1]).square().sum() for i in range(len(sums) - 1)]
-        costs = [float(gap) * sizes[i] * sizes[i + 1] / (sizes[i] + sizes[i + 1]) for i, gap in enumerate(gaps)]
         i = costs.index(min(costs))
         sums[i], sizes[i] = sums[i] + sums[i + 1], sizes[i] + sizes[i + 1]
-        del sums[i + 1], sizes[i + 1], starts[i + 1]
+        del sums[i + 1], sizes[i + 1], starts[i + 1], costs[i]
+        costs[max(0, i - 1) : i + 1] = [_cost(sums, sizes, j) for j in (i - 1, i) if 0 <= j < len(sums) - 1]
     return starts
+
+
+def _cost(sums: list[Tensor], sizes: list[int], i: int) -> float:
+    """What joining segments i and i + 1 adds to the sum of squared distances."""
+    gap = float((sums[i] / sizes[i] - sums[i + 1] / sizes[i + 1]).square().sum())
+    return gap * sizes[i] * sizes[i + 1] / (sizes[i] + sizes[i + 1])
 
 
 def _check_stream(name: str, stream: Tensor) -> None:

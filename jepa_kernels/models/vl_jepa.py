@@ -6,11 +6,12 @@ and weights are not public: sizes are those of the paper, whose predictor is mad
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ class VLJEPAConfig:
         learn_temperature is set. text_scale: share of the learning rate at which the encoder of answers is trained; 0:
         it stays as it is.
     """
+
+    untold: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "rope_theta", "rope_scaling")  # by weights
 
     vision_embed_dim: int = 1024  # V-JEPA 2, ViT-L
     text_embed_dim: int = 768  # EmbeddingGemma 300M
@@ -192,8 +195,10 @@ class VLJEPA(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vision, self.text, self._group = config, vision.requires_grad_(False).eval(), text, group
-        if config.text_scale < 0:
+        if not 0 <= config.text_scale < math.inf:
             fail("VLJEPA", "text_scale", "be at least 0", config.text_scale, "0 keeps the text encoder as it is")
+        if not 0 < config.temperature < math.inf:
+            fail("VLJEPA", "temperature", "be greater than 0", config.temperature, "0.07 is usual")
         if not config.text_scale:
             text.requires_grad_(False).eval()
         self.predictor = Predictor(config)
@@ -233,9 +238,9 @@ class VLJEPA(nn.Module):
 
     def forward(self, pixels: Tensor, texts: Texts) -> tuple[Tensor, Tensor]:
         """Predicted embeddings of the answers, and the answers' own: both [B, out_dim]."""
-        if len(texts.which) < 2 and self.group is None:
-            wanted, remedy = "hold at least 2 pairs", "one pair has nothing to be told from"
-            fail("VLJEPA", "texts", wanted, len(texts.which), remedy)
+        if texts.answer_packing.sequences < 2 and self.group is None:
+            wanted, remedy = "hold at least 2 pairs of different answers", "one has nothing to be told from"
+            fail("VLJEPA", "texts", wanted, texts.answer_packing.sequences, remedy)
         predicted = self.predict(self.see(pixels), texts.question, texts.question_packing)
         return predicted, self.answer(texts.answer, texts.answer_packing).index_select(0, texts.which)
 
@@ -259,9 +264,14 @@ class VLJEPA(nn.Module):
     def load(self, source: Source) -> LoadReport:
         """Load a file of `save`, or this model's state dict, whole or not at all; encoders and all.
 
-        source: as of `JEPA.load`. Raises ValueError, and loads nothing, for weights that do not fit or are not finite.
+        source: as of `JEPA.load`. Raises ValueError, and loads nothing, for weights that do not fit or are not finite,
+        and for a file of `save` of another config in what no weight tells, such as the heads.
         """
-        state = checkpoints.read("VLJEPA", source)
+        state, theirs = checkpoints.read("VLJEPA", source), checkpoints.config_in("VLJEPA", source)
+        own = {field: getattr(self.config, field) for field in self.config.untold}
+        held = {field: theirs.get(field, value) for field, value in own.items()}
+        if held != own:
+            fail("VLJEPA", "checkpoint", f"be of {own}", held, "build the model of these")
         checkpoints.load("VLJEPA", {"model": (self, state)}, lambda _: "build the model with the sizes that it is of")
         return LoadReport("VLJEPA", "its own layout", tuple(state), {}, {})
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from jepa_kernels.probe import bootstrap
 from jepa_kernels.rooms.scenes import SPLITS, Scenes, candidates
 
 CHUNK = 50  # questions per forward
+FITTED, ASKED = 10**9 + 1, 10**9 + 2  # seeds of rooms that no run is trained on
 PENALTIES = (1.0, 10.0, 100.0, 1000.0)  # the baseline's, of which cross-validation takes one
 
 
@@ -34,6 +35,8 @@ class RoomsConfig(VLJEPAConfig):
     text: the folder of a text encoder of transformers, or package/folder inside an installed package. The widths of
     both encoders and the vocabulary are theirs, whatever the fields say.
     """
+
+    untold: ClassVar[tuple[str, ...]] = (*VLJEPAConfig.untold, "crop_size", "patch_size", "gain")
 
     vision_embed_dim: int = 576
     text_embed_dim: int = 384
@@ -105,39 +108,43 @@ def recall(model: VLJEPA, scenes: Scenes) -> np.ndarray:
 
 
 def baseline(model: VLJEPA, fitted_on: Scenes) -> Callable[[Scenes], np.ndarray]:
-    """What no predictor needs: ridge regression from frozen features to the frozen embedding of the answer, and the
-    nearest candidate to that. Features: the mean over patches of what is seen, and the question's own embedding.
+    """What no predictor needs: for each question a ridge regression of its own, from the mean over patches of the
+    frozen features to the frozen embedding of the answer, and the candidate nearest to that.
 
-    model: an untrained one. Returns what `recall` gives, of any scenes.
+    model: an untrained one. Returns what `recall` gives, of any scenes; a question that was not fitted is missed.
     """
     extra("sklearn")
     from sklearn.linear_model import RidgeCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    @torch.no_grad()
-    def frozen(texts: Sequence[str]) -> Tensor:
-        device = model.log_temperature.device
-        return F.normalize(model.text(*model.text.tokens(texts, device=device)), dim=-1).cpu()  # type: ignore[operator]
+    device, texts = model.log_temperature.device, candidates()
+    with torch.no_grad():
+        words = model.text(*model.text.tokens(texts, device=device))  # type: ignore[operator]
+    known = F.normalize(words, dim=-1).cpu()
 
-    def rows(scenes: Scenes) -> tuple[np.ndarray, list[str]]:
-        parts, said = [], []
-        for pixels, asked, answers in _chunks(scenes):
-            seen = model.see(pixels.to(model.log_temperature.device)).mean(1).cpu()
-            parts.append(torch.cat([seen, frozen(asked)], 1))
+    def rows(scenes: Scenes) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        parts, asked, said = [], [], []
+        for pixels, questions, answers in _chunks(scenes):
+            parts.append(model.see(pixels.to(device)).mean(1).cpu().numpy())
+            asked += questions
             said += answers
-        return torch.cat(parts).numpy(), said
+        return np.concatenate(parts), np.array(asked), said
 
-    texts = candidates()
-    known = frozen(texts)
-    x, answers = rows(fitted_on)
-    line = make_pipeline(StandardScaler(), RidgeCV(PENALTIES))
-    line.fit(x, known[[texts.index(answer) for answer in answers]].numpy())
+    x, asked, answers = rows(fitted_on)
+    y = known[[texts.index(answer) for answer in answers]].numpy()
+    lines = {
+        q: make_pipeline(StandardScaler(), RidgeCV(PENALTIES)).fit(x[asked == q], y[asked == q]) for q in set(asked)
+    }
 
     def hits(scenes: Scenes) -> np.ndarray:
-        x, answers = rows(scenes)
-        found = retrieve(torch.from_numpy(line.predict(x)).float(), known)[1][:, 0].tolist()
-        return np.array([texts[n] == answer for n, answer in zip(found, answers, strict=True)])
+        x, asked, answers = rows(scenes)
+        found = np.zeros(len(x), bool)
+        for q in set(asked) & set(lines):
+            own = np.flatnonzero(asked == q)
+            nearest = retrieve(torch.from_numpy(lines[q].predict(x[own])).float(), known)[1][:, 0].tolist()
+            found[own] = [texts[n] == answers[i] for n, i in zip(nearest, own, strict=True)]
+        return found
 
     return hits
 
@@ -157,14 +164,15 @@ def probes(
 
     make: Scenes of this run's size. questions: of each split; fitted_on: those of training that the baseline sees.
     """
-    line = baseline(fresh(), make(split="train", length=fitted_on, seed=1))
+    line = baseline(fresh(), make(split="train", length=fitted_on, seed=FITTED))
     scores: dict[str, Any] = {}
     for name, split in zip(("seen", "held out"), SPLITS, strict=True):
-        scenes = make(split=split, length=questions, seed=2)
+        scenes = make(split=split, length=questions, seed=ASKED)
         ours, theirs = recall(model, scenes).astype(float), line(scenes).astype(float)
         values = {"trained": ours, "linear_map": theirs, "trained_minus_linear_map": ours - theirs}
         scores[name] = {n: {"mean": float(v.mean()), "ci95": list(bootstrap(v[None]))} for n, v in values.items()}
     about = (
-        "Which of the 18 answers is right, about things seen in training and about held-out pairs of color and kind?"
+        f"Which of the {len(candidates())} answers is right, about things seen in training and about held-out pairs of "
+        "color and kind?"
     )
     return [{"question": about, "score": "recall@1", "chance": 1 / len(candidates()), "questions": questions, **scores}]

@@ -81,9 +81,9 @@ def test_refusals():
         classify(two, three)
     with pytest.raises(ValueError, match=r"retrieve: k must lie in 1\.\.3, the candidates, got 4; ask for fewer"):
         retrieve(two, torch.zeros(3, 2), k=4)
-    with pytest.raises(ValueError, match=r"name_classes: templates must each hold \{\}, got 'a picture'; .+"):
+    with pytest.raises(ValueError, match=r"name_classes: templates must each hold \{\} once, got 'a picture'; .+"):
         name_classes(Model(), ["0"], ["a picture"])
-    with pytest.raises(ValueError, match=r"name_classes: templates must each hold \{\}, got none; .+"):
+    with pytest.raises(ValueError, match=r"name_classes: templates must each hold \{\} once, got none; .+"):
         name_classes(Model(), ["0"], [])
     for function in (emissions, segments):
         name = function.__name__

@@ -246,7 +246,7 @@ def test_refusals():
         own(visual.flatten(0, 1), tokens, packing, seen=Packing.from_lengths([4, 5, 5]))
     with pytest.raises(ValueError, match=r"VLJEPA: packing must hold 2 questions, one for each input, got 3; .+"):
         own(visual.flatten(0, 1), tokens, packing, seen=Packing.from_lengths([7, 8]))
-    with pytest.raises(ValueError, match=r"VLJEPA: texts must hold at least 2 pairs, got 1; .+"):
+    with pytest.raises(ValueError, match=r"VLJEPA: texts must hold at least 2 pairs of different answers, got 1; .+"):
         whole().loss(visual[:1], texts(questions[:1], questions[:1], [0]))
     with pytest.raises(TypeError, match=r"VLJEPA: question must .+"):
         own(visual, tokens.int(), packing)

@@ -70,5 +70,5 @@ def test_ddp_gives_the_loss_and_gradients_of_one_process(tmp_path):
 
 
 def test_one_pair_alone_has_nothing_to_be_told_from():
-    with pytest.raises(ValueError, match=r"VLJEPA: texts must hold at least 2 pairs, got 1; .+"):
+    with pytest.raises(ValueError, match=r"VLJEPA: texts must hold at least 2 pairs of different answers, got 1; .+"):
         whole().loss(*batch(SHARES[1]))

@@ -18,6 +18,8 @@ def tokenize(
     tokenizer: Any, most: int, texts: Sequence[str], *, device: torch.device | str | None = None
 ) -> tuple[Tensor, Packing]:
     """`TextEncoder.tokens` without its model, as workers of a data loader call it; most: tokens of a text."""
+    if isinstance(texts, str):
+        fail("TextEncoder", "texts", "be a list of texts", repr(texts[:40]), "put it into a list", TypeError)
     ids = tokenizer(list(texts))["input_ids"] if len(texts) else []
     for text, own in zip(texts, ids, strict=True):
         if not text.strip():
