@@ -48,13 +48,13 @@ def test_items_depend_on_seed_and_number_alone():
     (pixels, question, said), (same, *texts) = first[7], again[7]
     assert torch.equal(pixels, same) and texts == [question, said] and pixels.shape == (3, SIZE, SIZE)
     assert any(first[i][1:] != other[i][1:] for i in range(8))
-    assert said in candidates() and answer(("red", "key")) == "a red key" and len(candidates()) == 18
+    assert said in candidates() and answer(("red", "key")) == "a red key" and len(candidates()) == 24
 
 
 def test_refusals():
     with pytest.raises(ValueError, match=r"Scenes: split must be one of train, held_out, got 'test'; .+"):
         Scenes(SIZE, split="test")
-    with pytest.raises(ValueError, match=r"Scenes: side must be even, with 1 to 3 objects, got 3 with 3; .+"):
+    with pytest.raises(ValueError, match=r"Scenes: side must be even, with 1 to 4 objects, got 3 with 3; .+"):
         Scenes(SIZE, side=3)
     with pytest.raises(ValueError, match=r"Scenes: size must be a multiple of side \+ 2 = 6, got 50; .+"):
         Scenes(50)

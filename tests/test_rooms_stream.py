@@ -35,7 +35,7 @@ def test_the_threshold_is_half_the_least_distance_of_two_answers():
 
 def test_an_oracle_decodes_once_a_change_and_as_well_as_on_every_frame(monkeypatch):
     """A stream that is the right answer's embedding: both are always right, the clock only by looking at each frame."""
-    known = torch.eye(18)
+    known = torch.eye(24)
     places = {text: n for n, text in enumerate(candidates())}
     monkeypatch.setattr(stream, "embed", lambda model, texts: known)
     monkeypatch.setattr(stream, "follow", lambda model, seen: known[[places[text] for text in seen.said]])

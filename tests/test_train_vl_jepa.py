@@ -90,7 +90,7 @@ def test_the_command_trains_saves_weights_and_answers(config, tmp_path, capsys):
     model.load(tmp_path / "run/model.safetensors")
     assert same_weights(model.state_dict(), torch.load(tmp_path / "run/latest.pt")["model"])
     told, followed = json.loads((tmp_path / "run/probe.json").read_text())["probes"]
-    assert told["chance"] == 1 / 18 and told["questions"] == 6
+    assert told["chance"] == 1 / 24 and told["questions"] == 6
     for split in ("seen", "held out"):
         ours, theirs, both = (told[split][n]["mean"] for n in ("trained", "linear_map", "trained_minus_linear_map"))
         assert both == pytest.approx(ours - theirs) and 0 <= ours <= 1

@@ -15,7 +15,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 
 COLORS = ("blue", "green", "grey", "purple", "red", "yellow")
-KINDS = ("key", "ball", "box")
+KINDS = ("key", "ball", "box", "door")
 THINGS = tuple(product(COLORS, KINDS))
 # Shown by no training scene and in no training answer, though each color and each kind is.
 HELD_OUT = (("blue", "box"), ("green", "key"), ("grey", "ball"), ("purple", "key"), ("red", "ball"), ("yellow", "box"))
@@ -81,7 +81,7 @@ class Scenes(Dataset[tuple[Tensor, str, str]]):
     """Rooms and questions: `scenes[i]` -> (pixels uint8 [3, size, size], question, answer), of (seed, i) alone.
 
     split: "train": no object of `HELD_OUT` is shown; "held_out": the question is about one of these.
-    size: pixels per side, a multiple of side + 2. side: cells inside the walls, even. objects: in a room, 1..3.
+    size: pixels per side, a multiple of side + 2. side: cells inside the walls, even. objects: in a room, 1..4.
     length: questions per epoch.
     """
 
