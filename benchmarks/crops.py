@@ -17,7 +17,7 @@ from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.lejepa import LeJEPA
 
 LEARNING_RATE = 1e-4
-Views = tuple[Tensor, Tensor]
+Stacks = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Crops:
     name: str
     model: Callable[[], LeJEPA]
     recipe: Callable[[], LeJEPA]
-    views: Callable[[], Views]
+    views: Callable[[], Stacks]
     tokens: int
     flops: float
     small: "Crops | None" = None
@@ -50,7 +50,7 @@ class Crops:
 class Stepper:
     """One contestant: its own model and optimiser. A call is a training step."""
 
-    def __init__(self, model: LeJEPA, views: Views):
+    def __init__(self, model: LeJEPA, views: Stacks):
         self.model, self.views = model, views
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05, fused=True)
 
@@ -128,5 +128,5 @@ def gradients(model: LeJEPA, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{f"d{n}": g for n, g in zip(trained, found, strict=True)}}
 
 
-def in_double(views: Views) -> tuple[Tensor, ...]:
+def in_double(views: Stacks) -> tuple[Tensor, ...]:
     return tuple(view.double() / 255 for view in views)

@@ -161,13 +161,19 @@ def check_part(name: str, argument: str, part: str, parts: Sequence[str]) -> Non
 
 
 def check_crops(
-    name: str, size: int, scale: tuple[float, float], ratio: tuple[float, float], grey: float, length: int
+    name: str,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    grey: float,
+    length: int,
+    called: str = "scale",
 ) -> None:
-    """The arguments that crops of photos and of clips share."""
+    """The arguments that crops of photos and of clips share; `called`: what the caller names `scale`."""
     if size < 1 or length < 1:
         fail(name, "size and length", "be at least 1", (size, length), "pass pixels and crops per epoch")
     if not 0 < scale[0] <= scale[1] <= 1:
-        fail(name, "scale", "satisfy 0 < least <= most <= 1", scale, "pass shares of the area")
+        fail(name, called, "satisfy 0 < least <= most <= 1", scale, "pass shares of the area")
     if not 0 < ratio[0] <= ratio[1]:
         fail(name, "ratio", "satisfy 0 < least <= most", ratio, "pass width / height")
     if not 0 <= grey <= 1:

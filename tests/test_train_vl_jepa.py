@@ -41,10 +41,8 @@ TINY = {
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A folder of a small text encoder."""
-    folder = tmp_path_factory.mktemp("text")
+def write_text(folder):
+    """A small text encoder."""
     (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(WORDS.split())))
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -54,6 +52,12 @@ def text(tmp_path_factory):
     transformers.BertModel(config).save_pretrained(folder)
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Its folder."""
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture

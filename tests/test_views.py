@@ -92,8 +92,9 @@ def test_held_out_digits_are_never_trained_on():
         (dict(global_views=0), r"Views: global_views and local_views must be at least 1 and 0, got \(0, 3\); pass how"),
         (dict(local_views=-1), r"Views: global_views and local_views must be at least 1 and 0, got \(2, -1\); "),
         (dict(jitter=1.5), r"Views: jitter must lie in \[0, 1\], got 1.5; "),
-        (dict(region=(0.5, 0.1)), r"Views: scale must satisfy 0 < least <= most <= 1, got \(0.5, 0.1\); "),
-        (dict(local_scale=(0.0, 0.1)), r"Views: scale must satisfy 0 < least <= most <= 1, got \(0.0, 0.1\); "),
+        (dict(region=(0.5, 0.1)), r"Views: region must satisfy 0 < least <= most <= 1, got \(0.5, 0.1\); "),
+        (dict(local_scale=(0.0, 0.1)), r"Views: local_scale must satisfy 0 < least <= most <= 1, got \(0.0, 0.1\); "),
+        (dict(global_scale=(0.5, 1.1)), r"Views: global_scale must satisfy 0 < least <= most <= 1, got \(0.5, 1.1\); "),
         (dict(grey=-0.1), r"Views: grey must lie in \[0, 1\], got -0.1; "),
     ],
 )

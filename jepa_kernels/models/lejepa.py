@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.nn import BatchNorm1d, Encoder, SIGReg
 from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
-Views = Sequence[Tensor] | Tensor
+Pixels = Sequence[Tensor] | Tensor
 ANY_SIZE = "interpolate_pos_encoding"  # what transformers' ViTs are asked with for images that are not of their size
 
 
@@ -84,7 +85,9 @@ class LeJEPA(nn.Module):
         timm's or Hugging Face's, pixels [n, C, H, W] -> [n, E] or [n, N, E], called once for each size. Tokens are
         averaged, a class token among them. Of outputs as transformers has them `last_hidden_state` is taken, and its
         models are asked to interpolate their positions. timm's ViTs take views of several sizes with
-        dynamic_img_size=True.
+        dynamic_img_size=True. It is given floating pixels, normalised as it wants them. Parameters behind anything else
+        that it computes, such as the pooler that transformers' ViTModel has by default, get no gradient, which
+        DistributedDataParallel takes with find_unused_parameters=True alone: build it with add_pooling_layer=False.
     In a process group SIGReg and the projector's batch norms are those of all ranks (see `nn.SIGReg`,
     `nn.BatchNorm1d`), and gradients averaged by DistributedDataParallel those of one process with the whole batch,
     where every rank has as many images.
@@ -97,6 +100,8 @@ class LeJEPA(nn.Module):
         self.config = c = LeJEPAConfig() if config is None else config
         if not 0 <= c.weight <= 1:
             fail("LeJEPA", "weight", "lie in 0..1", c.weight, "0.02 is published")
+        if c.global_views is not None and c.global_views < 1:
+            fail("LeJEPA", "global_views", "be at least 1", c.global_views, "leave it out for all views")
         self.backbone = backbone
         hidden = c.proj_hidden
         self.projector = nn.Sequential(
@@ -121,13 +126,16 @@ class LeJEPA(nn.Module):
         sizes = c.crop_size, c.patch_size, c.embed_dim, c.depth, c.num_heads, c.mlp_ratio
         return cls(Encoder(*sizes, rope="interleaved", mean=IMAGENET_MEAN, std=IMAGENET_STD), c)
 
-    def embed(self, views: Views, local: Tensor | None = None) -> Tensor:
+    def embed(self, views: Pixels, local: Tensor | None = None) -> Tensor:
         """What the backbone gives: [V, B, E]; arguments as of `forward`."""
         views = _apart(views, local)
         batch = self._batch(views)
         if isinstance(self.backbone, Encoder):
             x, packing = self.backbone.ragged(views)
             return self._pooled(packing.mean(x), len(views) * batch).unflatten(0, (len(views), batch))
+        if not isinstance(self._inner(), Encoder) and not all(view.is_floating_point() for view in views):
+            given, remedy = [view.dtype for view in views], "normalise them, as jepa_kernels.data.normalize does"
+            fail("LeJEPA", "views", "be floating for a backbone that is no Encoder", given, remedy)
         sizes = [tuple(view.shape[1:]) for view in views]
         found: list[Tensor | None] = [None] * len(views)
         for size in dict.fromkeys(sizes):
@@ -137,7 +145,7 @@ class LeJEPA(nn.Module):
                 found[v] = x
         return torch.stack([x for x in found if x is not None])
 
-    def forward(self, views: Views, local: Tensor | None = None) -> Tensor:
+    def forward(self, views: Pixels, local: Tensor | None = None) -> Tensor:
         """Projections of all views: [V, B, proj_dim].
 
         views: [B, C, H, W] each, of any sizes, global ones first; or, as data loaders stack those of one size,
@@ -149,17 +157,17 @@ class LeJEPA(nn.Module):
     def losses(self, projected: Tensor) -> Losses:
         """The loss and its parts, of what `forward` gives."""
         c, p = self.config, projected.float()
-        if not 1 <= (c.global_views or 1) <= len(p):
+        if c.global_views is not None and c.global_views > len(p):
             fail("LeJEPA", "global_views", f"lie in 1..{len(p)}, the views", c.global_views, "pass more views")
         meet = p[: c.global_views].mean(0)
         invariance, sigreg = (p - meet).square().mean(), self.sigreg(p)
         return Losses((1 - c.weight) * invariance + c.weight * sigreg, invariance, sigreg)
 
-    def objective(self, projected: Tensor, views: Views | None = None, local: Tensor | None = None) -> Tensor:
+    def objective(self, projected: Tensor, views: Pixels | None = None, local: Tensor | None = None) -> Tensor:
         """The loss, an fp32 scalar, of what `forward` gives; the views themselves say no more."""
         return self.losses(projected).loss
 
-    def loss(self, views: Views, local: Tensor | None = None) -> Tensor:
+    def loss(self, views: Pixels, local: Tensor | None = None) -> Tensor:
         """The training loss, an fp32 scalar; arguments as of `forward`."""
         return self.objective(self(views, local))
 
@@ -181,12 +189,15 @@ class LeJEPA(nn.Module):
     def from_checkpoint(cls, source: Source, backbone: nn.Module | None = None) -> tuple[LeJEPA, LoadReport]:
         """Build the model that a file of `save` holds, load it, and put it in evaluation mode.
 
-        backbone: where it is not the `Encoder` that `of` builds. Raises ValueError as `load` does, and for a file that
-        does not tell what the backbone is.
+        backbone: where it is not the `Encoder` that `of` builds. Raises ValueError as `load` does, for a source without
+        a config, and for one of another backbone where none is given.
         """
         config = checkpoints.config_in(cls.__name__, source)
-        if not config or (backbone is None and "depth" not in config):
-            found = "the config of another backbone" if config else "no config"
+        if not config:
+            remedy = "build LeJEPA(backbone, config) and load it"
+            fail("LeJEPA", "checkpoint", "hold the config, as a file of save does", "none", remedy)
+        if backbone is None and "depth" not in config:
+            found = "the config of another backbone"
             fail("LeJEPA", "checkpoint", "hold the config of an Encoder", found, "pass the backbone")
         model = cls.of(ViTConfig(**config)) if backbone is None else cls(backbone, _config(config))
         return model, (model.load(source), model.eval())[0]
@@ -200,17 +211,23 @@ class LeJEPA(nn.Module):
 
     def _batch(self, views: Sequence[Tensor]) -> int:
         shapes = [tuple(view.shape) for view in views]
-        if not shapes or any(len(shape) != 4 or shape[0] != shapes[0][0] for shape in shapes):
-            wanted = "be one or more [B, C, H, W] of one B"
+        if not shapes or any(len(shape) != 4 or shape[0] != max(shapes[0][0], 1) for shape in shapes):
+            wanted = "be one or more [B, C, H, W] of one B, at least 1"
             fail("LeJEPA", "views", wanted, shapes, "pass each view of all images as one tensor")
         return shapes[0][0]
 
+    def _inner(self) -> nn.Module:
+        """The backbone itself, where torch.compile has wrapped it."""
+        return getattr(self.backbone, "_orig_mod", self.backbone)
+
     def _asked(self, pixels: Tensor) -> Any:
         """The backbone's output; what it says about views of a size that it does not take comes with the remedy."""
-        resizes = ANY_SIZE in inspect.signature(self.backbone.forward).parameters
+        resizes = ANY_SIZE in inspect.signature(self._inner().forward).parameters
         try:
             return self.backbone(pixels, **({ANY_SIZE: True} if resizes else {}))
-        except (AssertionError, ValueError) as error:  # timm's, transformers'
+        except (AssertionError, ValueError, RuntimeError) as error:  # timm's, transformers', torch's
+            if isinstance(error, RuntimeError) and not re.search(r"\b(size|shape)s?\b", str(error), re.IGNORECASE):
+                raise  # of memory, dtypes or devices
             remedy = "build it for images of any size (timm: dynamic_img_size=True), or pass views of its own"
             text = f"LeJEPA: views must be of sizes that the backbone takes, got {tuple(pixels.shape[1:])}: {error}"
             raise ValueError(f"{text.rstrip('.')}; {remedy}") from error
@@ -225,7 +242,7 @@ class LeJEPA(nn.Module):
         return x if x.dim() == 2 else x.mean(1)
 
 
-def _apart(views: Views, local: Tensor | None) -> Sequence[Tensor]:
+def _apart(views: Pixels, local: Tensor | None) -> Sequence[Tensor]:
     """Each view by itself, of stacks [B, V, C, H, W]."""
     if not isinstance(views, Tensor):
         return views

@@ -8,14 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from jepa_kernels._core.check import fail
+
 
 class BatchNorm1d(nn.BatchNorm1d):
     """`nn.BatchNorm1d` of rows [N, C] that, in training in a process group, normalises by the rows of all ranks.
 
     N may differ between ranks. Forward takes two sums over ranks and backward two; gradients averaged over ranks, as
     DistributedDataParallel does, are those of one process with all rows. torch.nn.SyncBatchNorm does the same on GPUs
-    alone. In one process, and in evaluation mode, it is `nn.BatchNorm1d` to the last bit.
+    alone. In one process, a group of one rank, and evaluation mode it is `nn.BatchNorm1d` to the last bit.
     group: ranks whose rows count as one batch; None: all ranks, where a default group has been initialised.
+    Raises ValueError for other shapes, and in training for fewer than two rows in all.
     """
 
     def __init__(self, num_features: int, *, group: dist.ProcessGroup | None = None, **options: Any) -> None:
@@ -24,19 +27,27 @@ class BatchNorm1d(nn.BatchNorm1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C] -> the same shape and dtype."""
-        alone = self.group is None and not (dist.is_available() and dist.is_initialized())
-        if alone or not self.training:
+        if x.dim() != 2 or x.shape[1] != self.num_features:
+            remedy = "flatten all dimensions but the features"
+            fail("BatchNorm1d", "x", f"be rows [N, {self.num_features}]", list(x.shape), remedy)
+        if not self.training or self._alone():
             return super().forward(x)
-        self._check_input_dim(x)
         wide = x.float() if x.dtype.itemsize < 4 else x
         total = _Sum.apply(torch.cat([wide.sum(0), wide.new_full((1,), len(wide))]), self.group)
         count = total[-1].detach()
+        if len(x) < 2 and count < 2:  # a GPU is waited for where this rank leaves it open
+            fail("BatchNorm1d", "x", "be at least 2 rows in all ranks", int(count), "pass larger batches")
         centered = wide - total[:-1] / count
         variance = _Sum.apply(centered.square().sum(0), self.group) / count
         self._track(total[:-1].detach() / count, variance.detach() * count / (count - 1))
         weight, bias = (None if p is None else p.to(wide.dtype) for p in (self.weight, self.bias))
         normed = centered * (variance + self.eps).rsqrt()
         return (normed if weight is None else torch.addcmul(bias, normed, weight)).to(x.dtype)
+
+    def _alone(self) -> bool:
+        if self.group is None and not (dist.is_available() and dist.is_initialized()):
+            return True
+        return dist.get_world_size(self.group) == 1
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics, as `nn.BatchNorm1d` does."""

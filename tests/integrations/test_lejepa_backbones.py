@@ -61,6 +61,13 @@ def test_views_of_a_size_that_the_backbone_does_not_take(timm_vit):
         LeJEPA(timm_vit(), CONFIG)(views())
 
 
+def test_a_timm_model_that_fails_inside_says_that_it_is_the_size(timm):
+    net = timm.create_model("efficientformerv2_s0", num_classes=0)
+    message = r"^LeJEPA: views must be of sizes that the backbone takes, got \(3, 96, 96\): shape .+ is invalid .+; bui"
+    with pytest.raises(ValueError, match=message):
+        LeJEPA(net, LeJEPAConfig(embed_dim=176)).embed([torch.randn(2, 3, 96, 96)])
+
+
 def test_outputs_that_are_no_embeddings(timm_vit, hf_vit):
     with pytest.raises(ValueError, match=r"^LeJEPA: backbone must give \[6, 32\] or \[6, N, 32\], got \(6, 7\); wrap"):
         LeJEPA(timm_vit(num_classes=7), CONFIG)(views()[::2])

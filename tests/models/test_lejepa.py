@@ -146,6 +146,10 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     model(backbone=Pixels(False)).save(other)
     with pytest.raises(ValueError, match=r"hold the config of an Encoder, got the config of another backbone; pass "):
         LeJEPA.from_checkpoint(other)
+    message = r"^LeJEPA: checkpoint must hold the config, .+, got none; build LeJEPA\(backbone, config\) and"
+    for backbone in (None, Pixels(False)):
+        with pytest.raises(ValueError, match=message):
+            LeJEPA.from_checkpoint(model(backbone=Pixels(False)).state_dict(), backbone)
     again, _ = LeJEPA.from_checkpoint(other, Pixels(False))
     assert again.config == CONFIG
 
@@ -162,9 +166,47 @@ def test_a_few_steps_lower_the_loss():
     assert losses[-1] < 0.6 * losses[0], losses
 
 
+class Tabled(nn.Module):
+    """Patches of 8 and a plain learned table of the positions of 32 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.table = nn.Conv2d(3, 32, 8, 8), nn.Parameter(torch.zeros(1, 16, 32))
+
+    def forward(self, pixels, interpolate_pos_encoding=False):
+        x = self.conv(pixels).flatten(2).mT
+        return x + (self.table[:, : x.shape[1]] if interpolate_pos_encoding else self.table)
+
+
+class Plain(Tabled):
+    def forward(self, pixels):
+        return super().forward(pixels)
+
+
+def test_what_a_backbone_says_raw_comes_with_the_remedy():
+    message = r"^LeJEPA: views must be of sizes that the backbone takes, got \(3, 16, 16\): The size of .+; build it"
+    with pytest.raises(ValueError, match=message):
+        model(backbone=Plain())(views())
+    pixels = [torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 3, 32, 32)]
+    message = r"^LeJEPA: views must be floating for .+, got \[torch.uint8, torch.float32\]; normalise them, as jepa_k.+"
+    with pytest.raises(ValueError, match=message):
+        model(backbone=Plain())(pixels)
+    with pytest.raises(RuntimeError, match=r"^(?!LeJEPA).*(dtype|type)"):  # of no size: as torch says it
+        model(backbone=Plain())([view.double() for view in views()[:1]])
+
+
+def test_behind_torch_compile_a_backbone_is_asked_as_it_would_be():
+    backbone, given = Tabled(), views()
+    compiled = torch.compile(backbone, backend="eager")
+    assert torch.equal(model(backbone=compiled).embed(given), LeJEPA(backbone, CONFIG).embed(given))
+    encoder, pixels = LeJEPA.of(SMALL).backbone, torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    wrapped = LeJEPA(torch.compile(encoder, backend="eager"), SMALL)
+    torch.testing.assert_close(wrapped.embed([pixels]), LeJEPA(encoder, SMALL).embed([pixels]))
+
+
 def test_refusals():
     lejepa, given = model(), views()
-    with pytest.raises(ValueError, match=r"LeJEPA: views must be one or more \[B, C, H, W\] of one B, got .+"):
+    with pytest.raises(ValueError, match=r"LeJEPA: views must be one or more \[B, C, H, W\] of one B, at least 1, got"):
         lejepa([given[0], given[1][:2]])
     with pytest.raises(ValueError, match=r"LeJEPA: views must be one or more .+, got \[\]; .+"):
         lejepa([])
@@ -174,6 +216,12 @@ def test_refusals():
         model(backbone=Encoder(32, 8, 48, 2, 2, rope="interleaved"))(given)
     with pytest.raises(ValueError, match=r"LeJEPA: weight must lie in 0\.\.1, got 2; .+"):
         model(replace(CONFIG, weight=2))
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=rf"^LeJEPA: global_views must be at least 1, got {count}; .+"):
+            model(replace(CONFIG, global_views=count))
+    for backbone in (None, Pixels(False)):
+        with pytest.raises(ValueError, match=r"^LeJEPA: views must be one or more .+ got \[\(0, 3, 16, 16\)\]; .+"):
+            model(backbone=backbone).loss([torch.randn(0, 3, 16, 16)])
     with pytest.raises(ValueError, match=r"LeJEPA: global_views must lie in 1\.\.4, the views, got 5; .+"):
         model(replace(CONFIG, global_views=5)).loss(given)
     with pytest.raises(ValueError, match=r"LeJEPA: views must be \[B, V, C, H, W\] in one tensor, got .+"):

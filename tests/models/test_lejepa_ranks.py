@@ -74,7 +74,12 @@ def unequal(rank):
     net.eval()
     # In evaluation mode nothing is sent: one rank may do it.
     alone = rank == 0 or torch.equal(net(x.float()), nn.BatchNorm1d.forward(net, x.float()))
-    return found, (low.dtype, net.running_var.dtype, alone)
+    try:  # one row in all, none on the other rank
+        refused = "nothing"
+        BatchNorm1d(5)(torch.randn(1 - rank, 5))
+    except ValueError as error:
+        refused = str(error)
+    return found, (low.dtype, net.running_var.dtype, alone), refused
 
 
 def start(rank, store, results):
@@ -125,11 +130,27 @@ def test_batch_norm_of_unequal_ranks_is_that_of_all_rows(ranks):
                 found[0][3][name], found[1][3][name]
             )
     assert all(rank[1] == (torch.bfloat16, torch.float32, True) for rank in results)
+    message = "BatchNorm1d: x must be at least 2 rows in all ranks, got 1; pass larger batches"
+    assert [rank[2] for rank in results] == [message] * WORLD
 
 
+@pytest.fixture(params=["no group", "a group of one"])
+def one_process(request, tmp_path):
+    if request.param == "no group":
+        yield
+        return
+    dist.init_process_group("gloo", None, timedelta(seconds=60), 1, 0, dist.FileStore(os.fspath(tmp_path / "store"), 1))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
 def test_in_one_process_it_is_torchs_own_to_the_last_bit():
     ours, theirs = BatchNorm1d(5), nn.BatchNorm1d(5)
-    x = torch.randn(7, 5)
+    x = torch.randn(7, 5) * 3 + 1
     assert torch.equal(ours(x), theirs(x)) and torch.equal(ours.running_var, theirs.running_var)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ours(x[:1])
+    for off in (x[:, :4], x[:, :, None], x[0]):
+        with pytest.raises(ValueError, match=r"^BatchNorm1d: x must be rows \[N, 5\], got \[.+\]; flatten all "):
+            ours(off)
