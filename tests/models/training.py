@@ -32,11 +32,23 @@ def by_the_equations(model, clips, masks, token):
 
 
 def failures(actual, exact, eager):
-    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck."""
+    """Several runs side by side: on one, the reference's error of a scalar may be 0 by luck. Each in units of its own
+    largest number, so that no run alone, whose numbers happen to be large, is what all are judged by."""
     assert all(run.keys() == exact[0].keys() for run in (*actual, *exact, *eager))
-    sides = [[torch.cat([run[name].flatten() for run in runs]) for runs in (actual, exact, eager)] for name in exact[0]]
-    parity = [compare(name, *side) for name, side in zip(exact[0], sides, strict=True)]
+    parity = []
+    for name in exact[0]:
+        units = [power_of_two(run[name].abs().max()) for run in exact]
+        sides = [
+            torch.cat([run[name].flatten() / unit.to(run[name].dtype) for run, unit in zip(runs, units, strict=True)])
+            for runs in (actual, exact, eager)
+        ]
+        parity.append(compare(name, *sides))
     return [str(p) for p in parity if not p.ok]
+
+
+def power_of_two(x):
+    """The one at or above x, by which a division is exact; 1 for 0."""
+    return torch.exp2(torch.frexp(x.double()).exponent.double())
 
 
 def over_budget(runs):
