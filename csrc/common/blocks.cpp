@@ -22,7 +22,7 @@ constexpr int64_t OFFSET = 17 * 64;
 // Never destroyed: tensors may outlive any static object. Everything here is read and written under its lock.
 struct Blocks {
   std::mutex lock;
-  std::vector<Block> waiting; // the longest waiting first
+  std::vector<OutputBlock> waiting; // the longest waiting first
   int64_t waiting_bytes = 0, held = 0, most_held = 0, limit = LITTLE;
 };
 static Blocks& blocks() {
@@ -38,7 +38,7 @@ static Blocks& blocks() {
 }
 
 #if defined(__linux__)
-static Block map(int64_t bytes) {
+static OutputBlock map(int64_t bytes) {
   const int64_t asked = bytes + LARGE_PAGE;
   void* mapped = mmap(nullptr, asked, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) return {nullptr, 0};
@@ -52,21 +52,21 @@ static Block map(int64_t bytes) {
   return {begin + skipped + OFFSET, bytes};
 }
 
-static void unmap(Block block) { munmap(static_cast<char*>(block.address) - OFFSET, block.bytes); }
+static void unmap(OutputBlock block) { munmap(static_cast<char*>(block.address) - OFFSET, block.bytes); }
 #else
-static Block map(int64_t) { return {nullptr, 0}; }
-static void unmap(Block) {}
+static OutputBlock map(int64_t) { return {nullptr, 0}; }
+static void unmap(OutputBlock) {}
 #endif
 
 // The smallest that waits and is large enough, and not half too large.
-static Block reuse(Blocks& all, int64_t bytes) {
+static OutputBlock reuse(Blocks& all, int64_t bytes) {
   auto best = all.waiting.end();
   for (auto block = all.waiting.begin(); block != all.waiting.end(); ++block)
     if (block->bytes >= bytes && block->bytes <= bytes + bytes / 2 &&
         (best == all.waiting.end() || block->bytes < best->bytes))
       best = block;
   if (best == all.waiting.end()) return {nullptr, 0};
-  const Block found = *best;
+  const OutputBlock found = *best;
   all.waiting.erase(best);
   all.waiting_bytes -= found.bytes;
   return found;
@@ -82,11 +82,11 @@ static void keep(Blocks& all, int64_t most) {
   all.waiting.erase(all.waiting.begin(), block);
 }
 
-Block take_block(int64_t bytes) {
+OutputBlock take_block(int64_t bytes) {
   bytes = (OFFSET + bytes + PAGE - 1) / PAGE * PAGE;
   Blocks& all = blocks();
   const std::lock_guard<std::mutex> own(all.lock);
-  Block block = reuse(all, bytes);
+  OutputBlock block = reuse(all, bytes);
   if (!block.address) block = map(bytes);
   if (!block.address) { // what waits may be what is missing
     keep(all, 0);
@@ -98,7 +98,7 @@ Block take_block(int64_t bytes) {
   return block;
 }
 
-void leave_block(Block block) {
+void leave_block(OutputBlock block) {
   Blocks& all = blocks();
   const std::lock_guard<std::mutex> own(all.lock);
   all.held -= block.bytes;

@@ -6,7 +6,7 @@
 
 namespace jepa {
 
-struct Block {
+struct OutputBlock {
   void* address; // null: the system gave none
   int64_t bytes; // of memory, some of it before the address
 };
@@ -16,8 +16,8 @@ constexpr int64_t LARGE_BLOCK = int64_t{4} << 20, LARGEST_BLOCK = int64_t{1} << 
 
 // Of at least so many bytes, at most half as many again, at an address that 64 divides; what it holds is
 // undefined. Any thread may call any of these; a process that forks hands on its blocks as all of its memory.
-Block take_block(int64_t bytes);
-void leave_block(Block block);
+OutputBlock take_block(int64_t bytes);
+void leave_block(OutputBlock block);
 
 // No more waits than was ever held at once since the last call of this, or 256 MiB: a program's memory at
 // most doubles, whatever sizes it asks for. Gives all that waits back to the system.

@@ -113,7 +113,7 @@ static bool filled() {
 // An output in a block: torch's reference to it, and what is told of it, which end together.
 struct LargeOutput {
   dlpack::Managed managed{};
-  Block block;
+  OutputBlock block;
   std::array<int64_t, Tensor::MAX_DIM> shape{}, strides{};
 
   static void end(dlpack::Managed* managed) {
@@ -125,7 +125,7 @@ struct LargeOutput {
 
 // None: the system has no memory, which torch's own method says best.
 static py::object large_output(const std::vector<int64_t>& shape, DType type, int64_t bytes) {
-  const Block block = take_block(bytes);
+  const OutputBlock block = take_block(bytes);
   if (!block.address) return py::none();
   auto* own = new LargeOutput;
   own->block = block;

@@ -1,4 +1,6 @@
 // The CUDA faces of the ops that go through tables of chunks, with their kernels on the host.
+#include "common/blocks.cpp"
+#include "common/dlpack.cpp"
 #include "common/tensor.cpp"
 #include "ema_update/ema_update.h"
 

@@ -1,5 +1,7 @@
 // The CUDA face of masked_attention, with its kernels on the host.
 #define JEPA_CUDA 1
+#include "common/blocks.cpp"
+#include "common/dlpack.cpp"
 #include "common/tensor.cpp"
 #include "masked_attention/bind_cuda.cpp"
 

@@ -2,6 +2,8 @@
 #define JEPA_CUDA 1
 #include <stdexcept>
 
+#include "common/blocks.cpp"
+#include "common/dlpack.cpp"
 #include "common/tensor.cpp"
 #include "rope/bind.cpp"
 
