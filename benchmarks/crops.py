@@ -12,6 +12,7 @@ from benchmarks import timing
 from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
 from benchmarks.memory import peaks_and_seconds
 from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.step import gradients
 from jepa_kernels import testing
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.lejepa import LeJEPA
@@ -69,16 +70,16 @@ class CropsRun:
     def parity(self) -> dict[str, Any]:
         """Loss and gradient of every parameter, within the error budget of the plain PyTorch step."""
         views = self.checked.views()
-        ours = gradients(self.checked.model(), views)
+        ours = gradients(self.checked.model(), *views)
         with jk.use_backend("reference"):
-            eager = gradients(self.checked.model(), views)
-            exact = gradients(self.checked.model().double(), in_double(views))
+            eager = gradients(self.checked.model(), *views)
+            exact = gradients(self.checked.model().double(), *in_double(views))
         return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
 
     def rival_error(self) -> str | None:
         """Why the recipe's time would mean nothing: its loss or a gradient is another than ours."""
         views = self.checked.views()
-        ours, theirs = (gradients(build(), views) for build in (self.checked.model, self.checked.recipe))
+        ours, theirs = (gradients(build(), *views) for build in (self.checked.model, self.checked.recipe))
         least = max(float(g.norm()) for g in ours.values()) * 1e-4  # biases before batch norms have none but roundings
         for name, wanted in ours.items():
             error = float((theirs[name] - wanted).norm() / wanted.norm().clamp_min(least))
@@ -118,14 +119,6 @@ class CropsRun:
                 "baseline_peak_bytes": memory["recipe"],
             }
         return finished(row, self.settings)
-
-
-def gradients(model: LeJEPA, views: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The loss, and the gradient of every parameter by name."""
-    trained = dict(model.named_parameters())
-    loss = model.loss(*views)
-    found = torch.autograd.grad(loss, list(trained.values()))
-    return {"loss": loss.detach(), **{f"d{n}": g for n, g in zip(trained, found, strict=True)}}
 
 
 def in_double(views: Stacks) -> tuple[Tensor, ...]:

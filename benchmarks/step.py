@@ -270,7 +270,7 @@ class StepRun:
 
 
 def gradients(model: nn.Module, pixels: Tensor, masks: Any, low: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The loss, and the gradient of every trained parameter by name."""
+    """The loss, and the gradient of every trained parameter by name; masks: what else `loss` takes."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with torch.autocast(pixels.device.type, dtype=low, enabled=low is not None):
         loss = model.loss(pixels, masks)

@@ -131,16 +131,32 @@ class PhotoCrops(Dataset[tuple[Tensor, int]]):
         rng = np.random.default_rng([self.seed, HALVES.index(self.half), epoch, i])
         label = i % len(self.names)
         photo = load_half(self.names[label], self.half)
-        image = extra("PIL.Image")
-        side = (self.size, self.size)
-        box = random_box(rng, photo.size, self.scale, self.ratio)
-        crop = photo.resize(side, image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-        if rng.random() < self.grey:
-            crop = crop.convert("L").convert("RGB")
-        pixels = np.asarray(crop)
-        if self.flip and rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
+        pixels = random_crop(rng, photo, self.size, self.scale, self.ratio, grey=self.grey, flip=self.flip)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), label
+
+
+def random_crop(
+    rng: np.random.Generator,
+    picture: Any,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    *,
+    jitter: float = 0.0,
+    grey: float,
+    flip: bool,
+) -> np.ndarray:
+    """uint8 [size, size, 3] of a PIL image; see PhotoCrops, and views.Views for the jitter."""
+    image, box = extra("PIL.Image"), random_box(rng, picture.size, scale, ratio)
+    crop = picture.resize((size, size), image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+    if jitter and rng.random() < 0.8:
+        enhance = extra("PIL.ImageEnhance")
+        for change in (enhance.Brightness, enhance.Contrast, enhance.Color):
+            crop = change(crop).enhance(rng.uniform(1 - jitter, 1 + jitter))
+    if rng.random() < grey:
+        crop = crop.convert("L").convert("RGB")
+    pixels = np.asarray(crop)
+    return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
 
 
 def random_box(

@@ -112,7 +112,12 @@ def compare(
 def _scores(hits: dict[str, np.ndarray]) -> dict[str, Any]:
     values = {name: rows.astype(float) for name, rows in hits.items()}
     values["trained_minus_random_init"] = values["trained"] - values["random_init"]
-    return {name: {"mean": float(v.mean()), "ci95": list(bootstrap(v))} for name, v in values.items()}
+    return {name: mean_of(v) for name, v in values.items()}
+
+
+def mean_of(values: np.ndarray) -> dict[str, Any]:
+    """{mean, ci95}, as `report.show` takes them, of values [seeds, items]; see `bootstrap`."""
+    return {"mean": float(values.mean()), "ci95": list(bootstrap(values))}
 
 
 def draw_all(inputs: Dataset[tuple[Tensor, int]], prepare: Prepare = normalize) -> tuple[Tensor, np.ndarray]:

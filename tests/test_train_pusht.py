@@ -1,6 +1,7 @@
 """Training runs of LeWorldModel on PushT: the command end to end, exact resume, what the probes measure."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from jepa_kernels.plan import SHIPPED
 from jepa_kernels.pusht.episodes import collect
 from jepa_kernels.pusht.probes import explained, one_step, told
 from jepa_kernels.pusht.simulator import FRAME_SKIP
+from tests import runs
 from tests.models.weights import same as same_weights
 from tests.test_train import same
 
@@ -37,6 +39,7 @@ TINY = {
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+fit, rows = runs.fit, partial(runs.rows, counted="windows")
 
 
 @pytest.fixture(scope="module")
@@ -53,19 +56,6 @@ def config(tmp_path, cache, monkeypatch):
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY))
     return path
-
-
-def rows(out):
-    """The metrics, without the one number that is a time."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop("windows_per_s") > 0 for row in found)
-    return found
-
-
-def fit(path, out, *words, stop=None):
-    trainer, out = train.prepare(train._parser().parse_args([str(path), "--out", str(out), *words]))
-    train.fit(trainer, out, stop=stop)
-    return trainer
 
 
 def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):

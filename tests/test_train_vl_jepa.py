@@ -1,6 +1,7 @@
 """Training runs of VL-JEPA on rooms of minigrid: the command end to end, exact resume, scores, refusals."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import yaml
 from jepa_kernels import configs, train
 from jepa_kernels.rooms import answers
 from jepa_kernels.rooms.scenes import Scenes, candidates
+from tests import runs
 from tests.models.weights import same as same_weights
 from tests.test_train import same
 
@@ -39,6 +41,7 @@ TINY = {
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+fit, rows = runs.fit, partial(runs.rows, counted="questions")
 
 
 def write_text(folder):
@@ -68,21 +71,8 @@ def config(tmp_path, text):
     return path
 
 
-def rows(out):
-    """The metrics, without the one number that is a time."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop("questions_per_s") > 0 for row in found)
-    return found
-
-
 def prepare(path, out, *words):
     return train.prepare(train._parser().parse_args([str(path), "--out", str(out), *words]))
-
-
-def fit(path, out, *words, stop=None):
-    trainer, out = prepare(path, out, *words)
-    train.fit(trainer, out, stop=stop)
-    return trainer
 
 
 def test_the_command_trains_saves_weights_and_answers(config, tmp_path, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +87,15 @@ def config_in(model: str, source: Source) -> dict[str, Any]:
         return {field: tuple(value) if isinstance(value, list) else value for field, value in json.loads(text).items()}
     except (ValueError, AttributeError) as error:
         _unreadable(model, Path(source), "a file with a config in JSON", error)
+
+
+def check_untold(model: str, config: Any, fields: Sequence[str], source: Source, remedy: str) -> None:
+    """Refuse a file of `write` whose config differs from this one in fields that no weight tells."""
+    own = {field: getattr(config, field) for field in fields}
+    theirs = config_in(model, source)
+    held = {field: theirs.get(field, own[field]) for field in own}
+    if held != own:
+        fail(model, "checkpoint", f"be of {own}", held, remedy)
 
 
 def _read_torch(path: Path) -> Any:

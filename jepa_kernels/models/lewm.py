@@ -238,11 +238,8 @@ class LeWorldModel(nn.Module):
         and for a file of `save` whose heads are others.
         """
         name = type(self).__name__
-        found, theirs = recognise(name, checkpoints.read(name, source)), checkpoints.config_in(name, source)
-        own = {field: getattr(self.config, field) for field in UNTOLD}
-        held = {field: theirs.get(field, own[field]) for field in UNTOLD}
-        if held != own:
-            fail(name, "checkpoint", f"be of {own}", held, "build the model by from_checkpoint")
+        found = recognise(name, checkpoints.read(name, source))
+        checkpoints.check_untold(name, self.config, UNTOLD, source, "build the model by from_checkpoint")
         optional = {"sigreg": "its count of steps is left as it was", "inverse": "it is left as it was"}
         own_parts = [network for network in optional if getattr(self, network) is not None]
         wanted = [*NETWORKS, *(network for network in own_parts if network in found.networks)]

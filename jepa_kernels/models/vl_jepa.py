@@ -22,6 +22,7 @@ from jepa_kernels._core.check import INT64, check_tensor, fail
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.nn.decoder import NORM_EPS, DecoderBlock, llama_frequencies
+from jepa_kernels.nn.sync import one_batch
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
 from jepa_kernels.rotary import Rope
@@ -217,8 +218,7 @@ class VLJEPA(nn.Module):
     @property
     def group(self) -> dist.ProcessGroup | None:
         """Ranks whose pairs count as one batch; None: this process alone."""
-        initialized = dist.is_available() and dist.is_initialized()
-        return dist.group.WORLD if self._group is None and initialized else self._group
+        return one_batch(self._group)
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> Tensor:
@@ -267,11 +267,8 @@ class VLJEPA(nn.Module):
         source: as of `JEPA.load`. Raises ValueError, and loads nothing, for weights that do not fit or are not finite,
         and for a file of `save` of another config in what no weight tells, such as the heads.
         """
-        state, theirs = checkpoints.read("VLJEPA", source), checkpoints.config_in("VLJEPA", source)
-        own = {field: getattr(self.config, field) for field in self.config.untold}
-        held = {field: theirs.get(field, value) for field, value in own.items()}
-        if held != own:
-            fail("VLJEPA", "checkpoint", f"be of {own}", held, "build the model of these")
+        state = checkpoints.read("VLJEPA", source)
+        checkpoints.check_untold("VLJEPA", self.config, self.config.untold, source, "build the model of these")
         checkpoints.load("VLJEPA", {"model": (self, state)}, lambda _: "build the model with the sizes that it is of")
         return LoadReport("VLJEPA", "its own layout", tuple(state), {}, {})
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from jepa_kernels._core.check import fail
+from jepa_kernels.nn.sync import one_batch
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -30,24 +31,20 @@ class BatchNorm1d(nn.BatchNorm1d):
         if x.dim() != 2 or x.shape[1] != self.num_features:
             remedy = "flatten all dimensions but the features"
             fail("BatchNorm1d", "x", f"be rows [N, {self.num_features}]", list(x.shape), remedy)
-        if not self.training or self._alone():
+        group = one_batch(self.group)
+        if not self.training or group is None or dist.get_world_size(group) == 1:
             return super().forward(x)
         wide = x.float() if x.dtype.itemsize < 4 else x
-        total = _Sum.apply(torch.cat([wide.sum(0), wide.new_full((1,), len(wide))]), self.group)
+        total = _Sum.apply(torch.cat([wide.sum(0), wide.new_full((1,), len(wide))]), group)
         count = total[-1].detach()
         if len(x) < 2 and count < 2:  # a GPU is waited for where this rank leaves it open
             fail("BatchNorm1d", "x", "be at least 2 rows in all ranks", int(count), "pass larger batches")
         centered = wide - total[:-1] / count
-        variance = _Sum.apply(centered.square().sum(0), self.group) / count
+        variance = _Sum.apply(centered.square().sum(0), group) / count
         self._track(total[:-1].detach() / count, variance.detach() * count / (count - 1))
         weight, bias = (None if p is None else p.to(wide.dtype) for p in (self.weight, self.bias))
         normed = centered * (variance + self.eps).rsqrt()
         return (normed if weight is None else torch.addcmul(bias, normed, weight)).to(x.dtype)
-
-    def _alone(self) -> bool:
-        if self.group is None and not (dist.is_available() and dist.is_initialized()):
-            return True
-        return dist.get_world_size(self.group) == 1
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics, as `nn.BatchNorm1d` does."""

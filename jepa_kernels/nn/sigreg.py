@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import jepa_kernels as jk
+from jepa_kernels.nn.sync import one_batch
 
 
 class SIGReg(nn.Module):
@@ -37,9 +38,7 @@ class SIGReg(nn.Module):
         step = self.global_step.clone()  # backward draws these directions again
         if self.training:
             self.global_step.add_(1)
-        group = self.group
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        group = one_batch(self.group)
         return jk.sigreg(
             z, slices=self.num_slices, knots=self.n_points, t_max=self.t_max, step=step, seed=self.seed, group=group
         )

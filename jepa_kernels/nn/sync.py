@@ -12,6 +12,14 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.nn.pairing import buffer_tables, state_buffers
 
 
+def one_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Ranks whose rows count as one batch: this group, or all ranks, where a default group has been initialised; None:
+    this process alone."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group
+
+
 def check_same(op: str, module: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Raise ValueError on every rank, naming the first parameter or buffer that is not the same on all of them.
 

@@ -19,7 +19,7 @@ from jepa_kernels.integrations.huggingface.text import TextEncoder, tokenize
 from jepa_kernels.models.vl_answers import embed, retrieve
 from jepa_kernels.models.vl_jepa import VLJEPA, Texts, VLJEPAConfig
 from jepa_kernels.nn.color_features import ColorFeatures
-from jepa_kernels.probe import bootstrap
+from jepa_kernels.probe import mean_of
 from jepa_kernels.rooms.scenes import SPLITS, Scenes, candidates
 
 CHUNK = 50  # questions per forward
@@ -93,8 +93,12 @@ class Collate:
 @torch.no_grad()
 def predicted(model: VLJEPA, pixels: Tensor, asked: Sequence[str]) -> Tensor:
     """Embeddings of the answers to one question about each picture, uint8 [B, 3, H, W] -> [B, out_dim]."""
-    device = model.log_temperature.device
-    return model.predict(model.see(pixels.to(device)), *model.text.tokens(asked, device=device))  # type: ignore[operator]
+    device, found = model.log_temperature.device, []
+    for start in range(0, len(asked), CHUNK):
+        some = slice(start, start + CHUNK)
+        question = model.text.tokens(asked[some], device=device)  # type: ignore[operator]
+        found.append(model.predict(model.see(pixels[some].to(device)), *question))
+    return torch.cat(found)
 
 
 def recall(model: VLJEPA, scenes: Scenes) -> np.ndarray:
@@ -170,7 +174,7 @@ def probes(
         scenes = make(split=split, length=questions, seed=ASKED)
         ours, theirs = recall(model, scenes).astype(float), line(scenes).astype(float)
         values = {"trained": ours, "linear_map": theirs, "trained_minus_linear_map": ours - theirs}
-        scores[name] = {n: {"mean": float(v.mean()), "ci95": list(bootstrap(v[None]))} for n, v in values.items()}
+        scores[name] = {n: mean_of(v[None]) for n, v in values.items()}
     about = (
         f"Which of the {len(candidates())} answers is right, about things seen in training and about held-out pairs of "
         "color and kind?"

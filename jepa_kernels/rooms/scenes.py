@@ -111,7 +111,7 @@ class Scenes(Dataset[tuple[Tensor, str, str]]):
         """The scene of item `index`, which of its objects is asked for, and the question."""
         rng = np.random.default_rng((self.seed, SPLITS.index(self.split), index))
         if self.split == "train":
-            shown = scene(rng, _known(), self.objects, self.side)
+            shown = scene(rng, known(), self.objects, self.side)
             n = int(rng.integers(len(shown.things)))
         else:  # the first of the things is asked for; the others are those of training
             asked = HELD_OUT[rng.integers(len(HELD_OUT))]
@@ -120,13 +120,14 @@ class Scenes(Dataset[tuple[Tensor, str, str]]):
 
 
 @lru_cache
-def _known() -> tuple[tuple[str, str], ...]:
+def known() -> tuple[tuple[str, str], ...]:
+    """What rooms of training show."""
     return tuple(thing for thing in THINGS if thing not in HELD_OUT)
 
 
 def _with(rng: np.random.Generator, asked: tuple[str, str], count: int, side: int) -> Scene:
     """A scene of `asked` and of known things that share neither color nor kind with it."""
-    others = tuple(t for t in _known() if t[0] != asked[0] and t[1] != asked[1])
+    others = tuple(t for t in known() if t[0] != asked[0] and t[1] != asked[1])
     drawn = scene(rng, others, count - 1, side)
     places = scene(rng, THINGS, count, side).places
     things = (asked, *drawn.things)

@@ -13,11 +13,10 @@ from torch import Tensor
 from jepa_kernels import report
 from jepa_kernels.models.vl_answers import embed, emissions, retrieve
 from jepa_kernels.models.vl_jepa import VLJEPA
-from jepa_kernels.probe import bootstrap
+from jepa_kernels.probe import mean_of
 from jepa_kernels.rooms.answers import predicted
-from jepa_kernels.rooms.scenes import HELD_OUT, SPLITS, THINGS, Scene, answer, candidates
+from jepa_kernels.rooms.scenes import SPLITS, Scene, answer, candidates, known
 
-CHUNK = 50  # frames per forward
 CHANGE = 1 / 12  # chance that the thing asked about is another one in the next frame
 QUESTION = "what is at the top left?"
 
@@ -35,12 +34,12 @@ def stream(steps: int, size: int, *, side: int = 4, seed: int = 0) -> Stream:
     """A room in which a thing at the top left and another at the bottom right wander, each inside its quarter; at times
     that no clock tells the first gives way to another thing. Of (steps, size, side, seed) alone; training's things."""
     rng = np.random.default_rng((seed, len(SPLITS)))
-    known, half = [thing for thing in THINGS if thing not in HELD_OUT], side // 2
-    shown, other = (known[n] for n in rng.permutation(len(known))[:2])
+    things, half = known(), side // 2
+    shown, other = (things[n] for n in rng.permutation(len(things))[:2])
     frames, said, changes = [], [], []
     for t in range(steps):
         if t and rng.random() < CHANGE:
-            shown = [thing for thing in known if thing != shown][rng.integers(len(known) - 1)]
+            shown = [thing for thing in things if thing != shown][rng.integers(len(things) - 1)]
             changes.append(t)
         (a, b), (c, d) = rng.integers(half, size=(2, 2)).tolist()
         room = Scene((shown, other), ((a, b), (half + c, half + d)), side)
@@ -51,7 +50,7 @@ def stream(steps: int, size: int, *, side: int = 4, seed: int = 0) -> Stream:
 
 def follow(model: VLJEPA, seen: Stream) -> Tensor:
     """The predicted embedding of the answer at every frame, [T, out_dim]."""
-    return torch.cat([predicted(model, frames, [QUESTION] * len(frames)) for frames in seen.frames.split(CHUNK)])
+    return predicted(model, seen.frames, [QUESTION] * len(seen.frames))
 
 
 def right(texts: Sequence[str], decoded: Sequence[int], said: Sequence[str]) -> np.ndarray:
@@ -60,10 +59,10 @@ def right(texts: Sequence[str], decoded: Sequence[int], said: Sequence[str]) -> 
     return np.array([texts[decoded[n]] == wanted for n, wanted in zip(last, said, strict=True)])
 
 
-def threshold(known: Tensor) -> float:
+def threshold(answered: Tensor) -> float:
     """Half the least distance between two answers' embeddings: a new answer moves the stream by more than that."""
-    apart = 1 - known @ known.T
-    return float(apart[~torch.eye(len(known), dtype=torch.bool, device=known.device)].min() / 2)
+    apart = 1 - answered @ answered.T
+    return float(apart[~torch.eye(len(answered), dtype=torch.bool, device=answered.device)].min() / 2)
 
 
 def compare(model: VLJEPA, streams: Sequence[Stream]) -> dict[str, Any]:
@@ -72,13 +71,14 @@ def compare(model: VLJEPA, streams: Sequence[Stream]) -> dict[str, Any]:
 
     Returns {decodes, accuracy: {selective, uniform, every_frame: {mean, ci95}}}, as `report.show` takes them.
     """
-    known, names = embed(model, candidates()), candidates()
-    limit = threshold(known)
+    names = candidates()
+    answered = embed(model, names)
+    limit = threshold(answered)
     chosen, texts = [], []
     for seen in streams:
         embeddings = follow(model, seen)
         chosen.append(emissions(embeddings, limit)[0])
-        texts.append([names[n] for n in retrieve(embeddings, known)[1][:, 0].tolist()])
+        texts.append([names[n] for n in retrieve(embeddings, answered)[1][:, 0].tolist()])
 
     def score(decoded: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         counts = np.array([len(steps) for steps in decoded], dtype=float)
@@ -93,19 +93,16 @@ def compare(model: VLJEPA, streams: Sequence[Stream]) -> dict[str, Any]:
         "question": f"{QUESTION} Along {len(streams)} streams of {len(streams[0].said)} frames of training's things.",
         "score": "mean of a stream",
         "changes": float(np.mean([len(s.changes) for s in streams])),
-        "decodes": {name: _score(counts) for name, (counts, _) in found.items()},
-        "accuracy": {name: _score(shares) for name, (_, shares) in found.items()},
+        "decodes": {name: mean_of(counts[:, None]) for name, (counts, _) in found.items()},
+        "accuracy": {name: mean_of(shares[:, None]) for name, (_, shares) in found.items()},
     }
-
-
-def _score(values: np.ndarray) -> dict[str, Any]:
-    return {"mean": float(values.mean()), "ci95": list(bootstrap(values[:, None]))}
 
 
 def picture(model: VLJEPA, seen: Stream) -> bytes:
     """The stream's distance from the mean since the last emission, emissions and true changes marked, as a PNG."""
-    known, embeddings = embed(model, candidates()), follow(model, seen)
-    limit = threshold(known)
+    names, embeddings = candidates(), follow(model, seen)
+    answered = embed(model, names)
+    limit = threshold(answered)
     steps, distances = emissions(embeddings, limit)
-    names = [candidates()[n] for n in retrieve(embeddings[steps], known)[1][:, 0].tolist()]
-    return report.emissions(steps, distances.tolist(), limit, texts=names, changes=seen.changes, title=QUESTION)
+    texts = [names[n] for n in retrieve(embeddings[steps], answered)[1][:, 0].tolist()]
+    return report.emissions(steps, distances.tolist(), limit, texts=texts, changes=seen.changes, title=QUESTION)
