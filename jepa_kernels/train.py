@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,19 +24,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from jepa_kernels import CollapseStats, collapse_stats, report, schedules
+from jepa_kernels import CollapseStats, __version__, collapse_stats, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
 from jepa_kernels.configs import Config, TargetOptimization, flat, read, same_run
 from jepa_kernels.data import extra
-from jepa_kernels.masks import MaskBatch
-from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models import checkpoints
-from jepa_kernels.models.jepa import train_step
-from jepa_kernels.models.vl_jepa import Texts
+from jepa_kernels.models.jepa import loss_of
+from jepa_kernels.nn import EMA
 from jepa_kernels.recipes import RECIPES
+from jepa_kernels.training import networks, optimizer
+from jepa_kernels.training.feed import Part, batches
+from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
 
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
@@ -45,16 +45,25 @@ STAT_ROWS = 1024
 class Trainer:
     """A model, its optimiser and the number of finished steps: all that a checkpoint holds."""
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: Config, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.device, self.step = config, torch.device(device), 0
+        self.config, self.device, self.step, self.ranks = config, torch.device(device), 0, ranks or Ranks()
         self.dtype = torch.bfloat16 if config.optimization.use_bfloat16 else None
         self.recipe = RECIPES[config.architecture]
-        self.model = self.recipe.model(config.model, shadow_dtype=self.dtype).to(self.device)
-        self.optimizer = torch.optim.AdamW(_groups(self.model), fused=True)
+        sharded = networks.shards(config.parallel, self.ranks)
+        self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
         self.latents = torch.empty(0)
         watched, self._latents_of = self.recipe.watch(self.model)
         watched.register_forward_hook(self._keep_latents)
+        self.network: nn.Module = self.model
+        if not self.ranks.grouped:
+            self.share()
+
+    def share(self) -> None:
+        """Spread the networks over the ranks, which all must call it: after what one of them may refuse."""
+        self.network = networks.spread(self.model, self.config.parallel, self.ranks, self.device)
+        self.optimizer = optimizer.build(self.model)
+        torch.manual_seed(self.config.seed + self.ranks.rank)
 
     def _keep_latents(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
         """Some inputs' latents."""
@@ -77,16 +86,51 @@ class Trainer:
             row["momentum"] = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
         return row
 
-    def advance(self, pixels: Tensor, given: MaskBatch | Tensor | Texts) -> dict[str, Any]:
-        """One step on uint8 pixels, and masks, actions or texts; returns what the log shows of it."""
+    def advance(self, parts: Sequence[Part], asked: bool = False) -> dict[str, Any]:
+        """One step on this rank's parts of the batch; returns what the log shows of it, the same on all ranks.
+
+        asked: whether this rank wants to stop; row["asked"]: whether any does.
+        """
         row = self.schedule()
-        batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
-        on_device, momentum = given.to(self.device), row.get("momentum")
-        loss = train_step(self.model, self.optimizer, batch, on_device, momentum, dtype=self.dtype)
+        loss = self._gradients(parts)
+        ema: EMA | None = getattr(self.model, "ema", None)
+        most = self.config.optimization.max_grad_norm
+        norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
         self.step += 1
         stats = latent_stats(self.latents)
-        measured = torch.stack([loss.float(), stats.std, stats.rank]).tolist()
-        return {"step": self.step, **dict(zip(("loss", "std", "rank"), measured, strict=True)), **row}
+        measured = torch.stack([loss, stats.std, stats.rank, norm, 1.0 - finite.float(), loss.new_tensor(float(asked))])
+        found = self._averaged(measured).tolist()
+        named = dict(zip(("loss", "std", "rank", "grad_norm", "skipped", "asked"), found, strict=True))
+        return {"step": self.step, **named, **row}
+
+    def _gradients(self, parts: Sequence[Part]) -> Tensor:
+        """Add up those of all parts, averaged over ranks; the mean loss of the parts."""
+        losses, step = [], self.step + 1
+        for n, (pixels, given) in enumerate(parts):
+            batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
+            with networks.part(self.network, last=n == len(parts) - 1):
+                with self.ranks.finishing(f"the exchange in the forward pass of step {step}"):
+                    loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
+                with self.ranks.finishing(f"{networks.EXCHANGES[self.config.parallel.engine]} of step {step}"):
+                    (loss / len(parts)).backward()
+            losses.append(loss.detach().float())
+        return torch.stack(losses).mean()
+
+    def gather(self) -> None:
+        """Of weights in parts, all in one plain model: on the first rank, for what follows a run."""
+        if not networks.shards(self.config.parallel, self.ranks):
+            return
+        state = {name: networks.whole(x) for name, x in self.model.state_dict().items()}
+        if self.ranks.first:
+            self.model = self.recipe.model(self.config.model).to(self.device)
+            self.model.load_state_dict(state)
+
+    def _averaged(self, measured: Tensor) -> Tensor:
+        """Over ranks."""
+        if self.ranks.world > 1:
+            with self.ranks.finishing(f"the all-reduce of what is logged of step {self.step}"):
+                torch.distributed.all_reduce(measured)
+        return measured / self.ranks.world
 
     def state(self) -> dict[str, Any]:
         return {
@@ -94,7 +138,7 @@ class Trainer:
             "config": self.config.plain(),
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"state": self.optimizer.state_dict()["state"]},  # the schedule sets the rest
             "rng": torch.get_rng_state(),
         }
 
@@ -110,7 +154,7 @@ class Trainer:
         same_run(state["config"], self.config.plain(), path)
         moments = self._moments(state, path)
         self.model.load(state["model"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})  # the schedule sets the rest
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         torch.set_rng_state(state["rng"])
         self.step = state["step"]
 
@@ -140,24 +184,6 @@ class Trainer:
         return names | {f"{i}.step": torch.zeros(()) for i in range(len(trained))}
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for everything but biases, vectors and numbers, as published (so the mask token is decayed).
-
-    A model's `parameter_groups` says what is trained at another share of the learning rate, `lr_scale`.
-    """
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    own = getattr(model, "parameter_groups", lambda lr: [{"params": list(names), "lr": lr}])
-    groups: list[dict[str, Any]] = []
-    for part in own(1.0):
-        trained = [p for p in part["params"] if p.requires_grad]
-        exempt = {p for p in trained if p.dim() < 2 or names[p].endswith("bias")}
-        decayed = [p for p in trained if p not in exempt]
-        others = [p for p in trained if p in exempt]
-        groups.append({"params": decayed, "decayed": True, "lr_scale": part["lr"]})
-        groups.append({"params": others, "decayed": False, "weight_decay": 0.0, "lr_scale": part["lr"]})
-    return groups
-
-
 def latent_stats(latents: Tensor) -> CollapseStats:
     """How much target latents [B, N, E] differ between inputs.
 
@@ -169,35 +195,6 @@ def latent_stats(latents: Tensor) -> CollapseStats:
     return collapse_stats(z - z.mean(0))
 
 
-class _Collate:
-    """Stack crops or clips and draw their masks, in the worker."""
-
-    def __init__(self, masks: Sampler) -> None:
-        self.masks = masks
-
-    def __call__(self, items: list[tuple[Tensor, int]]) -> tuple[Tensor, MaskBatch]:
-        return torch.stack([pixels for pixels, _ in items]), self.masks(len(items))
-
-
-def batches(config: Config, start: int = 0) -> DataLoader[Any]:
-    """Load (uint8 pixels, masks, actions or texts) of the steps from `start` on: functions of (seed, step) alone."""
-    d, recipe = config.data, RECIPES[config.architecture]
-    inputs, masks = recipe.inputs(config)
-    collate = None if recipe.collate is None else recipe.collate(config)
-    if masks is not None:
-        masks.step, collate = start, _Collate(masks)
-    indices = range(start * d.batch_size, config.optimization.steps * d.batch_size)
-    generator = torch.Generator()  # the loader would draw its workers' seed from the global one
-    return DataLoader(
-        inputs,
-        d.batch_size,
-        sampler=indices,
-        collate_fn=collate,
-        num_workers=d.num_workers,
-        generator=generator,
-    )
-
-
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all."""
     buffer = io.BytesIO()
@@ -206,47 +203,80 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _interruptible() -> Iterator[list[bool]]:
-    """SIGINT lets the running step end; a second one stops at once."""
-    asked: list[bool] = []
+def _interruptible() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM let the running step end; a second one stops at once. The signals that came."""
+    asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked:
             raise KeyboardInterrupt
-        asked.append(True)
+        asked.append(number)
 
     try:
-        before = signal.signal(signal.SIGINT, ask)
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread: nothing to catch there
         yield asked
         return
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> bool:
-    """Train to the last step (or to `stop`), logging and saving in `out`; False if interrupted, after saving."""
-    config = trainer.config
+def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
+    """Train to the last step (or to `stop`), logging and saving in `out`; the signal that ended it earlier, if one did.
+
+    Every rank calls it; the first one writes.
+    """
+    config, ranks = trainer.config, trainer.ranks
     last = config.optimization.steps if stop is None else stop
-    metrics = out / "metrics.jsonl"
-    _drop_rows_after(metrics, trainer.step)
-    with _interruptible() as asked, _progress(last, trainer.step) as show, open(metrics, "ab", buffering=0) as log:
-        for pixels, masks in batches(config, trainer.step):
-            if trainer.step >= last or asked:
+    feed = batches(config, trainer.step, ranks, pin=trainer.device.type == "cuda")
+    with _interruptible() as asked, _log(out, trainer) as show:
+        for parts in feed:
+            if trainer.step >= last:
                 break
             started = time.perf_counter()
-            row = trainer.advance(pixels, masks)
-            if not math.isfinite(row["loss"]):
-                fail("train", "loss", "be finite", f"{row['loss']} at step {trainer.step}", "lower optimization.lr")
-            row[f"{trainer.model.inputs}_per_s"] = len(pixels) / (time.perf_counter() - started)
+            row = trainer.advance(parts, bool(asked))
+            ended = row.pop("asked") > 0  # on any rank, before this step
+            _check_finite(row, config.optimization.nonfinite)
+            row[f"{trainer.model.inputs}_per_s"] = config.data.batch_size / (time.perf_counter() - started)
+            show(row)
+            if ended or (asked and ranks.world == 1):
+                break
+            if trainer.step % config.logging.checkpoint_every == 0 and ranks.first:
+                save(out / report.CHECKPOINT, trainer.state())
+    if ranks.first:
+        save(out / report.CHECKPOINT, trainer.state())
+    if trainer.step >= last:
+        return None
+    return asked[0] if asked else signal.SIGTERM  # another rank was asked
+
+
+def _check_finite(row: dict[str, Any], what: str) -> None:
+    """A step without finite gradients, whose weights are as before: the run ends, or goes on."""
+    if row["skipped"] and what == "stop":
+        actual = f"{row['grad_norm']} at step {row['step']} (loss {row['loss']})"
+        remedy = "lower optimization.lr, or set optimization.nonfinite to skip"
+        fail("train", "the norm of gradients", "be finite", actual, remedy)
+
+
+@contextmanager
+def _log(out: Path, trainer: Trainer) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes and shows a row, on the first rank."""
+    if not trainer.ranks.first:
+        yield lambda row: None
+        return
+    metrics = out / "metrics.jsonl"
+    _drop_rows_after(metrics, trainer.step)
+    total = trainer.config.optimization.steps
+    with _progress(total, trainer.step) as show, open(metrics, "ab", buffering=0) as log:
+
+        def both(row: dict[str, Any]) -> None:
             _append(log, row)
             show(row)
-            if trainer.step % config.logging.checkpoint_every == 0:
-                save(out / report.CHECKPOINT, trainer.state())
-    save(out / report.CHECKPOINT, trainer.state())
-    return not asked or trainer.step >= last
+
+        yield both
 
 
 def _append(log: io.FileIO, row: dict[str, Any]) -> None:
@@ -283,6 +313,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     return {
         "probes": recipe.probes(config, trainer.model, fresh),
         "step": trainer.step,
+        "world": trainer.ranks.world,
         "config": config.plain(),
         "machine": report.machine(),
         "commit": report.commit(),
@@ -301,59 +332,100 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; of several processes each takes a GPU of its own")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that processes wait for each other")
     parser.add_argument("--no-probe", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="say, optimization.lr=3e-4")
     return parser
 
 
-def prepare(options: argparse.Namespace) -> tuple[Trainer, Path]:
-    """Read the config, build or resume the run, make its folder."""
+def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Trainer, Path]:
+    """Read the config, build or resume the run, make its folder. What one rank refuses all refuse."""
+    ranks = ranks or Ranks()
+    out = options.out or Path("runs") / Path(options.config).stem
+    latest = out / report.CHECKPOINT
+    with ranks.together():
+        config = _config(options)
+        resume = options.resume or (ranks.restarts > 0 and latest.exists())
+        if latest.exists() and not resume:
+            fail(
+                "train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out"
+            )
+        batches(config, 0, ranks)  # refuses impossible crops, clips and masks before anything is written
+        trainer = Trainer(config, usable_device("train", "--device", options.device), ranks)
+        if resume and not latest.exists():
+            fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
+    versions = {"jepa_kernels": __version__, "torch": torch.__version__}
+    ranks.same("the versions", versions, "install the same on all machines")
+    ranks.same("the config", config.plain(), "give all ranks the same file and options")
+    if ranks.grouped:
+        trainer.share()
+    with ranks.together():
+        if resume:
+            trainer.load(latest)
+        if ranks.first:
+            report.folder(out, "train")
+    return trainer, out
+
+
+def _config(options: argparse.Namespace) -> Config:
     changes = list(options.set)
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
     for module in ("rich", "matplotlib", *RECIPES[config.architecture].needs):
         extra(module)  # before the first step, not after the last
-    out = options.out or Path("runs") / Path(options.config).stem
-    latest = out / report.CHECKPOINT
-    if latest.exists() and not options.resume:
-        fail("train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out")
-    batches(config)  # refuses impossible crops, clips and masks before anything is written
-    trainer = Trainer(config, usable_device("train", "--device", options.device))
-    if options.resume:
-        if not latest.exists():
-            fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
-        trainer.load(latest)
-    report.folder(out, "train")
-    return trainer, out
+    return config
 
 
 def main(argv: list[str]) -> int:
-    """Run the verb `train`; returns the exit code (1: the run failed, 2: bad input, 130: interrupted)."""
+    """Run the verb `train`; returns the exit code (1: the run failed, 2: bad input, 130: interrupted).
+
+    Under torchrun or srun it is one of several processes; the first one speaks.
+    """
     options = _parser().parse_args(argv)
+    ranks = Ranks()
     try:
-        trainer, out = prepare(options)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        print(error, file=sys.stderr)
+        ranks, options.device = join(options.device, options.timeout)
+        trainer, out = prepare(options, ranks)
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RankError) as error:
+        _complain(error, ranks)
+        ranks.leave()
         return 2
     started = time.perf_counter()
     try:
-        finished = fit(trainer, out)
-        report.plot(out / "metrics.jsonl", out / "curves.png")
-        if not finished:
-            print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
-            return report.INTERRUPTED
-        trainer.model.save(out / report.WEIGHTS)
-        if not options.no_probe:
-            result = evaluate(trainer)
-            result["seconds"] = time.perf_counter() - started
-            report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
-            for name, png in _pictures(trainer).items():
-                report.write(out / name, png)
-            report.show(result["probes"])
-    except (report.SaveError, BackendError, ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        ended = fit(trainer, out)
+        trainer.gather()
+        ranks.leave()
+        return _finish(trainer, out, ended, started, probe=not options.no_probe) if ranks.first else _code(ended)
+    except (report.SaveError, RankError, BackendError, ValueError, OSError) as error:
+        _complain(error, ranks)
         return 1
+
+
+def _complain(error: Exception, ranks: Ranks) -> None:
+    """What all ranks refuse the first one says; of each other, those that are left speak."""
+    if ranks.first or isinstance(error, RankError):
+        print(error, file=sys.stderr)
+
+
+def _code(ended: int | None) -> int:
+    return report.INTERRUPTED if ended == signal.SIGINT else 0
+
+
+def _finish(trainer: Trainer, out: Path, ended: int | None, started: float, *, probe: bool) -> int:
+    """What a run leaves besides its checkpoints and its log."""
+    report.plot(out / "metrics.jsonl", out / "curves.png")
+    if ended is not None:
+        print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
+        return _code(ended)
+    trainer.model.save(out / report.WEIGHTS)
+    if probe:
+        result = evaluate(trainer)
+        result["seconds"] = time.perf_counter() - started
+        report.write(out / "probe.json", (json.dumps(result, indent=1) + "\n").encode())
+        for name, png in _pictures(trainer).items():
+            report.write(out / name, png)
+        report.show(result["probes"])
     print(f"{trainer.step} steps, {time.perf_counter() - started:.0f} s; results in {out}")
     return 0

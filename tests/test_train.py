@@ -102,7 +102,17 @@ def test_the_loss_falls(config, tmp_path):
 def test_the_log_holds_loss_collapse_and_schedules(config, tmp_path):
     trainer = fit(config, tmp_path / "run")
     found = rows(tmp_path / "run")
-    assert set(found[0]) == {"step", "loss", "std", "rank", "lr", "weight_decay", "momentum"}
+    assert set(found[0]) == {
+        "step",
+        "loss",
+        "std",
+        "rank",
+        "grad_norm",
+        "skipped",
+        "lr",
+        "weight_decay",
+        "momentum",
+    }
     assert found[0]["lr"] == pytest.approx(1e-3) and found[0]["momentum"] == 0.996  # a warm-up of one step
     assert found[-1]["lr"] == pytest.approx(1e-6) and found[-1]["weight_decay"] == pytest.approx(0.4)
     assert all(0 < row["std"] < 1.5 and 1 <= row["rank"] <= 32 for row in found)
@@ -220,11 +230,11 @@ def test_a_log_without_room_ends_with_the_message():
     )
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(config, tmp_path, capsys):
+def test_gradients_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(config, tmp_path, capsys):
     out = tmp_path / "run"
     words = [str(config), "--out", str(out), "--set", "optimization.lr=1e30", "--set", "logging.checkpoint_every=1"]
     assert train.main(words) == 1
-    assert "train: loss must be finite, got nan at step " in capsys.readouterr().err
+    assert "train: the norm of gradients must be finite, got nan at step " in capsys.readouterr().err
     state = torch.load(out / "latest.pt", weights_only=True)
     assert state["step"] == len(rows(out)) < 6
 

@@ -108,7 +108,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path, changes):
 
 
 def test_both_published_kinds_of_masks_are_packed_in_one_batch(config):
-    _, masks = next(iter(train.batches(train.read(str(config)))))
+    [(_, masks)] = next(iter(train.batches(train.read(str(config)))))
     assert masks.packed and len(masks.context_lengths) == len(masks.target_lengths) == 2 * masks.batch
     short, long = masks.target_lengths.reshape(2, 2)
     assert (masks.context_lengths + masks.target_lengths == 2 * 4 * 4).all() and short.mean() < long.mean() + 8

@@ -62,7 +62,16 @@ def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):
     assert train.main([str(config), "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"curves.png", "latest.pt", "metrics.jsonl", "model.safetensors", "probe.json"}
-    assert set(rows(tmp_path / "run")[0]) == {"step", "loss", "std", "rank", "lr", "weight_decay"}  # no momentum
+    assert set(rows(tmp_path / "run")[0]) == {
+        "step",
+        "loss",
+        "std",
+        "rank",
+        "grad_norm",
+        "skipped",
+        "lr",
+        "weight_decay",
+    }  # no momentum
     model, _ = LeWorldModel.from_checkpoint(tmp_path / "run/model.safetensors")
     trained = torch.load(tmp_path / "run/latest.pt")["model"]
     assert model.config.embed_dim == 32 and same_weights(model.state_dict(), trained)
@@ -82,7 +91,7 @@ def test_a_resumed_run_is_the_whole_run_bit_for_bit(config, tmp_path):
 
 
 def test_windows_reach_as_far_as_rollouts(config):
-    frames, actions = next(iter(train.batches(configs.read(str(config)))))
+    [(frames, actions)] = next(iter(train.batches(configs.read(str(config)))))
     assert frames.shape == (4, 5, 3, 16, 16) and actions.shape == (4, 4, 2)  # history 3, and two steps beyond
 
 

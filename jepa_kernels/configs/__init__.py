@@ -3,243 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.models import ijepa, lejepa, lewm, vjepa2
-from jepa_kernels.models.ijepa import IJEPAConfig
-from jepa_kernels.models.lejepa import ViTConfig
-from jepa_kernels.models.lewm import LeWMConfig
-from jepa_kernels.models.vjepa2 import VJEPA2Config
-from jepa_kernels.rooms.answers import RoomsConfig
-from jepa_kernels.video import VIDEOS
+from jepa_kernels.configs.sections import DEFAULTS, ENGINES, NONFINITE, SIZES, Config, TargetOptimization
+
+__all__ = ["DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Data:
-    batch_size: int = 64
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
-class PhotoData(Data):
-    """Crops of the bundled photos; see data.PhotoCrops."""
-
-    crop_scale: tuple[float, float] = (0.3, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    horizontal_flip: bool = True
-    grey: float = 0.0
-
-
-@dataclass(frozen=True)
-class ClipData(PhotoData):
-    """Clips of videos; see video.VideoClips."""
-
-    batch_size: int = 24
-    crop_ratio: tuple[float, float] = (0.75, 1.35)
-    frame_step: int = 4
-    videos: tuple[str, ...] = tuple(VIDEOS)
-
-
-@dataclass(frozen=True)
-class EpisodeData(Data):
-    """Windows of PushT's episodes; see pusht.Windows."""
-
-    batch_size: int = 128
-    episodes: int = 500
-    steps: int = 40  # of an episode
-    frame_skip: int = 5
-    collect_seed: int = 0
-
-
-@dataclass(frozen=True)
-class ViewData(Data):
-    """Views of photos or digits; see views.Views."""
-
-    batch_size: int = 256
-    source: str = "photos"
-    global_views: int = 2
-    local_views: int = 6
-    local_size: int = 56
-    region_scale: tuple[float, float] = (0.1, 0.6)
-    global_scale: tuple[float, float] = (0.3, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.3)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    horizontal_flip: bool = True
-    grey: float = 0.2
-    jitter: float = 0.4
-
-
-@dataclass(frozen=True)
-class RoomData(Data):
-    """Rooms and questions; see rooms.scenes.Scenes."""
-
-    batch_size: int = 32
-    side: int = 4
-    objects: int = 3
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """The published schedules; the defaults are those of the I-JEPA paper, per step instead of per epoch."""
-
-    steps: int = 1000
-    warmup: float = 40 / 300  # share of the steps
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    ipe_scale: float = 1.0
-    use_bfloat16: bool = False  # networks under autocast; the target's weights are kept rounded, not cast at each step
-
-
-@dataclass(frozen=True)
-class TargetOptimization(Optimization):
-    """Of a model with a target encoder, which follows with these momenta."""
-
-    ema: tuple[float, float] = (0.996, 1.0)
-
-
-@dataclass(frozen=True)
-class Logging:
-    checkpoint_every: int = 50  # steps
-
-
-@dataclass(frozen=True)
-class Mask:
-    """See masks.MultiBlock2d."""
-
-    target_scale: tuple[float, float] = (0.15, 0.2)
-    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)
-    context_scale: tuple[float, float] = (0.85, 1.0)
-    num_targets: int = 4
-    min_keep: int = 10
-    truncate: bool = False
-
-
-@dataclass(frozen=True)
-class ClipMask:
-    """The two kinds of masks of V-JEPA, each as masks.Spec3d has it."""
-
-    short_num_blocks: int = 8
-    short_spatial_scale: tuple[float, float] = (0.15, 0.15)
-    long_num_blocks: int = 2
-    long_spatial_scale: tuple[float, float] = (0.7, 0.7)
-    aspect_ratio: tuple[float, float] = (0.75, 1.5)
-    truncate: bool = False
-
-
-@dataclass(frozen=True)
-class Probe:
-    """See probe.photos; probe.digits reads the seeds alone."""
-
-    seeds: int = 5
-    per_photo: int = 20
-
-
-@dataclass(frozen=True)
-class ClipProbe:
-    """See probe.clips."""
-
-    seeds: int = 5
-    per_video: int = 50
-
-
-@dataclass(frozen=True)
-class StateProbe:
-    """See pusht.probes."""
-
-    fitted_on: int = 100  # of the training's episodes
-    held_out: int = 40
-
-
-@dataclass(frozen=True)
-class AnswerProbe:
-    """See rooms.answers.probes and rooms.stream.compare."""
-
-    questions: int = 1000
-    fitted_on: int = 2000
-    streams: int = 10
-    frames: int = 100
-
-
-@dataclass(frozen=True)
-class Config:
-    """A training run: everything that its result depends on. `architecture` tells the types of the sections."""
-
-    architecture: str = "ijepa"
-    model: IJEPAConfig | VJEPA2Config | LeWMConfig | ViTConfig | RoomsConfig = field(default_factory=IJEPAConfig)
-    data: Data = field(default_factory=PhotoData)
-    mask: Mask | ClipMask | None = field(default_factory=Mask)  # None: everything is seen
-    optimization: Optimization = field(default_factory=TargetOptimization)
-    logging: Logging = field(default_factory=Logging)
-    probe: Probe | ClipProbe | StateProbe | AnswerProbe = field(default_factory=Probe)
-    seed: int = 0
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it: mappings, lists, numbers."""
-        return json.loads(json.dumps(asdict(self)))
-
-
-# What a config leaves out: the models' own values.
-DEFAULTS = {
-    "ijepa": Config(),
-    "vjepa2": Config(
-        architecture="vjepa2",
-        model=VJEPA2Config(),
-        data=ClipData(),
-        mask=ClipMask(),
-        optimization=TargetOptimization(
-            start_lr=1e-4,
-            lr=5.25e-4,
-            final_lr=5.25e-4,
-            final_weight_decay=0.04,
-            ema=(0.99925, 0.99925),
-        ),
-        probe=ClipProbe(),
-    ),
-    "lewm": Config(
-        architecture="lewm",
-        model=LeWMConfig(),
-        data=EpisodeData(),
-        mask=None,
-        optimization=Optimization(
-            warmup=0.0, start_lr=5e-5, lr=5e-5, final_lr=5e-5, weight_decay=1e-3, final_weight_decay=1e-3
-        ),
-        probe=StateProbe(),
-    ),
-    "lejepa": Config(
-        architecture="lejepa",
-        model=ViTConfig(),
-        data=ViewData(),
-        mask=None,
-        optimization=Optimization(lr=5e-4, weight_decay=5e-2, final_weight_decay=5e-2),
-        probe=Probe(),
-    ),
-    "vl_jepa": Config(
-        architecture="vl_jepa",
-        model=RoomsConfig(),
-        data=RoomData(),
-        mask=None,
-        optimization=Optimization(warmup=0.05, start_lr=0.0, lr=1e-3, final_lr=0.0, final_weight_decay=0.04),
-        probe=AnswerProbe(),
-    ),
-}
-SIZES: dict[str, Mapping[str, Callable[..., Any]]] = {
-    "ijepa": ijepa.SIZES,
-    "vjepa2": vjepa2.SIZES,
-    "lewm": lewm.SIZES,
-    "lejepa": lejepa.SIZES,
-    "vl_jepa": {"rooms": RoomsConfig},
-}
 
 
 def shipped() -> list[str]:
@@ -382,6 +157,8 @@ def _check(config: Config) -> None:
         ("data.batch_size", config.data.batch_size, 2),
         ("data.num_workers", config.data.num_workers, 0),
         ("optimization.steps", o.steps, 1),
+        ("optimization.accumulate", o.accumulate, 1),
+        ("optimization.max_grad_norm", o.max_grad_norm, 0),
         ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
@@ -393,12 +170,14 @@ def _check(config: Config) -> None:
     ):
         if not 0 <= share <= 1:
             fail("train", name, "lie in [0, 1]", share, "correct the config")
+    _one_of("optimization.nonfinite", o.nonfinite, NONFINITE)
+    _one_of("parallel.engine", config.parallel.engine, ENGINES)
     if o.ipe_scale < 1:
         fail("train", "optimization.ipe_scale", "be at least 1", o.ipe_scale, "the published values are 1 and 1.25")
 
 
 def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue a run with another config: only logging and the probe may change.
+    """Refuse to continue a run with another config: only logging, the probe and what runs in parallel may change.
 
     What a checkpoint of before does not name had its default's value.
     """
@@ -406,7 +185,7 @@ def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
     if flat_saved.get("architecture") == now["architecture"]:
         flat_saved = {**flat(DEFAULTS[now["architecture"]].plain()), **flat_saved}
     for key in sorted({*flat_saved, *flat_now}):
-        if key.split(".")[0] in ("logging", "probe") or key == "data.num_workers":
+        if key.split(".")[0] in ("logging", "parallel", "probe") or key == "data.num_workers":
             continue
         if flat_saved.get(key) != flat_now.get(key):
             actual = f"{key} = {flat_saved.get(key)} in the checkpoint, {flat_now.get(key)} now"

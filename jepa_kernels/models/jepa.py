@@ -246,6 +246,13 @@ def _after_load(model: JEPA, _: Any) -> None:
     model.ema.refresh()
 
 
+def loss_of(model: nn.Module, batch: Tensor, given: Any, *, dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+    """The loss of a model, or of its wrapper, whose own forward runs; arguments as of `train_step`."""
+    own: Any = getattr(model, "module", model)
+    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+        return own.objective(model(batch, given, **options), batch, given)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -274,8 +281,7 @@ def train_step(
     if (ema is None) != (momentum is None):
         wanted = "be None without a target encoder" if ema is None else "be given for the target encoder"
         fail("train_step", "momentum", wanted, momentum, "only a moving average has one")
-    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
-        loss = own.objective(model(batch, given, **options), batch, given)
+    loss = loss_of(model, batch, given, dtype=dtype, **options)
     moves_targets = isinstance(optimizer, jk.AdamWEMA) and bool(optimizer.targets)
     (loss if scaler is None else scaler.scale(loss)).backward()
     with own.ema.moved_by(optimizer, momentum) if moves_targets else nullcontext():

@@ -1,0 +1,75 @@
+"""The networks of a run as its processes share them: DDP or FSDP2, blocks compiled or computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from jepa_kernels.configs.sections import Parallel
+from jepa_kernels.nn import Block, compile_blocks
+from jepa_kernels.nn.action_predictor import ActionBlock
+from jepa_kernels.nn.conditional import ConditionalBlock
+from jepa_kernels.nn.decoder import DecoderBlock
+from jepa_kernels.training.ranks import Ranks
+
+BLOCKS = Block, ActionBlock, ConditionalBlock, DecoderBlock
+EXCHANGES = {"ddp": "the all-reduce of gradients", "fsdp": "the reduce-scatter of gradients"}  # of the backward pass
+
+
+def shards(how: Parallel, ranks: Ranks) -> bool:
+    """Whether each rank holds a part of every weight."""
+    return how.engine == "fsdp" and ranks.grouped
+
+
+def spread(model: nn.Module, how: Parallel, ranks: Ranks, device: torch.device) -> nn.Module:
+    """What a step calls: the model itself, changed in place, or DDP around it. Every rank must call it.
+
+    Names in the model's state dict stay. With "fsdp" its weights become DTensors.
+    """
+    blocks: list[Any] = [block for block in model.modules() if isinstance(block, BLOCKS)]
+    if how.activation_checkpointing:
+        for block in blocks:
+            if any(p.requires_grad for p in block.parameters()):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if how.compile:
+        compile_blocks(model)
+    if shards(how, ranks):
+        return _sharded(model, blocks, device)
+    if ranks.world == 1:
+        return model
+    places: Any = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _sharded(model: nn.Module, blocks: list[Any], device: torch.device) -> nn.Module:
+    """A part of every weight on each rank; blocks gather theirs one after another, all else is gathered for a step."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@contextmanager
+def part(network: Any, *, last: bool) -> Iterator[None]:
+    """Around forward and backward of a part of the batch: gradients are averaged over ranks after the last one."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(last)
+    waits = isinstance(network, DistributedDataParallel) and not last
+    with network.no_sync() if waits else nullcontext():
+        yield
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor, or all of one whose parts lie on several ranks: every rank must call it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

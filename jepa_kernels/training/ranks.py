@@ -1,0 +1,165 @@
+"""The processes of a run: which one this is, what all must agree on, and who was silent when a time limit ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 600.0  # seconds that a collective may take
+ROLL_CALL = 3.0  # seconds in which those that are left say so
+LOST = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|closed by peer|broken pipe|gloo|nccl", re.I)
+REFUSALS = ValueError, TypeError, OSError, ModuleNotFoundError
+
+
+class RankError(RuntimeError):
+    """Another process of the run did not do its part."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank, of `world` processes, `local` on its machine; `restarts`: how often torchrun has started them again.
+
+    timeout: seconds that each collective may take.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    restarts: int = 0
+    timeout: float = TIMEOUT
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there is a process group, be it of one."""
+        return dist.is_available() and dist.is_initialized()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what every rank does by itself, no collective in it: what one refuses is refused on all.
+
+        Raises on every rank: its own error where all have the same, else a ValueError with that of the lowest rank.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except REFUSALS as error:
+            if self.world == 1:
+                raise
+            own = error
+        if self.world == 1:
+            return
+        said = self._gathered(None if own is None else str(own))
+        found = [(rank, text) for rank, text in enumerate(said) if text is not None]
+        if found:
+            rank, text = found[0]
+            if own is not None and len({text for text in said}) == 1:
+                raise own
+            raise ValueError(f"{text} (rank {rank})")
+
+    def same(self, what: str, value: Any, remedy: str) -> None:
+        """Raise ValueError, on every rank and with one text, unless all have this value."""
+        if self.world == 1:
+            return
+        found = self._gathered(value)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                actual = f"{found[0]} on rank 0, {other} on rank {rank}"
+                raise ValueError(f"train: {what} must be the same on all ranks, got {actual}; {remedy}")
+
+    def _gathered(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    @contextmanager
+    def finishing(self, what: str) -> Iterator[None]:
+        """Around a collective, named `what`: RankError that says which ranks were silent, if it does not end."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, RankError) or not LOST.search(str(error)):
+                raise
+            silent = self._silent()
+            who = f"no answer of rank {', '.join(map(str, silent))}" if silent else "an answer of each, but too late"
+            why = str(error).strip().split("\n")[0][:200]
+            raise RankError(
+                f"train: every rank must finish {what} within {self.timeout:g} s, got {who} ({why}); "
+                "look at that rank's own output, or raise --timeout"
+            ) from error
+
+    def _silent(self) -> list[int]:
+        """Ranks that do not answer a roll call; all that are left call it at nearly the same time."""
+        try:
+            store: Any = dist.distributed_c10d._get_default_store()
+            store.set(f"here/{self.restarts}/{self.rank}", b"1")
+            until, missing = time.monotonic() + ROLL_CALL, list(range(self.world))
+            while missing and time.monotonic() < until:
+                missing = [rank for rank in missing if not store.check([f"here/{self.restarts}/{rank}"])]
+                time.sleep(0.05)
+            return missing
+        except RuntimeError:  # the process that kept the store is gone
+            return [0]
+
+    def leave(self) -> None:
+        """The group ends; this process goes on alone."""
+        if self.grouped:
+            dist.destroy_process_group()
+
+
+def join(device: str, timeout: float = TIMEOUT) -> tuple[Ranks, str]:
+    """Join the processes that torchrun or SLURM's srun has started, if any; this one's place, and its device.
+
+    Each process of a machine gets a GPU of its own.
+    """
+    found = _torchrun() or _slurm()
+    if found is None:
+        return Ranks(timeout=timeout), device
+    rank, world, local = found
+    kind = torch.device(device).type
+    if kind == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=rank, world_size=world)
+    return Ranks(rank, world, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), timeout), device
+
+
+def _torchrun() -> tuple[int, int, int] | None:
+    """(rank, world, rank on this machine), as torchrun tells them."""
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    if not all(name in os.environ for name in names):
+        return None
+    rank, world, local = (int(os.environ[name]) for name in names)
+    return rank, world, local
+
+
+def _slurm() -> tuple[int, int, int] | None:
+    """The same of a task of srun; the first machine of the step is where all meet."""
+    names = "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"
+    if not all(name in os.environ for name in ("SLURM_STEP_ID", *names)) or int(os.environ["SLURM_NTASKS"]) < 2:
+        return None
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", "localhost"))
+    os.environ.setdefault("MASTER_ADDR", first_node(nodes))
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    rank, world, local = (int(os.environ[name]) for name in names)
+    return rank, world, local
+
+
+def first_node(nodes: str) -> str:
+    """Of SLURM's list: "gpu[03-07,12],cpu1" -> "gpu03"."""
+    found = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    return "localhost" if found is None else found[1] + (found[2] or "")
