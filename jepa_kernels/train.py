@@ -40,6 +40,7 @@ from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
 
 FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
+REDUCED = {"ddp": "all_reduce of gradients", "fsdp": "reduce_scatter of gradients"}
 
 
 class Trainer:
@@ -109,9 +110,9 @@ class Trainer:
         for n, (pixels, given) in enumerate(parts):
             batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
             with networks.part(self.network, last=n == len(parts) - 1):
-                with self.ranks.finishing(f"the exchange in the forward pass of step {step}"):
+                with self.ranks.finishing(f"the forward pass of step {step}", "all_gather of weights"):
                     loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
-                with self.ranks.finishing(f"{networks.EXCHANGES[self.config.parallel.engine]} of step {step}"):
+                with self.ranks.finishing(f"the backward pass of step {step}", REDUCED[self.config.parallel.engine]):
                     (loss / len(parts)).backward()
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
@@ -128,7 +129,7 @@ class Trainer:
     def _averaged(self, measured: Tensor) -> Tensor:
         """Over ranks."""
         if self.ranks.world > 1:
-            with self.ranks.finishing(f"the all-reduce of what is logged of step {self.step}"):
+            with self.ranks.finishing(f"the log of step {self.step}", "all_reduce"):
                 torch.distributed.all_reduce(measured)
         return measured / self.ranks.world
 
