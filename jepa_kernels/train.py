@@ -53,6 +53,8 @@ class Trainer:
         self.recipe = RECIPES[config.architecture]
         sharded = networks.shards(config.parallel, self.ranks)
         self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
+        if config.mask is not None:
+            self.model.average = config.optimization.average
         self.latents = torch.empty(0)
         watched, self._latents_of = self.recipe.watch(self.model)
         watched.register_forward_hook(self._keep_latents)
