@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.configs.sections import DEFAULTS, ENGINES, NONFINITE, SIZES, Config, TargetOptimization
+from jepa_kernels.configs.sections import BEST, DEFAULTS, ENGINES, NONFINITE, SIZES, Config, TargetOptimization
 
-__all__ = ["DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
+__all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
@@ -160,6 +160,7 @@ def _check(config: Config) -> None:
         ("optimization.accumulate", o.accumulate, 1),
         ("optimization.max_grad_norm", o.max_grad_norm, 0),
         ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
+        ("logging.keep", config.logging.keep, 1),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:
@@ -172,6 +173,8 @@ def _check(config: Config) -> None:
             fail("train", name, "lie in [0, 1]", share, "correct the config")
     _one_of("optimization.nonfinite", o.nonfinite, NONFINITE)
     _one_of("parallel.engine", config.parallel.engine, ENGINES)
+    if config.logging.best:
+        _one_of("logging.best", config.logging.best, BEST)
     if o.ipe_scale < 1:
         fail("train", "optimization.ipe_scale", "be at least 1", o.ipe_scale, "the published values are 1 and 1.25")
 
