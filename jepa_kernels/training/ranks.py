@@ -83,6 +83,10 @@ class Ranks:
                 actual = f"{found[0]} on rank 0, {other} on rank {rank}"
                 raise ValueError(f"train: {what} must be the same on all ranks, got {actual}; {remedy}")
 
+    def of_first(self, value: Any) -> Any:
+        """The first rank's value, on all ranks, which all must ask for it."""
+        return value if self.world == 1 else self._gathered(value)[0]
+
     def _gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
