@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 TIMEOUT = 600.0  # seconds that a collective may take
 MEETING = 300.0  # seconds in which all processes start
-ROLL_CALL = 3.0  # seconds in which those that are left say so
+ROLL_CALL = 2.0  # seconds in which those that are left say so
 C10D = "distributed_c10d.py"
 LOST = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|closed by peer|broken pipe|gloo|nccl", re.I)
 REFUSALS = ValueError, TypeError, OSError, ModuleNotFoundError

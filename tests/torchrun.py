@@ -1,0 +1,103 @@
+"""Training runs of several processes, started by torchrun as a user starts them, and what befalls these."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+WAIT = 300  # seconds for anything at all: machines of tests are slow and shared
+
+
+class Run:
+    """`torchrun -m jepa_kernels train CONFIG --out OUT --no-probe ...`; one thread for each process."""
+
+    def __init__(self, config, out, *words, ranks=2, restarts=0):
+        self.out, self.said = Path(out), Path(out).with_suffix(".said")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["--master-port", str(free_port()), "--max-restarts", str(restarts)]
+        command += ["-m", "jepa_kernels", "train", str(config), "--out", str(out), "--no-probe", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(self.said, "wb") as stream:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in [*self.pids(), self.process.pid]:
+            _send(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def pids(self):
+        """Of the ranks that are alive, by rank."""
+        if self.process.poll() is not None:
+            return []
+        listed = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return sorted(map(int, listed))  # started in the order of their ranks
+
+    def rows(self):
+        """The log; a last line that is being written is left out."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def reach(self, step, restart=0):
+        """Wait until the log has this step, written by the processes of this start."""
+
+        def reached():
+            return self.said.read_text().count("exitcode: -9") == restart and self.rows()[-1:][0]["step"] >= step
+
+        self._until(lambda: bool(self.rows()) and reached())
+
+    def says(self, text):
+        """Wait until any rank has written this."""
+        self._until(lambda: text in self.said.read_text())
+
+    def _until(self, true):
+        end = time.monotonic() + WAIT
+        while not true():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < end, self.said.read_text()
+            time.sleep(0.01)
+
+    def send(self, number, rank):
+        """A signal to the process of this rank; whether it was there."""
+        found = self.pids()
+        return rank < len(found) and _send(found[rank], number)
+
+    def wait(self):
+        """The exit code of torchrun, which is 0 where that of every rank is."""
+        return self.process.wait(WAIT)
+
+    def lines(self):
+        """What the runs themselves said of what went wrong."""
+        return [line for line in self.said.read_text().splitlines() if line.startswith("train: ")]
+
+
+def _send(pid, number):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def free_port(count=1):
+    """The first of so many ports that nobody listens at."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            found = stack.enter_context(socket.socket())
+            found.bind(("", 0))
+            first = found.getsockname()[1]
+            try:
+                for port in range(first + 1, first + count):
+                    stack.enter_context(socket.socket()).bind(("", port))
+            except (OSError, OverflowError):
+                continue
+            return first
