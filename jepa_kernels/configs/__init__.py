@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.configs.sections import AVERAGES, DEFAULTS, ENGINES, NONFINITE, SIZES, Config, TargetOptimization
+from jepa_kernels.configs.sections import (
+    AVERAGES,
+    BEST,
+    DEFAULTS,
+    ENGINES,
+    NONFINITE,
+    SIZES,
+    Config,
+    TargetOptimization,
+)
 
-__all__ = ["DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
+__all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
 
 FOLDER = Path(__file__).parent
 T = TypeVar("T")
@@ -160,6 +169,7 @@ def _check(config: Config) -> None:
         ("optimization.accumulate", o.accumulate, 1),
         ("optimization.max_grad_norm", o.max_grad_norm, 0),
         ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
+        ("logging.keep", config.logging.keep, 1),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:
@@ -181,6 +191,8 @@ def _check(config: Config) -> None:
             if value != only:
                 requirement = f"be {str(only).lower()} for {config.architecture}, which has no masks"
                 fail("train", name, requirement, value, "leave it out")
+    if config.logging.best:
+        _one_of("logging.best", config.logging.best, BEST)
     if o.ipe_scale < 1:
         fail("train", "optimization.ipe_scale", "be at least 1", o.ipe_scale, "the published values are 1 and 1.25")
 

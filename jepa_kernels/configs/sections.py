@@ -18,6 +18,7 @@ from jepa_kernels.video import VIDEOS
 ENGINES = "ddp", "fsdp"
 NONFINITE = "stop", "skip"
 AVERAGES = "mask", "token"
+BEST = {"loss": "lowest", "std": "highest", "rank": "highest"}  # of the log: which value of its mean is the best
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,15 @@ class Parallel:
 
 @dataclass(frozen=True)
 class Logging:
+    """Which checkpoints stay.
+
+    best: "", or the score, of BEST, whose best checkpoint stays besides the last ones: the mean of the log since the
+        checkpoint before.
+    """
+
     checkpoint_every: int = 50  # steps
+    keep: int = 2  # the last ones
+    best: str = ""
 
 
 @dataclass(frozen=True)
