@@ -73,14 +73,31 @@ class Packing:
         raise AttributeError(f"Packing: {name} must stay as it is, got an assignment; build a new Packing")
 
     @classmethod
-    def from_lengths(cls, lengths: Iterable[int], *, device: torch.device | str | None = None) -> Packing:
-        """Sequences of these lengths, one after another. Lengths may be 0. Copies one small tensor to `device`."""
+    def from_lengths(
+        cls,
+        lengths: Iterable[int],
+        *,
+        tokens: int | None = None,
+        bucket: int = 0,
+        device: torch.device | str | None = None,
+    ) -> Packing:
+        """Sequences of these lengths, one after another. Lengths may be 0. Copies one small tensor to `device`.
+
+        tokens: length of the token axis; None: the lengths' sum.
+        bucket: not 0: the axis is padded up to a multiple of it, the bound of the lengths up to a power of two, so that
+            lengths that change have few shapes. Both as of `padded`.
+        """
         host = tuple(int(n) for n in lengths)
         if any(n < 0 for n in host):
             fail("Packing", "lengths", "be at least 0", min(host), "count the kept tokens of each sequence")
         if sum(host) >= 2**31:
             fail("Packing", "lengths", "sum to less than 2^31", sum(host), "split the batch")
-        return cls._build(host, sum(host), max(host, default=0), device)
+        longest, tokens = max(host, default=0), sum(host) if tokens is None else tokens
+        if tokens < sum(host):
+            fail("Packing", "tokens", f"be at least {sum(host)}", tokens, "leave it out for the lengths' sum")
+        if bucket:
+            longest, tokens = 1 << (longest - 1).bit_length() if longest else 0, round_up(tokens, bucket)
+        return cls._build(host, tokens, longest, device)
 
     @classmethod
     def _build(
@@ -223,6 +240,11 @@ class Packing:
 
     def __repr__(self) -> str:
         return f"Packing(sequences={self.sequences}, tokens={self.tokens}, max_seqlen={self.max_seqlen})"
+
+
+def round_up(tokens: int, bucket: int) -> int:
+    """To a multiple of `bucket`; 0: as it is."""
+    return -(-tokens // bucket) * bucket if bucket else tokens
 
 
 def _schedule(lengths: tuple[int, ...], tokens: int) -> Tensor:

@@ -23,6 +23,8 @@ class Pairs:
     source: int64 [T], which row of [all contexts; all targets] stands at each row of these sequences.
     target_rows: int64 [T target], the row of every target token; rising.
     context_rows: int64, likewise, the row of every context token of every sequence.
+
+    Where contexts or targets are padded (see `Packing.padded`), their rows past the end have rows past the end here.
     """
 
     packing: Packing
@@ -32,9 +34,20 @@ class Pairs:
 
     @classmethod
     def from_lengths(
-        cls, context: Sequence[int], target: Sequence[int], *, device: torch.device | str | None = None
+        cls,
+        context: Sequence[int],
+        target: Sequence[int],
+        *,
+        context_tokens: int | None = None,
+        target_tokens: int | None = None,
+        bucket: int = 0,
+        device: torch.device | str | None = None,
     ) -> Pairs:
-        """Build from the lengths of the contexts and of the targets, on the host."""
+        """Build from the lengths of the contexts and of the targets, on the host.
+
+        context_tokens, target_tokens: `tokens` of their packings; None: the lengths' sums. bucket: as of
+            `Packing.from_lengths`.
+        """
         c, t = np.asarray(context, dtype=np.int64), np.asarray(target, dtype=np.int64)
         if len(t) % len(c) if len(c) else len(t):
             requirement = f"be a multiple of the {len(c)} contexts in number"
@@ -45,14 +58,20 @@ class Pairs:
         start = np.cumsum(before + t) - before - t
         target_rows = rows_of(start + before, t)
         context_rows = rows_of(start, before)
-        source = np.empty(int((before + t).sum()), dtype=np.int64)
+        unused = [0 if n is None else n - int(x.sum()) for n, x in ((context_tokens, c), (target_tokens, t))]
+        end = int((before + t).sum())
+        packing = Packing.from_lengths((before + t).tolist(), tokens=end + max(unused), bucket=bucket, device=device)
+        source = np.zeros(packing.tokens, dtype=np.int64)
         source[context_rows] = np.tile(np.arange(c.sum()), uses)
-        source[target_rows] = c.sum() + np.arange(t.sum())
+        source[target_rows] = c.sum() + unused[0] + np.arange(t.sum())
+        context_rows, target_rows = (
+            np.concatenate([rows, end + np.arange(n)])
+            for rows, n in zip((context_rows, target_rows), unused, strict=True)
+        )
         rows = torch.from_numpy(np.concatenate([source, target_rows, context_rows]))
         if device is not None and torch.device(device).type == "cuda":
             rows = rows.pin_memory()
         rows = rows.to(device, non_blocking=True)
-        packing = Packing.from_lengths((before + t).tolist(), device=device)
         source_rows, *both = rows.split([len(source), len(target_rows), len(context_rows)])
         return cls(packing, source_rows, *both)
 

@@ -235,7 +235,8 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = (ROOT / "README.md").read_text().split("```python\n")[1:]
     parts = [part.split("```")[0] for part in parts]
-    first, encoding, target, optimizing, video, probing, wordy, answering, files, planning, avoiding, patching = parts
+    first, encoding, target, optimizing, video, probing, wordy, answering, dividing, *rest = parts
+    files, planning, avoiding, patching = rest
     names: dict = {}
     exec(first, names)
     assert names["out"].shape == (300, 16, 64)
@@ -261,6 +262,10 @@ def test_the_readme_examples_run_as_written(capsys, tmp_path, monkeypatch):
     assert names["loss"].isfinite() and names["answers"].shape == (3, 1536)
     exec(answering, names)
     assert names["ids"].shape == (3, 3) and names["steps"] == [0, 10, 20] and names["distances"].shape == (30,)
+    exec(dividing, names)
+    whole = names["model"].loss(names["clips"], names["batch"].to("cpu")).item()
+    assert sum(names["losses"]).item() / 2 == pytest.approx(whole, rel=1e-5)
+    assert len(names["batch"].context_ids) % 256 == 0
     capsys.readouterr()
     exec(files, names)
     said = capsys.readouterr().out.strip()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import jepa_kernels as jk
 from jepa_kernels.masks import MaskBatch, MultiBlock2d, MultiBlock3d, Spec3d
@@ -128,6 +129,20 @@ def test_the_mean_of_parts_is_the_whole_batch(name, truncate, average):
             eager.append(results(model.loss(pixels, masks.to("cpu")), model))
             exact.append(results(double.loss(pixels.double(), masks.to("cpu")), double))
     assert not failures(actual, exact, eager)
+
+
+@pytest.mark.parametrize("average", ["mask", "token"])
+def test_compiled_code_takes_other_shares_as_it_is(average):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, counter = MODELS["ijepa"](), CompileCounter()
+    model.average = average
+    compiled = torch.compile(model.loss, fullgraph=True, backend=counter)
+    for run, images in enumerate(([0, 2, 3], [1, 2, 3], [3, 1, 2])):  # from the second on lengths are dynamic
+        pixels, masks = drawn("ijepa", run, truncate=False)
+        part = masks.part(images, run + 2).to("cpu")
+        assert torch.equal(compiled(pixels[images], part), model.loss(pixels[images], part))
+    assert counter.frame_count == 2
 
 
 def test_means_of_masks_and_of_tokens_differ_and_so_do_parts_without_their_shares():

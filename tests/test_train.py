@@ -211,6 +211,13 @@ def test_gradients_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(conf
         (["optimization.lr=-1"], "train: optimization.lr must be at least 0, got -1.0; correct the config"),
         (["optimization.ema=[0.9, 1.5]"], "train: optimization.ema must lie in [0, 1], got 1.5; correct the config"),
         (["optimization.ema=0.9"], "train: optimization.ema must be 2 numbers, got 0.9; correct the config"),
+        (["optimization.average=sum"], "train: optimization.average must be one of mask, token, got 'sum'; check the"),
+        (["parallel.balance=1"], "train: parallel.balance must be bool, got 1; correct the config"),
+        (["mask.bucket=-1"], "MultiBlock2d: bucket must be at least 0, got -1; pass tokens, such as 1024"),
+        (
+            ["mask.bucket=64", "mask.truncate=true"],
+            "MultiBlock2d: bucket must be 0 for truncated masks, which are rect",
+        ),
         (["optimization.steps=0"], "train: optimization.steps must be at least 1, got 0; correct the config"),
         (["optimization.ipe_scale=0.5"], "train: optimization.ipe_scale must be at least 1, got 0.5; the published "),
         (["data.batch_size=1"], "train: data.batch_size must be at least 2, got 1; correct the config"),

@@ -98,6 +98,11 @@ def test_configs_that_are_off(config):
         ("data.global_views=0", r"Views: global_views and local_views must be at least 1 and 0, got \(0, 2\)"),
         ("mask.min_keep=3", r"must use known keys"),
         ("optimization.ema=[0.9, 1.0]", r"must use known keys .*got 'optimization.ema'"),
+        (
+            "optimization.average=token",
+            r"optimization.average must be mask for lejepa, which has no masks, got token",
+        ),
+        ("parallel.balance=true", r"parallel.balance must be false for lejepa, which has no masks, got True"),
         ("model.size=vit_giant", r"model.size must be one of vit_small, digits, got 'vit_giant'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -151,6 +151,7 @@ class Mask:
     num_targets: int = 4
     min_keep: int = 10
     truncate: bool = False
+    bucket: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class ClipMask:
     long_spatial_scale: tuple[float, float] = (0.7, 0.7)
     aspect_ratio: tuple[float, float] = (0.75, 1.5)
     truncate: bool = False
+    bucket: int = 0
 
 
 @dataclass(frozen=True)

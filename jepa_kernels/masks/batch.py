@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks.shares import Shares, Whole
-from jepa_kernels.packing import Packing
+from jepa_kernels.packing import Packing, round_up
 from jepa_kernels.pairs import Pairs, rows_of
 
 
@@ -50,6 +51,9 @@ class MaskBatch:
     context_lengths [contexts], target_lengths [targets]: int64, patches per row. contexts is a multiple of B,
         targets one of contexts.
     whole: of a part of a batch, what the whole one holds.
+    bucket: not 0: packed token axes of contexts, targets and pairs are padded up to multiples of it, bounds of lengths
+        to powers of two, so that compiled code and CUDA graphs see few shapes. Ids past the end are 0; no network reads
+        them, no loss counts them.
     """
 
     batch: int
@@ -58,6 +62,7 @@ class MaskBatch:
     target_ids: np.ndarray
     target_lengths: np.ndarray
     whole: Whole | None = None
+    bucket: int = 0
 
     @property
     def packed(self) -> bool:
@@ -82,7 +87,20 @@ class MaskBatch:
         context = self._of(rows, self.context_ids, self.context_lengths)
         target = self._of(rows, self.target_ids, self.target_lengths)
         whole = Whole(parts, self.batch, *(_tokens(x, self.batch) for x in (self.context_lengths, self.target_lengths)))
-        return MaskBatch(len(rows), *context, *target, whole)
+        return MaskBatch(len(rows), *context, *target, whole).padded(self.bucket)
+
+    def padded(self, bucket: int) -> MaskBatch:
+        """Packed ids padded with 0 up to a multiple of `bucket`, 0: not at all; see above."""
+        if not bucket or not self.packed:
+            return self
+        context, target = (
+            np.pad(ids[:used], (0, round_up(used, bucket) - used))
+            for ids, used in (
+                (self.context_ids, int(self.context_lengths.sum())),
+                (self.target_ids, int(self.target_lengths.sum())),
+            )
+        )
+        return replace(self, context_ids=context, target_ids=target, bucket=bucket)
 
     def _of(self, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and lengths of the rows of these images, mask after mask."""
@@ -104,13 +122,15 @@ class MaskBatch:
         if not self.packed:
             return Masks(self.batch, context_ids, target_ids, shares=shares)
         context, target = self.context_lengths.tolist(), self.target_lengths.tolist()
+        given: Any = dict(bucket=self.bucket, device=device)
+        rows = len(context_ids), len(target_ids)
         return Masks(
             self.batch,
             context_ids,
             target_ids,
-            Packing.from_lengths(context, device=device),
-            Packing.from_lengths(target, device=device),
-            Pairs.from_lengths(context, target, device=device),
+            Packing.from_lengths(context, tokens=rows[0], **given),
+            Packing.from_lengths(target, tokens=rows[1], **given),
+            Pairs.from_lengths(context, target, context_tokens=rows[0], target_tokens=rows[1], **given),
             shares,
         )
 
@@ -120,7 +140,8 @@ class MaskBatch:
         context_ids, context_lengths, target_ids, target_lengths = (
             torch.from_numpy(a).pin_memory().numpy() for a in arrays
         )
-        return MaskBatch(self.batch, context_ids, context_lengths, target_ids, target_lengths, self.whole)
+        pinned = context_ids, context_lengths, target_ids, target_lengths
+        return MaskBatch(self.batch, *pinned, self.whole, self.bucket)
 
 
 def _tokens(lengths: np.ndarray, batch: int) -> np.ndarray:

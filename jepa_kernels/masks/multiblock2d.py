@@ -26,6 +26,8 @@ class MultiBlock2d(Sampler):
         the last row or column, a context block is square; sizes come from a torch generator seeded with seed + step,
         places from torch's global one, or from the `generator` of a call. (Target blocks of `min_keep` or fewer
         patches, of which that code finds none, are taken.)
+    bucket: not 0: packed token axes are padded up to multiples of it, so that compiled code and CUDA graphs see few
+        shapes (see `MaskBatch`).
     seed: masks depend on (seed, step) alone: counter-based Philox4x32-10, unbiased in every range. `step` counts
         calls. In the workers of a DataLoader with one call per batch it is the batch's number, whatever the number
         of workers, and runs on from epoch to epoch; set it to resume, or after an epoch that was left early. With
@@ -47,6 +49,7 @@ class MultiBlock2d(Sampler):
         min_keep: int = 10,
         truncate: bool = False,
         upstream: bool = False,
+        bucket: int = 0,
         seed: int = 0,
     ) -> None:
         self.grid = sides(self.name, grid, "Gh, Gw")
@@ -57,7 +60,7 @@ class MultiBlock2d(Sampler):
         check_range(self.name, "target_aspect_ratio", target_aspect_ratio, MAX_ASPECT, "pass height / width")
         check_count(self.name, "num_targets", num_targets, 1, "the published value is 4")
         check_count(self.name, "min_keep", min_keep, 0, "the published value is 10")
-        super().__init__(truncate, upstream, seed)
+        super().__init__(truncate, upstream, seed, bucket)
         self.target_scale, self.target_aspect_ratio = target_scale, target_aspect_ratio
         self.context_scale = context_scale
         self.num_targets, self.min_keep = num_targets, min_keep
@@ -73,4 +76,4 @@ class MultiBlock2d(Sampler):
 
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
         *arrays, state = native(self.name).multiblock2d(vars(self), batch, step, state)
-        return MaskBatch(batch, *arrays), state
+        return MaskBatch(batch, *arrays).padded(self.bucket), state

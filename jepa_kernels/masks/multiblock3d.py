@@ -71,6 +71,8 @@ class MultiBlock3d(Sampler):
     upstream: reproduce the published collators bit for bit: masks are truncated; each spec draws its sizes from a torch
         generator of its own, all seeded with seed + step, and places from torch's global one, or from the `generator`
         of a call, one spec after another.
+    bucket: not 0: packed token axes are padded up to multiples of it, so that compiled code and CUDA graphs see few
+        shapes (see `MaskBatch`).
     seed: masks depend on (seed, step) alone, and specs draw independently: counter-based Philox4x32-10, unbiased in
         every range. `step` counts calls. In the workers of a DataLoader with one call per batch it is the batch's
         number, whatever the number of workers, and runs on from epoch to epoch; set it to resume, or after an epoch
@@ -88,6 +90,7 @@ class MultiBlock3d(Sampler):
         *,
         truncate: bool = False,
         upstream: bool = False,
+        bucket: int = 0,
         seed: int = 0,
     ) -> None:
         self.grid = sides(self.name, grid, "Gt, Gh, Gw")
@@ -98,7 +101,7 @@ class MultiBlock3d(Sampler):
         self.specs = tuple(specs)
         for spec in self.specs:
             self._check_room(spec)
-        super().__init__(truncate, upstream, seed)
+        super().__init__(truncate, upstream, seed, bucket)
         native(self.name)
 
     def _check_room(self, spec: Spec3d) -> None:
@@ -114,7 +117,7 @@ class MultiBlock3d(Sampler):
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
         specs = [vars(spec) for spec in self.specs]
         *arrays, state = native(self.name).multiblock3d(vars(self), specs, batch, step, state)
-        masks = MaskBatch(batch, *arrays)
+        masks = MaskBatch(batch, *arrays).padded(self.bucket)
         if not len(masks.context_lengths):
             remedy = "lower num_blocks or spatial_scale"
             fail(self.name, "specs", "leave patches for every context", "none in 10000 draws of a clip", remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +25,16 @@ Range = tuple[float, float]
 class Sampler:
     """Masks as a function of (seed, step), or of (seed + step, a torch generator) as the published code has it."""
 
-    def __init__(self, truncate: bool, upstream: bool, seed: int) -> None:
+    specs: Sequence[Any] = (None,)  # kinds of masks
+
+    def __init__(self, truncate: bool, upstream: bool, seed: int, bucket: int) -> None:
         check_count(self.name, "seed", seed, 0, "pass any such number", MAX_SEED)
-        self.truncate, self.upstream, self.seed = truncate or upstream, upstream, seed
+        check_count(self.name, "bucket", bucket, 0, "pass tokens, such as 1024")
+        self.truncate, self.upstream, self.seed, self.bucket = truncate or upstream, upstream, seed, bucket
+        if bucket and self.truncate and len(self.specs) == 1:
+            fail(
+                self.name, "bucket", "be 0 for truncated masks, which are rectangular", bucket, "leave one of them out"
+            )
         self._steps = Steps()
 
     @property

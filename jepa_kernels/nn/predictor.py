@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +117,9 @@ class Predictor(nn.Module):
         if modality is not None:
             context, token = context + modality[0], token + modality[0]
         if context_packing is not None and target_packing is not None and pairs is None:
-            lengths = context_packing.lengths, target_packing.lengths
-            pairs = Pairs.from_lengths(*lengths, device=context.device)
+            lengths, tokens = context_packing.lengths, context_packing.tokens
+            both: Any = dict(context_tokens=tokens, target_tokens=target_packing.tokens)
+            pairs = Pairs.from_lengths(lengths, target_packing.lengths, **both, device=context.device)
         packing = None if pairs is None else pairs.packing
         place = partial(
             jk.assemble_tokens,
