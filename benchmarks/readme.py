@@ -1,13 +1,14 @@
 """Writes the committed results into README.md, and takes a run's results into benchmarks/results/.
 
 `python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json, a training run's
-probe.json, a closed loop's plan.json or bench-results/balance.json first.
+probe.json, a closed loop's plan.json, bench-results/balance.json or ranks.json first.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
         return path
     if "problem" in document:
         return adopt_plan(source, document, results)
-    if "simulation" in document:
-        return adopt_balance(source, document, results)
+    if any(key in document for key, _ in ALONE.values()):
+        return adopt_alone(source, document, results)
     wrong = rows.problems(document)
     if document.get("status") != "ok":
         wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
@@ -87,12 +88,14 @@ def adopt_plan(source: Path, document: dict[str, Any], results: Path) -> Path:
     return path
 
 
-def adopt_balance(source: Path, document: dict[str, Any], results: Path) -> Path:
+def adopt_alone(source: Path, document: dict[str, Any], results: Path) -> Path:
+    """A document of a kind of its own, of which there is one."""
+    name = next(name for name in ALONE if ALONE[name][0] in document)
     try:
-        balance(document)
+        ALONE[name][1](document)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source} can't be adopted: the README can't show it, {error!r}") from error
-    path = results / "balance.json"
+    path = results / f"{name}.json"
     rows.write(path, document)
     return path
 
@@ -112,12 +115,12 @@ def tables(results: Path = RESULTS) -> str:
     """Everything between the markers, from the files in `results`."""
     probes = {results / f"{model}-probe.json": model for model in PROBES}
     plans = sorted(results.glob("*-plan.json"))
-    balances = sorted(results.glob("balance.json"))
-    paths = sorted(p for p in results.glob("*.json") if p not in (*probes, *plans, *balances))
+    alone = {results / f"{name}.json": show for name, (_, show) in ALONE.items()}
+    paths = sorted(p for p in results.glob("*.json") if p not in (*probes, *plans, *alone))
     parts = [measured(p.name, json.loads(p.read_text())) for p in paths]
     parts += [probe(model, json.loads(p.read_text())) for p, model in probes.items() if p.exists()]
     parts += [plan(json.loads(p.read_text())) for p in plans]
-    parts += [balance(json.loads(p.read_text())) for p in balances]
+    parts += [show(json.loads(p.read_text())) for p, show in alone.items() if p.exists()]
     return "\n\n".join(parts)
 
 
@@ -213,6 +216,29 @@ def balance(document: dict[str, Any]) -> str:
     return "\n".join([head, "", *table(columns, cells)])
 
 
+def scaling(document: dict[str, Any]) -> str:
+    """What a second process costs."""
+    found, about = document["rows"], document["machine"]
+    head = (
+        f"`python -m benchmarks.ranks` on {about['cpu']} ({about['isa']}): a step of two processes of `train "
+        f"{document['scaling']}`, a core and half of the batch each, against one process with that half on one core; "
+        f"{found[0]['rounds']} rounds ({commit({'sha': document['commit']})}). Beside it two processes that know "
+        "nothing of each other, which tells what the cores cost one another without any exchange. With 95 % intervals:"
+    )
+    cells = []
+    for row in found:
+        step = {kind: f"{row['us'][kind]['p50'] / 1e3:.0f} ms" for kind in ("one", "together")}
+        ratios = [f"{row[kind]['ratio']:.2f} ({span(row[kind])})" for kind in ("together", "apart")]
+        cells.append((row["engine"], step["one"], step["together"], f"**{ratios[0]}**", ratios[1]))
+    columns = "engine", "one process", "two", "ratio", "two without exchange"
+    return "\n".join([head, "", *table(columns, cells)])
+
+
+def span(one: dict[str, Any]) -> str:
+    low, high = one["ci95"]
+    return f"{low:.2f} to {high:.2f}"
+
+
 def share(one: dict[str, Any]) -> str:
     low, high = one["ci95"]
     return f"{one['mean']:.2%} ({low:.2%} to {high:.2%})"
@@ -258,6 +284,13 @@ def insert(page: str, tables: str) -> str:
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     return before + BEGIN + "\n" + (tables + "\n" if tables else "") + END + after
+
+
+# {file: (the key that tells such a document, what shows it)}
+ALONE: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "balance": ("simulation", balance),
+    "ranks": ("scaling", scaling),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
