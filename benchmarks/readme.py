@@ -198,8 +198,8 @@ def balance(document: dict[str, Any]) -> str:
     """What processes wait for the one with the most to do."""
     found = document["rows"]
     head = (
-        f"`python -m benchmarks.balance`: share of their time that {found[0]['ranks']} processes wait for the one with "
-        f"the most to do, with images (or clips) in order and with `parallel.balance`; drawn masks of "
+        f"`python -m benchmarks.balance`: share of a step, in tokens or in FLOPs, that {found[0]['ranks']} processes "
+        f"wait for the one with the most to do, with images (or clips) in order and with `parallel.balance`; masks of "
         f"{found[0]['steps']} steps, no model runs ({commit({'sha': document['commit']})}). FLOPs are those of a whole "
         "step; the last column balances sums of tokens, without attention's pairs. With 95 % intervals over steps:"
     )
