@@ -1,15 +1,13 @@
 """How long processes wait for the one with the most to do: masks of published configs, without and with balancing.
 
 `python -m benchmarks.balance` draws the masks of many steps and counts, with no model: tokens of context encoder and
-predictor (what is balanced), and the FLOPs of a whole training step. Idle: mean over steps of 1 - mean load / max load
-of 64 processes.
+predictor, and the FLOPs of a whole training step. Idle: mean over steps of 1 - mean load / max load of 64 processes.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +24,26 @@ from jepa_kernels.training import balance
 RANKS = 64
 RESAMPLES = 2000
 UNITS = "tokens", "FLOPs"
-WAYS = "in_order", "balanced", "balanced_by_flops"
+WAYS = "in_order", "balanced", "balanced_by_tokens"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Published training: `flops` of a batch's step; images or clips on each of 64 processes."""
+    """Published training: `flops` of a step with these networks and masks; images or clips on each of 64 processes."""
 
     name: str
+    model: Any
     sampler: Sampler
-    flops: Callable[[MaskBatch], float]
+    flops: Callable[[Any, MaskBatch], float]
     each: int
 
 
 HUGE, LARGE = ijepa.vit_huge_14(), vjepa2.vit_large()
 CLIPS = MultiBlock3d(bench_vjepa2.grid_of(LARGE))
 RUNS = (
-    Run("I-JEPA ViT-H/14", MultiBlock2d(16), partial(bench_ijepa.step_flops, HUGE), 32),
-    Run("V-JEPA 2 ViT-L, 16 frames", CLIPS, partial(bench_vjepa2.step_flops, LARGE), 24),
-    Run("V-JEPA 2 ViT-L, 16 frames", CLIPS, partial(bench_vjepa2.step_flops, LARGE), 48),
+    Run("I-JEPA ViT-H/14", HUGE, MultiBlock2d(16), bench_ijepa.step_flops, 32),
+    Run("V-JEPA 2 ViT-L, 16 frames", LARGE, CLIPS, bench_vjepa2.step_flops, 24),
+    Run("V-JEPA 2 ViT-L, 16 frames", LARGE, CLIPS, bench_vjepa2.step_flops, 48),
 )
 
 
@@ -53,13 +52,20 @@ def idle(loads: np.ndarray) -> float:
     return float(1 - loads.mean() / loads.max())
 
 
+def tokens(masks: MaskBatch) -> np.ndarray:
+    """Of each image in the context encoder and, of every [context | target], in the predictor: [B]."""
+    context, target = (x.reshape(-1, masks.batch) for x in (masks.context_lengths, masks.target_lengths))
+    return context.sum(0) * (1 + len(target) // len(context)) + target.sum(0)
+
+
 def one_step(run: Run, step: int, ranks: int = RANKS) -> np.ndarray:
-    """[units, ways]: idle in tokens and in FLOPs; images in order, balanced by tokens, balanced by FLOPs."""
+    """[units, ways]: idle in tokens and in FLOPs; images in order, balanced, balanced by tokens alone."""
     masks = run.sampler(ranks * run.each, step=step)
-    flops = np.array([run.flops(masks.part([image], masks.batch)) for image in range(masks.batch)])
-    costs = balance.costs(masks), flops
-    ways = balance.in_order(masks.batch, ranks), *(balance.balanced(cost.astype(np.int64), ranks) for cost in costs)
-    return np.array([[idle(cost[images].sum(1)) for images in ways] for cost in costs])
+    flops = np.array([run.flops(run.model, masks.part([image], masks.batch)) for image in range(masks.batch)])
+    counts = tokens(masks)
+    ways = [balance.balanced(cost, ranks) for cost in (balance.costs(masks, run.model), counts)]
+    ways.insert(0, balance.in_order(masks.batch, ranks))
+    return np.array([[idle(load[images].sum(1)) for images in ways] for load in (counts, flops)])
 
 
 def measured(run: Run, steps: int, ranks: int = RANKS) -> list[dict[str, Any]]:

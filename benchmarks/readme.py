@@ -201,18 +201,18 @@ def balance(document: dict[str, Any]) -> str:
     """What processes wait for the one with the most to do."""
     found = document["rows"]
     head = (
-        f"`python -m benchmarks.balance`: share of their time that {found[0]['ranks']} processes wait for the one with "
-        f"the most to do, with images (or clips) in order and with `parallel.balance`; drawn masks of "
+        f"`python -m benchmarks.balance`: share of a step, in tokens or in FLOPs, that {found[0]['ranks']} processes "
+        f"wait for the one with the most to do, with images (or clips) in order and with `parallel.balance`; masks of "
         f"{found[0]['steps']} steps, no model runs ({commit({'sha': document['commit']})}). FLOPs are those of a whole "
-        "step; the last column balances by them in place of tokens. With 95 % intervals over steps:"
+        "step; the last column balances sums of tokens, without attention's pairs. With 95 % intervals over steps:"
     )
     cells = []
     for row in found:
         low, high = row["cut"]["ci95"]
-        ways = [share(row[name]) for name in ("in_order", "balanced", "balanced_by_flops")]
+        ways = [share(row[name]) for name in ("in_order", "balanced", "balanced_by_tokens")]
         cut = f"**-{row['cut']['mean']:.1%}** ({low:.1%} to {high:.1%})"
         cells.append((row["name"], str(row["each"]), row["unit"], *ways[:2], cut, ways[2]))
-    columns = "training", "on each", "idle in", "in order", "balanced", "change", "balanced by FLOPs"
+    columns = "training", "on each", "idle in", "in order", "balanced", "change", "by tokens alone"
     return "\n".join([head, "", *table(columns, cells)])
 
 

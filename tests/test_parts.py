@@ -1,6 +1,7 @@
 """Parts of a batch of masks: the rows they have, what they count for, and that their mean loss is the whole batch's."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -80,6 +81,16 @@ def test_parts_that_can_not_be_are_refused():
         BATCH.part([0], 0)
     with pytest.raises(ValueError, match=r"^MaskBatch: part must be one of a whole batch, got a part; divide"):
         BATCH.part([0, 1], 2).part([0], 2)
+
+
+def test_pinned_and_pickled_parts_keep_what_they_know(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    part = BATCH.padded(4).part([2, 0], 2)
+    for copied in (part.pin_memory(), pickle.loads(pickle.dumps(part))):
+        assert same(copied, part) and copied.bucket == 4 and copied.to("cpu").context_packing.tokens == 8
+        assert copied.to("cpu").shares.target.mask.tolist() == [1, 0]
+    assert len(pinned) == 4
 
 
 VIDEO = dict(crop_size=32, num_frames=4, patch_size=8, embed_dim=48, depth=4, num_heads=2)

@@ -156,7 +156,7 @@ class Mask:
 
 @dataclass(frozen=True)
 class ClipMask:
-    """The two kinds of masks of V-JEPA, each as masks.Spec3d has it."""
+    """The two kinds of masks of V-JEPA, each as masks.Spec3d has it; truncate and bucket as masks.MultiBlock3d does."""
 
     short_num_blocks: int = 8
     short_spatial_scale: tuple[float, float] = (0.15, 0.15)

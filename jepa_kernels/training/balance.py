@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 import numpy as np
 
@@ -10,15 +11,23 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.masks import MaskBatch
 
 
-def costs(masks: MaskBatch) -> np.ndarray:
-    """int64 [B]: the tokens of each image in the context encoder and, of every [context | target], in the predictor.
+def costs(masks: MaskBatch, model: Any) -> np.ndarray:
+    """int64 [B]: multiply-adds of each image's tokens in the context encoder and, of every [context | target], in the
+    predictor, in a forward pass; the target encoder has as much to do with every image.
 
-    Tokens alone: attention, whose work grows with their square, is a small share of all work at the published sizes,
-    and an image with more tokens has more of both (`python -m benchmarks.balance` measures the two).
+    model: the networks' config, of which the widths and depths are read.
+    A token costs 12 E^2 a block, and 2 E for each token of its sequence. These pairs matter: with tokens alone 24 clips
+    on each of 64 processes leave V-JEPA 2's ViT-L three times as much to wait for (`python -m benchmarks.balance`).
     """
-    context, target = (x.reshape(-1, masks.batch).sum(0) for x in (masks.context_lengths, masks.target_lengths))
-    uses = len(masks.target_lengths) // max(len(masks.context_lengths), 1)
-    return context * (1 + uses) + target
+    context, target = (x.reshape(-1, masks.batch) for x in (masks.context_lengths, masks.target_lengths))
+    both = np.tile(context, (len(target) // max(len(context), 1), 1)) + target
+    encoder = _work(context, model.embed_dim, model.depth)
+    return encoder + _work(both, model.predictor_embed_dim, model.predictor_depth)
+
+
+def _work(lengths: np.ndarray, width: int, depth: int) -> np.ndarray:
+    """Of sequences [rows, B] in blocks whose MLPs are four times as wide: qkv, projection, MLP; scores, sums."""
+    return depth * width * (12 * width * lengths + 2 * lengths**2).sum(0)
 
 
 def in_order(images: int, parts: int) -> np.ndarray:

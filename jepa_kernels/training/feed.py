@@ -24,13 +24,13 @@ class Feed(Dataset[list[Part]]):
 
     Inputs of step n are n * batch_size, n * batch_size + 1, ...; its masks are those of step n. Every rank draws the
     masks of the whole batch, so that a batch and its loss are the same whatever the number of ranks and parts, and
-    which images each one takes: in order, or with as many tokens for all (`balance`).
+    which images each one takes: in order, or with as much to do for all (`balance`).
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         recipe, self.batch, self.ranks = RECIPES[config.architecture], config.data.batch_size, ranks
         self.accumulate, self.steps = config.optimization.accumulate, config.optimization.steps
-        self.balance = config.parallel.balance
+        self.balance, self.model = config.parallel.balance, config.model
         self.inputs, self.masks = recipe.inputs(config)
         self.collate = None if recipe.collate is None else recipe.collate(config)
         self._check(config)
@@ -66,7 +66,9 @@ class Feed(Dataset[list[Part]]):
         parts = self.ranks.world * self.accumulate
         if parts == 1:
             return [(np.arange(self.batch), masks)]
-        found = balance.balanced(balance.costs(masks), parts) if self.balance else balance.in_order(self.batch, parts)
+        found = balance.in_order(self.batch, parts)
+        if self.balance:
+            found = balance.balanced(balance.costs(masks, self.model), parts)
         first = self.ranks.rank * self.accumulate
         return [(images, masks.part(images, parts)) for images in found[first : first + self.accumulate]]
 
