@@ -38,6 +38,7 @@ from jepa_kernels.training.feed import Part, batches
 from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
 
 STAT_ROWS = 1024
+REDUCED = {"ddp": "all_reduce of gradients", "fsdp": "reduce_scatter of gradients"}
 
 
 class Trainer:
@@ -50,6 +51,8 @@ class Trainer:
         self.recipe = RECIPES[config.architecture]
         sharded = networks.shards(config.parallel, self.ranks)
         self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
+        if config.mask is not None:
+            self.model.average = config.optimization.average
         self.latents = torch.empty(0)
         watched, self._latents_of = self.recipe.watch(self.model)
         watched.register_forward_hook(self._keep_latents)
@@ -107,9 +110,9 @@ class Trainer:
         for n, (pixels, given) in enumerate(parts):
             batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
             with networks.part(self.network, last=n == len(parts) - 1):
-                with self.ranks.finishing(f"the exchange in the forward pass of step {step}"):
+                with self.ranks.finishing(f"the forward pass of step {step}", "all_gather of weights"):
                     loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
-                with self.ranks.finishing(f"{networks.EXCHANGES[self.config.parallel.engine]} of step {step}"):
+                with self.ranks.finishing(f"the backward pass of step {step}", REDUCED[self.config.parallel.engine]):
                     (loss / len(parts)).backward()
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
@@ -126,7 +129,7 @@ class Trainer:
     def _averaged(self, measured: Tensor) -> Tensor:
         """Over ranks."""
         if self.ranks.world > 1:
-            with self.ranks.finishing(f"the all-reduce of what is logged of step {self.step}"):
+            with self.ranks.finishing(f"the log of step {self.step}", "all_reduce"):
                 torch.distributed.all_reduce(measured)
         return measured / self.ranks.world
 

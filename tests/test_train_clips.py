@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +12,7 @@ from jepa_kernels import train
 from tests import runs
 from tests.test_train import TINY as TINY_PHOTOS
 from tests.test_train import same
-from tests.videos import write
+from tests.videos import stripes
 
 TINY = {
     "architecture": "vjepa2",
@@ -40,11 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # runs on photos have as man
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
-    """Two videos, of stripes that move to the right and of stripes that move down."""
-    folder, (t, y, x) = tmp_path_factory.mktemp("videos"), np.mgrid[:40, :64, :96]
-    waves = [128 + 100 * np.sin((place - 2 * t) / 16) for place in (x, y)]
-    frames = [wave[..., None].repeat(3, -1).astype(np.uint8) for wave in waves]
-    return [str(write(folder / f"{n}.mp4", shown)) for n, shown in enumerate(frames)]
+    return stripes(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture

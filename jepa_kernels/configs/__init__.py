@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.configs.sections import BEST, DEFAULTS, ENGINES, NONFINITE, SIZES, Config, TargetOptimization
+from jepa_kernels.configs.sections import (
+    AVERAGES,
+    BEST,
+    DEFAULTS,
+    ENGINES,
+    NONFINITE,
+    SIZES,
+    Config,
+    TargetOptimization,
+)
 
 __all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
 
@@ -172,7 +181,16 @@ def _check(config: Config) -> None:
         if not 0 <= share <= 1:
             fail("train", name, "lie in [0, 1]", share, "correct the config")
     _one_of("optimization.nonfinite", o.nonfinite, NONFINITE)
+    _one_of("optimization.average", o.average, AVERAGES)
     _one_of("parallel.engine", config.parallel.engine, ENGINES)
+    if config.mask is None:
+        for name, value, only in (
+            ("optimization.average", o.average, "mask"),
+            ("parallel.balance", config.parallel.balance, False),
+        ):
+            if value != only:
+                requirement = f"be {str(only).lower()} for {config.architecture}, which has no masks"
+                fail("train", name, requirement, value, "leave it out")
     if config.logging.best:
         _one_of("logging.best", config.logging.best, BEST)
     if o.ipe_scale < 1:

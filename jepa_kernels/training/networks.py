@@ -24,7 +24,6 @@ BLOCKS = Block, ActionBlock, ConditionalBlock, DecoderBlock
 RUN_AGAIN = "forward", "cross"  # what a block's caller calls
 GATHERED = "cross", "qkv", "before", "after"  # the same, besides its forward
 SIGNATURE = inspect.signature(DistributedDataParallel).parameters
-EXCHANGES = {"ddp": "the all-reduce of gradients", "fsdp": "the reduce-scatter of gradients"}  # of the backward pass
 
 
 def shards(how: Parallel, ranks: Ranks) -> bool:
