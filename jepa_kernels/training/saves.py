@@ -190,7 +190,7 @@ class Saves:
             return
         (step, size, future), self._running = self._running, None
         try:
-            with self.ranks.finishing(f"the save of step {step}"):
+            with self.ranks.finishing(f"the save of step {step}", "gather_object"):
                 future.result()
         except CheckpointException as error:
             if self.ranks.first:
