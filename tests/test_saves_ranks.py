@@ -85,14 +85,17 @@ def whole_state(trainer):
 
 
 def save(folder, name, ranks, engine):
-    """A run that saves after its second step and takes the third while that save is written."""
+    """A run that saves after its second step, and takes the third before that save is written."""
     trainer, out = trainer_of(folder, ranks, engine), folder / name
-    with saves.Saves(out, trainer.config, ranks) as kept:
+    with pytest.MonkeyPatch.context() as patched, saves.Saves(out, trainer.config, ranks) as kept:
+        may_write = runs.held_writers(patched)
         for _ in range(2):
             take_step(trainer)
         before = whole_state(trainer)
         kept.save(2, trainer.state())
         take_step(trainer)
+        assert saves.steps(out) == []
+        may_write.set()
     torch.save(before, folder / f"{name}.{ranks.rank}.before")
     torch.save(whole_state(trainer), folder / f"{name}.{ranks.rank}.after")
 
