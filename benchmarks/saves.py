@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kernels import report
+from jepa_kernels.configs import read
 
 EVERY, KILLED, STEPS = 50, 105, 160
 TIMEOUT = 1800.0  # seconds
@@ -56,13 +57,12 @@ def measure(config: str) -> Row:
         process.wait()
         after = rows(out)
         size = sum(p.stat().st_size for p in (out / "checkpoints" / f"step-{STEPS:08d}").iterdir())
-    found = before + after
-    rate = next(key for key in found[0] if key.endswith("_per_s"))
-    inverse = {id(row): 1 / row[rate] for row in found}  # seconds of a step, but for the batch size
-    saves = [row["save_s"] for row in found if "save_s" in row]
-    batch = _batch_size(config)
-    alone = batch * statistics.median(inverse[id(row)] for row in found if "save_s" not in row)
-    beside = batch * statistics.median(inverse[id(row)] for row in found if "save_s" in row)
+    rows_of_both, batch = before + after, read(config).data.batch_size
+    rate = next(key for key in rows_of_both[0] if key.endswith("_per_s"))
+    took = [(batch / row[rate], row.get("save_s")) for row in rows_of_both]
+    saves = [save for _, save in took if save is not None]
+    alone = statistics.median(step for step, save in took if save is None)
+    beside = statistics.median(step for step, save in took if save is not None)
     return {
         "config": config,
         "step_s": alone,
@@ -75,12 +75,6 @@ def measure(config: str) -> Row:
         "machine": report.machine(),
         "commit": report.commit(),
     }
-
-
-def _batch_size(config: str) -> int:
-    from jepa_kernels.configs import read
-
-    return read(config).data.batch_size
 
 
 def main() -> None:
