@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import threading
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from jepa_kernels import train
 from jepa_kernels.configs import flat
-from jepa_kernels.training import saves
+from jepa_kernels.training import disk, saves
 
 
 def fit(path, out, *words, stop=None):
@@ -36,6 +37,18 @@ def held(path):
     with tempfile.TemporaryDirectory() as folder:
         dcp_to_torch_save(path, Path(folder, "whole.pt"))
         return flat(torch.load(Path(folder, "whole.pt")))
+
+
+def held_writers(patched):
+    """Saves are not written until the event is set that this returns."""
+    may_write, write = threading.Event(), disk.Writer.write_data
+
+    def wait(writer, plan, planner):
+        assert may_write.wait(60)
+        return write(writer, plan, planner)
+
+    patched.setattr(disk.Writer, "write_data", wait)
+    return may_write
 
 
 def weights(path):

@@ -74,22 +74,9 @@ def test_a_checkpoint_holds_everything_by_public_names(finished):
     assert about["scores"]["loss"] == pytest.approx(mean, rel=1e-12)
 
 
-class Held:
-    """A writer's thread waits here until it is let go."""
-
-    def __init__(self, patched):
-        self.gone, write = threading.Event(), disk.Writer.write_data
-
-        def wait(writer, plan, planner):
-            assert self.gone.wait(30)
-            return write(writer, plan, planner)
-
-        patched.setattr(disk.Writer, "write_data", wait)
-
-
 def test_what_the_loop_changes_right_after_a_save_is_not_in_it(config, tmp_path, monkeypatch):
     trainer, out = train.prepare(train._parser().parse_args([str(config), "--out", str(tmp_path / "run")]))
-    held = Held(monkeypatch)
+    may_write = runs.held_writers(monkeypatch)
     with saves.Saves(out, trainer.config, Ranks()) as kept:
         for step in (1, 2):  # the second copy lies in the memory of the first
             before = {name: x.clone() for name, x in trainer.state().items()}
@@ -98,19 +85,19 @@ def test_what_the_loop_changes_right_after_a_save_is_not_in_it(config, tmp_path,
             with torch.no_grad():
                 for name, x in trainer.state().items():
                     x.zero_() if not name.startswith("rng.") else torch.rand(3)
-            held.gone.set()
+            may_write.set()
             kept.wait()
-            held.gone.clear()
+            may_write.clear()
             assert same(runs.held(saves.place(out, step)), before)
             trainer.load(saves.place(out, step))
 
 
 def test_a_save_waits_for_the_one_before(config, tmp_path, monkeypatch):
-    held, read = Held(monkeypatch), configs.read(str(config))
+    may_write, read = runs.held_writers(monkeypatch), configs.read(str(config))
     with saves.Saves(tmp_path, read, Ranks()) as kept:
         kept.save(1, {"model.w": torch.ones(2)})
         assert saves.steps(tmp_path) == []
-        threading.Timer(0.2, held.gone.set).start()
+        threading.Timer(0.2, may_write.set).start()
         kept.save(2, {"model.w": torch.ones(2)})
         assert saves.steps(tmp_path)[0] == 1
     assert saves.steps(tmp_path) == [1, 2] and not any(name.startswith(".") for name in names(tmp_path))

@@ -176,6 +176,8 @@ def stepped(mesh, most):
         optimizer.step()
         optimizer.zero_grad()
         norms += optimizer.grad_norms.values()
+        counts = {float(optimizer.state[p]["step"]) for p in online.parameters() if p.requires_grad}
+        assert counts == {step + 1}, "a rank without a share of a parameter counts its steps as the others do"
     return whole(online), whole(ema.module), norms
 
 

@@ -91,7 +91,7 @@ def _search(out: Path, then: str) -> Path | str:
                 return path
             damaged.append(f"train: checkpoint {path} must be whole, got {why}")
         return f"{damaged[0]}; no other of the {len(paths)} in {out / CHECKPOINTS} is whole: pass another --out"
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the other ranks wait for this one
         return str(error)
 
 
@@ -144,7 +144,7 @@ class Saves:
     def _score(self, path: Path) -> float | None:
         try:
             return json.loads((path / ABOUT).read_bytes())["scores"].get(self.config.logging.best)
-        except (OSError, ValueError, KeyError):  # damaged
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or foreign
             return None
 
     def __enter__(self) -> Saves:
@@ -190,7 +190,7 @@ class Saves:
             return
         (step, size, future), self._running = self._running, None
         try:
-            with self.ranks.finishing(f"the save of step {step}", "a collective"):
+            with self.ranks.finishing(f"the save of step {step}", "gather_object"):
                 future.result()
         except CheckpointException as error:
             if self.ranks.first:
@@ -206,6 +206,10 @@ class Saves:
         """On the first rank, in the thread, when the files of all ranks are on the disk."""
         step = about["step"]
         part, path = self._part(step), place(self.out, step)
+        absent = [name for name in files if not (part / name).exists()]
+        if absent:
+            remedy = "pass one on a disk of all machines"
+            fail("train", "--out", "be a folder that all ranks share", f"no {absent[0]} in {part}", remedy)
         with replacing(part / ABOUT) as beside:
             beside.write_text(json.dumps({**about, "files": files}, indent=1) + "\n")
         sync(part)
@@ -234,5 +238,5 @@ class Saves:
 
     def _best(self) -> int | None:
         scored = {step: score for step, score in self._scores.items() if score is not None}
-        choose = {"lowest": min, "highest": max, None: None}[BEST.get(self.config.logging.best)]
+        choose = {"lowest": min, "highest": max}.get(BEST.get(self.config.logging.best, ""))
         return choose(scored, key=lambda step: scored[step]) if choose and scored else None

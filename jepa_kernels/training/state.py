@@ -89,7 +89,7 @@ def put(values: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.O
 def put_generators(values: Mapping[str, Tensor], rank: int, device: torch.device, *, seed: int, step: int) -> None:
     """Set this rank's generators, or, where the checkpoint has none for it, seed them by (seed, rank, step)."""
     if f"rng.{rank}.cpu" not in values:
-        torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]) >> 1)
+        torch.manual_seed(int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0]))
         return
     torch.set_rng_state(values[f"rng.{rank}.cpu"])
     if device.type == "cuda":

@@ -129,6 +129,7 @@ class Table:
     def __init__(self, tensors: Checked):
         self.tensors, self.lists = tensors, filled(tensors)
         self.none = [p.new_empty(0) for p in self.lists.params]
+        self.empty = [i for i, p in enumerate(self.lists.params) if p.numel() == 0]
         self.read: Any = None
         self.release()
 
@@ -149,6 +150,9 @@ class Table:
         if self.read is None:
             self.read = implementation(OP, "table", backend)(*self.lists)
         self.read.step(self.lists.grads, *arguments)
+        # The CPU's kernel sees no gradient where a rank has no share of one; its count is that of the other ranks.
+        given: Any = self.tensors
+        count([given["steps"][i] for i in self.empty if given["grads"][i] is not None], arguments[2])
 
 
 def count(steps: list[Tensor], found_inf: Tensor | None) -> None:
