@@ -26,6 +26,7 @@ from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.models.vl_jepa import VLJEPA
 from jepa_kernels.rooms import answers, stream
 from jepa_kernels.rooms.scenes import Scenes
+from jepa_kernels.training import flops
 from jepa_kernels.video import VideoClips
 from jepa_kernels.views import Views, load_digits
 
@@ -39,6 +40,7 @@ class Recipe:
     watch: the networks -> (the module whose output tells of the latents, what makes these [B, N, E] of it).
     probes: (a config, the trained networks, what makes others at random initialisation) -> scores, one each.
     needs: packages that these import when they are called.
+    work: (the networks, a batch's pixels, what else they are given) -> what a step on it computes.
     prepare: uint8 pixels -> what the model takes.
     collate: a config -> what makes a batch of items without masks, (pixels, what else); None: both are stacked.
     pictures: (a config, the trained networks) -> {name: PNG}, of what a table does not show.
@@ -49,6 +51,7 @@ class Recipe:
     watch: Callable[[Any], tuple[nn.Module, Callable[[Tensor], Tensor]]]
     probes: Callable[[Config, Any, Callable[[], Any]], list[dict[str, Any]]]
     needs: tuple[str, ...]
+    work: Callable[..., flops.Work]
     prepare: Callable[[Tensor], Tensor] = normalize
     collate: Callable[[Config], Callable[[list[Any]], Any]] | None = None
     pictures: Callable[[Config, Any], dict[str, bytes]] | None = None
@@ -252,16 +255,17 @@ def _answers(model: VLJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 RECIPES = {
-    "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
-    "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
-    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=_as_they_are),
-    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), prepare=_as_they_are),
+    "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn"), flops.jepa),
+    "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn"), flops.jepa),
+    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), flops.lewm, prepare=_as_they_are),
+    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), flops.lejepa, prepare=_as_they_are),
     "vl_jepa": Recipe(
         _answering,
         _rooms,
         _answers,
         _answer_probes,
         ("sklearn",),
+        flops.vl_jepa,
         prepare=_as_they_are,
         collate=_questions,
         pictures=lambda config, model: {"selective.png": stream.picture(model, _stream(config, 0))},

@@ -75,15 +75,10 @@ def same(a, b):
 def test_the_command_trains_plots_and_probes(config, tmp_path):
     done = command(config, "--out", tmp_path / "run", "--steps", 3, "--set", "data.num_workers=2")
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "curves.png",
-        "latest.pt",
-        "metrics.jsonl",
-        "model.safetensors",
-        "probe.json",
-    ]
+    assert runs.left(tmp_path / "run") == ["latest.pt", "metrics.jsonl", "model.safetensors", "probe.json", "run.html"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
-    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "run/run.html").read_text()
+    assert "3 of 3" in page and "trained minus random init" in page, "steps and probes"
     result = json.loads((tmp_path / "run/probe.json").read_text())
     assert result["step"] == 3 and result["config"]["optimization"]["steps"] == 3
     (asked,) = result["probes"]
@@ -109,10 +104,12 @@ def test_the_log_holds_loss_collapse_and_schedules(config, tmp_path):
         "rank",
         "grad_norm",
         "skipped",
+        "ema_distance",
         "lr",
         "weight_decay",
         "momentum",
     }
+    assert set(found[0]) - set(found[1]) == {"ema_distance"}, "not at every step"
     assert found[0]["lr"] == pytest.approx(1e-3) and found[0]["momentum"] == 0.996  # a warm-up of one step
     assert found[-1]["lr"] == pytest.approx(1e-6) and found[-1]["weight_decay"] == pytest.approx(0.4)
     assert all(0 < row["std"] < 1.5 and 1 <= row["rank"] <= 32 for row in found)
@@ -180,7 +177,7 @@ def test_an_interrupted_run_saves_and_continues(config, tmp_path, monkeypatch, c
         assert train.main([str(config), "--out", str(tmp_path / "run")]) == report.INTERRUPTED
     out = tmp_path / "run"
     assert f"stopped at step 3; continue with the same command and --resume (out: {out})" in capsys.readouterr().out
-    assert sorted(p.name for p in out.iterdir()) == ["curves.png", "latest.pt", "metrics.jsonl"]
+    assert runs.left(out) == ["latest.pt", "metrics.jsonl", "run.html"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     whole = fit(config, tmp_path / "whole")
     assert same(fit(config, out, resume=True).state()["model"], whole.state()["model"])
@@ -205,7 +202,7 @@ def test_a_full_disk_while_saving_leaves_the_old_checkpoint_whole(config, tmp_pa
         "; the checkpoint before it is whole, continue with --resume"
     )
     assert (out / "latest.pt").read_bytes() == before
-    assert sorted(p.name for p in out.iterdir()) == ["latest.pt", "metrics.jsonl"]
+    assert runs.left(out) == ["latest.pt", "metrics.jsonl"]
     assert fit(config, out, resume=True).step == 6
 
 
@@ -219,7 +216,7 @@ def test_a_run_on_a_disk_without_room_ends_with_the_message(config, tmp_path, ca
     said = capsys.readouterr().err
     assert said.startswith(f"train: {out / 'latest.pt'} must be writable (0.")
     assert said.endswith(" MB), got File too large; free space or pass another --out\n")
-    assert [p.name for p in out.iterdir()] == ["metrics.jsonl"]
+    assert runs.left(out) == ["metrics.jsonl"]
 
 
 def test_a_log_without_room_ends_with_the_message():

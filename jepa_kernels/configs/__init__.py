@@ -159,7 +159,7 @@ def _check(config: Config) -> None:
         ("optimization.steps", o.steps, 1),
         ("optimization.accumulate", o.accumulate, 1),
         ("optimization.max_grad_norm", o.max_grad_norm, 0),
-        ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
+        *((f"logging.{key}", value, 1) for key, value in vars(config.logging).items()),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:

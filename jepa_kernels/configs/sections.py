@@ -125,6 +125,7 @@ class Parallel:
 @dataclass(frozen=True)
 class Logging:
     checkpoint_every: int = 50  # steps
+    every: int = 10  # steps between looks at the target encoder's distance
 
 
 @dataclass(frozen=True)
