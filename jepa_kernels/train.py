@@ -77,9 +77,11 @@ class Trainer:
         c: Any = self.config.optimization
         total = int(c.ipe_scale * c.steps)
         warmup = round(c.warmup * c.steps)
-        lr = schedules.learning_rate(
-            self.step, start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total
-        )
+        rates: Any = dict(start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total)
+        if c.schedule == "wsd":
+            lr = schedules.warmup_stable_decay(self.step, anneal=round(c.anneal * total), **rates)
+        else:
+            lr = schedules.learning_rate(self.step, **rates)
         decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["lr_scale"], decay if group["decayed"] else 0.0
@@ -382,6 +384,8 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
             )
         batches(config, 0, ranks)  # refuses impossible crops, clips and masks before anything is written
         trainer = Trainer(config, usable_device("train", "--device", options.device), ranks)
+        if config.weights and not resume:
+            trainer.model.load(config.weights)
         if resume and not latest.exists():
             fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
     versions = {"jepa_kernels": __version__, "torch": torch.__version__}

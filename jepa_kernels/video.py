@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -26,6 +28,8 @@ VIDEOS = {
 SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0)}
 SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops are hardly ever enlarged
 TS_PACKETS = (188, 192, 204)  # bytes of an MPEG transport stream: plain, with time stamps, with check sums
+SUFFIXES = ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"
+LABEL = re.compile(r"[\s,]+-?\d+\s*$")  # at the end of a line of the published lists
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -86,6 +90,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     a clip have the same crop and flip.
 
     size: pixels per side. num_frames, frame_step: a clip shows every frame_step-th frame, from a random one on.
+    fps: where it is not 0, frames a second: every (rate // fps)-th of each video's own rate, in place of frame_step.
     span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame.
     scale: (least, most) share of the frame's area, in 0..1. ratio: (least, most) width / height, log-uniform.
     flip: mirror every second clip, at random. grey: share of clips shown in grey, in 0..1.
@@ -104,6 +109,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         num_frames: int,
         *,
         frame_step: int = 4,
+        fps: int = 0,
         span: str = "train",
         scale: tuple[float, float] = (0.3, 1.0),
         ratio: tuple[float, float] = (0.75, 1.35),
@@ -119,12 +125,15 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         if num_frames < 1 or frame_step < 1:
             counts = num_frames, frame_step
             fail("VideoClips", "num_frames and frame_step", "be at least 1", counts, "pass frames, and steps between")
+        if fps < 0:
+            fail("VideoClips", "fps", "be at least 0", fps, "0 leaves it to frame_step")
         self.size, self.num_frames, self.frame_step, self.span = size, num_frames, frame_step, span
         self.scale, self.ratio, self.flip, self.grey = (scale[0], scale[1]), (ratio[0], ratio[1]), flip, grey
-        self.length, self.seed = length, seed
+        self.length, self.seed, self.fps = length, seed, fps
         self.videos: list[str] = []
         self.skipped: dict[str, str] = {}
         self._frames: list[Tensor] = []
+        self._steps: list[int] = []
         self._load([os.fspath(video) for video in videos])
         if not repeat_last:
             self._check_lengths()
@@ -141,12 +150,13 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
             begin, end = (round(share * len(frames)) for share in SPANS[self.span])
             self.videos.append(video)
             self._frames.append(frames[begin:end])
+            self._steps.append(max(1, frame_rate(path) // self.fps) if self.fps else self.frame_step)
         if not self.videos:
             fail("VideoClips", "videos", "hold one that decodes", videos, "pass other files")
 
     def _check_lengths(self) -> None:
-        asked = (self.num_frames - 1) * self.frame_step + 1
-        for video, frames in zip(self.videos, self._frames, strict=True):
+        for video, frames, step in zip(self.videos, self._frames, self._steps, strict=True):
+            asked = (self.num_frames - 1) * step + 1
             if len(frames) < asked:
                 requirement = f"span at most the {len(frames)} frames of the {self.span} span of {video}"
                 remedy = "lower num_frames or frame_step, or pass repeat_last=True"
@@ -160,7 +170,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         rng = np.random.default_rng([self.seed, list(SPANS).index(self.span), epoch, i])
         label = i % len(self.videos)
         frames = self._frames[label]
-        steps = np.arange(self.num_frames) * self.frame_step
+        steps = np.arange(self.num_frames) * self._steps[label]
         first = rng.integers(max(1, len(frames) - steps[-1]))
         left, top, right, bottom = random_box(rng, (frames.shape[3], frames.shape[2]), self.scale, self.ratio)
         clip = frames[np.minimum(first + steps, len(frames) - 1), :, top:bottom, left:right]
@@ -171,6 +181,34 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
         return clip.transpose(0, 1).contiguous(), label
+
+
+@cache
+def frame_rate(path: str) -> int:
+    """Frames a second that a file shows on average, rounded up."""
+    with extra("av").open(path) as container:
+        return math.ceil(container.streams.video[0].average_rate or 10)
+
+
+def listed(videos: Sequence[str]) -> list[str]:
+    """Bundled names and files as they are, every video of a folder, sorted, and every line of a list.
+
+    A .txt or .csv has a path a line, of which a number at its end, a label, is not read; paths are as they are, or
+    relative to the list.
+    """
+    found: list[str] = []
+    for video in videos:
+        path = Path(video)
+        if video not in VIDEOS and path.is_dir():
+            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.suffix in (".txt", ".csv") and path.is_file():
+            lines = [LABEL.sub("", line) for line in path.read_text().splitlines() if line.strip()]
+            found += [line if Path(line).is_file() else str(path.parent / line) for line in lines]
+        else:
+            found.append(video)
+    if not found:
+        fail("VideoClips", "videos", f"hold files with {', '.join(SUFFIXES)}", list(videos), "pass other folders")
+    return found
 
 
 def _path(video: str) -> str:

@@ -17,6 +17,7 @@ from jepa_kernels.video import VIDEOS
 
 ENGINES = "ddp", "fsdp"
 NONFINITE = "stop", "skip"
+SCHEDULES = "cosine", "wsd"
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,22 @@ class PhotoData(Data):
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     horizontal_flip: bool = True
     grey: float = 0.0
+    root: str = ""  # a folder of your own images in place of the photos, see images.Folder
+    held_out: float = 0.1  # of these, the share of each class that the probe is asked about
 
 
 @dataclass(frozen=True)
-class ClipData(PhotoData):
+class ClipData(Data):
     """Clips of videos; see video.VideoClips."""
 
     batch_size: int = 24
+    crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.35)
+    horizontal_flip: bool = True
+    grey: float = 0.0
     frame_step: int = 4
-    videos: tuple[str, ...] = tuple(VIDEOS)
+    fps: int = 0  # frames a second, whatever the video's rate, in place of frame_step
+    videos: tuple[str, ...] = tuple(VIDEOS)  # or files, folders of them, lists of them (.txt, .csv)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,9 @@ class ViewData(Data):
     """Views of photos or digits; see views.Views."""
 
     batch_size: int = 256
-    source: str = "photos"
+    source: str = "photos"  # or "mnist"
+    root: str = ""
+    held_out: float = 0.1
     global_views: int = 2
     local_views: int = 6
     local_size: int = 56
@@ -72,6 +81,9 @@ class ViewData(Data):
     horizontal_flip: bool = True
     grey: float = 0.2
     jitter: float = 0.4
+    hue: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,9 @@ class Optimization:
     """The published schedules; the defaults are those of the I-JEPA paper, per step instead of per epoch."""
 
     steps: int = 1000
+    schedule: str = "cosine"  # of the learning rate, from `lr` to `final_lr`; or "wsd": it is held, then falls linearly
     warmup: float = 40 / 300  # share of the steps
+    anneal: float = 0.0  # with "wsd", share of ipe_scale x steps in which it falls: the last ones
     start_lr: float = 2e-4
     lr: float = 1e-3
     final_lr: float = 1e-6
@@ -199,6 +213,7 @@ class Config:
     logging: Logging = field(default_factory=Logging)
     probe: Probe | ClipProbe | StateProbe | AnswerProbe = field(default_factory=Probe)
     seed: int = 0
+    weights: str = ""  # a file of weights that a run begins with, as `save` and the published ones are
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: mappings, lists, numbers."""
