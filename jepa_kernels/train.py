@@ -385,6 +385,9 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
         batches(config, 0, ranks)  # refuses impossible crops, clips and masks before anything is written
         trainer = Trainer(config, usable_device("train", "--device", options.device), ranks)
         if config.weights and not resume:
+            if not Path(config.weights).is_file():
+                remedy = "pass the model.safetensors of a run, or a published file"
+                fail("train", "weights", "be a file", repr(config.weights), remedy)
             trainer.model.load(config.weights)
         if resume and not latest.exists():
             fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
