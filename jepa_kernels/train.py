@@ -358,7 +358,7 @@ def _pictures(trainer: Trainer) -> dict[str, bytes]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a shipped name, such as ijepa, vjepa2, pusht or vl_jepa, or a YAML file")
+    parser.add_argument("config", help="a shipped name, such as ijepa or vjepa2_vitl, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")

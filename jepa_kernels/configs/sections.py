@@ -100,12 +100,12 @@ class Optimization:
     """The published schedules; the defaults are those of the I-JEPA paper, per step instead of per epoch."""
 
     steps: int = 1000
-    schedule: str = "cosine"  # of the learning rate, from `lr` to `final_lr`; or "wsd": it is held, then falls linearly
     warmup: float = 40 / 300  # share of the steps
-    anneal: float = 0.0  # with "wsd", share of ipe_scale x steps in which it falls: the last ones
     start_lr: float = 2e-4
     lr: float = 1e-3
     final_lr: float = 1e-6
+    schedule: str = "cosine"  # of the learning rate, from `lr` to `final_lr`; or "wsd": it is held, then falls linearly
+    anneal: float = 0.0  # with "wsd", share of ipe_scale x steps in which it falls: the last ones
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
     ipe_scale: float = 1.0
