@@ -46,7 +46,7 @@ class Folder:
     def pick(self, seed: int, index: int) -> tuple[Any, int]:
         """Image index % len of epoch index // len, RGB by PIL, and its label."""
         epoch, i = divmod(index, len(self))
-        order = _shuffled(len(self), seed + epoch)
+        order = shuffled(len(self), seed + epoch)
         for n in range(len(self)):
             at = int(order[(i + n) % len(self)])
             image = self.load(at)
@@ -145,6 +145,6 @@ def _held_out(labels: np.ndarray, share: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _shuffled(count: int, seed: int) -> np.ndarray:
+def shuffled(count: int, seed: int) -> np.ndarray:
     """As torch.utils.data.DistributedSampler shuffles an epoch of its seed + epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()

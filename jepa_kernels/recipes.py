@@ -100,8 +100,7 @@ def _photos(config: Config) -> tuple[Dataset[Any], MultiBlock2d]:
 
 
 def _photo_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
-    encoders = model.target_encoder, lambda: fresh().target_encoder
-    return _picture_probes(config, encoders)
+    return _picture_probes(config, (model.target_encoder, lambda: fresh().target_encoder))
 
 
 def _picture_probes(config: Config, encoders: tuple[Any, Any], **options: Any) -> list[dict[str, Any]]:
@@ -109,8 +108,7 @@ def _picture_probes(config: Config, encoders: tuple[Any, Any], **options: Any) -
     p: Any = config.probe
     seen, held_out = _folder(config), _folder(config, "held_out")
     if seen is None or held_out is None:
-        how: Any = {**vars(p), **options}
-        return probe.photos(*encoders, _side(config), **how)
+        return probe.photos(*encoders, _side(config), **{**vars(p), **options})
     if not len(held_out):
         print("no probe: data.root has no classes (two subfolders or more that hold all images), or none is held out")
         return []
@@ -140,8 +138,10 @@ def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:
     d: Any = config.data
     m: Any = config.mask
     make = _clips_of(config)
-    make(span="held_out")  # too short for the probes is known before the first step
-    clips = make(scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed)
+    if not d.whole:
+        make(span="held_out")  # too short for the probes is known before the first step
+    how: Any = dict(span="whole", keep=False) if d.whole else {}
+    clips = make(**how, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed)
     specs = (
         Spec3d(m.short_num_blocks, m.short_spatial_scale, aspect_ratio=m.aspect_ratio),
         Spec3d(m.long_num_blocks, m.long_spatial_scale, aspect_ratio=m.aspect_ratio),
@@ -159,6 +159,9 @@ def _clips_of(config: Config) -> Callable[..., VideoClips]:
 
 
 def _clip_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
+    if config.data.whole:  # type: ignore[attr-defined]
+        print("no probe: data.whole leaves nothing held out")
+        return []
     return probe.clips(model.target_encoder, lambda: fresh().target_encoder, _clips_of(config), **vars(config.probe))
 
 
@@ -213,7 +216,7 @@ def _views(config: Config) -> tuple[Views, None]:
         fail("train", "data.root", "be empty with data.source mnist", repr(d.root), "leave one of them out")
     if d.source == "mnist":
         load_digits("train")  # a package that is missing is known before the first step
-    elif d.source == "photos":
+    elif not d.root:
         extra("skimage")
     crops = Views(
         _folder(config) or d.source,
@@ -237,9 +240,8 @@ def _views(config: Config) -> tuple[Views, None]:
 
 
 def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> list[dict[str, Any]]:
-    d: Any = config.data
     encoders = model.backbone, lambda: fresh().backbone
-    if d.source == "mnist":
+    if config.data.source == "mnist":  # type: ignore[attr-defined]
         return probe.digits(*encoders, _side(config), seeds=config.probe.seeds)  # type: ignore[union-attr]
     return _picture_probes(config, encoders, prepare=lambda pixels: pixels / 255)
 

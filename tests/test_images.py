@@ -201,6 +201,25 @@ def test_videos_of_folders_and_lists(tmp_path):
         listed([str(tmp_path / "empty")])
 
 
+def test_whole_videos_are_decoded_anew_in_the_order_of_published_samplers(tmp_path):
+    pytest.importorskip("av")
+    from jepa_kernels.data import bundled
+    from jepa_kernels.video import VIDEOS, VideoClips
+
+    (tmp_path / "torn.mp4").write_bytes(b"torn")
+    paths = [str(bundled(VIDEOS[name])) for name in ("bikes", "carphone_pristine")] + [str(tmp_path / "torn.mp4")]
+    clips = VideoClips(16, 8, frame_step=100, span="whole", seed=2, videos=paths, keep=False)
+    assert len(clips) == 3
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(2 + 1)).tolist()  # of epoch 1
+    with pytest.warns(UserWarning, match=r"skips a video, 1 so far: .*torn\.mp4"):
+        found = [clips[3 + i] for i in range(3)]
+    follower = order[(order.index(2) + 1) % 3]
+    assert [label for _, label in found] == [follower if n == 2 else n for n in order]
+    assert all(torch.equal(pixels, clips[3 + i][0]) for i, (pixels, _) in enumerate(found))
+    pixels, _ = next(pair for pair in found if pair[1] == 0)
+    assert torch.equal(pixels[:, -1], pixels[:, -2]), "250 frames: the last one is repeated"
+
+
 def test_frames_a_second_set_the_step_between_frames():
     pytest.importorskip("av")
     from jepa_kernels.data import bundled

@@ -50,6 +50,9 @@ class ClipData(Data):
     frame_step: int = 4
     fps: int = 0  # frames a second, whatever the video's rate, in place of frame_step
     videos: tuple[str, ...] = tuple(VIDEOS)  # or files, folders of them, lists of them (.txt, .csv)
+    whole: bool = (
+        False  # clips of whole videos, each decoded anew, so that lists may be long; no probes: none is held out
+    )
 
 
 @dataclass(frozen=True)
