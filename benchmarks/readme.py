@@ -1,7 +1,7 @@
 """Writes the committed results into README.md, and takes a run's results into benchmarks/results/.
 
 `python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json, a training run's
-probe.json or a closed loop's plan.json first.
+probe.json, a closed loop's plan.json or bench-results/balance.json first.
 """
 
 import argparse
@@ -48,6 +48,8 @@ def adopt(source: Path, results: Path = RESULTS) -> Path:
         return path
     if "problem" in document:
         return adopt_plan(source, document, results)
+    if "simulation" in document:
+        return adopt_balance(source, document, results)
     wrong = rows.problems(document)
     if document.get("status") != "ok":
         wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
@@ -85,6 +87,16 @@ def adopt_plan(source: Path, document: dict[str, Any], results: Path) -> Path:
     return path
 
 
+def adopt_balance(source: Path, document: dict[str, Any], results: Path) -> Path:
+    try:
+        balance(document)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source} can't be adopted: the README can't show it, {error!r}") from error
+    path = results / "balance.json"
+    rows.write(path, document)
+    return path
+
+
 def slug(machine: dict[str, Any]) -> str:
     """A file name for a machine: its GPU, or its processor, instruction set and threads."""
     gpu = machine.get("gpu")
@@ -100,10 +112,12 @@ def tables(results: Path = RESULTS) -> str:
     """Everything between the markers, from the files in `results`."""
     probes = {results / f"{model}-probe.json": model for model in PROBES}
     plans = sorted(results.glob("*-plan.json"))
-    paths = sorted(p for p in results.glob("*.json") if p not in probes and p not in plans)
+    balances = sorted(results.glob("balance.json"))
+    paths = sorted(p for p in results.glob("*.json") if p not in (*probes, *plans, *balances))
     parts = [measured(p.name, json.loads(p.read_text())) for p in paths]
     parts += [probe(model, json.loads(p.read_text())) for p, model in probes.items() if p.exists()]
     parts += [plan(json.loads(p.read_text())) for p in plans]
+    parts += [balance(json.loads(p.read_text())) for p in balances]
     return "\n\n".join(parts)
 
 
@@ -178,6 +192,30 @@ def plan(document: dict[str, Any]) -> str:
         ratio = f"{found['ratio_to_random']:.2f} ({least:.2f} to {most:.2f})"
         cells.append((POLICIES[name], f"{found['median_distance']:.0f} ({low:.0f} to {high:.0f})", ratio))
     return "\n".join([head, "", *table(("actions by", "distance", "of random's"), cells)])
+
+
+def balance(document: dict[str, Any]) -> str:
+    """What processes wait for the one with the most to do."""
+    found = document["rows"]
+    head = (
+        f"`python -m benchmarks.balance`: share of their time that {found[0]['ranks']} processes wait for the one with "
+        f"the most to do, with images (or clips) in order and with `parallel.balance`; drawn masks of "
+        f"{found[0]['steps']} steps, no model runs ({commit({'sha': document['commit']})}). FLOPs are those of a whole "
+        "step; the last column balances by them in place of tokens. With 95 % intervals over steps:"
+    )
+    cells = []
+    for row in found:
+        low, high = row["cut"]["ci95"]
+        ways = [share(row[name]) for name in ("in_order", "balanced", "balanced_by_flops")]
+        cut = f"**-{row['cut']['mean']:.1%}** ({low:.1%} to {high:.1%})"
+        cells.append((row["name"], str(row["each"]), row["unit"], *ways[:2], cut, ways[2]))
+    columns = "training", "on each", "idle in", "in order", "balanced", "change", "balanced by FLOPs"
+    return "\n".join([head, "", *table(columns, cells)])
+
+
+def share(one: dict[str, Any]) -> str:
+    low, high = one["ci95"]
+    return f"{one['mean']:.2%} ({low:.2%} to {high:.2%})"
 
 
 def answers(model: str, asked: dict[str, Any]) -> str:

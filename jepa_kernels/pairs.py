@@ -43,8 +43,8 @@ class Pairs:
         uses = len(t) // len(c) if len(c) else 1
         before = np.tile(c, uses)
         start = np.cumsum(before + t) - before - t
-        target_rows = _rows(start + before, t)
-        context_rows = _rows(start, before)
+        target_rows = rows_of(start + before, t)
+        context_rows = rows_of(start, before)
         source = np.empty(int((before + t).sum()), dtype=np.int64)
         source[context_rows] = np.tile(np.arange(c.sum()), uses)
         source[target_rows] = c.sum() + np.arange(t.sum())
@@ -57,7 +57,7 @@ class Pairs:
         return cls(packing, source_rows, *both)
 
 
-def _rows(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def rows_of(start: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start[s], start[s] + 1, ... for lengths[s] rows of every s, one after another."""
     before = np.cumsum(lengths) - lengths
     return np.repeat(start - before, lengths) + np.arange(lengths.sum())

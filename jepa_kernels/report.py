@@ -15,7 +15,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 from jepa_kernels.files import replacing
 
-CHECKPOINT = "latest.pt"
+CHECKPOINTS = "checkpoints"  # a folder of folders, see training.saves
 WEIGHTS = "model.safetensors"
 INTERRUPTED = 130  # the shell's exit code for SIGINT
 
@@ -34,8 +34,9 @@ def write(path: Path, content: bytes | memoryview, verb: str = "train") -> None:
 
 
 def unwritable(path: Path, error: OSError, size: int, verb: str = "train") -> SaveError:
-    """The error that says which file of how many bytes could not be written, why, and what is left."""
-    kept = "; the checkpoint before it is whole, continue with --resume" if (path.parent / CHECKPOINT).exists() else ""
+    """The error that says which file, or folder, of how many bytes could not be written, why, and what is left."""
+    saved = any(any(folder.glob("step-*")) for folder in (path.parent, path.parent / CHECKPOINTS))
+    kept = "; the checkpoint before it is whole, continue with --resume" if saved else ""
     return SaveError(
         f"{verb}: {path} must be writable ({size / 1e6:.1f} MB), got {error.strerror or error}; "
         f"free space or pass another --out{kept}"

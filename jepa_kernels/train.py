@@ -1,9 +1,9 @@
 """A plain training loop: `python -m jepa_kernels train ijepa`, `vjepa2`, `pusht`, `vl_jepa`, or `train my.yaml`.
 
-In the output folder: metrics.jsonl (a line per step), latest.pt (checkpoint), model.safetensors (the trained weights
-and the networks' config), run.html (its curves, see training.page), probe.json, a recipe's own pictures; event files
-where tensorboard is installed. Crops, clips, windows, questions, masks and schedules are functions of (seed, step), so
-that a resumed run continues bit for bit.
+In the output folder: metrics.jsonl (a line per step), checkpoints (see `training.saves`), model.safetensors (the
+trained weights and the networks' config), run.html (its curves, see `training.page`), probe.json, a recipe's own
+pictures; event files where tensorboard is installed. Crops, clips, windows, questions, masks and schedules are
+functions of (seed, step), so that a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jepa_kernels import CollapseStats, __version__, collapse_stats, report, schedules
+from jepa_kernels import CollapseStats, collapse_stats, report, schedules
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, TargetOptimization, flat, read, same_run
+from jepa_kernels.configs import Config, TargetOptimization, read, same_run
 from jepa_kernels.data import extra
-from jepa_kernels.models import checkpoints
 from jepa_kernels.models.jepa import loss_of
 from jepa_kernels.nn import EMA
 from jepa_kernels.recipes import RECIPES
-from jepa_kernels.training import measures, networks, optimizer, page
+from jepa_kernels.training import export, measures, networks, optimizer, page, saves, state
 from jepa_kernels.training.feed import Part, batches
 from jepa_kernels.training.measures import Meter, Step
 from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
 
-FORMAT = "jepa_kernels.train/1"
 STAT_ROWS = 1024
+REDUCED = {"ddp": "all_reduce of gradients", "fsdp": "reduce_scatter of gradients"}
 
 
 class Trainer:
@@ -54,6 +53,8 @@ class Trainer:
         self.recipe = RECIPES[config.architecture]
         sharded = networks.shards(config.parallel, self.ranks)
         self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
+        if config.mask is not None:
+            self.model.average = config.optimization.average
         self.latents = torch.empty(0)
         watched, self._latents_of = self.recipe.watch(self.model)
         watched.register_forward_hook(self._keep_latents)
@@ -118,9 +119,9 @@ class Trainer:
         for n, (pixels, given) in enumerate(parts):
             batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
             with networks.part(self.network, last=n == len(parts) - 1):
-                with self.ranks.finishing(f"the exchange in the forward pass of step {step}"):
+                with self.ranks.finishing(f"the forward pass of step {step}", "all_gather of weights"):
                     loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
-                with self.ranks.finishing(f"{networks.EXCHANGES[self.config.parallel.engine]} of step {step}"):
+                with self.ranks.finishing(f"the backward pass of step {step}", REDUCED[self.config.parallel.engine]):
                     (loss / len(parts)).backward()
             losses.append(loss.detach().float())
         return torch.stack(losses).mean()
@@ -137,60 +138,23 @@ class Trainer:
     def _averaged(self, measured: Tensor) -> Tensor:
         """Over ranks."""
         if self.ranks.world > 1:
-            with self.ranks.finishing(f"the all-reduce of what is logged of step {self.step}"):
+            with self.ranks.finishing(f"the log of step {self.step}", "all_reduce"):
                 torch.distributed.all_reduce(measured)
         return measured / self.ranks.world
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "config": self.config.plain(),
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": {"state": self.optimizer.state_dict()["state"]},  # the schedule sets the rest
-            "rng": torch.get_rng_state(),
-        }
+    def state(self) -> dict[str, Tensor]:
+        """What this rank saves, by public names: not copies."""
+        return state.tensors(self.model, self.optimizer) | state.generators(self.ranks.rank, self.device)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same config; raises ValueError, and changes nothing, for any other."""
-        state = checkpoints.read("train", path)
-        if state.get("format") != FORMAT:
-            found = state.get("format") or ", ".join(sorted(map(str, state))[:5]) or "nothing"
-            fail("train", f"checkpoint {path}", f"be of format {FORMAT}", found, "pass the --out of a training run")
-        missing = [name for name in self.state() if name not in state]
-        if missing:
-            fail("train", f"checkpoint {path}", f"hold {', '.join(missing)}", "a part", "pass the --out of a whole run")
-        same_run(state["config"], self.config.plain(), path)
-        moments = self._moments(state, path)
-        self.model.load(state["model"])
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
-
-    def _moments(self, state: Mapping[str, Any], path: Path) -> Mapping[int, Any]:
-        """The optimiser's state in a checkpoint, once all but the weights, which the model checks, is known to fit."""
-        step, weights, optimizer = state["step"], state["model"], state["optimizer"]
-        moments = optimizer.get("state") if isinstance(optimizer, Mapping) else None
-        found = [] if isinstance(weights, Mapping) else [f"model is a {type(weights).__name__}"]
-        if not isinstance(step, int) or step < 0:
-            found.append(f"step is {step!r}")
-        if not isinstance(moments, Mapping):
-            found.append("optimizer holds no mapping named state")
-        elif moments or step != 0:  # before the first step there are none
-            found += checkpoints.problems("optimizer", self._expected_moments(), flat(moments))
-        try:
-            torch.Generator().set_state(state["rng"])
-        except (TypeError, RuntimeError):
-            found.append("rng is no state of a generator")
-        if found:
-            remedy = "pass the --out of a whole run"
-            fail("train", f"checkpoint {path}", "hold a state of this run", checkpoints.brief(found), remedy)
-        return moments  # type: ignore[return-value]
-
-    def _expected_moments(self) -> dict[str, Tensor]:
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        names = {f"{i}.{name}": p for i, p in enumerate(trained) for name in ("exp_avg", "exp_avg_sq")}
-        return names | {f"{i}.step": torch.zeros(()) for i in range(len(trained))}
+        """Continue from a checkpoint of the same config; ValueError, and no change, on all ranks if one refuses it."""
+        with self.ranks.together():
+            about = state.about(path)
+            same_run(about["config"], self.config.plain(), path)
+            values = state.read(path, self.state())
+        state.put(values, self.model, self.optimizer)
+        self.step = about["step"]
+        state.put_generators(values, self.ranks.rank, self.device, seed=self.config.seed, step=self.step)
 
 
 def latent_stats(latents: Tensor) -> CollapseStats:
@@ -202,13 +166,6 @@ def latent_stats(latents: Tensor) -> CollapseStats:
     z = F.layer_norm(latents.float(), latents.shape[-1:])
     z = z - z[0]  # inputs that are alike give 0 exactly
     return collapse_stats(z - z.mean(0))
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    report.write(path, buffer.getbuffer())
 
 
 @contextmanager
@@ -240,22 +197,25 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
     """
     config, ranks = trainer.config, trainer.ranks
     last = config.optimization.steps if stop is None else stop
-    feed = batches(config, trainer.step, ranks, pin=trainer.device.type == "cuda")
+    pin = trainer.device.type == "cuda"
+    feed = batches(config, trainer.step, ranks, pin=pin)
     meter = Meter(trainer.device, trainer.dtype, ranks.world, trainer.model.inputs, config.data.batch_size)
-    with _interruptible() as asked, _log(out, trainer, meter) as show:
+    kept = saves.Saves(out, config, ranks, trainer.step, pin=pin)
+    with _interruptible() as asked, kept, _log(out, trainer, meter, kept) as show:
         for parts in meter.timed(feed):
             if trainer.step >= last:
                 break
-            ended = show(meter.rows(trainer.advance(parts, bool(asked))))
+            step = trainer.advance(parts, bool(asked))
+            step.row.update(kept.took())
+            ended = show(meter.rows(step))
             if ended or (asked and ranks.world == 1):
                 break
             if trainer.step % config.logging.checkpoint_every == 0:
                 show(meter.rest())
-                if ranks.first:
-                    save(out / report.CHECKPOINT, trainer.state())
+                kept.save(trainer.step, trainer.state())
         show(meter.rest())
-    if ranks.first:
-        save(out / report.CHECKPOINT, trainer.state())
+        if trainer.step == 0 or trainer.step != kept.step:
+            kept.save(trainer.step, trainer.state())
     if trainer.step >= last:
         return None
     return asked[0] if asked else signal.SIGTERM  # another rank was asked
@@ -270,7 +230,9 @@ def _check_finite(row: dict[str, Any], what: str) -> None:
 
 
 @contextmanager
-def _log(out: Path, trainer: Trainer, meter: Meter) -> Iterator[Callable[[Iterable[dict[str, Any]]], bool]]:
+def _log(
+    out: Path, trainer: Trainer, meter: Meter, kept: saves.Saves
+) -> Iterator[Callable[[Iterable[dict[str, Any]]], bool]]:
     """What checks rows, and on the first rank writes and shows them; whether any rank had asked to stop before them."""
     with _writer(out, trainer, meter) if trainer.ranks.first else nullcontext(lambda row: None) as write:
 
@@ -280,6 +242,7 @@ def _log(out: Path, trainer: Trainer, meter: Meter) -> Iterator[Callable[[Iterab
                 ended |= row.pop("asked") > 0
                 _check_finite(row, trainer.config.optimization.nonfinite)
                 write(row)
+                kept.seen(row)
             return ended
 
         yield show
@@ -360,7 +323,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
     parser.add_argument("config", help="a shipped name, such as ijepa or vjepa2_vitl, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in --out")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write a checkpoint's weights there; train nothing")
+    parser.add_argument("--checkpoint", help="of --export: best, or say step-00000050; default the newest whole one")
     parser.add_argument("--steps", type=int, help="length of the run; the schedules shrink with it")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", default="cpu", help="cpu or cuda; of several processes each takes a GPU of its own")
@@ -373,12 +338,12 @@ def _parser() -> argparse.ArgumentParser:
 def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Trainer, Path]:
     """Read the config, build or resume the run, make its folder. What one rank refuses all refuse."""
     ranks = ranks or Ranks()
-    out = options.out or Path("runs") / Path(options.config).stem
-    latest = out / report.CHECKPOINT
+    out = _out(options)
     with ranks.together():
         config = _config(options)
-        resume = options.resume or (ranks.restarts > 0 and latest.exists())
-        if latest.exists() and not resume:
+        begun = bool(saves.steps(out))
+        resume = options.resume or (ranks.restarts > 0 and begun)
+        if begun and not resume:
             fail(
                 "train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out"
             )
@@ -389,19 +354,29 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
                 remedy = "pass the model.safetensors of a run, or a published file"
                 fail("train", "weights", "be a file", repr(config.weights), remedy)
             trainer.model.load(config.weights)
-        if resume and not latest.exists():
-            fail("train", "--resume", "find a checkpoint", f"no {latest}", "leave it out, or pass the run's --out")
-    versions = {"jepa_kernels": __version__, "torch": torch.__version__}
-    ranks.same("the versions", versions, "install the same on all machines")
+    path = saves.newest(out, ranks) if ranks.of_first(resume) else None
+    ranks.same("the versions", saves.versions(), "install the same on all machines")
     ranks.same("the config", config.plain(), "give all ranks the same file and options")
     if ranks.grouped:
         trainer.share()
+    if path is not None:
+        trainer.load(path)
     with ranks.together():
-        if resume:
-            trainer.load(latest)
         if ranks.first:
             report.folder(out, "train")
     return trainer, out
+
+
+def _out(options: argparse.Namespace) -> Path:
+    return options.out or Path("runs") / Path(options.config).stem
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.export is None:
+        fail("train", "--checkpoint", "come with --export", options.checkpoint, "--resume takes the newest whole one")
+    path = export.export(_config(options), _out(options), options.export, options.checkpoint)
+    print(f"{options.export} holds the weights of {path}")
+    return 0
 
 
 def _config(options: argparse.Namespace) -> Config:
@@ -422,6 +397,8 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     ranks = Ranks()
     try:
+        if options.export or options.checkpoint:
+            return _export(options)
         ranks, options.device = join(options.device, options.timeout)
         trainer, out = prepare(options, ranks)
     except (ValueError, TypeError, OSError, ModuleNotFoundError, RankError) as error:

@@ -1,8 +1,15 @@
 """Short training runs by the command's own parts, and what they leave."""
 
 import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from jepa_kernels import train
+from jepa_kernels.configs import flat
+from jepa_kernels.training import saves
 
 
 def fit(path, out, *words, stop=None):
@@ -17,6 +24,7 @@ def rows(out, counted):
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(row.pop(f"{counted}_per_s") > 0 and row.pop("tokens_per_s") > 0 for row in found)
     assert all(row.pop("step_s") > row.pop("data_wait_s") >= 0 and row.pop("share_of_peak") > 0 for row in found)
+    assert all(row.pop("save_s", 1) > 0 for row in found)
     assert "run" in found[0], "the first row since a start tells of the run"
     return [{key: value for key, value in row.items() if key != "run"} for row in found]
 
@@ -24,3 +32,20 @@ def rows(out, counted):
 def left(out):
     """The names of what a run has left, but for TensorBoard's event files."""
     return sorted(path.name for path in out.iterdir() if path.name != "tensorboard")
+
+
+def newest(out):
+    """The folder of the last checkpoint."""
+    return saves.place(out, saves.steps(out)[-1])
+
+
+def held(path):
+    """All tensors of a checkpoint, {name: tensor}, read by torch's own converter."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp_to_torch_save(path, Path(folder, "whole.pt"))
+        return flat(torch.load(Path(folder, "whole.pt")))
+
+
+def weights(path):
+    """The model's state dict in a checkpoint."""
+    return {n.removeprefix("model."): x for n, x in held(path).items() if n.startswith("model.")}

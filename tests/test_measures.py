@@ -165,4 +165,4 @@ def test_without_tensorboard_nothing_is_written(path, tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "BOARD", "no_such_package")
     runs.fit(path, tmp_path / "run", stop=1)
     assert "torch.utils.tensorboard" not in sys.modules or "no_such_package" not in sys.modules
-    assert runs.left(tmp_path / "run") == ["latest.pt", "metrics.jsonl"]
+    assert runs.left(tmp_path / "run") == ["checkpoints", "metrics.jsonl"]

@@ -1,4 +1,4 @@
-"""Runs whose process is killed between two checkpoints: resumed, they are the runs that nobody killed, bit for bit."""
+"""Runs whose process is killed after a checkpoint, or in the next: resumed, they are the whole runs, bit for bit."""
 
 import importlib
 import os
@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
+from jepa_kernels.training import saves
+from tests import runs
 from tests.test_train import same
 
 ROOT = Path(__file__).parents[1]
@@ -49,24 +50,22 @@ def stopped(process):
     return os.WIFSTOPPED(status)
 
 
-def kill_between_checkpoints(path, out):
-    """Run the command in a process of its own, and kill it some steps after a checkpoint; returns how many it took."""
+def kill_after_a_checkpoint(path, out):
+    """Run the command in a process of its own, and kill it some steps after the first checkpoint, be it while it saves.
+
+    Returns how many steps it took.
+    """
     command = [sys.executable, "-m", "jepa_kernels", "train", str(path), "--out", str(out), "--no-probe"]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     metrics, errors = out / "metrics.jsonl", out.with_suffix(".err")
     with open(errors, "wb") as stream:
         process = subprocess.Popen(command, cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL, stderr=stream)
     try:
-        while True:
+        while not saves.steps(out) or metrics.read_bytes().count(b"\n") <= saves.steps(out)[-1]:
             time.sleep(0.005)
-            if not metrics.exists() or metrics.read_bytes().count(b"\n") <= EVERY:
-                assert process.poll() is None, errors.read_text()
-                continue
-            assert stopped(process), errors.read_text()
-            steps = metrics.read_bytes().count(b"\n")
-            if steps % EVERY:  # not while it may be writing one
-                return steps
-            os.kill(process.pid, signal.SIGCONT)
+            assert process.poll() is None, errors.read_text()
+        assert stopped(process), errors.read_text()
+        return metrics.read_bytes().count(b"\n")
     finally:
         process.kill()
         process.wait()
@@ -74,13 +73,15 @@ def kill_between_checkpoints(path, out):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes can't be stopped here")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny, config, tmp_path):
-    steps = kill_between_checkpoints(config, tmp_path / "killed")
-    kept = torch.load(tmp_path / "killed/latest.pt")["step"]
-    assert EVERY <= kept < steps < STEPS and kept == steps - steps % EVERY, "steps were lost"
+    steps = kill_after_a_checkpoint(config, tmp_path / "killed")
+    kept = saves.steps(tmp_path / "killed")[-1]
+    assert kept % EVERY == 0 and EVERY <= kept < steps < STEPS, "it was killed between checkpoints"
+    assert steps - kept <= 2 * EVERY, "a save waits for the one before"
     assert not (tmp_path / "killed/model.safetensors").exists()
     resumed = tiny.fit(config, tmp_path / "killed", "--resume")
     whole = tiny.fit(config, tmp_path / "whole")
     assert resumed.step == whole.step == STEPS
-    assert resumed.state().keys() >= {"model", "optimizer", "rng"} and same(resumed.state(), whole.state())
-    assert same(torch.load(tmp_path / "killed/latest.pt"), torch.load(tmp_path / "whole/latest.pt"))
+    assert "rng.0.cpu" in resumed.state() and same(resumed.state(), whole.state())
+    killed, expected = (runs.held(runs.newest(tmp_path / name)) for name in ("killed", "whole"))
+    assert same(killed, expected) and same(killed, whole.state())
     assert tiny.rows(tmp_path / "killed") == tiny.rows(tmp_path / "whole")

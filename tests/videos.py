@@ -16,3 +16,11 @@ def write(path: Path, frames: np.ndarray, codec: str = "mpeg4") -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array)))
         container.mux(stream.encode())
     return path
+
+
+def stripes(folder):
+    """Two videos in `folder`, of stripes that move to the right and of stripes that move down: their paths."""
+    t, y, x = np.mgrid[:40, :64, :96]
+    waves = [128 + 100 * np.sin((place - 2 * t) / 16) for place in (x, y)]
+    frames = [wave[..., None].repeat(3, -1).astype(np.uint8) for wave in waves]
+    return [str(write(folder / f"{n}.mp4", shown)) for n, shown in enumerate(frames)]

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jepa_kernels._core.check import fail
-from jepa_kernels.configs.sections import DEFAULTS, ENGINES, NONFINITE, SCHEDULES, SIZES, Config, TargetOptimization
+from jepa_kernels.configs.sections import (
+    AVERAGES,
+    BEST,
+    DEFAULTS,
+    ENGINES,
+    NONFINITE,
+    SCHEDULES,
+    SIZES,
+    Config,
+    TargetOptimization,
+)
 
-__all__ = ["DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
+__all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
 
 FOLDER, PUBLISHED = Path(__file__).parent, "published"
 T = TypeVar("T")
@@ -168,7 +178,7 @@ def _check(config: Config) -> None:
         ("optimization.steps", o.steps, 1),
         ("optimization.accumulate", o.accumulate, 1),
         ("optimization.max_grad_norm", o.max_grad_norm, 0),
-        *((f"logging.{key}", value, 1) for key, value in vars(config.logging).items()),
+        *((f"logging.{key}", getattr(config.logging, key), 1) for key in ("checkpoint_every", "every", "keep")),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:
@@ -188,7 +198,18 @@ def _check(config: Config) -> None:
     if o.schedule == "wsd" and o.warmup * o.steps > (1 - o.anneal) * o.ipe_scale * o.steps:
         fail("train", "optimization.anneal", "begin after the warm-up", o.anneal, "lower it, or optimization.warmup")
     _one_of("optimization.nonfinite", o.nonfinite, NONFINITE)
+    _one_of("optimization.average", o.average, AVERAGES)
     _one_of("parallel.engine", config.parallel.engine, ENGINES)
+    if config.mask is None:
+        for name, value, only in (
+            ("optimization.average", o.average, "mask"),
+            ("parallel.balance", config.parallel.balance, False),
+        ):
+            if value != only:
+                requirement = f"be {str(only).lower()} for {config.architecture}, which has no masks"
+                fail("train", name, requirement, value, "leave it out")
+    if config.logging.best:
+        _one_of("logging.best", config.logging.best, BEST)
     if o.ipe_scale < 1:
         fail("train", "optimization.ipe_scale", "be at least 1", o.ipe_scale, "the published values are 1 and 1.25")
 

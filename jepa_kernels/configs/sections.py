@@ -18,6 +18,8 @@ from jepa_kernels.video import VIDEOS
 ENGINES = "ddp", "fsdp"
 NONFINITE = "stop", "skip"
 SCHEDULES = "cosine", "wsd"
+AVERAGES = "mask", "token"
+BEST = {"loss": "lowest", "std": "highest", "rank": "highest"}  # of the log: which value of its mean is the best
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Optimization:
     max_grad_norm: float = 0.0  # of all gradients together; 0: they are not clipped
     nonfinite: str = "stop"  # or "skip": what a step does whose gradients are not all finite; weights never take them
     accumulate: int = 1  # parts that a process takes its share of a batch in, one after another
+    average: str = "mask"  # of losses: over each mask's tokens, then over masks, as published; "token": over all tokens
 
 
 @dataclass(frozen=True)
@@ -132,17 +135,28 @@ class Parallel:
     engine: "ddp": each process holds all weights. "fsdp": each holds a part of every weight (FSDP2).
     activation_checkpointing: blocks keep their inputs alone, and run again in the backward pass.
     compile: blocks by torch.compile, see nn.compile_blocks.
+    balance: images, or clips, go to the processes and parts so that all have as much to do; see training.balance. Else
+        they go in order. Either way the batch and its loss are the same.
     """
 
     engine: str = "ddp"
     activation_checkpointing: bool = False
     compile: bool = False
+    balance: bool = False
 
 
 @dataclass(frozen=True)
 class Logging:
+    """Which checkpoints stay.
+
+    best: "", or the score, of BEST, whose best checkpoint stays besides the last ones: the mean of the log since the
+        checkpoint before.
+    """
+
     checkpoint_every: int = 50  # steps
     every: int = 10  # steps between looks at the target encoder's distance
+    keep: int = 2  # the last ones
+    best: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from jepa_kernels._core.check import fail
+from jepa_kernels.masks.shares import Shares, Whole
 from jepa_kernels.packing import Packing
-from jepa_kernels.pairs import Pairs
+from jepa_kernels.pairs import Pairs, rows_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,7 @@ class Masks:
 
     context_ids, target_ids: int64, packed [T] with a Packing beside them, or rectangular [rows, K] with None.
     pairs: the predictor's sequences [context | target]; None when rectangular.
+    shares: of a part of a batch, what it counts for in the whole batch's loss; None: these are the whole.
     """
 
     batch: int
@@ -26,6 +30,14 @@ class Masks:
     context_packing: Packing | None = None
     target_packing: Packing | None = None
     pairs: Pairs | None = None
+    shares: Shares | None = None
+
+    def weights(self, of: str, reduction: str) -> Tensor | None:
+        """What multiplies the losses of `of`, "context" or "target": see `Shares`. None: nothing."""
+        if self.shares is None:
+            return None
+        ids, packing = getattr(self, f"{of}_ids"), getattr(self, f"{of}_packing")
+        return getattr(self.shares, of).weights(reduction, ids, packing, self.batch)
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class MaskBatch:
     context_ids, target_ids: int64, sorted in each row: packed [T], or rectangular [rows, K] (`truncate=True`).
     context_lengths [contexts], target_lengths [targets]: int64, patches per row. contexts is a multiple of B,
         targets one of contexts.
+    whole: of a part of a batch, what the whole one holds.
     """
 
     batch: int
@@ -44,18 +57,52 @@ class MaskBatch:
     context_lengths: np.ndarray
     target_ids: np.ndarray
     target_lengths: np.ndarray
+    whole: Whole | None = None
 
     @property
     def packed(self) -> bool:
         return self.context_ids.ndim == 1
+
+    def part(self, images: Sequence[int] | np.ndarray, parts: int) -> MaskBatch:
+        """The masks of these images, one of `parts` parts of the batch; image i of the part is images[i] of the batch.
+
+        It knows its share of the whole batch's loss: the mean of all parts' losses (of gradients accumulated over
+        parts of one process, or averaged by DDP or FSDP over processes) is that loss, and likewise its gradients,
+        whatever the sizes of parts, with no communication. Every image must be in one part.
+        """
+        rows = np.asarray(images)
+        if self.whole is not None:
+            fail("MaskBatch", "part", "be one of a whole batch", "a part", "divide the batch at once")
+        if rows.ndim != 1 or rows.dtype.kind not in "iu" or not len(rows) or len(np.unique(rows)) < len(rows):
+            fail("MaskBatch", "images", "be numbers of different images", repr(images), "pass a list of ints")
+        if rows.min() < 0 or rows.max() >= self.batch:
+            fail("MaskBatch", "images", f"lie in [0, {self.batch})", repr(images), "pass those of this batch")
+        if parts < 1:
+            fail("MaskBatch", "parts", "be at least 1", parts, "pass how many parts the batch is divided into")
+        context = self._of(rows, self.context_ids, self.context_lengths)
+        target = self._of(rows, self.target_ids, self.target_lengths)
+        whole = Whole(parts, self.batch, *(_tokens(x, self.batch) for x in (self.context_lengths, self.target_lengths)))
+        return MaskBatch(len(rows), *context, *target, whole)
+
+    def _of(self, images: np.ndarray, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and lengths of the rows of these images, mask after mask."""
+        rows = (np.arange(0, len(lengths), self.batch)[:, None] + images).ravel()
+        own = lengths[rows]
+        if not self.packed:
+            return ids[rows], own
+        return ids[rows_of(np.cumsum(lengths)[rows] - own, own)], own
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Masks:
         """Copy to `device`: ids and, when packed, the Packings that every layer and both passes share."""
         context_ids, target_ids = (
             torch.from_numpy(ids).to(device, non_blocking=non_blocking) for ids in (self.context_ids, self.target_ids)
         )
+        shares = None
+        if self.whole is not None:
+            tokens = (_tokens(x, self.batch) for x in (self.context_lengths, self.target_lengths))
+            shares = Shares.of(self.whole, self.batch, *tokens, device=device)
         if not self.packed:
-            return Masks(self.batch, context_ids, target_ids)
+            return Masks(self.batch, context_ids, target_ids, shares=shares)
         context, target = self.context_lengths.tolist(), self.target_lengths.tolist()
         return Masks(
             self.batch,
@@ -64,10 +111,18 @@ class MaskBatch:
             Packing.from_lengths(context, device=device),
             Packing.from_lengths(target, device=device),
             Pairs.from_lengths(context, target, device=device),
+            shares,
         )
 
     def pin_memory(self) -> MaskBatch:
         """The same in page-locked memory (what DataLoader(pin_memory=True) calls)."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "batch"}
-        pinned = {name: torch.from_numpy(a).pin_memory().numpy() for name, a in arrays.items()}
-        return MaskBatch(self.batch, **pinned)
+        arrays = self.context_ids, self.context_lengths, self.target_ids, self.target_lengths
+        context_ids, context_lengths, target_ids, target_lengths = (
+            torch.from_numpy(a).pin_memory().numpy() for a in arrays
+        )
+        return MaskBatch(self.batch, context_ids, context_lengths, target_ids, target_lengths, self.whole)
+
+
+def _tokens(lengths: np.ndarray, batch: int) -> np.ndarray:
+    """Of every mask, over all images: lengths [masks * B] -> [masks]."""
+    return lengths.reshape(-1, batch).sum(1)

@@ -104,9 +104,16 @@ class IJEPA(JEPA):
             return self.target_encoder(batch)
 
     def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
-        """Smooth-L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks."""
+        """Smooth-L1 distance of predictions to layer-normalised targets: mean per mask, mean of masks (`average`)."""
         m = self._masks(targets, masks)
-        return jk.latent_loss(predicted, targets, m.target_ids, packing=m.target_packing)
+        return jk.latent_loss(
+            predicted,
+            targets,
+            m.target_ids,
+            packing=m.target_packing,
+            weight=m.weights("target", self.average),
+            reduction=self.average,
+        )
 
     def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:
         rows = context_ids.shape[0], target_ids.shape[0]

@@ -28,6 +28,9 @@ class JEPA(nn.Module):
     """A context encoder, its moving average as target encoder, and a predictor.
 
     A model says how it predicts (`forward`), what it compares predictions with (`targets`) and how (`compare`).
+
+    .average: how the losses of tokens are averaged: "mask", over those of each mask, then over masks, as published; or
+        "token", over all.
     """
 
     published_name: ClassVar[str]
@@ -40,7 +43,7 @@ class JEPA(nn.Module):
         self, context_encoder: Encoder, predictor: Predictor, *, shadow_dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.context_encoder, self.predictor = context_encoder, predictor
+        self.context_encoder, self.predictor, self.average = context_encoder, predictor, "mask"
         self.ema: EMA
         object.__setattr__(self, "ema", EMA(self.context_encoder, shadow_dtype=shadow_dtype))  # no submodule: ...
         self.target_encoder = self.ema.module  # ... its weights have their published names here alone

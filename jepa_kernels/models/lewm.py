@@ -23,7 +23,7 @@ from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.models.layouts import LEWM, recognise, to_huggingface
 from jepa_kernels.models.sizes import HEAD_DIM, size_of_lewm
 from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
-from jepa_kernels.nn import SIGReg
+from jepa_kernels.nn import BatchNorm1d, SIGReg
 from jepa_kernels.nn.actions import ActionEncoder, InverseDynamics
 from jepa_kernels.nn.class_encoder import ClassEncoder
 from jepa_kernels.nn.conditional import ConditionalPredictor, Net
@@ -76,7 +76,7 @@ SIZES: dict[str, Callable[..., LeWMConfig]] = {f.__name__: f for f in (vit_tiny,
 
 
 def _projector(width: int, hidden: int) -> Net:
-    return Net(nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
+    return Net(nn.Linear(width, hidden), BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def _check_config(c: LeWMConfig) -> None:

@@ -44,7 +44,7 @@ class VideoJEPA(JEPA):
         power: float = 1.0,
         weight: Tensor | None = None,
     ) -> Tensor:
-        """|d|^power / power of predictions to layer-normalised targets: mean per mask, mean of masks.
+        """|d|^power / power of predictions to layer-normalised targets: mean per mask, mean of masks (`average`).
 
         The target encoder's last norms and those without weights are all computed at the rows of `ids` alone.
         """
@@ -59,6 +59,7 @@ class VideoJEPA(JEPA):
             norm=encoder.last_norm(),
             levels=encoder.levels or 1,
             weight=weight,
+            reduction=self.average,
         )
 
     def _rectangular(self, batch: int, context_ids: Tensor, target_ids: Tensor) -> Masks:

@@ -125,12 +125,14 @@ class VJEPA(VideoJEPA):
     def compare(self, predicted: Tensor, targets: Tensor, masks: AnyMasks) -> Tensor:
         """Distance of predictions to layer-normalised targets, and the regulariser of the config."""
         m, c = self._masks(targets, masks), self.config
-        loss = self._distance(predicted, targets, m.target_ids, m.target_packing, power=c.loss_exp)
+        weight = m.weights("target", self.average)
+        loss = self._distance(predicted, targets, m.target_ids, m.target_packing, power=c.loss_exp, weight=weight)
         if c.reg_coeff == 0 or m.batch == 0:
             return loss
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         spread = _spread(predicted, m.target_packing).unflatten(0, (-1, m.batch)).mean(0)
-        return loss + c.reg_coeff * (1 - spread).relu().mean()
+        lacking = (1 - spread).relu().mean()
+        return loss + c.reg_coeff * (lacking if m.shares is None else lacking * m.shares.images[0])
 
 
 def _spread(x: Tensor, packing: Packing | None) -> Tensor:

@@ -207,8 +207,16 @@ class VJEPA2(VideoJEPA):
             requirement, remedy = "be None for targets of its own encoder", "a distilled model is for inference"
             fail("VJEPA2", "teacher_embed_dim", requirement, self.config.teacher_embed_dim, remedy)
         m = self._masks(targets, masks)
+        target = predicted.target if isinstance(predicted, Dense) else predicted
+        share = m.weights("target", self.average)
+        loss = self._distance(target, targets, m.target_ids, m.target_packing, weight=share)
         if not isinstance(predicted, Dense):
-            return self._distance(predicted, targets, m.target_ids, m.target_packing)
-        loss = self._distance(predicted.target, targets, m.target_ids, m.target_packing)
+            return loss
+        weight = _product(predicted.weight, m.weights("context", self.average))
         given = predicted.context, targets, m.context_ids, m.context_packing
-        return loss + self.context_weight * self._distance(*given, weight=predicted.weight)
+        return loss + self.context_weight * self._distance(*given, weight=weight)
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Of weights, None being 1."""
+    return a if b is None else b if a is None else a * b

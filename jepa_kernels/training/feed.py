@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -12,6 +13,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.recipes import RECIPES
+from jepa_kernels.training import balance
 from jepa_kernels.training.ranks import Ranks
 
 Part = tuple[Tensor, Any]  # uint8 pixels; masks, actions or texts
@@ -21,12 +23,14 @@ class Feed(Dataset[list[Part]]):
     """Item `step`: the parts of that step's batch which this rank takes, one after another.
 
     Inputs of step n are n * batch_size, n * batch_size + 1, ...; its masks are those of step n. Every rank draws the
-    masks of the whole batch, so that a batch and its loss are the same whatever the number of ranks and parts.
+    masks of the whole batch, so that a batch and its loss are the same whatever the number of ranks and parts, and
+    which images each one takes: in order, or with as many tokens for all (`balance`).
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         recipe, self.batch, self.ranks = RECIPES[config.architecture], config.data.batch_size, ranks
         self.accumulate, self.steps = config.optimization.accumulate, config.optimization.steps
+        self.balance = config.parallel.balance
         self.inputs, self.masks = recipe.inputs(config)
         self.collate = None if recipe.collate is None else recipe.collate(config)
         self._check(config)
@@ -48,19 +52,23 @@ class Feed(Dataset[list[Part]]):
         return self.steps
 
     def __getitem__(self, step: int) -> list[Part]:
-        mine = self.batch // self.ranks.world
-        first = step * self.batch + self.ranks.rank * mine
-        items = [self.inputs[i] for i in range(first, first + mine)]
         if self.masks is None:
-            return [self._stacked(items)]
-        pixels = torch.stack([pixels for pixels, _ in items])
-        masks = self.masks(self.batch, step=step)
-        return self._parts(pixels, masks)
+            mine = balance.in_order(self.batch, self.ranks.world)[self.ranks.rank]
+            return [self._stacked(self._items(step, mine))]
+        parts = self._parts(self.masks(self.batch, step=step))
+        return [(torch.stack([pixels for pixels, _ in self._items(step, mine)]), given) for mine, given in parts]
 
-    def _parts(self, pixels: Tensor, masks: MaskBatch) -> list[Part]:
-        if self.ranks.world * self.accumulate == 1:
-            return [(pixels, masks)]
-        raise NotImplementedError  # parts of masks
+    def _items(self, step: int, images: np.ndarray) -> list[Any]:
+        return [self.inputs[step * self.batch + image] for image in images.tolist()]
+
+    def _parts(self, masks: MaskBatch) -> list[tuple[np.ndarray, MaskBatch]]:
+        """Which images of the batch each part of this rank has, and their masks."""
+        parts = self.ranks.world * self.accumulate
+        if parts == 1:
+            return [(np.arange(self.batch), masks)]
+        found = balance.balanced(balance.costs(masks), parts) if self.balance else balance.in_order(self.batch, parts)
+        first = self.ranks.rank * self.accumulate
+        return [(images, masks.part(images, parts)) for images in found[first : first + self.accumulate]]
 
     def _stacked(self, items: list[Any]) -> Part:
         if self.collate is not None:

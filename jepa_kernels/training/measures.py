@@ -36,6 +36,10 @@ class Step(NamedTuple):
     names: Sequence[str]
     numbers: Tensor
 
+    def measured(self) -> dict[str, float]:
+        """The numbers, on the host: this waits for them."""
+        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+
 
 class Meter:
     """Rows of the log out of the steps of a loop, without a wait for the step that has just been queued:
@@ -87,7 +91,7 @@ class Meter:
         return [self._finished(step) for step, _ in ready]
 
     def _finished(self, step: Step) -> dict[str, Any]:
-        found = dict(zip(step.names, step.numbers.tolist(), strict=True))
+        found = step.measured()
         tokens, flops = (self.world * found.pop(name) for name in ("tokens", "flops"))
         if "online" in found:
             found["ema_distance"] = (found.pop("moved") / max(found.pop("online"), 1e-30)) ** 0.5

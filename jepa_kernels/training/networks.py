@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,9 @@ from jepa_kernels.nn.decoder import DecoderBlock
 from jepa_kernels.training.ranks import Ranks
 
 BLOCKS = Block, ActionBlock, ConditionalBlock, DecoderBlock
-EXCHANGES = {"ddp": "the all-reduce of gradients", "fsdp": "the reduce-scatter of gradients"}  # of the backward pass
+RUN_AGAIN = "forward", "cross"  # what a block's caller calls
+GATHERED = "cross", "qkv", "before", "after"  # the same, besides its forward
+SIGNATURE = inspect.signature(DistributedDataParallel).parameters
 
 
 def shards(how: Parallel, ranks: Ranks) -> bool:
@@ -36,8 +39,9 @@ def spread(model: nn.Module, how: Parallel, ranks: Ranks, device: torch.device) 
     blocks: list[Any] = [block for block in model.modules() if isinstance(block, BLOCKS)]
     if how.activation_checkpointing:
         for block in blocks:
-            if any(p.requires_grad for p in block.parameters()):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            for method in RUN_AGAIN:
+                if hasattr(block, method) and any(p.requires_grad for p in block.parameters()):
+                    setattr(block, method, partial(checkpoint, getattr(block, method), use_reentrant=False))
     if how.compile:
         compile_blocks(model)
     if shards(how, ranks):
@@ -45,19 +49,35 @@ def spread(model: nn.Module, how: Parallel, ranks: Ranks, device: torch.device) 
     if ranks.world == 1:
         return model
     places: Any = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True)
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in SIGNATURE else "broadcast_buffers"  # to torch 2.12
+    options: Any = {buffers: False, "gradient_as_bucket_view": True, "device_ids": places}
+    return DistributedDataParallel(model, **options)
 
 
 def _sharded(model: nn.Module, blocks: list[Any], device: torch.device) -> nn.Module:
     """A part of every weight on each rank; blocks gather theirs one after another, all else is gathered for a step."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        for method in GATHERED:
+            if hasattr(block, method):
+                register_fsdp_forward_method(block, method)
+    numbers = {p for p in model.parameters() if p.dim() == 0}  # which have no parts: every rank keeps them
+    for p in numbers:
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(_average_gradient)
+    fully_shard(model, mesh=mesh, ignored_params=numbers)
     return model
+
+
+def _average_gradient(p: Tensor) -> None:
+    """Over all ranks."""
+    assert p.grad is not None
+    torch.distributed.all_reduce(p.grad)
+    p.grad /= torch.distributed.get_world_size()
 
 
 @contextmanager

@@ -36,6 +36,7 @@ CURVES = {
     "share_of_peak": "share of peak",
     "step_s": "seconds per step",
     "data_wait_s": "seconds waiting for data",
+    "save_s": "seconds a save kept the loop",
 }
 Row = dict[str, Any]
 

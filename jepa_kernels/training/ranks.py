@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 600.0  # seconds that a collective may take
+MEETING = 300.0  # seconds in which all processes start
 ROLL_CALL = 3.0  # seconds in which those that are left say so
+C10D = "distributed_c10d.py"
 LOST = re.compile(r"timed? ?out|timeout|connection (closed|reset|refused)|closed by peer|broken pipe|gloo|nccl", re.I)
 REFUSALS = ValueError, TypeError, OSError, ModuleNotFoundError
 
@@ -80,14 +83,21 @@ class Ranks:
                 actual = f"{found[0]} on rank 0, {other} on rank {rank}"
                 raise ValueError(f"train: {what} must be the same on all ranks, got {actual}; {remedy}")
 
+    def of_first(self, value: Any) -> Any:
+        """The first rank's value, on all ranks, which all must ask for it."""
+        return value if self.world == 1 else self._gathered(value)[0]
+
     def _gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
         return found
 
     @contextmanager
-    def finishing(self, what: str) -> Iterator[None]:
-        """Around a collective, named `what`: RankError that says which ranks were silent, if it does not end."""
+    def finishing(self, where: str, collective: str) -> Iterator[None]:
+        """Around collectives: RankError that names the one which did not end, and the ranks that were silent.
+
+        collective: the name of one that no frame of Python tells, such as DDP's of gradients.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -97,18 +107,18 @@ class Ranks:
             who = f"no answer of rank {', '.join(map(str, silent))}" if silent else "an answer of each, but too late"
             why = str(error).strip().split("\n")[0][:200]
             raise RankError(
-                f"train: every rank must finish {what} within {self.timeout:g} s, got {who} ({why}); "
-                "look at that rank's own output, or raise --timeout"
+                f"train: every rank must finish {_collective(error) or collective} in {where} within "
+                f"{self.timeout:g} s, got {who} ({why}); look at that rank's own output, or raise --timeout"
             ) from error
 
     def _silent(self) -> list[int]:
         """Ranks that do not answer a roll call; all that are left call it at nearly the same time."""
         try:
             store: Any = dist.distributed_c10d._get_default_store()
-            store.set(f"here/{self.restarts}/{self.rank}", b"1")
+            store.set(f"here/{self.rank}", b"1")
             until, missing = time.monotonic() + ROLL_CALL, list(range(self.world))
             while missing and time.monotonic() < until:
-                missing = [rank for rank in missing if not store.check([f"here/{self.restarts}/{rank}"])]
+                missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
                 time.sleep(0.05)
             return missing
         except RuntimeError:  # the process that kept the store is gone
@@ -118,6 +128,12 @@ class Ranks:
         """The group ends; this process goes on alone."""
         if self.grouped:
             dist.destroy_process_group()
+
+
+def _collective(error: BaseException) -> str | None:
+    """The function of torch.distributed in which an error was raised, if it was in one."""
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(C10D)]
+    return names[-1] if names else None
 
 
 def join(device: str, timeout: float = TIMEOUT) -> tuple[Ranks, str]:
@@ -133,9 +149,29 @@ def join(device: str, timeout: float = TIMEOUT) -> tuple[Ranks, str]:
     if kind == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), rank=rank, world_size=world)
-    return Ranks(rank, world, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), timeout), device
+    ranks = Ranks(rank, world, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), timeout)
+    _meet("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", ranks)
+    return ranks, device
+
+
+def _meet(backend: str, ranks: Ranks) -> None:
+    """Make the group; processes start at different times, and wait longer for each other then.
+
+    torchrun's store outlives a restart, and with it the addresses of processes that are gone: each start has its own.
+    """
+    patience = timedelta(seconds=max(ranks.timeout, MEETING))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=patience))
+        own = dist.PrefixStore(f"start {ranks.restarts}", store)
+        dist.init_process_group(backend, timeout=patience, store=own, rank=ranks.rank, world_size=ranks.world)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout))
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        why = str(error).strip().split("\n")[0][:200]
+        raise RankError(
+            f"train: all {ranks.world} ranks must meet at {place} within {patience.total_seconds():g} s, got: {why}; "
+            "look at the other ranks' output, and whether their machines reach each other"
+        ) from error
 
 
 def _torchrun() -> tuple[int, int, int] | None:

@@ -1,0 +1,63 @@
+"""Which part takes which images: as many each, as many tokens each, the same on every process."""
+
+import numpy as np
+import pytest
+
+from benchmarks import balance as simulation
+from benchmarks import readme
+from jepa_kernels.masks import MaskBatch, MultiBlock2d, MultiBlock3d
+from jepa_kernels.training import balance
+
+
+def test_costs_are_the_tokens_of_both_networks():
+    none = np.empty(0, dtype=np.int64)
+    photos = MaskBatch(2, none, np.array([5, 7]), none, np.array([1, 2, 3, 4]))  # one context, two targets an image
+    assert balance.costs(photos).tolist() == [5 + (5 + 1) + (5 + 3), 7 + (7 + 2) + (7 + 4)]
+    clips = MaskBatch(2, none, np.array([5, 7, 1, 2]), none, np.array([3, 1, 7, 6]))  # two contexts a clip
+    assert balance.costs(clips).tolist() == [5 + 1 + (5 + 3) + (1 + 7), 7 + 2 + (7 + 1) + (2 + 6)]
+
+
+def test_the_most_costly_go_first_to_the_part_with_the_least_that_has_room():
+    assert balance.in_order(6, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    # 9 to part 0, 8 to part 1, 7 to part 1 (8 < 9), 3 to part 0, 2 to part 0 (12 < 15), which is full; 1 to part 1.
+    assert balance.balanced(np.array([1, 9, 7, 2, 8, 3]), 2).tolist() == [[1, 3, 5], [0, 2, 4]]
+    assert balance.balanced(np.array([4, 4, 4, 4]), 2).tolist() == [[0, 2], [1, 3]]  # ties in order
+    # 10 to part 0, then 1, 1, 1 to part 1, which has least, up to its room; what is left goes to part 0.
+    assert balance.balanced(np.array([10, 1, 1, 1, 1, 1]), 2).tolist() == [[0, 4, 5], [1, 2, 3]]
+    assert balance.balanced(np.array([3, 1, 2]), 1).tolist() == [[0, 1, 2]]
+    with pytest.raises(ValueError, match=r"^balance: costs must be a multiple of 2 in number, got 3; use another"):
+        balance.balanced(np.array([1, 2, 3]), 2)
+
+
+@pytest.mark.parametrize("sampler", [MultiBlock2d(14), MultiBlock3d((4, 8, 8))], ids=["photos", "clips"])
+def test_parts_of_sampled_masks_wait_for_each_other_far_less(sampler):
+    before, after = [], []
+    for step in range(8):
+        costs = balance.costs(sampler(16 * 12, step=step))
+        found = balance.balanced(costs, 16)
+        assert found.shape == (16, 12) and np.array_equal(np.sort(found.ravel()), np.arange(16 * 12))
+        assert np.array_equal(found, balance.balanced(balance.costs(sampler(16 * 12, step=step)), 16))
+        assert (np.diff(found, axis=1) > 0).all()
+        before.append(simulation.idle(costs.reshape(16, 12).sum(1)))
+        after.append(simulation.idle(costs[found].sum(1)))
+    assert np.mean(before) > 0.01 and np.mean(after) < 0.1 * np.mean(before)
+
+
+def test_the_simulation_counts_what_is_waited_for():
+    assert simulation.idle(np.array([3.0, 4.0, 1.0])) == pytest.approx(1 - (8 / 3) / 4)
+    run = simulation.Run("small", MultiBlock2d(16), simulation.RUNS[0].flops, 4)
+    found = simulation.one_step(run, 0, ranks=8)
+    masks = run.sampler(32, step=0)
+    tokens, flops = balance.costs(masks), [run.flops(masks.part(part, 8)) for part in balance.in_order(32, 8)]
+    assert found[0, 0] == simulation.idle(tokens.reshape(8, 4).sum(1))
+    assert found[1, 0] == pytest.approx(simulation.idle(np.array(flops)), rel=1e-9)  # a part's are its images'
+    assert (found[:, 1:] < found[:, :1]).all()
+
+
+def test_its_table_shows_the_committed_numbers():
+    one = {"mean": 0.04, "ci95": [0.03, 0.05]}
+    row = {"name": "A", "each": 4, "ranks": 8, "steps": 9, "unit": "tokens", "in_order": one, "balanced": one}
+    document = {"commit": "0123456789abcdef", "rows": [{**row, "balanced_by_flops": one, "cut": one}]}
+    assert "| A | 4 | tokens | 4.00% (3.00% to 5.00%) | 4.00% (3.00% to 5.00%) | **-4.0%** (3.0% to 5.0%) |" in (
+        readme.balance(document)
+    )
