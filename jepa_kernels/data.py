@@ -44,6 +44,7 @@ PHOTOS = {
 }
 LARGEST_HALF = 512  # pixels on the longer side; larger halves are shrunk once, so that crops resize quickly
 HALVES = ("train", "held_out")
+BLUR = (0.1, 2.0)  # least and most standard deviation, in pixels, as published
 
 
 def extra(module: str, of: str = "train") -> ModuleType:
@@ -143,20 +144,35 @@ def random_crop(
     ratio: tuple[float, float],
     *,
     jitter: float = 0.0,
+    hue: float = 0.0,
     grey: float,
+    blur: float = 0.0,
+    solarize: float = 0.0,
     flip: bool,
 ) -> np.ndarray:
-    """uint8 [size, size, 3] of a PIL image; see PhotoCrops, and views.Views for the jitter."""
+    """uint8 [size, size, 3] of a PIL image; see PhotoCrops, and views.Views for what it does to colors."""
     image, box = extra("PIL.Image"), random_box(rng, picture.size, scale, ratio)
     crop = picture.resize((size, size), image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
     if jitter and rng.random() < 0.8:
         enhance = extra("PIL.ImageEnhance")
         for change in (enhance.Brightness, enhance.Contrast, enhance.Color):
             crop = change(crop).enhance(rng.uniform(1 - jitter, 1 + jitter))
+        crop = _turned(crop, rng.uniform(-hue, hue)) if hue else crop
     if rng.random() < grey:
         crop = crop.convert("L").convert("RGB")
+    if blur and rng.random() < blur:
+        crop = crop.filter(extra("PIL.ImageFilter").GaussianBlur(rng.uniform(*BLUR)))
+    if solarize and rng.random() < solarize:
+        crop = extra("PIL.ImageOps").solarize(crop)
     pixels = np.asarray(crop)
     return pixels[:, ::-1] if flip and rng.random() < 0.5 else pixels
+
+
+def _turned(picture: Any, share: float) -> Any:
+    """Every hue, a place on a circle, moved on by a share of it."""
+    colors = np.array(picture.convert("HSV"))
+    colors[..., 0] += np.uint8(round(256 * share) % 256)  # modulo 256
+    return extra("PIL.Image").frombytes("HSV", picture.size, colors.tobytes()).convert("RGB")
 
 
 def random_box(

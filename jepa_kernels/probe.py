@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from jepa_kernels.data import PHOTOS, PhotoCrops, extra, normalize
+from jepa_kernels.images import Folder, labelled
 from jepa_kernels.video import VideoClips
 from jepa_kernels.views import load_digits
 
@@ -141,6 +142,30 @@ def photos(
 
     question = f"Which of the {len(PHOTOS)} photos is a held-out grey crop from?"
     return [compare(question, encoder, fresh, crops, len(PHOTOS), seeds=seeds)]
+
+
+def images(
+    encoder: nn.Module,
+    fresh: Fresh,
+    seen: Folder,
+    held_out: Folder,
+    size: int,
+    *,
+    seeds: int = 5,
+    per_class: int = 20,
+    prepare: Prepare = normalize,
+) -> list[dict[str, Any]]:
+    """Which class, or subfolder, is an image of? Learnt on images that training saw, scored on those it did not.
+
+    encoder, fresh: see `compare`. per_class: central crops of each part, in color; of raw pixels the first channel.
+    """
+
+    def draw(part: str, seed: int) -> tuple[Tensor, np.ndarray]:
+        pixels, labels = labelled(seen if part == "train" else held_out, size, per_class, seed)
+        return prepare(pixels), labels
+
+    question = f"Which of the {len(seen.classes)} classes is a held-out image of?"
+    return [compare(question, encoder, fresh, draw, len(seen.classes), seeds=seeds)]
 
 
 def digits(encoder: nn.Module, fresh: Fresh, size: int, *, seeds: int = 5) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from jepa_kernels import probe, pusht
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
 from jepa_kernels.data import PhotoCrops, extra, normalize
+from jepa_kernels.images import Folder, ImageCrops
 from jepa_kernels.masks import MultiBlock2d, MultiBlock3d, Spec3d
 from jepa_kernels.masks.sampler import Sampler
 from jepa_kernels.models.ijepa import IJEPA
@@ -26,7 +27,8 @@ from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from jepa_kernels.models.vl_jepa import VLJEPA
 from jepa_kernels.rooms import answers, stream
 from jepa_kernels.rooms.scenes import Scenes
-from jepa_kernels.video import VideoClips
+from jepa_kernels.training import flops
+from jepa_kernels.video import VideoClips, listed
 from jepa_kernels.views import Views, load_digits
 
 
@@ -39,6 +41,7 @@ class Recipe:
     watch: the networks -> (the module whose output tells of the latents, what makes these [B, N, E] of it).
     probes: (a config, the trained networks, what makes others at random initialisation) -> scores, one each.
     needs: packages that these import when they are called.
+    work: (the networks, a batch's pixels, what else they are given) -> what a step on it computes.
     prepare: uint8 pixels -> what the model takes.
     collate: a config -> what makes a batch of items without masks, (pixels, what else); None: both are stacked.
     pictures: (a config, the trained networks) -> {name: PNG}, of what a table does not show.
@@ -49,6 +52,7 @@ class Recipe:
     watch: Callable[[Any], tuple[nn.Module, Callable[[Tensor], Tensor]]]
     probes: Callable[[Config, Any, Callable[[], Any]], list[dict[str, Any]]]
     needs: tuple[str, ...]
+    work: Callable[..., flops.Work]
     prepare: Callable[[Tensor], Tensor] = normalize
     collate: Callable[[Config], Callable[[list[Any]], Any]] | None = None
     pictures: Callable[[Config, Any], dict[str, bytes]] | None = None
@@ -81,17 +85,34 @@ def _side(config: Config) -> int:
     return size
 
 
-def _photos(config: Config) -> tuple[PhotoCrops, MultiBlock2d]:
+def _folder(config: Config, part: str = "train") -> Folder | None:
+    """Of your own images, if there is one."""
     d: Any = config.data
-    size = _side(config)
-    crops = PhotoCrops(
-        size, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed
-    )
+    return Folder(d.root, part, d.held_out) if d.root else None
+
+
+def _photos(config: Config) -> tuple[Dataset[Any], MultiBlock2d]:
+    d: Any = config.data
+    size, folder = _side(config), _folder(config)
+    how: Any = dict(scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed)
+    crops = PhotoCrops(size, **how) if folder is None else ImageCrops(folder, size, **how)
     return crops, MultiBlock2d(size // config.model.patch_size, seed=config.seed, **vars(config.mask))
 
 
 def _photo_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
-    return probe.photos(model.target_encoder, lambda: fresh().target_encoder, _side(config), **vars(config.probe))
+    return _picture_probes(config, (model.target_encoder, lambda: fresh().target_encoder))
+
+
+def _picture_probes(config: Config, encoders: tuple[Any, Any], **options: Any) -> list[dict[str, Any]]:
+    """Of the bundled photos, or of your own images' classes."""
+    p: Any = config.probe
+    seen, held_out = _folder(config), _folder(config, "held_out")
+    if seen is None or held_out is None:
+        return probe.photos(*encoders, _side(config), **{**vars(p), **options})
+    if not len(held_out):
+        print("no probe: data.root has no classes (two subfolders or more that hold all images), or none is held out")
+        return []
+    return probe.images(*encoders, seen, held_out, _side(config), seeds=p.seeds, per_class=p.per_photo, **options)
 
 
 def _vjepa2(config: VJEPA2Config, *, shadow_dtype: torch.dtype | None = None) -> VJEPA2:
@@ -117,8 +138,10 @@ def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:
     d: Any = config.data
     m: Any = config.mask
     make = _clips_of(config)
-    make(span="held_out")  # too short for the probes is known before the first step
-    clips = make(scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed)
+    if not d.whole:
+        make(span="held_out")  # too short for the probes is known before the first step
+    how: Any = dict(span="whole", keep=False) if d.whole else {}
+    clips = make(**how, scale=d.crop_scale, ratio=d.crop_ratio, flip=d.horizontal_flip, grey=d.grey, seed=config.seed)
     specs = (
         Spec3d(m.short_num_blocks, m.short_spatial_scale, aspect_ratio=m.aspect_ratio),
         Spec3d(m.long_num_blocks, m.long_spatial_scale, aspect_ratio=m.aspect_ratio),
@@ -131,10 +154,14 @@ def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:
 def _clips_of(config: Config) -> Callable[..., VideoClips]:
     c: Any = config.model
     d: Any = config.data
-    return partial(VideoClips, _side(config), c.num_frames, frame_step=d.frame_step, videos=d.videos)
+    how = dict(frame_step=d.frame_step, fps=d.fps, videos=listed(d.videos))
+    return partial(VideoClips, _side(config), c.num_frames, **how)
 
 
 def _clip_probes(config: Config, model: JEPA, fresh: Callable[[], JEPA]) -> list[dict[str, Any]]:
+    if config.data.whole:  # type: ignore[attr-defined]
+        print("no probe: data.whole leaves nothing held out")
+        return []
     return probe.clips(model.target_encoder, lambda: fresh().target_encoder, _clips_of(config), **vars(config.probe))
 
 
@@ -185,12 +212,14 @@ def _views(config: Config) -> tuple[Views, None]:
     meet, views = c.global_views, d.global_views + d.local_views
     if meet is not None and meet > views:
         fail("train", "model.global_views", f"be at most {views}, the views", meet, "raise data.global_views")
+    if d.source == "mnist" and d.root:
+        fail("train", "data.root", "be empty with data.source mnist", repr(d.root), "leave one of them out")
     if d.source == "mnist":
         load_digits("train")  # a package that is missing is known before the first step
-    elif d.source == "photos":
+    elif not d.root:
         extra("skimage")
     crops = Views(
-        d.source,
+        _folder(config) or d.source,
         _side(config),
         d.local_size,
         global_views=d.global_views,
@@ -202,18 +231,19 @@ def _views(config: Config) -> tuple[Views, None]:
         flip=d.horizontal_flip,
         grey=d.grey,
         jitter=d.jitter,
+        hue=d.hue,
+        blur=d.blur,
+        solarize=d.solarize,
         seed=config.seed,
     )
     return crops, None
 
 
 def _view_probes(config: Config, model: LeJEPA, fresh: Callable[[], LeJEPA]) -> list[dict[str, Any]]:
-    d: Any = config.data
-    p: Any = config.probe
     encoders = model.backbone, lambda: fresh().backbone
-    if d.source == "mnist":
-        return probe.digits(*encoders, _side(config), seeds=p.seeds)
-    return probe.photos(*encoders, _side(config), prepare=lambda pixels: pixels / 255, **vars(p))
+    if config.data.source == "mnist":  # type: ignore[attr-defined]
+        return probe.digits(*encoders, _side(config), seeds=config.probe.seeds)  # type: ignore[union-attr]
+    return _picture_probes(config, encoders, prepare=lambda pixels: pixels / 255)
 
 
 def _answering(config: answers.RoomsConfig, *, shadow_dtype: torch.dtype | None = None) -> VLJEPA:
@@ -252,16 +282,17 @@ def _answers(model: VLJEPA) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 RECIPES = {
-    "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn")),
-    "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn")),
-    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), prepare=_as_they_are),
-    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), prepare=_as_they_are),
+    "ijepa": Recipe(IJEPA, _photos, _target_latents, _photo_probes, ("skimage", "sklearn"), flops.jepa),
+    "vjepa2": Recipe(_vjepa2, _clips, _target_latents, _clip_probes, ("av", "sklearn"), flops.jepa),
+    "lewm": Recipe(_lewm, _windows, _embeddings, _state_probes, (), flops.lewm, prepare=_as_they_are),
+    "lejepa": Recipe(_lejepa, _views, _embeddings, _view_probes, ("sklearn",), flops.lejepa, prepare=_as_they_are),
     "vl_jepa": Recipe(
         _answering,
         _rooms,
         _answers,
         _answer_probes,
         ("sklearn",),
+        flops.vl_jepa,
         prepare=_as_they_are,
         collate=_questions,
         pictures=lambda config, model: {"selective.png": stream.picture(model, _stream(config, 0))},

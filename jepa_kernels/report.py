@@ -1,9 +1,8 @@
-"""What a training run leaves: files written whole, curves, a table of scores, and where they were measured."""
+"""What a training run leaves: files written whole, pictures, a table of scores, and where they were measured."""
 
 from __future__ import annotations
 
 import io
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -60,20 +59,6 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def plot(metrics: Path, picture: Path) -> None:
-    """Loss, feature std, effective rank and learning rate over steps, as a PNG."""
-    extra("matplotlib").use("Agg")
-    pyplot = extra("matplotlib.pyplot")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, 4, figsize=(14, 3), layout="constrained")
-    names = {"loss": "loss", "std": "feature std", "rank": "effective rank", "lr": "learning rate"}
-    for axis, (key, title) in zip(axes, names.items(), strict=True):
-        axis.plot([r["step"] for r in rows], [r[key] for r in rows])
-        axis.set(title=title, xlabel="step")
-        axis.set_ylim(bottom=0)
-    write(picture, png(figure))
-
-
 def emissions(
     steps: Sequence[int],
     distances: Sequence[float],
@@ -101,14 +86,15 @@ def emissions(
     return png(figure)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: torch.device | None = None) -> dict[str, Any]:
     """What the numbers were measured on."""
     cpu, known = platform.processor(), Path("/proc/cpuinfo")
     if known.exists():
         cpu = next(
             (line.split(": ")[1] for line in known.read_text().splitlines() if line.startswith("model name")), cpu
         )
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    gpu = {"gpu": torch.cuda.get_device_name(device)} if device is not None and device.type == "cuda" else {}
+    return {"cpu": cpu, **gpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def commit() -> str | None:

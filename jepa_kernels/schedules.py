@@ -19,6 +19,21 @@ def learning_rate(step: int, *, start: float, peak: float, final: float, warmup:
     return max(final, final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def warmup_stable_decay(
+    step: int, *, start: float, peak: float, final: float, warmup: int, anneal: int, total: int
+) -> float:
+    """Linear from `start` to `peak` over `warmup` steps, `peak`, then linear to `final` over the last `anneal` steps.
+
+    anneal = 0: constant after the warm-up. anneal = total, without a warm-up: V-JEPA 2's cooldown.
+    Source: V-JEPA 2 (arXiv:2506.09985) and its published code, which trains the action-conditioned predictor so.
+    """
+    step += 1
+    if step < warmup:
+        return start + step / warmup * (peak - start)
+    into = step - (total - anneal)
+    return peak if into <= 0 else peak + min(into / anneal, 1.0) * (final - peak)
+
+
 def weight_decay(step: int, *, start: float, final: float, total: int) -> float:
     """A half cosine from `start` to `final` at `total`."""
     value = final + (start - final) * 0.5 * (1 + math.cos(math.pi * (step + 1) / total))

@@ -1,8 +1,9 @@
 """A plain training loop: `python -m jepa_kernels train ijepa`, `vjepa2`, `pusht`, `vl_jepa`, or `train my.yaml`.
 
 In the output folder: metrics.jsonl (a line per step), checkpoints (see `training.saves`), model.safetensors (the
-trained weights and the networks' config), curves.png, probe.json, and a recipe's own pictures. Crops, clips, windows,
-questions, masks and schedules are functions of (seed, step), so that a resumed run continues bit for bit.
+trained weights and the networks' config), run.html (its curves, see `training.page`), probe.json, a recipe's own
+pictures; event files where tensorboard is installed. Crops, clips, windows, questions, masks and schedules are
+functions of (seed, step), so that a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from jepa_kernels.data import extra
 from jepa_kernels.models.jepa import loss_of
 from jepa_kernels.nn import EMA
 from jepa_kernels.recipes import RECIPES
-from jepa_kernels.training import export, networks, optimizer, saves, state
+from jepa_kernels.training import export, measures, networks, optimizer, page, saves, state
 from jepa_kernels.training.feed import Part, batches
+from jepa_kernels.training.measures import Meter, Step
 from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
 
 STAT_ROWS = 1024
@@ -76,9 +78,11 @@ class Trainer:
         c: Any = self.config.optimization
         total = int(c.ipe_scale * c.steps)
         warmup = round(c.warmup * c.steps)
-        lr = schedules.learning_rate(
-            self.step, start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total
-        )
+        rates: Any = dict(start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total)
+        if c.schedule == "wsd":
+            lr = schedules.warmup_stable_decay(self.step, anneal=round(c.anneal * total), **rates)
+        else:
+            lr = schedules.learning_rate(self.step, **rates)
         decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr * group["lr_scale"], decay if group["decayed"] else 0.0
@@ -87,10 +91,10 @@ class Trainer:
             row["momentum"] = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
         return row
 
-    def advance(self, parts: Sequence[Part], asked: bool = False) -> dict[str, Any]:
+    def advance(self, parts: Sequence[Part], asked: bool = False) -> Step:
         """One step on this rank's parts of the batch; returns what the log shows of it, the same on all ranks.
 
-        asked: whether this rank wants to stop; row["asked"]: whether any does.
+        asked: whether this rank wants to stop; the row's "asked": whether any does.
         """
         row = self.schedule()
         loss = self._gradients(parts)
@@ -99,10 +103,15 @@ class Trainer:
         norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
         self.step += 1
         stats = latent_stats(self.latents)
-        measured = torch.stack([loss, stats.std, stats.rank, norm, 1.0 - finite.float(), loss.new_tensor(float(asked))])
-        found = self._averaged(measured).tolist()
-        named = dict(zip(("loss", "std", "rank", "grad_norm", "skipped", "asked"), found, strict=True))
-        return {"step": self.step, **named, **row}
+        skipped = 1.0 - finite.float()
+        found = {"loss": loss, "std": stats.std, "rank": stats.rank, "grad_norm": norm, "skipped": skipped}
+        if ema is not None and (self.step - 1) % self.config.logging.every == 0:
+            found |= measures.ema_squares(ema.pairs())
+        works = [self.recipe.work(self.model, *part) for part in parts]
+        host = {"asked": asked, "tokens": sum(w.tokens for w in works), "flops": sum(w.flops for w in works)}
+        known = torch.tensor(list(host.values()), dtype=torch.float32).to(self.device, non_blocking=True)
+        numbers = self._averaged(torch.cat([torch.stack(list(found.values())), known]))
+        return Step({"step": self.step, **row}, [*found, *host], numbers)
 
     def _gradients(self, parts: Sequence[Part]) -> Tensor:
         """Add up those of all parts, averaged over ranks; the mean loss of the parts."""
@@ -190,23 +199,21 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
     last = config.optimization.steps if stop is None else stop
     pin = trainer.device.type == "cuda"
     feed = batches(config, trainer.step, ranks, pin=pin)
+    meter = Meter(trainer.device, trainer.dtype, ranks.world, trainer.model.inputs, config.data.batch_size)
     kept = saves.Saves(out, config, ranks, trainer.step, pin=pin)
-    with _interruptible() as asked, kept, _log(out, trainer) as show:
-        for parts in feed:
+    with _interruptible() as asked, kept, _log(out, trainer, meter, kept) as show:
+        for parts in meter.timed(feed):
             if trainer.step >= last:
                 break
-            started = time.perf_counter()
-            row = trainer.advance(parts, bool(asked))
-            ended = row.pop("asked") > 0  # on any rank, before this step
-            _check_finite(row, config.optimization.nonfinite)
-            row[f"{trainer.model.inputs}_per_s"] = config.data.batch_size / (time.perf_counter() - started)
-            row |= kept.took()
-            show(row)
-            kept.seen(row)
+            step = trainer.advance(parts, bool(asked))
+            step.row.update(kept.took())
+            ended = show(meter.rows(step))
             if ended or (asked and ranks.world == 1):
                 break
             if trainer.step % config.logging.checkpoint_every == 0:
+                show(meter.rest())
                 kept.save(trainer.step, trainer.state())
+        show(meter.rest())
         if trainer.step == 0 or trainer.step != kept.step:
             kept.save(trainer.step, trainer.state())
     if trainer.step >= last:
@@ -223,21 +230,50 @@ def _check_finite(row: dict[str, Any], what: str) -> None:
 
 
 @contextmanager
-def _log(out: Path, trainer: Trainer) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What writes and shows a row, on the first rank."""
-    if not trainer.ranks.first:
-        yield lambda row: None
-        return
-    metrics = out / "metrics.jsonl"
-    _drop_rows_after(metrics, trainer.step)
-    total = trainer.config.optimization.steps
-    with _progress(total, trainer.step) as show, open(metrics, "ab", buffering=0) as log:
+def _log(
+    out: Path, trainer: Trainer, meter: Meter, kept: saves.Saves
+) -> Iterator[Callable[[Iterable[dict[str, Any]]], bool]]:
+    """What checks rows, and on the first rank writes and shows them; whether any rank had asked to stop before them."""
+    with _writer(out, trainer, meter) if trainer.ranks.first else nullcontext(lambda row: None) as write:
 
-        def both(row: dict[str, Any]) -> None:
-            _append(log, row)
+        def show(rows: Iterable[dict[str, Any]]) -> bool:
+            ended = False
+            for row in rows:
+                ended |= row.pop("asked") > 0
+                _check_finite(row, trainer.config.optimization.nonfinite)
+                write(row)
+                kept.seen(row)
+            return ended
+
+        yield show
+
+
+@contextmanager
+def _writer(out: Path, trainer: Trainer, meter: Meter) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Into metrics.jsonl, whose first row since a start says what is run and on what, and wherever it is looked at."""
+    metrics, total = out / page.METRICS, trainer.config.optimization.steps
+    _drop_rows_after(metrics, trainer.step)
+    about = {"run": _about(trainer) | {"peak_flops": meter.peak}}
+    board = measures.board(out, trainer.step)
+    with _progress(total, trainer.step) as show, board as plot, open(metrics, "ab", buffering=0) as log:
+
+        def write(row: dict[str, Any]) -> None:
+            _append(log, row | about)
+            about.clear()
+            plot(row)
             show(row)
 
-        yield both
+        yield write
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    """What is needed to repeat a run."""
+    return {
+        "world": trainer.ranks.world,
+        "config": trainer.config.plain(),
+        "machine": report.machine(trainer.device),
+        "commit": report.commit(),
+    }
 
 
 def _append(log: io.FileIO, row: dict[str, Any]) -> None:
@@ -274,10 +310,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     return {
         "probes": recipe.probes(config, trainer.model, fresh),
         "step": trainer.step,
-        "world": trainer.ranks.world,
-        "config": config.plain(),
-        "machine": report.machine(),
-        "commit": report.commit(),
+        **_about(trainer),
     }
 
 
@@ -288,7 +321,7 @@ def _pictures(trainer: Trainer) -> dict[str, bytes]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels train", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a shipped name, such as ijepa, vjepa2, pusht or vl_jepa, or a YAML file")
+    parser.add_argument("config", help="a shipped name, such as ijepa or vjepa2_vitl, or a YAML file")
     parser.add_argument("--out", type=Path, help="folder of the run; default runs/CONFIG")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint in --out")
     parser.add_argument("--export", type=Path, metavar="FILE", help="write a checkpoint's weights there; train nothing")
@@ -316,6 +349,11 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
             )
         batches(config, 0, ranks)  # refuses impossible crops, clips and masks before anything is written
         trainer = Trainer(config, usable_device("train", "--device", options.device), ranks)
+        if config.weights and not resume:
+            if not Path(config.weights).is_file():
+                remedy = "pass the model.safetensors of a run, or a published file"
+                fail("train", "weights", "be a file", repr(config.weights), remedy)
+            trainer.model.load(config.weights)
     path = saves.newest(out, ranks) if ranks.of_first(resume) else None
     ranks.same("the versions", saves.versions(), "install the same on all machines")
     ranks.same("the config", config.plain(), "give all ranks the same file and options")
@@ -346,7 +384,7 @@ def _config(options: argparse.Namespace) -> Config:
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
-    for module in ("rich", "matplotlib", *RECIPES[config.architecture].needs):
+    for module in ("rich", "matplotlib", "jinja2", *RECIPES[config.architecture].needs):
         extra(module)  # before the first step, not after the last
     return config
 
@@ -390,8 +428,8 @@ def _code(ended: int | None) -> int:
 
 def _finish(trainer: Trainer, out: Path, ended: int | None, started: float, *, probe: bool) -> int:
     """What a run leaves besides its checkpoints and its log."""
-    report.plot(out / "metrics.jsonl", out / "curves.png")
     if ended is not None:
+        page.write(out)
         print(f"stopped at step {trainer.step}; continue with the same command and --resume (out: {out})")
         return _code(ended)
     trainer.model.save(out / report.WEIGHTS)
@@ -402,5 +440,6 @@ def _finish(trainer: Trainer, out: Path, ended: int | None, started: float, *, p
         for name, png in _pictures(trainer).items():
             report.write(out / name, png)
         report.show(result["probes"])
+    page.write(out)
     print(f"{trainer.step} steps, {time.perf_counter() - started:.0f} s; results in {out}")
     return 0

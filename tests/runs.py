@@ -21,10 +21,18 @@ def fit(path, out, *words, stop=None):
 
 
 def rows(out, counted):
-    """The metrics, without what is a time: of `counted`, such as "images", a second, and of saves."""
+    """The metrics, without what is a time, such as "images", `counted`, a second, and what the run was on."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert all(row.pop(f"{counted}_per_s") > 0 and row.pop("save_s", 1) > 0 for row in found)
-    return found
+    assert all(row.pop(f"{counted}_per_s") > 0 and row.pop("tokens_per_s") > 0 for row in found)
+    assert all(row.pop("step_s") > row.pop("data_wait_s") >= 0 and row.pop("share_of_peak") > 0 for row in found)
+    assert all(row.pop("save_s", 1) > 0 for row in found)
+    assert "run" in found[0], "the first row since a start tells of the run"
+    return [{key: value for key, value in row.items() if key != "run"} for row in found]
+
+
+def left(out):
+    """The names of what a run has left, but for TensorBoard's event files."""
+    return sorted(path.name for path in out.iterdir() if path.name != "tensorboard")
 
 
 def newest(out):

@@ -70,7 +70,7 @@ def trainer_of(folder, config, changes, ranks):
 
 def outcome(trainer):
     """Losses of all steps, and the weights after them."""
-    losses = [trainer.advance(parts)["loss"] for parts in batches(trainer.config, 0, trainer.ranks)]
+    losses = [trainer.advance(parts).measured()["loss"] for parts in batches(trainer.config, 0, trainer.ranks)]
     trainer.gather()
     found = {"losses": torch.tensor(losses)}
     if networks.shards(trainer.config.parallel, trainer.ranks) and not trainer.ranks.first:

@@ -19,6 +19,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import EMA
+from jepa_kernels.training.measures import ema_squares
 
 CONFIG = IJEPAConfig(
     crop_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=1
@@ -129,6 +130,18 @@ def sharded_updates_are_local_and_equal_the_whole_ones(_):
         pair(mesh, shadow_dtype=torch.bfloat16)[1].update()
     with pytest.raises(ValueError, match=r"^EMA: online must be a whole network, got a sharded FSDP.*; build"):
         EMA(online)
+
+
+@on(ranks=2)
+def the_targets_distance_of_parts_is_that_of_the_whole(_):
+    (online, ema), (single, expected) = pair(init_device_mesh("cpu", (2,))), pair()
+    for net in (online, single):
+        train(net, 0)
+    sums = torch.stack(list(ema_squares(ema.pairs()).values()))
+    dist.all_reduce(sums)
+    alone = torch.stack(list(ema_squares(expected.pairs()).values()))
+    torch.testing.assert_close(sums, alone, rtol=1e-6, atol=0)
+    assert alone[0] > 0
 
 
 @on(ranks=2)

@@ -60,8 +60,8 @@ def config(tmp_path, cache, monkeypatch):
 
 def test_the_command_trains_saves_weights_and_probes(config, tmp_path, capsys):
     assert train.main([str(config), "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoints", "curves.png", "metrics.jsonl", "model.safetensors", "probe.json"}
+    files = ["checkpoints", "metrics.jsonl", "model.safetensors", "probe.json", "run.html"]
+    assert runs.left(tmp_path / "run") == files
     assert set(rows(tmp_path / "run")[0]) == {
         "step",
         "loss",

@@ -77,8 +77,8 @@ def prepare(path, out, *words):
 
 def test_the_command_trains_saves_weights_and_answers(config, tmp_path, capsys):
     assert train.main([str(config), "--out", str(tmp_path / "run"), "--steps", "2"]) == 0
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"checkpoints", "curves.png", "metrics.jsonl", "model.safetensors", "probe.json", "selective.png"}
+    files = ["checkpoints", "metrics.jsonl", "model.safetensors", "probe.json", "run.html", "selective.png"]
+    assert runs.left(tmp_path / "run") == files
     assert (tmp_path / "run/selective.png").read_bytes().startswith(b"\x89PNG")
     model = answers.build(configs.read(str(config)).model)
     model.load(tmp_path / "run/model.safetensors")

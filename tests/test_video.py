@@ -181,7 +181,7 @@ def test_no_video_that_decodes_is_an_error(tmp_path):
     [
         ({"videos": ["bike"]}, "videos must be files or one of bigbuckbunny, bikes, carphone_distorted, carphone_pri"),
         ({"videos": []}, "videos must hold one that decodes, got []; pass other files"),
-        ({"span": "test"}, "span must be one of train, held_out, got 'test'; check the spelling"),
+        ({"span": "test"}, "span must be one of train, held_out, whole, got 'test'; check the spelling"),
         ({"frame_step": 0}, "num_frames and frame_step must be at least 1, got (4, 0); pass frames, and steps between"),
         ({"scale": (0.0, 1.0)}, "scale must satisfy 0 < least <= most <= 1, got (0.0, 1.0); "),
     ],

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.encoding import Encoding
-from benchmarks.models.bench_ijepa import vit_flops
 from benchmarks.ops.bench_rope import published
 from benchmarks.workload import each
 from jepa_kernels import patch_positions
 from jepa_kernels.masks import MultiBlock3d
 from jepa_kernels.nn import Attention, Encoder
+from jepa_kernels.training.flops import blocks
 
 FRAMES, SIDE, PATCH, TUBELET = 16, 256, 16, 2
 GRID = (FRAMES // TUBELET, SIDE // PATCH, SIDE // PATCH)
@@ -57,7 +57,7 @@ def attend(attention: Attention, x: Tensor, positions: Tensor) -> Tensor:
 def flops(depth: int, lengths: Any) -> float:
     """Forward, and a backward of twice as many but for the pixels."""
     embed = 2 * lengths.sum() * 3 * TUBELET * PATCH**2 * WIDTH
-    return float(2 * embed + 3 * vit_flops(lengths.sum(), (lengths**2).sum(), WIDTH, depth, 4.0))
+    return float(2 * embed + 3 * blocks(lengths.sum(), (lengths**2).sum(), WIDTH, depth, 4.0))
 
 
 def workload(name: str, batch: int, depth: int, **options: Any) -> Encoding:

@@ -12,6 +12,7 @@ from benchmarks.workload import each
 from jepa_kernels.data import photo_batch
 from jepa_kernels.masks import MaskBatch, MultiBlock2d
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig, vit_huge_14, vit_small
+from jepa_kernels.training.flops import jepa_step
 
 
 def build(config: IJEPAConfig, **options: Any) -> IJEPA:
@@ -20,26 +21,9 @@ def build(config: IJEPAConfig, **options: Any) -> IJEPA:
         return IJEPA(config, **options)
 
 
-def vit_flops(tokens: float, pairs: float, dim: int, depth: int, mlp_ratio: float) -> float:
-    """Forward pass of `depth` blocks: qkv, projection and MLP per token, scores and weighted sums per pair."""
-    return depth * (2 * tokens * dim * dim * (4 + 2 * mlp_ratio) + 4 * pairs * dim)
-
-
 def step_flops(config: IJEPAConfig, masks: MaskBatch) -> float:
-    """Forward of the target encoder; forward and backward (twice the forward) of context encoder and predictor."""
-    c, p = masks.context_lengths, config.predictor_embed_dim
-    both = c[None] + masks.target_lengths.reshape(-1, masks.batch)  # sequences [context | target] of the predictor
-    patches = (config.crop_size // config.patch_size) ** 2
-    embed = 2 * config.in_chans * config.patch_size**2 * config.embed_dim  # of one patch
-    encode = partial(vit_flops, dim=config.embed_dim, depth=config.depth, mlp_ratio=config.mlp_ratio)
-    target = masks.batch * (patches * embed + encode(patches, patches**2))
-    context = 3 * encode(c.sum(), (c**2).sum()) + 2 * c.sum() * embed  # no gradient of pixels
-    targets = masks.target_lengths.sum()
-    predictor = vit_flops(both.sum(), (both**2).sum(), p, config.predictor_depth - 1, 4.0)
-    seen = 2 * both.sum() * p * p * 2 + 4 * ((both - c) * both).sum() * p  # keys, values; scores of targets
-    predictor += seen + 2 * targets * p * p * (2 + 2 * 4.0)
-    projections = 2 * config.embed_dim * p * (c.sum() + targets)
-    return float(target + context + 3 * (predictor + projections))
+    side = config.crop_size // config.patch_size
+    return jepa_step(config, (side, side), masks).flops
 
 
 def noise(batch: int, size: int) -> Tensor:

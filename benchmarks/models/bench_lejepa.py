@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.crops import Crops
-from benchmarks.models.bench_ijepa import vit_flops
 from benchmarks.models.published_lejepa import Published
 from benchmarks.workload import each
 from jepa_kernels.models.lejepa import LeJEPA, ViTConfig, digits, vit_small
+from jepa_kernels.training.flops import lejepa_step
 
 GLOBAL, LOCAL = 2, 6
 
@@ -34,17 +34,6 @@ def patches(config: ViTConfig, local: int) -> list[tuple[int, int]]:
     return [(n, (s // config.patch_size) ** 2) for n, s in ((GLOBAL, config.crop_size), (LOCAL, local))]
 
 
-def step_flops(config: ViTConfig, local: int, batch: int) -> float:
-    """Forward, and a backward of twice as many but for the pixels; SIGReg's projections, again, and back along them."""
-    c, sizes = config, patches(config, local)
-    tokens, pairs = (batch * sum(n * p**power for n, p in sizes) for power in (1, 2))
-    embed = 2 * tokens * 3 * c.patch_size**2 * c.embed_dim
-    rows = batch * (GLOBAL + LOCAL)
-    projector = 2 * rows * (c.embed_dim * c.proj_hidden + c.proj_hidden**2 + c.proj_hidden * c.proj_dim)
-    sigreg = 2 * rows * c.proj_dim * c.slices
-    return 2 * embed + 3 * (vit_flops(tokens, pairs, c.embed_dim, c.depth, c.mlp_ratio) + projector + sigreg)
-
-
 def workload(name: str, config: ViTConfig, local: int, batch: int, **options: Any) -> Crops:
     return Crops(
         name,
@@ -52,7 +41,7 @@ def workload(name: str, config: ViTConfig, local: int, batch: int, **options: An
         recipe=partial(build, config, Published),
         views=partial(noise, config, local, batch),
         tokens=batch * sum(n * p for n, p in patches(config, local)),
-        flops=step_flops(config, local, batch),
+        flops=lejepa_step(config, [(batch * GLOBAL, config.crop_size), (batch * LOCAL, local)]).flops,
         **options,
     )
 

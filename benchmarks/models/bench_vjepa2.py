@@ -4,16 +4,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.models.bench_ijepa import vit_flops
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.step import Step
 from benchmarks.workload import each
 from jepa_kernels.masks import MaskBatch, MultiBlock3d
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config, vit_large
+from jepa_kernels.training.flops import jepa_step
 from jepa_kernels.video import clip_batch
 
 
@@ -39,19 +38,7 @@ def noise(config: VJEPA2Config, batch: int) -> Tensor:
 
 
 def step_flops(config: VJEPA2Config, masks: MaskBatch) -> float:
-    """Forward of the target encoder; forward and backward (twice the forward) of context encoder and predictor."""
-    c, t, p = masks.context_lengths, masks.target_lengths, config.predictor_embed_dim
-    both, patches = c + t, int(np.prod(grid_of(config)))
-    embed = 2 * config.in_chans * config.tubelet_size * config.patch_size**2 * config.embed_dim  # of one patch
-    encode = partial(vit_flops, dim=config.embed_dim, depth=config.depth, mlp_ratio=config.mlp_ratio)
-    target = masks.batch * (patches * embed + encode(patches, patches**2))
-    context = 3 * encode(c.sum(), (c**2).sum()) + 2 * c.sum() * embed  # no gradient of pixels
-    predictor = vit_flops(both.sum(), (both**2).sum(), p, config.predictor_depth - 1, 4.0)
-    predictor -= 2 * (t.sum() - 1) * p * 3 * p  # the mask token's first product is computed once for all targets
-    predictor += 2 * both.sum() * p * p * 2 + 4 * (t * both).sum() * p  # the last block: keys, values; targets' scores
-    predictor += 2 * t.sum() * p * p * (2 + 2 * 4.0)
-    projections = 2 * config.embed_dim * p * both.sum()
-    return float(target + context + 3 * (predictor + projections))
+    return jepa_step(config, grid_of(config), masks).flops
 
 
 def workload(

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.models.bench_ijepa import vit_flops
 from benchmarks.planning import Planning
 from benchmarks.workload import each
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig, vit_giant
+from jepa_kernels.training.flops import blocks
 
 # An encoder of one block: plans begin with latents.
 SIZES = dict(depth=1, embed_dim=384, num_heads=6, predictor_embed_dim=384, predictor_depth=6, predictor_num_heads=6)
@@ -26,10 +26,10 @@ def flops(config: WorldModelConfig, w: Planning) -> float:
     """Of our form: every frame of every sample once, the first one's patches embedded once for all."""
     dim, frame, samples = config.predictor_embed_dim, (config.crop_size // config.patch_size) ** 2, w.samples
     tokens, pairs = frame + 2, (frame + 2) ** 2
-    blocks = sum(vit_flops(tokens, (n + 1) * pairs, dim, config.predictor_depth, 4.0) for n in range(w.horizon))
+    predicted = sum(blocks(tokens, (n + 1) * pairs, dim, config.predictor_depth, 4.0) for n in range(w.horizon))
     shared = 2 * (tokens - 1) * dim * 3 * dim  # the first block's product of all tokens but the action's
     projections = 2 * frame * config.embed_dim * dim * (2 * w.horizon - 1)
-    return float(w.iterations * samples * (blocks + projections - shared))
+    return float(w.iterations * samples * (predicted + projections - shared))
 
 
 def workload(name: str, config: WorldModelConfig, *counts: int, **options: Any) -> Planning:

@@ -15,20 +15,26 @@ from jepa_kernels.configs.sections import (
     DEFAULTS,
     ENGINES,
     NONFINITE,
+    SCHEDULES,
     SIZES,
     Config,
     TargetOptimization,
 )
 
-__all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "read", "same_run", "shipped"]
+__all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
 
-FOLDER = Path(__file__).parent
+FOLDER, PUBLISHED = Path(__file__).parent, "published"
 T = TypeVar("T")
 
 
 def shipped() -> list[str]:
-    """Names of the configs that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    """Names of the configs that come with the package: those that train in minutes, then published runs."""
+    return [*sorted(path.stem for path in FOLDER.glob("*.yaml")), *published()]
+
+
+def published() -> list[str]:
+    """Names of the configs of published runs, which say where each number is from."""
+    return sorted(path.stem for path in (FOLDER / PUBLISHED).glob("*.yaml"))
 
 
 def read(source: str, changes: Sequence[str] = ()) -> Config:
@@ -63,7 +69,7 @@ def _yaml() -> Any:
 
 def _path(source: str) -> Path:
     if source in shipped():
-        return FOLDER / f"{source}.yaml"
+        return FOLDER / (PUBLISHED if source in published() else ".") / f"{source}.yaml"
     path = Path(source)
     if path.suffix in (".yaml", ".yml") and path.exists():
         return path
@@ -90,14 +96,18 @@ def _config(tree: dict[str, Any]) -> Config:
     defaults = DEFAULTS[architecture]
     model = tree.pop("model", None) or {}
     built: dict[str, Any] = {"model": _fill("model", _sized(defaults, model), model, besides="size")}
-    besides = [name for name, value in vars(defaults).items() if name in ("architecture", "model", "seed") or not value]
+    alone = "architecture", "model", "seed", "weights"
+    besides = [name for name, value in vars(defaults).items() if name in alone or not value]
     sections = [f.name for f in fields(Config) if f.name not in besides]
     for name in sections:
         built[name] = _fill(name, getattr(defaults, name), tree.pop(name, None) or {})
     built |= {} if defaults.mask else {"mask": None}
-    config = Config(architecture, **built, seed=_value("seed", 0, tree.pop("seed", 0)))
+    built |= {
+        name: _value(name, getattr(defaults, name), tree.pop(name, getattr(defaults, name))) for name in alone[2:]
+    }
+    config = Config(architecture, **built)
     if tree:
-        _unknown("", str(next(iter(tree))), ["architecture", "model", *sections, "seed"])
+        _unknown("", str(next(iter(tree))), ["architecture", "model", *sections, *alone[2:]])
     _check(config)
     return config
 
@@ -168,18 +178,25 @@ def _check(config: Config) -> None:
         ("optimization.steps", o.steps, 1),
         ("optimization.accumulate", o.accumulate, 1),
         ("optimization.max_grad_norm", o.max_grad_norm, 0),
-        ("logging.checkpoint_every", config.logging.checkpoint_every, 1),
-        ("logging.keep", config.logging.keep, 1),
+        *((f"logging.{key}", getattr(config.logging, key), 1) for key in ("checkpoint_every", "every", "keep")),
         *((f"probe.{key}", value, 1) for key, value in vars(config.probe).items()),
     ):
         if not value >= least:
             fail("train", name, f"be at least {least}", value, "correct the config")
     for name, share in (
         ("optimization.warmup", o.warmup),
+        ("optimization.anneal", o.anneal),
         *(("optimization.ema", momentum) for momentum in getattr(o, "ema", ())),
     ):
         if not 0 <= share <= 1:
             fail("train", name, "lie in [0, 1]", share, "correct the config")
+    _one_of("optimization.schedule", o.schedule, SCHEDULES)
+    if o.anneal and o.schedule == "cosine":
+        fail(
+            "train", "optimization.anneal", "be 0 with a cosine schedule", o.anneal, "set optimization.schedule to wsd"
+        )
+    if o.schedule == "wsd" and o.warmup * o.steps > (1 - o.anneal) * o.ipe_scale * o.steps:
+        fail("train", "optimization.anneal", "begin after the warm-up", o.anneal, "lower it, or optimization.warmup")
     _one_of("optimization.nonfinite", o.nonfinite, NONFINITE)
     _one_of("optimization.average", o.average, AVERAGES)
     _one_of("parallel.engine", config.parallel.engine, ENGINES)

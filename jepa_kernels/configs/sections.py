@@ -17,6 +17,7 @@ from jepa_kernels.video import VIDEOS
 
 ENGINES = "ddp", "fsdp"
 NONFINITE = "stop", "skip"
+SCHEDULES = "cosine", "wsd"
 AVERAGES = "mask", "token"
 BEST = {"loss": "lowest", "std": "highest", "rank": "highest"}  # of the log: which value of its mean is the best
 
@@ -35,16 +36,25 @@ class PhotoData(Data):
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     horizontal_flip: bool = True
     grey: float = 0.0
+    root: str = ""  # a folder of your own images in place of the photos, see images.Folder
+    held_out: float = 0.1  # of these, the share of each class that the probe is asked about
 
 
 @dataclass(frozen=True)
-class ClipData(PhotoData):
+class ClipData(Data):
     """Clips of videos; see video.VideoClips."""
 
     batch_size: int = 24
+    crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.35)
+    horizontal_flip: bool = True
+    grey: float = 0.0
     frame_step: int = 4
-    videos: tuple[str, ...] = tuple(VIDEOS)
+    fps: int = 0  # frames a second, whatever the video's rate, in place of frame_step
+    videos: tuple[str, ...] = tuple(VIDEOS)  # or files, folders of them, lists of them (.txt, .csv)
+    whole: bool = (
+        False  # clips of whole videos, each decoded anew, so that lists may be long; no probes: none is held out
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,9 @@ class ViewData(Data):
     """Views of photos or digits; see views.Views."""
 
     batch_size: int = 256
-    source: str = "photos"
+    source: str = "photos"  # or "mnist"
+    root: str = ""
+    held_out: float = 0.1
     global_views: int = 2
     local_views: int = 6
     local_size: int = 56
@@ -74,6 +86,9 @@ class ViewData(Data):
     horizontal_flip: bool = True
     grey: float = 0.2
     jitter: float = 0.4
+    hue: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,8 @@ class Optimization:
     start_lr: float = 2e-4
     lr: float = 1e-3
     final_lr: float = 1e-6
+    schedule: str = "cosine"  # of the learning rate, from `lr` to `final_lr`; or "wsd": it is held, then falls linearly
+    anneal: float = 0.0  # with "wsd", share of ipe_scale x steps in which it falls: the last ones
     weight_decay: float = 0.04
     final_weight_decay: float = 0.4
     ipe_scale: float = 1.0
@@ -137,6 +154,7 @@ class Logging:
     """
 
     checkpoint_every: int = 50  # steps
+    every: int = 10  # steps between looks at the target encoder's distance
     keep: int = 2  # the last ones
     best: str = ""
 
@@ -214,6 +232,7 @@ class Config:
     logging: Logging = field(default_factory=Logging)
     probe: Probe | ClipProbe | StateProbe | AnswerProbe = field(default_factory=Probe)
     seed: int = 0
+    weights: str = ""  # a file of weights that a run begins with, as `save` and the published ones are
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: mappings, lists, numbers."""
