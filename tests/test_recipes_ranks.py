@@ -31,7 +31,7 @@ def run(folder, recipe, engine, ranks):
     before = row(trainer.model)
     if ranks.grouped:
         trainer.share()
-    losses = [trainer.advance(parts)["loss"] for parts in batches(trainer.config, 0, ranks)]
+    losses = [trainer.advance(parts).measured()["loss"] for parts in batches(trainer.config, 0, ranks)]
     trainer.gather()
     return {"losses": losses, "before": before, "after": row(trainer.model) if ranks.first else None}
 

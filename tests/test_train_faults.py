@@ -179,7 +179,7 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
             trainer.model.predictor.predictor_proj.weight.data.zero_()  # so that its gradient is infinite
             trainer.model.predictor.predictor_proj.bias.data.zero_()
             before |= {n: x.clone() for n, x in trainer.state().items()}
-        row = trainer.advance(next(feed))
+        row = trainer.advance(next(feed)).measured()
     assert row["skipped"] == 1 and not row["grad_norm"] < torch.inf and row["step"] == 2
     assert same(trainer.state(), before)
     if what == "stop":
@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
             train._check_finite(row, what)
     else:
         train._check_finite(row, what)
-    assert trainer.advance(next(feed))["skipped"] == 0 and not same(trainer.state(), before)
+    assert trainer.advance(next(feed)).measured()["skipped"] == 0 and not same(trainer.state(), before)
 
 
 def test_gradients_are_clipped_together(config):
@@ -195,7 +195,7 @@ def test_gradients_are_clipped_together(config):
     norms, moments = [], []
     for most in (0.0, 0.05, 1e6):
         trainer = train.Trainer(configs.read(str(config), [f"optimization.max_grad_norm={most}"]))
-        norms.append(trainer.advance(next(iter(train.batches(trainer.config))))["grad_norm"])
+        norms.append(trainer.advance(next(iter(train.batches(trainer.config)))).measured()["grad_norm"])
         first = (s["exp_avg"] for s in trainer.optimizer.state.values())
         moments.append(torch.cat([x.flatten() for x in first]).norm().item() / 0.1)
     assert norms[0] == norms[1] == norms[2] > 0.1
@@ -208,7 +208,7 @@ def test_what_saves_memory_or_time_changes_no_result(config, how):
     for changes in ([], [f"parallel.{how}=true"]):
         trainer = train.Trainer(configs.read(str(config), changes))
         feed = iter(train.batches(trainer.config))
-        rows = [trainer.advance(next(feed)) for _ in range(2)]
+        rows = [trainer.advance(next(feed)).measured() for _ in range(2)]
         found.append(([row["loss"] for row in rows], trainer.model.state_dict()))
     (losses, weights), (others, changed) = found
     if how == "activation_checkpointing":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -70,6 +71,7 @@ def _sharded(model: nn.Module, blocks: list[Any], device: torch.device) -> nn.Mo
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(_average_gradient)
     fully_shard(model, mesh=mesh, ignored_params=numbers)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .+ returned a view")  # nothing is changed in place
     return model
 
 
