@@ -19,9 +19,9 @@ import torch.multiprocessing as mp
 
 from benchmarks import machine, rows, stats
 from jepa_kernels import configs, report
-from jepa_kernels.train import Trainer
 from jepa_kernels.training.feed import batches
 from jepa_kernels.training.ranks import Ranks, join
+from jepa_kernels.training.trainer import Trainer
 
 CONFIG, TURN = "ijepa", 4  # steps
 KINDS = {"one": 1, "together": 2, "apart": 2}  # processes

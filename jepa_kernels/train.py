@@ -9,163 +9,26 @@ functions of (seed, step), so that a resumed run continues bit for bit.
 from __future__ import annotations
 
 import argparse
-import errno
-import io
 import json
-import math
-import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from jepa_kernels import CollapseStats, collapse_stats, report, schedules
+from jepa_kernels import report
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, TargetOptimization, read, same_run
+from jepa_kernels.configs import Config, read
 from jepa_kernels.data import extra
-from jepa_kernels.models.jepa import loss_of
-from jepa_kernels.nn import EMA
 from jepa_kernels.recipes import RECIPES
-from jepa_kernels.training import export, measures, networks, optimizer, page, saves, state
-from jepa_kernels.training.feed import Part, batches
-from jepa_kernels.training.measures import Meter, Step
+from jepa_kernels.training import export, log, page, saves
+from jepa_kernels.training.feed import batches
+from jepa_kernels.training.measures import Meter
 from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
-
-STAT_ROWS = 1024
-REDUCED = {"ddp": "all_reduce of gradients", "fsdp": "reduce_scatter of gradients"}
-
-
-class Trainer:
-    """A model, its optimiser and the number of finished steps: all that a checkpoint holds."""
-
-    def __init__(self, config: Config, device: torch.device | str = "cpu", ranks: Ranks | None = None) -> None:
-        torch.manual_seed(config.seed)
-        self.config, self.device, self.step, self.ranks = config, torch.device(device), 0, ranks or Ranks()
-        self.dtype = torch.bfloat16 if config.optimization.use_bfloat16 else None
-        self.recipe = RECIPES[config.architecture]
-        sharded = networks.shards(config.parallel, self.ranks)
-        self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
-        if config.mask is not None:
-            self.model.average = config.optimization.average
-        self.latents = torch.empty(0)
-        watched, self._latents_of = self.recipe.watch(self.model)
-        watched.register_forward_hook(self._keep_latents)
-        self.network: nn.Module = self.model
-        if not self.ranks.grouped:
-            self.share()
-
-    def share(self) -> None:
-        """Spread the networks over the ranks, which all must call it: after what one of them may refuse."""
-        self.network = networks.spread(self.model, self.config.parallel, self.ranks, self.device)
-        self.optimizer = optimizer.build(self.model)
-        torch.manual_seed(self.config.seed + self.ranks.rank)
-
-    def _keep_latents(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Some inputs' latents."""
-        some = max(2, STAT_ROWS // output.shape[1:-1].numel())
-        self.latents = self._latents_of(output[:some])
-
-    def schedule(self) -> dict[str, float]:
-        """Learning rate, weight decay and, of a target encoder, momentum of the step to come; the first two are set."""
-        c: Any = self.config.optimization
-        total = int(c.ipe_scale * c.steps)
-        warmup = round(c.warmup * c.steps)
-        rates: Any = dict(start=c.start_lr, peak=c.lr, final=c.final_lr, warmup=warmup, total=total)
-        if c.schedule == "wsd":
-            lr = schedules.warmup_stable_decay(self.step, anneal=round(c.anneal * total), **rates)
-        else:
-            lr = schedules.learning_rate(self.step, **rates)
-        decay = schedules.weight_decay(self.step, start=c.weight_decay, final=c.final_weight_decay, total=total)
-        for group in self.optimizer.param_groups:
-            group["lr"], group["weight_decay"] = lr * group["lr_scale"], decay if group["decayed"] else 0.0
-        row = {"lr": lr, "weight_decay": decay}
-        if isinstance(c, TargetOptimization):
-            row["momentum"] = schedules.momentum(self.step, start=c.ema[0], final=c.ema[1], total=total)
-        return row
-
-    def advance(self, parts: Sequence[Part], asked: bool = False) -> Step:
-        """One step on this rank's parts of the batch; returns what the log shows of it, the same on all ranks.
-
-        asked: whether this rank wants to stop; the row's "asked": whether any does.
-        """
-        row = self.schedule()
-        loss = self._gradients(parts)
-        ema: EMA | None = getattr(self.model, "ema", None)
-        most = self.config.optimization.max_grad_norm
-        norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
-        self.step += 1
-        stats = latent_stats(self.latents)
-        skipped = 1.0 - finite.float()
-        found = {"loss": loss, "std": stats.std, "rank": stats.rank, "grad_norm": norm, "skipped": skipped}
-        if ema is not None and (self.step - 1) % self.config.logging.every == 0:
-            found |= measures.ema_squares(ema.pairs())
-        works = [self.recipe.work(self.model, *part) for part in parts]
-        host = {"asked": asked, "tokens": sum(w.tokens for w in works), "flops": sum(w.flops for w in works)}
-        known = torch.tensor(list(host.values()), dtype=torch.float32).to(self.device, non_blocking=True)
-        numbers = self._averaged(torch.cat([torch.stack(list(found.values())), known]))
-        return Step({"step": self.step, **row}, [*found, *host], numbers)
-
-    def _gradients(self, parts: Sequence[Part]) -> Tensor:
-        """Add up those of all parts, averaged over ranks; the mean loss of the parts."""
-        losses, step = [], self.step + 1
-        for n, (pixels, given) in enumerate(parts):
-            batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
-            with networks.part(self.network, last=n == len(parts) - 1):
-                with self.ranks.finishing(f"the forward pass of step {step}", "all_gather of weights"):
-                    loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
-                with self.ranks.finishing(f"the backward pass of step {step}", REDUCED[self.config.parallel.engine]):
-                    (loss / len(parts)).backward()
-            losses.append(loss.detach().float())
-        return torch.stack(losses).mean()
-
-    def gather(self) -> None:
-        """Of weights in parts, all in one plain model: on the first rank, for what follows a run."""
-        if not networks.shards(self.config.parallel, self.ranks):
-            return
-        state = {name: networks.whole(x) for name, x in self.model.state_dict().items()}
-        if self.ranks.first:
-            self.model = self.recipe.model(self.config.model).to(self.device)
-            self.model.load_state_dict(state)
-
-    def _averaged(self, measured: Tensor) -> Tensor:
-        """Over ranks."""
-        if self.ranks.world > 1:
-            with self.ranks.finishing(f"the log of step {self.step}", "all_reduce"):
-                torch.distributed.all_reduce(measured)
-        return measured / self.ranks.world
-
-    def state(self) -> dict[str, Tensor]:
-        """What this rank saves, by public names: not copies."""
-        return state.tensors(self.model, self.optimizer) | state.generators(self.ranks.rank, self.device)
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same config; ValueError, and no change, on all ranks if one refuses it."""
-        with self.ranks.together():
-            about = state.about(path)
-            same_run(about["config"], self.config.plain(), path)
-            values = state.read(path, self.state())
-        state.put(values, self.model, self.optimizer)
-        self.step = about["step"]
-        state.put_generators(values, self.ranks.rank, self.device, seed=self.config.seed, step=self.step)
-
-
-def latent_stats(latents: Tensor) -> CollapseStats:
-    """How much target latents [B, N, E] differ between inputs.
-
-    Latents are layer-normalised, as the loss sees them, and the mean over inputs is taken out at each place, so
-    that latents which tell only the place count as collapsed.
-    """
-    z = F.layer_norm(latents.float(), latents.shape[-1:])
-    z = z - z[0]  # inputs that are alike give 0 exactly
-    return collapse_stats(z - z.mean(0))
+from jepa_kernels.training.trainer import Trainer
 
 
 @contextmanager
@@ -201,7 +64,7 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
     feed = batches(config, trainer.step, ranks, pin=pin)
     meter = Meter(trainer.device, trainer.dtype, ranks.world, trainer.model.inputs, config.data.batch_size)
     kept = saves.Saves(out, config, ranks, trainer.step, pin=pin)
-    with _interruptible() as asked, kept, _log(out, trainer, meter, kept) as show:
+    with _interruptible() as asked, kept, log.opened(out, trainer, meter, kept) as show:
         for parts in meter.timed(feed):
             if trainer.step >= last:
                 break
@@ -221,87 +84,6 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
     return asked[0] if asked else signal.SIGTERM  # another rank was asked
 
 
-def _check_finite(row: dict[str, Any], what: str) -> None:
-    """A step without finite gradients, whose weights are as before: the run ends, or goes on."""
-    if row["skipped"] and what == "stop":
-        actual = f"{row['grad_norm']} at step {row['step']} (loss {row['loss']})"
-        remedy = "lower optimization.lr, or set optimization.nonfinite to skip"
-        fail("train", "the norm of gradients", "be finite", actual, remedy)
-
-
-@contextmanager
-def _log(
-    out: Path, trainer: Trainer, meter: Meter, kept: saves.Saves
-) -> Iterator[Callable[[Iterable[dict[str, Any]]], bool]]:
-    """What checks rows, and on the first rank writes and shows them; whether any rank had asked to stop before them."""
-    with _writer(out, trainer, meter) if trainer.ranks.first else nullcontext(lambda row: None) as write:
-
-        def show(rows: Iterable[dict[str, Any]]) -> bool:
-            ended = False
-            for row in rows:
-                ended |= row.pop("asked") > 0
-                _check_finite(row, trainer.config.optimization.nonfinite)
-                write(row)
-                kept.seen(row)
-            return ended
-
-        yield show
-
-
-@contextmanager
-def _writer(out: Path, trainer: Trainer, meter: Meter) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Into metrics.jsonl, whose first row since a start says what is run and on what, and wherever it is looked at."""
-    metrics, total = out / page.METRICS, trainer.config.optimization.steps
-    _drop_rows_after(metrics, trainer.step)
-    about = {"run": _about(trainer) | {"peak_flops": meter.peak}}
-    board = measures.board(out, trainer.step)
-    with _progress(total, trainer.step) as show, board as plot, open(metrics, "ab", buffering=0) as log:
-
-        def write(row: dict[str, Any]) -> None:
-            _append(log, row | about)
-            about.clear()
-            plot(row)
-            show(row)
-
-        yield write
-
-
-def _about(trainer: Trainer) -> dict[str, Any]:
-    """What is needed to repeat a run."""
-    return {
-        "world": trainer.ranks.world,
-        "config": trainer.config.plain(),
-        "machine": report.machine(trainer.device),
-        "commit": report.commit(),
-    }
-
-
-def _append(log: io.FileIO, row: dict[str, Any]) -> None:
-    line = (json.dumps(row) + "\n").encode()
-    try:
-        if log.write(line) < len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as error:
-        raise report.unwritable(Path(log.name), error, len(line)) from error
-
-
-def _drop_rows_after(metrics: Path, step: int) -> None:
-    """Steps after the checkpoint are about to be done again; a crash may have torn the last row."""
-    if metrics.exists():
-        rows = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        report.write(metrics, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Any]:
-    rich = extra("rich.progress")
-    text = rich.TextColumn("loss {task.fields[loss]:.4f}  std {task.fields[std]:.3f}  rank {task.fields[rank]:.1f}")
-    columns = ("step", rich.BarColumn(), rich.MofNCompleteColumn(), text, rich.TimeRemainingColumn())
-    with rich.Progress(*columns) as bar:
-        task = bar.add_task("train", total=total, completed=done, loss=math.nan, std=math.nan, rank=math.nan)
-        yield lambda row: bar.update(task, completed=row["step"], **{k: row[k] for k in ("loss", "std", "rank")})
-
-
 def evaluate(trainer: Trainer) -> dict[str, Any]:
     """The probes' scores with what is needed to repeat them."""
     config, recipe = trainer.config, trainer.recipe
@@ -310,7 +92,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     return {
         "probes": recipe.probes(config, trainer.model, fresh),
         "step": trainer.step,
-        **_about(trainer),
+        **log.about(trainer),
     }
 
 

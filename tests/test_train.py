@@ -16,7 +16,9 @@ import yaml
 from jepa_kernels import configs, report, train
 from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.recipes import RECIPES
+from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
+from jepa_kernels.training.trainer import latent_stats
 from tests import runs
 
 ROOT = Path(__file__).parents[1]
@@ -171,9 +173,9 @@ def test_an_interrupted_run_saves_and_continues(config, tmp_path, monkeypatch, c
         if row["step"] == 3:
             signal.raise_signal(signal.SIGINT)
 
-    append = train._append
+    append = logs._append
     with monkeypatch.context() as patched:
-        patched.setattr(train, "_append", interrupt_in_step_3)
+        patched.setattr(logs, "_append", interrupt_in_step_3)
         assert train.main([str(config), "--out", str(tmp_path / "run")]) == report.INTERRUPTED
     out = tmp_path / "run"
     assert f"stopped at step 3; continue with the same command and --resume (out: {out})" in capsys.readouterr().out
@@ -185,7 +187,7 @@ def test_an_interrupted_run_saves_and_continues(config, tmp_path, monkeypatch, c
 
 def test_a_log_without_room_ends_with_the_message():
     with open("/dev/full", "ab", buffering=0) as log, pytest.raises(report.SaveError) as error:
-        train._append(log, {"step": 1})
+        logs._append(log, {"step": 1})
     assert str(error.value) == (
         "train: /dev/full must be writable (0.0 MB), got No space left on device; free space or pass another --out"
     )
@@ -365,9 +367,9 @@ def test_collapse_is_seen():
     only_place = torch.randn(1, places, width).expand(images, places, width)
     one_direction = torch.randn(images, places, 1) * torch.randn(width)
     for latents in (constant, only_place):
-        stats = train.latent_stats(latents)
+        stats = latent_stats(latents)
         assert stats.std < 1e-5 and stats.rank < 1e-5
-    healthy = train.latent_stats(torch.randn(images, places, width))
+    healthy = latent_stats(torch.randn(images, places, width))
     assert healthy.std == pytest.approx(0.97, abs=0.03) and 28 < healthy.rank < 32
-    stats = train.latent_stats(one_direction)
+    stats = latent_stats(one_direction)
     assert stats.std > 0.5 and stats.rank == pytest.approx(1.0, abs=0.02)

@@ -19,6 +19,7 @@ import yaml
 
 import jepa_kernels as jk
 from jepa_kernels import configs, train
+from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
 from jepa_kernels.training.ranks import _slurm, first_node
 from tests import runs
@@ -108,8 +109,8 @@ def test_one_process_that_is_asked_to_end_saves_and_ends_well(config, tmp_path, 
         if row["step"] == 3:
             signal.raise_signal(signal.SIGTERM)
 
-    append = train._append
-    monkeypatch.setattr(train, "_append", ask_in_step_3)
+    append = logs._append
+    monkeypatch.setattr(logs, "_append", ask_in_step_3)
     assert train.main([str(config), "--out", str(tmp_path / "run")]) == 0
     assert "stopped at step 3; continue with the same command and --resume" in capsys.readouterr().out
     assert runs.newest(tmp_path / "run").name == "step-00000003"
@@ -184,9 +185,9 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
     assert same(trainer.state(), before)
     if what == "stop":
         with pytest.raises(ValueError, match=r"^train: the norm of gradients must be finite, got .+ at step 2 \(loss"):
-            train._check_finite(row, what)
+            logs._check_finite(row, what)
     else:
-        train._check_finite(row, what)
+        logs._check_finite(row, what)
     assert trainer.advance(next(feed)).measured()["skipped"] == 0 and not same(trainer.state(), before)
 
 
