@@ -180,7 +180,8 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
             trainer.model.predictor.predictor_proj.weight.data.zero_()  # so that its gradient is infinite
             trainer.model.predictor.predictor_proj.bias.data.zero_()
             before |= {n: x.clone() for n, x in trainer.state().items()}
-        row = trainer.advance(next(feed)).measured()
+        step = trainer.advance(next(feed))
+        row = step.row | step.measured()
     assert row["skipped"] == 1 and not row["grad_norm"] < torch.inf and row["step"] == 2
     assert same(trainer.state(), before)
     if what == "stop":
