@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kernels import report
-from jepa_kernels.configs import read
 
 EVERY, KILLED, STEPS = 50, 105, 160
 TIMEOUT = 1800.0  # seconds
@@ -57,9 +56,7 @@ def measure(config: str) -> Row:
         process.wait()
         after = rows(out)
         size = sum(p.stat().st_size for p in (out / "checkpoints" / f"step-{STEPS:08d}").iterdir())
-    rows_of_both, batch = before + after, read(config).data.batch_size
-    rate = next(key for key in rows_of_both[0] if key.endswith("_per_s"))
-    took = [(batch / row[rate], row.get("save_s")) for row in rows_of_both]
+    took = [(row["step_s"], row.get("save_s")) for row in before + after]
     saves = [save for _, save in took if save is not None]
     alone = statistics.median(step for step, save in took if save is None)
     beside = statistics.median(step for step, save in took if save is not None)

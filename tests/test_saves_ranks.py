@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from jepa_kernels import configs, report, train
 from jepa_kernels.models.ijepa import IJEPA
-from jepa_kernels.training import feed, saves
+from jepa_kernels.training import feed, saves, state
 from jepa_kernels.training.networks import whole
 from jepa_kernels.training.ranks import Ranks
 from tests import runs
@@ -206,7 +206,7 @@ def what_the_first_rank_finds_damaged_no_rank_loads(folder, ranks):
 def what_one_rank_refuses_no_rank_takes(folder, ranks):
     trainer = trainer_of(folder, ranks, "fsdp")
     before = whole_state(trainer)
-    spoiled = mock.patch.object(train.state, "_spoiled", lambda name, x: f"{name} is off" if ranks.rank else "")
+    spoiled = mock.patch.object(state, "_spoiled", lambda name, x: f"{name} is off" if ranks.rank else "")
     with (
         spoiled,
         pytest.raises(ValueError, match=r"checkpoint .* must hold a state of this run, got model.* \(rank 1\)$"),
