@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
     try:
         ended = fit(trainer, out)
         trainer.gather()
-        ranks.leave()
+        ranks.leave(finished=True)
         return _finish(trainer, out, ended, started, probe=not options.no_probe) if ranks.first else _code(ended)
     except (report.SaveError, RankError, BackendError, ValueError, OSError) as error:
         _complain(error, ranks)

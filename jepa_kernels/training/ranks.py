@@ -124,10 +124,14 @@ class Ranks:
         except RuntimeError:  # the process that kept the store is gone
             return [0]
 
-    def leave(self) -> None:
-        """The group ends; this process goes on alone."""
-        if self.grouped:
-            dist.destroy_process_group()
+    def leave(self, *, finished: bool = False) -> None:
+        """The group ends; this process goes on alone. finished: all ranks come here, and part when all are there."""
+        if not self.grouped:
+            return
+        if finished:
+            with self.finishing("the end of the run", "barrier"):
+                dist.barrier()
+        dist.destroy_process_group()
 
 
 def _collective(error: BaseException) -> str | None:
