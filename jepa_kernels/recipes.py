@@ -148,7 +148,8 @@ def _clips(config: Config) -> tuple[VideoClips, MultiBlock3d]:
     )
     side = clips.size // c.patch_size
     grid = c.num_frames // c.tubelet_size, side, side
-    return clips, MultiBlock3d(grid, specs, truncate=m.truncate, bucket=m.bucket, seed=config.seed)
+    drawn = dict(truncate=m.truncate, truncate_group=m.truncate_group, bucket=m.bucket, seed=config.seed)
+    return clips, MultiBlock3d(grid, specs, **drawn)
 
 
 def _clips_of(config: Config) -> Callable[..., VideoClips]:

@@ -11,7 +11,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels._core import extension
-from jepa_kernels.masks import MultiBlock2d, MultiBlock3d
+from jepa_kernels.masks import LONG_RANGE, MultiBlock2d, MultiBlock3d
 from jepa_kernels.pairs import Pairs
 
 
@@ -314,3 +314,43 @@ def test_batch_and_pairs_errors():
         MultiBlock2d(14)(2**20 + 1)
     with pytest.raises(ValueError, match="Pairs: target lengths must be a multiple of the 2 contexts in num"):
         Pairs.from_lengths([1, 2], [1, 2, 3])
+
+
+SAMPLERS = {
+    "images": (MultiBlock2d, (14,)),
+    "clips": (MultiBlock3d, ((4, 8, 8),)),
+    "clips of one kind": (MultiBlock3d, ((4, 8, 8), (LONG_RANGE,))),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_group_of_the_whole_batch_is_cut_as_the_batch_is(kind):
+    make, given = SAMPLERS[kind]
+    ours, whole = make(*given, truncate=True, truncate_group=9, seed=1)(7), make(*given, truncate=True, seed=1)(7)
+    assert ours.packed
+    for name in ("context", "target"):
+        ids, lengths = (getattr(whole, f"{name}_{what}") for what in ("ids", "lengths"))
+        assert np.array_equal(getattr(ours, f"{name}_ids"), ids.ravel())
+        assert np.array_equal(getattr(ours, f"{name}_lengths"), lengths)
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_groups_are_cut_each_to_its_shortest(kind):
+    make, given = SAMPLERS[kind]
+    ours = make(*given, truncate=True, truncate_group=3, seed=1, bucket=64)(8)
+    assert len(ours.context_ids) % 64 == 0
+    loose, lengths = make(*given, seed=1)(8), set()
+    for images in ([0, 1, 2], [3, 4, 5], [6, 7]):
+        expected, found = loose.part(images, 3).truncated(3), ours.part(images, 3)
+        used = int(found.context_lengths.sum()), int(found.target_lengths.sum())
+        assert np.array_equal(found.context_ids[: used[0]], expected.context_ids)
+        assert np.array_equal(found.target_ids[: used[1]], expected.target_ids)
+        lengths.add(tuple(found.context_lengths.reshape(-1, len(images))[:, 0]))
+        assert all(len(set(row)) == 1 for row in found.context_lengths.reshape(-1, len(images)))
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("how", [{}, {"truncate": True, "upstream": True}])
+def test_groups_without_what_is_cut_are_refused(how):
+    with pytest.raises(ValueError, match=r"^MultiBlock2d: truncate_group must be 0 but with truncate=True, and wi"):
+        MultiBlock2d(14, truncate_group=4, **how)

@@ -169,6 +169,7 @@ class Mask:
     num_targets: int = 4
     min_keep: int = 10
     truncate: bool = False
+    truncate_group: int = 0
     bucket: int = 0
 
 
@@ -182,6 +183,7 @@ class ClipMask:
     long_spatial_scale: tuple[float, float] = (0.7, 0.7)
     aspect_ratio: tuple[float, float] = (0.75, 1.5)
     truncate: bool = False
+    truncate_group: int = 0
     bucket: int = 0
 
 

@@ -89,6 +89,22 @@ class MaskBatch:
         whole = Whole(parts, self.batch, *(_tokens(x, self.batch) for x in (self.context_lengths, self.target_lengths)))
         return MaskBatch(len(rows), *context, *target, whole).padded(self.bucket)
 
+    def truncated(self, group: int) -> MaskBatch:
+        """Packed rows, of which those of `group` images that follow one another are cut to their shortest, from behind.
+
+        Contexts of one number are cut together, and so are all targets predicted from them, as published code does.
+        """
+        kinds = len(self.context_lengths) // self.batch
+        context = self.context_lengths.reshape(kinds, self.batch)
+        target = self.target_lengths.reshape(-1, kinds, self.batch)
+        starts = range(0, self.batch, group)
+        counts = np.diff([*starts, self.batch])
+        shortest = (np.minimum.reduceat(x, starts, 1).repeat(counts, 1) for x in (context, target.min(0)))
+        own, theirs = next(shortest), np.broadcast_to(next(shortest), target.shape)
+        parts = ((self.context_ids, context, own), (self.target_ids, target, theirs))
+        cut = ((ids[rows_of(before.cumsum() - before.ravel(), n.ravel())], n.ravel()) for ids, before, n in parts)
+        return MaskBatch(self.batch, *next(cut), *next(cut), self.whole, self.bucket)
+
     def padded(self, bucket: int) -> MaskBatch:
         """Packed ids padded with 0 up to a multiple of `bucket`, 0: not at all; see above."""
         if not bucket or not self.packed:

@@ -22,6 +22,8 @@ class MultiBlock2d(Sampler):
     target_aspect_ratio: (least, most) height / width; a context block has that of the grid.
     truncate: cut the context of every image to the shortest in the batch, in raster order, as the published
         code does: rectangular ids, but the bottom rows are rarely seen.
+    truncate_group: not 0: cut to the shortest of so many images that follow one another, as published training on many
+        GPUs does with each one's own; ids are packed then.
     upstream: reproduce the published collator bit for bit, quirks included: masks are truncated, no block touches
         the last row or column, a context block is square; sizes come from a torch generator seeded with seed + step,
         places from torch's global one, or from the `generator` of a call. (Target blocks of `min_keep` or fewer
@@ -48,6 +50,7 @@ class MultiBlock2d(Sampler):
         num_targets: int = 4,
         min_keep: int = 10,
         truncate: bool = False,
+        truncate_group: int = 0,
         upstream: bool = False,
         bucket: int = 0,
         seed: int = 0,
@@ -60,7 +63,7 @@ class MultiBlock2d(Sampler):
         check_range(self.name, "target_aspect_ratio", target_aspect_ratio, MAX_ASPECT, "pass height / width")
         check_count(self.name, "num_targets", num_targets, 1, "the published value is 4")
         check_count(self.name, "min_keep", min_keep, 0, "the published value is 10")
-        super().__init__(truncate, upstream, seed, bucket)
+        super().__init__(truncate, truncate_group, upstream, seed, bucket)
         self.target_scale, self.target_aspect_ratio = target_scale, target_aspect_ratio
         self.context_scale = context_scale
         self.num_targets, self.min_keep = num_targets, min_keep
@@ -75,5 +78,5 @@ class MultiBlock2d(Sampler):
             )
 
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
-        *arrays, state = native(self.name).multiblock2d(vars(self), batch, step, state)
-        return MaskBatch(batch, *arrays).padded(self.bucket), state
+        *arrays, state = native(self.name).multiblock2d(self._drawn(), batch, step, state)
+        return self._finished(MaskBatch(batch, *arrays)), state

@@ -68,6 +68,8 @@ class MultiBlock3d(Sampler):
         long range (2 of 70 %).
     truncate: of each spec, cut contexts and targets to the shortest in the batch, in time-major order, as the
         published code does: the last frames are rarely seen. One spec alone then gives rectangular ids.
+    truncate_group: not 0: cut to the shortest of so many images that follow one another, as published training on many
+        GPUs does with each one's own; ids are packed then.
     upstream: reproduce the published collators bit for bit: masks are truncated; each spec draws its sizes from a torch
         generator of its own, all seeded with seed + step, and places from torch's global one, or from the `generator`
         of a call, one spec after another.
@@ -89,6 +91,7 @@ class MultiBlock3d(Sampler):
         specs: Sequence[Spec3d] = (SHORT_RANGE, LONG_RANGE),
         *,
         truncate: bool = False,
+        truncate_group: int = 0,
         upstream: bool = False,
         bucket: int = 0,
         seed: int = 0,
@@ -101,7 +104,7 @@ class MultiBlock3d(Sampler):
         self.specs = tuple(specs)
         for spec in self.specs:
             self._check_room(spec)
-        super().__init__(truncate, upstream, seed, bucket)
+        super().__init__(truncate, truncate_group, upstream, seed, bucket)
         native(self.name)
 
     def _check_room(self, spec: Spec3d) -> None:
@@ -116,8 +119,8 @@ class MultiBlock3d(Sampler):
 
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
         specs = [vars(spec) for spec in self.specs]
-        *arrays, state = native(self.name).multiblock3d(vars(self), specs, batch, step, state)
-        masks = MaskBatch(batch, *arrays).padded(self.bucket)
+        *arrays, state = native(self.name).multiblock3d(self._drawn(), specs, batch, step, state)
+        masks = self._finished(MaskBatch(batch, *arrays))
         if not len(masks.context_lengths):
             remedy = "lower num_blocks or spatial_scale"
             fail(self.name, "specs", "leave patches for every context", "none in 10000 draws of a clip", remedy)

@@ -27,11 +27,16 @@ class Sampler:
 
     specs: Sequence[Any] = (None,)  # kinds of masks
 
-    def __init__(self, truncate: bool, upstream: bool, seed: int, bucket: int) -> None:
+    def __init__(self, truncate: bool, truncate_group: int, upstream: bool, seed: int, bucket: int) -> None:
         check_count(self.name, "seed", seed, 0, "pass any such number", MAX_SEED)
         check_count(self.name, "bucket", bucket, 0, "pass tokens, such as 1024")
+        check_count(self.name, "truncate_group", truncate_group, 0, "pass images, 0 for all of a batch")
         self.truncate, self.upstream, self.seed, self.bucket = truncate or upstream, upstream, seed, bucket
-        if bucket and self.truncate and len(self.specs) == 1:
+        self.truncate_group = truncate_group
+        if truncate_group and (upstream or not truncate):
+            requirement = "be 0 but with truncate=True, and without upstream=True"
+            fail(self.name, "truncate_group", requirement, truncate_group, "set truncate, or leave it out")
+        if bucket and self.truncate and not truncate_group and len(self.specs) == 1:
             fail(
                 self.name, "bucket", "be 0 for truncated masks, which are rectangular", bucket, "leave one of them out"
             )
@@ -74,6 +79,15 @@ class Sampler:
         masks, state = self._draw(batch, step, generator.get_state().numpy().tobytes())
         generator.set_state(torch.frombuffer(bytearray(state or b""), dtype=torch.uint8))
         return masks
+
+    def _finished(self, masks: MaskBatch) -> MaskBatch:
+        """As they were drawn, cut and padded."""
+        cut = masks.truncated(self.truncate_group) if self.truncate_group else masks
+        return cut.padded(self.bucket)
+
+    def _drawn(self) -> dict[str, Any]:
+        """Options of the native sampler, which cuts whole batches alone."""
+        return vars(self) | {"truncate": self.truncate and not self.truncate_group}
 
     def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
         """The masks, and the state of torch's generator after they were drawn from it."""
