@@ -18,7 +18,7 @@ from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
-from jepa_kernels.training.trainer import latent_stats
+from jepa_kernels.training.trainer import Trainer, latent_stats
 from tests import runs
 
 ROOT = Path(__file__).parents[1]
@@ -218,6 +218,12 @@ def test_gradients_that_are_not_finite_end_the_run_and_keeps_the_checkpoint(conf
             ["mask.bucket=64", "mask.truncate=true"],
             "MultiBlock2d: bucket must be 0 for truncated masks, which are rect",
         ),
+        (["optimization.lr=.inf"], "train: optimization.lr must be finite, got inf; correct the config"),
+        (["data.crop_scale=[0.5, .nan]"], "train: data.crop_scale must be finite, got [0.5, nan]; correct the config"),
+        (
+            ["parallel.balance=true", "mask.truncate=true"],
+            "train: parallel.balance must be false with mask.truncate, where all images have as many patches, got",
+        ),
         (["optimization.steps=0"], "train: optimization.steps must be at least 1, got 0; correct the config"),
         (["optimization.ipe_scale=0.5"], "train: optimization.ipe_scale must be at least 1, got 0.5; the published "),
         (["data.batch_size=1"], "train: data.batch_size must be at least 2, got 1; correct the config"),
@@ -315,9 +321,19 @@ def test_a_checkpoint_of_another_config_is_refused(config, tmp_path, capsys, cha
     )
 
 
+def test_signs_of_collapse_are_those_of_all_parts(config):
+    found = []
+    for parts in (1, 4):
+        trainer = Trainer(configs.read(str(config), [f"optimization.accumulate={parts}"]))
+        found.append(trainer.advance(next(iter(train.batches(trainer.config)))).measured())
+    whole, apart = found
+    assert whole["std"] > 0.1 and whole["rank"] > 1
+    assert (apart["std"], apart["rank"]) == pytest.approx((whole["std"], whole["rank"]), rel=1e-4)
+
+
 def test_logging_and_the_probe_may_change_between_parts_of_a_run(config, tmp_path):
     fit(config, tmp_path / "run", stop=1)
-    changes = ["logging.checkpoint_every=2", "probe.seeds=1", "data.num_workers=1"]
+    changes = ["optimization.accumulate=2", "logging.checkpoint_every=2", "probe.seeds=1", "data.num_workers=1"]
     assert fit(config, tmp_path / "run", resume=True, changes=changes).step == 6
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from jepa_kernels.configs.sections import (
 __all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
 
 FOLDER, PUBLISHED = Path(__file__).parent, "published"
+FREE = "data.num_workers", "optimization.accumulate"  # may change between parts of a run, as some sections may
 T = TypeVar("T")
 
 
@@ -167,6 +169,9 @@ def _value(name: str, default: Any, value: Any) -> Any:
 
 def _check(config: Config) -> None:
     o = config.optimization
+    for name, value in flat(config.plain()).items():
+        if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
+            fail("train", name, "be finite", value, "correct the config")
     sizes = {f"model.{key}": size for key, size in vars(config.model).items() if type(size) is int}
     rates = {f"optimization.{key}": getattr(o, key) for key in ("start_lr", "lr", "final_lr", "weight_decay")}
     for name, value, least in (
@@ -208,6 +213,9 @@ def _check(config: Config) -> None:
             if value != only:
                 requirement = f"be {str(only).lower()} for {config.architecture}, which has no masks"
                 fail("train", name, requirement, value, "leave it out")
+    elif config.parallel.balance and config.mask.truncate and not config.mask.truncate_group:
+        requirement = "be false with mask.truncate, where all images have as many patches"
+        fail("train", "parallel.balance", requirement, True, "leave out one of them, or set mask.truncate_group")
     if config.logging.best:
         _one_of("logging.best", config.logging.best, BEST)
     if o.ipe_scale < 1:
@@ -223,7 +231,7 @@ def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
     if flat_saved.get("architecture") == now["architecture"]:
         flat_saved = {**flat(DEFAULTS[now["architecture"]].plain()), **flat_saved}
     for key in sorted({*flat_saved, *flat_now}):
-        if key.split(".")[0] in ("logging", "parallel", "probe") or key == "data.num_workers":
+        if key.split(".")[0] in ("logging", "parallel", "probe") or key in FREE:
             continue
         if flat_saved.get(key) != flat_now.get(key):
             actual = f"{key} = {flat_saved.get(key)} in the checkpoint, {flat_now.get(key)} now"

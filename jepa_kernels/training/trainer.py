@@ -36,7 +36,7 @@ class Trainer:
         self.model = self.recipe.model(config.model, shadow_dtype=None if sharded else self.dtype).to(self.device)
         if config.mask is not None:
             self.model.average = config.optimization.average
-        self.latents = torch.empty(0)
+        self.latents: list[Tensor] = []
         watched, self._latents_of = self.recipe.watch(self.model)
         watched.register_forward_hook(self._keep_latents)
         self.network: nn.Module = self.model
@@ -50,9 +50,10 @@ class Trainer:
         torch.manual_seed(self.config.seed + self.ranks.rank)
 
     def _keep_latents(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """Some inputs' latents."""
-        some = max(2, STAT_ROWS // output.shape[1:-1].numel())
-        self.latents = self._latents_of(output[:some])
+        """Some inputs' latents, of the first parts of a step."""
+        some = max(2, STAT_ROWS // output.shape[1:-1].numel()) - sum(map(len, self.latents))
+        if some > 0:
+            self.latents.append(self._latents_of(output[:some]))
 
     def schedule(self) -> dict[str, float]:
         """Learning rate, weight decay and, of a target encoder, momentum of the step to come; the first two are set."""
@@ -83,7 +84,7 @@ class Trainer:
         most = self.config.optimization.max_grad_norm
         norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
         self.step += 1
-        stats = latent_stats(self.latents)
+        stats = latent_stats(torch.cat(self.latents))
         skipped = 1.0 - finite.float()
         found = {"loss": loss, "std": stats.std, "rank": stats.rank, "grad_norm": norm, "skipped": skipped}
         if ema is not None and (self.step - 1) % self.config.logging.every == 0:
@@ -97,6 +98,7 @@ class Trainer:
     def _gradients(self, parts: Sequence[Part]) -> Tensor:
         """Add up those of all parts, averaged over ranks; the mean loss of the parts."""
         losses, step = [], self.step + 1
+        self.latents = []
         for n, (pixels, given) in enumerate(parts):
             batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
             with networks.part(self.network, last=n == len(parts) - 1):
