@@ -215,8 +215,14 @@ def check_crops(
 def normalize(pixels: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] or [B, 3, T, H, W] -> float32, with ImageNet's mean and standard deviation taken out."""
     shape = 3, *[1] * (pixels.dim() - 2)
-    mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(shape) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (v.view(shape) for v in _imagenet(pixels.device))
     return (pixels / 255 - mean) / std
+
+
+@lru_cache
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation: copied once, since a GPU is waited for at each copy."""
+    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
 
 
 def photo_batch(batch: int, size: int, seed: int = 0, **options: Any) -> Tensor:

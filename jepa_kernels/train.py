@@ -18,16 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jepa_kernels import report
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, read
+from jepa_kernels.configs import Config, flat, read
 from jepa_kernels.data import extra
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training import export, log, page, saves
 from jepa_kernels.training.feed import batches
 from jepa_kernels.training.measures import Meter
-from jepa_kernels.training.ranks import TIMEOUT, RankError, Ranks, join
+from jepa_kernels.training.ranks import TIMEOUT, Agreed, RankError, Ranks, join
 from jepa_kernels.training.trainer import Trainer
 
 
@@ -74,8 +76,10 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
             if ended or (asked and ranks.world == 1):
                 break
             if trainer.step % config.logging.checkpoint_every == 0:
-                show(meter.rest())
+                ended = show(meter.rest())
                 kept.save(trainer.step, trainer.state())
+                if ended:
+                    break
         show(meter.rest())
         if trainer.step == 0 or trainer.step != kept.step:
             kept.save(trainer.step, trainer.state())
@@ -121,16 +125,20 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
     """Read the config, build or resume the run, make its folder. What one rank refuses all refuse."""
     ranks = ranks or Ranks()
     out = _out(options)
+    restarted = ranks.any(ranks.restarts > 0)  # agents of several machines may count otherwise
     with ranks.together():
         config = _config(options)
         begun = bool(saves.steps(out))
-        resume = options.resume or (ranks.restarts > 0 and begun)
+        resume = options.resume or (restarted and begun and not ranks.refused())
         if begun and not resume:
             fail(
                 "train", "--out", "be a folder without a checkpoint", out, "pass --resume to continue, or another --out"
             )
         batches(config, 0, ranks)  # refuses impossible crops, clips and masks before anything is written
-        trainer = Trainer(config, usable_device("train", "--device", options.device), ranks)
+        device = usable_device("train", "--device", options.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        trainer = Trainer(config, device, ranks)
         if config.weights and not resume:
             if not Path(config.weights).is_file():
                 remedy = "pass the model.safetensors of a run, or a published file"
@@ -138,7 +146,7 @@ def prepare(options: argparse.Namespace, ranks: Ranks | None = None) -> tuple[Tr
             trainer.model.load(config.weights)
     path = saves.newest(out, ranks) if ranks.of_first(resume) else None
     ranks.same("the versions", saves.versions(), "install the same on all machines")
-    ranks.same("the config", config.plain(), "give all ranks the same file and options")
+    ranks.same("the config", flat(config.plain()), "give all ranks the same file and options")
     if ranks.grouped:
         trainer.share()
     if path is not None:
@@ -179,29 +187,30 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     ranks = Ranks()
     try:
+        if options.timeout <= 0:
+            fail("train", "--timeout", "be greater than 0", options.timeout, "pass seconds")
         if options.export or options.checkpoint:
             return _export(options)
         ranks, options.device = join(options.device, options.timeout)
         trainer, out = prepare(options, ranks)
     except (ValueError, TypeError, OSError, ModuleNotFoundError, RankError) as error:
-        _complain(error, ranks)
+        if ranks.first or isinstance(error, RankError):  # what all refuse the first one says
+            print(error, file=sys.stderr)
+        if not isinstance(error, RankError):
+            ranks.refuse()
         ranks.leave()
         return 2
     started = time.perf_counter()
     try:
         ended = fit(trainer, out)
-        trainer.gather()
+        if ended is None:
+            trainer.gather()
         ranks.leave(finished=True)
         return _finish(trainer, out, ended, started, probe=not options.no_probe) if ranks.first else _code(ended)
     except (report.SaveError, RankError, BackendError, ValueError, OSError) as error:
-        _complain(error, ranks)
+        if ranks.first or not isinstance(error, (Agreed, report.SaveError)):
+            print(error, file=sys.stderr)
         return 1
-
-
-def _complain(error: Exception, ranks: Ranks) -> None:
-    """What all ranks refuse the first one says; of each other, those that are left speak."""
-    if ranks.first or isinstance(error, RankError):
-        print(error, file=sys.stderr)
 
 
 def _code(ended: int | None) -> int:

@@ -22,7 +22,7 @@ from jepa_kernels import configs, train
 from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
 from jepa_kernels.training.ranks import _slurm, first_node
-from tests import runs
+from tests import runs, test_train_lejepa, test_train_pusht
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
 
@@ -103,6 +103,25 @@ def test_a_rank_that_is_asked_to_end_ends_all_after_saving(config, whole, tmp_pa
     assert_same_run(tmp_path / "run", whole)
 
 
+def test_a_group_of_processes_that_is_asked_to_end_saves(config, tmp_path):
+    """torchrun hands SIGTERM to all processes of each rank, those that load data among them."""
+    with Run(config, tmp_path / "run", "--set", "data.num_workers=2") as run:
+        run.reach(EVERY + 2)
+        run.process.terminate()
+        run.wait()  # torchrun's own code tells of the signal
+    last = runs.rows(tmp_path / "run", "images")[-1]["step"]
+    assert last < STEPS and runs.newest(tmp_path / "run").name == f"step-{last:08d}", run.said.read_text()
+    assert f"stopped at step {last}; " in run.said.read_text() and "DataLoader" not in run.said.read_text()
+
+
+def test_what_was_refused_is_refused_when_torchrun_starts_again(config, whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    with Run(config, whole, "--steps", "80", restarts=1) as run:
+        assert run.wait() == 1
+    assert len(run.lines()) == 2 and all("--out must be a folder without a checkpoint" in x for x in run.lines())
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
 def test_one_process_that_is_asked_to_end_saves_and_ends_well(config, tmp_path, monkeypatch, capsys):
     def ask_in_step_3(log, row):
         append(log, row)
@@ -131,9 +150,12 @@ CASES = {  # the words of both ranks, or of each; what is said
     "a misspelt key on one": ([["--resume"], ["--resume", "--set", "sed=1"]], r"config must use .+\(rank 1\)$"),
     "another config on one": (
         [["--resume"], ["--resume", "--set", "probe.seeds=3"]],
-        r"the config must be the same on all ranks, got .+ on rank 0, .+ on rank 1; give all ranks the same file ",
+        r"the config must be the same on all ranks, got probe.seeds = 2 on rank 0, 3 on rank 1; give all ranks the ",
     ),
-    "another version on one": (["--resume"], r"the versions must be the same on all ranks, got .+'0\.0'.+ on rank 1; "),
+    "another version on one": (
+        ["--resume"],
+        r"the versions must be the same on all ranks, got jepa_kernels = .+ on rank 0, 0\.0 on rank 1; inst",
+    ),
 }
 
 
@@ -174,12 +196,14 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
     before = {n: x.clone() for n, x in trainer.state().items()}
     with monkeypatch.context() as patched:
         if name == "loss":
-            patched.setattr(trainer.model, "objective", lambda predicted, *_: (predicted * torch.inf).sum())
+            spoil = lambda predicted: (predicted * torch.inf).sum()  # noqa: E731
         else:
-            patched.setattr(trainer.model, "objective", lambda predicted, *_: predicted.clamp(min=0).sqrt().sum())
+            spoil = lambda predicted: predicted.clamp(min=0).sqrt().sum()  # noqa: E731
             trainer.model.predictor.predictor_proj.weight.data.zero_()  # so that its gradient is infinite
             trainer.model.predictor.predictor_proj.bias.data.zero_()
             before |= {n: x.clone() for n, x in trainer.state().items()}
+        targets = trainer.model.targets
+        patched.setattr(trainer.model, "objective", lambda predicted, batch, _: (targets(batch), spoil(predicted))[1])
         step = trainer.advance(next(feed))
         row = step.row | step.measured()
     assert row["skipped"] == 1 and not row["grad_norm"] < torch.inf and row["step"] == 2
@@ -190,6 +214,22 @@ def test_a_step_that_is_not_finite_leaves_all_as_it_was(config, tmp_path, monkey
     else:
         logs._check_finite(row, what)
     assert trainer.advance(next(feed)).measured()["skipped"] == 0 and not same(trainer.state(), before)
+
+
+@pytest.mark.parametrize("tiny", [test_train_lejepa.TINY, test_train_pusht.TINY], ids=["lejepa", "lewm"])
+def test_batch_norms_forget_what_is_not_finite(tmp_path, tiny):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny))
+    trainer = train.Trainer(configs.read(str(path), ["optimization.nonfinite=skip"]))
+    feed = iter(train.batches(trainer.config))
+    trainer.advance(next(feed))
+    before = {n: x.clone() for n, x in trainer.state().items() if not n.startswith("rng")}
+    assert any(n.endswith("running_var") for n in before)
+    norm = next(m for m in trainer.model.modules() if isinstance(m, torch.nn.BatchNorm1d))
+    with norm.register_forward_pre_hook(lambda _, given: (given[0] * torch.nan,)):
+        assert trainer.advance(next(feed)).measured()["skipped"] == 1
+    assert same({n: x for n, x in trainer.state().items() if not n.startswith("rng")}, before)
+    assert trainer.advance(next(feed)).measured()["skipped"] == 0
 
 
 def test_gradients_are_clipped_together(config):

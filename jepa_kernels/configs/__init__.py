@@ -25,7 +25,11 @@ from jepa_kernels.configs.sections import (
 __all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
 
 FOLDER, PUBLISHED = Path(__file__).parent, "published"
-FREE = "data.num_workers", "optimization.accumulate"  # may change between parts of a run, as some sections may
+FREE = (
+    "data.num_workers",
+    "optimization.accumulate",
+    "optimization.nonfinite",
+)  # may change between parts of a run, as some sections may
 T = TypeVar("T")
 
 
@@ -173,7 +177,10 @@ def _check(config: Config) -> None:
         if any(isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])):
             fail("train", name, "be finite", value, "correct the config")
     sizes = {f"model.{key}": size for key, size in vars(config.model).items() if type(size) is int}
-    rates = {f"optimization.{key}": getattr(o, key) for key in ("start_lr", "lr", "final_lr", "weight_decay")}
+    rates = {
+        f"optimization.{key}": getattr(o, key)
+        for key in ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay")
+    }
     for name, value, least in (
         *((name, size, 1) for name, size in sizes.items()),
         *((name, rate, 0) for name, rate in rates.items()),
@@ -223,7 +230,7 @@ def _check(config: Config) -> None:
 
 
 def same_run(saved: Any, now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue a run with another config: only logging, the probe and what runs in parallel may change.
+    """Refuse to continue a run with another config: only logging, the probe, what runs in parallel and FREE may change.
 
     What a checkpoint of before does not name had its default's value.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,16 @@ def batches(config: Config, start: int = 0, ranks: Ranks | None = None, *, pin: 
         sampler=range(start, len(feed)),
         collate_fn=_as_it_is,
         num_workers=config.data.num_workers,
+        worker_init_fn=_leave_signals_to_the_loop,
         generator=torch.Generator(),  # the loader would draw its workers' seed from the global one
         pin_memory=pin,
     )
+
+
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """A whole group of processes may be asked to end: the loop does, after it has saved, and workers with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(parts: list[Part]) -> list[Part]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kernels import report
-from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 from jepa_kernels.training import measures, page, saves
 from jepa_kernels.training.measures import Meter
+from jepa_kernels.training.ranks import Agreed
 from jepa_kernels.training.trainer import Trainer
 
 
@@ -42,9 +42,10 @@ def opened(
 def _check_finite(row: dict[str, Any], what: str) -> None:
     """A step without finite gradients, whose weights are as before: the run ends, or goes on."""
     if row["skipped"] and what == "stop":
-        actual = f"{row['grad_norm']} at step {row['step']} (loss {row['loss']})"
-        remedy = "lower optimization.lr, or set optimization.nonfinite to skip"
-        fail("train", "the norm of gradients", "be finite", actual, remedy)
+        raise Agreed(
+            f"train: the norm of gradients must be finite, got {row['grad_norm']} at step {row['step']} "
+            f"(loss {row['loss']}); --resume with --set optimization.nonfinite=skip, or begin with a lower rate"
+        )
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -27,11 +27,15 @@ class RankError(RuntimeError):
     """Another process of the run did not do its part."""
 
 
+class Agreed(ValueError):
+    """Raised on all ranks alike: one of them says it."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """rank, of `world` processes, `local` on its machine; `restarts`: how often torchrun has started them again.
 
-    timeout: seconds that each collective may take.
+    timeout: seconds that each collective may take. store: what all starts of torchrun share.
     """
 
     rank: int = 0
@@ -39,6 +43,7 @@ class Ranks:
     local: int = 0
     restarts: int = 0
     timeout: float = TIMEOUT
+    store: Any = field(default=None, compare=False)
 
     @property
     def grouped(self) -> bool:
@@ -59,29 +64,35 @@ class Ranks:
         own: Exception | None = None
         try:
             yield
-        except REFUSALS as error:
+        except Exception as error:
             if self.world == 1:
                 raise
             own = error
         if self.world == 1:
             return
-        said = self._gathered(None if own is None else str(own))
+        said = self._gathered(None if own is None else _text(own))
         found = [(rank, text) for rank, text in enumerate(said) if text is not None]
         if found:
             rank, text = found[0]
-            if own is not None and len({text for text in said}) == 1:
+            if own is not None and (len(set(said)) == 1 or not isinstance(own, REFUSALS)):
                 raise own
             raise ValueError(f"{text} (rank {rank})")
 
-    def same(self, what: str, value: Any, remedy: str) -> None:
-        """Raise ValueError, on every rank and with one text, unless all have this value."""
+    def same(self, what: str, value: Mapping[str, Any], remedy: str) -> None:
+        """Raise ValueError, on every rank and with one text, unless all have these values."""
         if self.world == 1:
             return
-        found = self._gathered(value)
+        found = self._gathered(dict(value))
         for rank, other in enumerate(found):
-            if other != found[0]:
-                actual = f"{found[0]} on rank 0, {other} on rank {rank}"
-                raise ValueError(f"train: {what} must be the same on all ranks, got {actual}; {remedy}")
+            for key in sorted({*found[0], *other}):
+                first, own = found[0].get(key), other.get(key)
+                if first != own:
+                    actual = f"{key} = {first} on rank 0, {own} on rank {rank}"
+                    raise ValueError(f"train: {what} must be the same on all ranks, got {actual}; {remedy}")
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on one rank at least; all must ask."""
+        return value if self.world == 1 else any(self._gathered(value))
 
     def of_first(self, value: Any) -> Any:
         """The first rank's value, on all ranks, which all must ask for it."""
@@ -89,7 +100,8 @@ class Ranks:
 
     def _gathered(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
+        with self.finishing("the start", "all_gather_object"):
+            dist.all_gather_object(found, value)
         return found
 
     @contextmanager
@@ -124,6 +136,14 @@ class Ranks:
         except RuntimeError:  # the process that kept the store is gone
             return [0]
 
+    def refuse(self) -> None:
+        """Remember that the first start was refused: torchrun starts it again, which must not end otherwise."""
+        if self.store is not None and self.restarts == 0:
+            self.store.set("refused", b"1")
+
+    def refused(self) -> bool:
+        return self.store is not None and self.store.check(["refused"])
+
     def leave(self, *, finished: bool = False) -> None:
         """The group ends; this process goes on alone. finished: all ranks come here, and part when all are there."""
         if not self.grouped:
@@ -132,6 +152,10 @@ class Ranks:
             with self.finishing("the end of the run", "barrier"):
                 dist.barrier()
         dist.destroy_process_group()
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, REFUSALS) else f"{type(error).__name__}: {error}"
 
 
 def _collective(error: BaseException) -> str | None:
@@ -149,17 +173,15 @@ def join(device: str, timeout: float = TIMEOUT) -> tuple[Ranks, str]:
     if found is None:
         return Ranks(timeout=timeout), device
     rank, world, local = found
-    kind = torch.device(device).type
-    if kind == "cuda":
-        device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+    if device == "cuda":
+        device = f"cuda:{local if torch.cuda.device_count() != 1 else 0}"  # srun may show each task its own alone
     ranks = Ranks(rank, world, local, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), timeout)
-    _meet("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", ranks)
-    return ranks, device
+    store = _meet("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", ranks)
+    return replace(ranks, store=store), device
 
 
-def _meet(backend: str, ranks: Ranks) -> None:
-    """Make the group; processes start at different times, and wait longer for each other then.
+def _meet(backend: str, ranks: Ranks) -> Any:
+    """Make the group; processes start at different times, and wait longer for each other then. The store behind it.
 
     torchrun's store outlives a restart, and with it the addresses of processes that are gone: each start has its own.
     """
@@ -169,6 +191,7 @@ def _meet(backend: str, ranks: Ranks) -> None:
         own = dist.PrefixStore(f"start {ranks.restarts}", store)
         dist.init_process_group(backend, timeout=patience, store=own, rank=ranks.rank, world_size=ranks.world)
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=ranks.timeout))
+        return store
     except RuntimeError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         why = str(error).strip().split("\n")[0][:200]

@@ -107,7 +107,9 @@ def damage(path: Path) -> str | None:
             found = measure(path / name)
         except OSError as error:
             return f"no {name}" if isinstance(error, FileNotFoundError) else f"{name} unreadable ({error.strerror})"
-        if found != told:
+        if not isinstance(told, list) or len(told) != 2:
+            return f"a torn {ABOUT} (files: {told!r})"
+        if list(found) != told:
             return f"{name} of {found[0]} bytes, not {told[0]}" if found[0] != told[0] else f"{name} of another crc32"
     return None
 
@@ -128,10 +130,12 @@ class Saves:
         self._stager = DefaultStager(StagingOptions(pin, False, False, False))
         self._running: tuple[int, int, Any] | None = None
         self._seen: list[Mapping[str, float]] = []
-        self._scores = self._start() if ranks.first else {}
+        with ranks.together():
+            self._scores = self._start() if ranks.first else {}
         self._group = None
         if ranks.grouped:  # collectives of another thread need a group of their own
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
+            with ranks.finishing("the start", "new_group"):
+                self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout))
         else:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said at every save
 

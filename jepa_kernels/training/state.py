@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from jepa_kernels._core.check import fail
@@ -71,7 +72,11 @@ def read(path: Path, own: Mapping[str, Tensor], kinds: tuple[str, ...] = ("model
     values = {name: _empty(x) for name, x in wanted.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process reads: so it shall
-        dcp.load(values, checkpoint_id=path, no_dist=True)
+        try:
+            dcp.load(values, checkpoint_id=path, no_dist=True)
+        except CheckpointException as error:  # no Exception, and without a word of its cause
+            cause, _ = next(iter(error.failures.values()))
+            _refuse(path, [f"{type(cause).__name__}: {cause}"])
     _refuse(path, [why for name, x in values.items() if (why := _spoiled(name, x))])
     return values
 

@@ -45,7 +45,8 @@ class Trainer:
 
     def share(self) -> None:
         """Spread the networks over the ranks, which all must call it: after what one of them may refuse."""
-        self.network = networks.spread(self.model, self.config.parallel, self.ranks, self.device)
+        with self.ranks.finishing("the start", "broadcast of weights"):
+            self.network = networks.spread(self.model, self.config.parallel, self.ranks, self.device)
         self.optimizer = optimizer.build(self.model)
         torch.manual_seed(self.config.seed + self.ranks.rank)
 
@@ -79,10 +80,14 @@ class Trainer:
         asked: whether this rank wants to stop; the row's "asked": whether any does.
         """
         row = self.schedule()
+        statistics = [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
+        before = [b.clone() for b in statistics]
         loss = self._gradients(parts)
         ema: EMA | None = getattr(self.model, "ema", None)
         most = self.config.optimization.max_grad_norm
         norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
+        for new, old in zip(statistics, before, strict=True):  # of batch norms, which have seen what is not finite
+            new.copy_(torch.where(finite, new, old))
         self.step += 1
         stats = latent_stats(torch.cat(self.latents))
         skipped = 1.0 - finite.float()
@@ -113,7 +118,8 @@ class Trainer:
         """Of weights in parts, all in one plain model: on the first rank, for what follows a run."""
         if not networks.shards(self.config.parallel, self.ranks):
             return
-        state = {name: networks.whole(x) for name, x in self.model.state_dict().items()}
+        with self.ranks.finishing("the end of the run", "all_gather of weights"):
+            state = {name: networks.whole(x) for name, x in self.model.state_dict().items()}
         if self.ranks.first:
             self.model = self.recipe.model(self.config.model).to(self.device)
             self.model.load_state_dict(state)
