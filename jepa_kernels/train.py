@@ -65,8 +65,12 @@ def fit(trainer: Trainer, out: Path, *, stop: int | None = None) -> int | None:
     pin = trainer.device.type == "cuda"
     feed = batches(config, trainer.step, ranks, pin=pin)
     meter = Meter(trainer.device, trainer.dtype, ranks.world, trainer.model.inputs, config.data.batch_size)
-    kept = saves.Saves(out, config, ranks, trainer.step, pin=pin)
-    with _interruptible() as asked, kept, log.opened(out, trainer, meter, kept) as show:
+    with (
+        log.alone(out, ranks),
+        _interruptible() as asked,
+        saves.Saves(out, config, ranks, trainer.step, pin=pin) as kept,
+        log.opened(out, trainer, meter, kept) as show,
+    ):
         for parts in meter.timed(feed):
             if trainer.step >= last:
                 break

@@ -18,6 +18,7 @@ from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
+from jepa_kernels.training.ranks import Ranks
 from jepa_kernels.training.trainer import Trainer, latent_stats
 from tests import runs
 
@@ -341,6 +342,17 @@ def test_a_run_that_has_not_begun_can_be_continued(config, tmp_path):
     fit(config, tmp_path / "run", stop=0)
     whole = fit(config, tmp_path / "whole")
     assert same(fit(config, tmp_path / "run", resume=True).state(), whole.state())
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(config, tmp_path, capsys):
+    out = tmp_path / "run"
+    fit(config, out, stop=2)
+    before = sorted(out.rglob("*"))
+    with logs.alone(out, Ranks()):
+        assert train.main([str(config), "--out", str(out), "--resume"]) == 1
+    said = f"train: --out must be a folder that no other run writes in, got {out}; wait for it, or pass another --out\n"
+    assert capsys.readouterr().err == said and sorted(out.rglob("*")) == before
+    assert fit(config, out, resume=True).step == 6
 
 
 @pytest.mark.parametrize("inside", ["", "run"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import math
@@ -13,11 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from jepa_kernels import report
+from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 from jepa_kernels.training import measures, page, saves
 from jepa_kernels.training.measures import Meter
-from jepa_kernels.training.ranks import Agreed
+from jepa_kernels.training.ranks import Agreed, Ranks
 from jepa_kernels.training.trainer import Trainer
+
+
+@contextmanager
+def alone(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Within it no other run writes in this folder: ValueError on all ranks where one does."""
+    held = os.open(out, os.O_RDONLY)
+    try:
+        with ranks.together():
+            if ranks.first:
+                _lock(out, held)
+        yield
+    finally:
+        os.close(held)
+
+
+def _lock(out: Path, held: int) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail("train", "--out", "be a folder that no other run writes in", out, "wait for it, or pass another --out")
+    except OSError:  # a file system without locks
+        pass
 
 
 @contextmanager
