@@ -1,4 +1,6 @@
-"""How long processes wait for the one with the most to do: masks of published configs, without and with balancing.
+"""How long processes wait for the one with the most to do: masks of published sizes, without and with balancing.
+
+Masks are not truncated; published ones are cut to the shortest of a GPU's images.
 
 `python -m benchmarks.balance` draws the masks of many steps and counts, with no model: tokens of context encoder and
 predictor, and the FLOPs of a whole training step. Idle: mean over steps of 1 - mean load / max load of 64 processes.

@@ -51,7 +51,7 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
 
     source: "photos", "mnist", or a Folder of your own images, item i of which is its image i % len of epoch i // len.
     size, local_size: pixels per side. global_views, local_views: how many of each.
-    region: (least, most) share of the picture's area, in 0..1, that an item's views are taken from.
+    region: (least, most) share of the picture's area, in 0..1, that an item's views are taken from; (1, 1): all of it.
     global_scale, local_scale: the views' share of the region. ratio: (least, most) width / height, log-uniform.
     flip: mirror every second view, at random. grey: share of views shown in grey, in 0..1.
     jitter: in 0..1; brightness, contrast and saturation of 4 of 5 views change by factors in 1 - jitter .. 1 + jitter.
@@ -103,7 +103,8 @@ class Views(Dataset[tuple[Tensor, Tensor]]):
         kind = SOURCES.index(self.source) if isinstance(self.source, str) else len(SOURCES)
         rng = np.random.default_rng([self.seed, kind, index])
         picture = self._picture(rng, index)
-        region = picture.crop(random_box(rng, picture.size, self.region, self.ratio))
+        box = random_box(rng, picture.size, self.region, self.ratio)  # for a whole picture too: draws after it stay
+        region = picture if self.region == (1.0, 1.0) else picture.crop(box)
         found = []
         for count, size, scale in self.kinds:
             views = np.empty((count, size, size, 3), np.uint8)

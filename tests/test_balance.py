@@ -12,23 +12,23 @@ from jepa_kernels.masks import MaskBatch
 from jepa_kernels.training import balance
 
 
-def work(width, depth, *lengths):
-    return sum(depth * (12 * width**2 * n + 2 * width * n**2) for n in lengths)
+def work(width, depth, ratio, *lengths):
+    return sum(depth * (2 * (4 + 2 * ratio) * width**2 * n + 4 * width * n**2) for n in lengths)
 
 
 def test_costs_are_the_work_of_both_networks():
-    sizes = SimpleNamespace(embed_dim=10, depth=3, predictor_embed_dim=4, predictor_depth=2)
+    sizes = SimpleNamespace(embed_dim=10, depth=3, mlp_ratio=2.5, predictor_embed_dim=4, predictor_depth=2)
     none = np.empty(0, dtype=np.int64)
     photos = MaskBatch(2, none, np.array([5, 7]), none, np.array([1, 2, 3, 4]))  # one context, two targets an image
     assert balance.costs(photos, sizes).tolist() == [
-        work(10, 3, 5) + work(4, 2, 5 + 1, 5 + 3),
-        work(10, 3, 7) + work(4, 2, 7 + 2, 7 + 4),
+        work(10, 3, 2.5, 5) + work(4, 2, 4, 5 + 1, 5 + 3),
+        work(10, 3, 2.5, 7) + work(4, 2, 4, 7 + 2, 7 + 4),
     ]
     assert simulation.tokens(photos).tolist() == [5 + 6 + 8, 7 + 9 + 11]
     clips = MaskBatch(2, none, np.array([5, 7, 1, 2]), none, np.array([3, 1, 7, 6]))  # two contexts a clip
     assert balance.costs(clips, sizes).tolist() == [
-        work(10, 3, 5, 1) + work(4, 2, 5 + 3, 1 + 7),
-        work(10, 3, 7, 2) + work(4, 2, 7 + 1, 2 + 6),
+        work(10, 3, 2.5, 5, 1) + work(4, 2, 4, 5 + 3, 1 + 7),
+        work(10, 3, 2.5, 7, 2) + work(4, 2, 4, 7 + 1, 2 + 6),
     ]
     assert simulation.tokens(clips).tolist() == [5 + 1 + 8 + 8, 7 + 2 + 8 + 8]
 

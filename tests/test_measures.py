@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -53,8 +52,10 @@ def test_flops_of_a_step_are_what_torch_counts(name, tmp_path, monkeypatch):
     work = recipe.work(model, pixels, given)
     with jk.use_backend(**COUNTED), FlopCounterMode(display=False) as counter:
         loss_of(model, recipe.prepare(pixels), given.to("cpu")).backward()
-    # Attention's backward counts 5 products there, of which kernels compute one anew.
-    assert work.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+    counted = counter.get_flop_counts()["Global"]
+    anew = counted[torch.ops.jepa_kernels.masked_attention_backward] / 5  # of its 5 products kernels compute one again
+    unread = 2 * 384**2 if name == "vl_jepa" else 0  # BERT's pooler, of one token
+    assert anew > 0 and work.flops == sum(counted.values()) - anew - unread
 
 
 def test_tokens_and_flops_by_hand():
@@ -164,5 +165,4 @@ def test_event_files_of_tensorboard_hold_the_rows(path, tmp_path):
 def test_without_tensorboard_nothing_is_written(path, tmp_path, monkeypatch):
     monkeypatch.setattr(measures, "BOARD", "no_such_package")
     runs.fit(path, tmp_path / "run", stop=1)
-    assert "torch.utils.tensorboard" not in sys.modules or "no_such_package" not in sys.modules
     assert runs.left(tmp_path / "run") == ["checkpoints", "metrics.jsonl"]

@@ -108,4 +108,14 @@ def test_what_is_no_run_is_refused(tmp_path, capsys):
         "pass what train had as --out"
     )
     assert second == "page: arguments must be one folder, got none; pass the --out of a training run"
-    assert page.main([str(log(tmp_path / "run", []))]) == 2 and page.write(tmp_path / "run") is None
+    for text in ("", '{"step": 1, "lo'):
+        (log(tmp_path / "run", []) / "metrics.jsonl").write_text(text)
+        assert page.write(tmp_path / "run") is None and page.main([str(tmp_path / "run")]) == 2
+        assert capsys.readouterr().err.endswith("metrics.jsonl must hold a step, got none; let the run take one\n")
+    assert not (tmp_path / "run/run.html").exists()
+
+
+def test_medians_are_of_the_rows_that_have_the_measure():
+    rows = [row(n) for n in (1, 2, 3)] + [{"step": 4, "loss": 0.5}]
+    assert dict(page.facts(rows, {}, 0, 0))["tokens / s, median"] == "2000"
+    assert "tokens / s, median" not in dict(page.facts(rows[3:], {}, 0, 0))

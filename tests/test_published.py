@@ -9,6 +9,7 @@ import yaml
 from jepa_kernels import configs, schedules, train
 from jepa_kernels.configs import FOLDER, PUBLISHED
 from jepa_kernels.models.ijepa import IJEPA
+from jepa_kernels.models.vl_jepa import Predictor
 from jepa_kernels.recipes import RECIPES
 from tests import runs
 from tests.test_train import TINY
@@ -48,7 +49,7 @@ def tree(name):
     return yaml.safe_load((FOLDER / PUBLISHED / f"{name}.yaml").read_text())
 
 
-def test_the_runs_of_five_papers_are_there():
+def test_the_runs_are_there():
     assert {*NETWORKS, *RUNS} <= set(configs.published()) and len(configs.published()) == 15
     assert {tree(name)["architecture"] for name in configs.published()} == set(configs.DEFAULTS)
 
@@ -69,9 +70,14 @@ def test_every_line_says_where_it_is_from(name):
 def test_each_is_a_config_whose_networks_can_be_built(name):
     config = configs.read(name)
     assert config.architecture == tree(name)["architecture"]
-    if config.architecture != "vl_jepa":  # its text encoder lies in a package
-        with torch.device("meta"):
+    with torch.device("meta"):
+        if config.architecture != "vl_jepa":  # its text encoder lies in a package
             RECIPES[config.architecture].model(config.model)
+        else:  # 8 layers of Llama 3.2 1B: queries and outputs, keys and values, the MLP, two norms
+            layer = 2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192 + 2 * 2048
+            predictor = Predictor(config.model)
+            assert sum(p.numel() for p in predictor.layers.parameters()) == 8 * layer
+            assert predictor.out_proj.weight.shape == (1536, 2048)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -122,12 +128,25 @@ def test_masks_and_crops_are_those_of_the_papers():
     views = configs.read("lejepa_vits8_imagenette")
     assert (views.model.weight, views.model.slices, views.model.knots) == (0.02, 256, 17)
     assert (views.data.global_views, views.data.local_views, views.data.batch_size) == (4, 0, 256)
+    d = views.data
+    assert (d.region_scale, d.global_scale, d.crop_ratio) == ((1.0, 1.0), (0.08, 1.0), (0.75, 1.3333))
+    assert (d.jitter, d.hue, d.grey, d.blur, d.solarize) == (0.8, 0.2, 0.2, 0.5, 0.2 * 0.5)
     world = configs.read("lewm_pusht")
     assert (world.model.sigreg_weight, world.model.history, world.model.dropout) == (0.09, 3, 0.1)
     assert (world.optimization.lr, world.optimization.weight_decay, world.data.batch_size) == (5e-5, 1e-3, 128)
     answers = configs.read("vl_jepa_llama1b").model
     assert (answers.embed_dim, answers.depth, answers.num_heads, answers.num_kv_heads) == (2048, 8, 32, 8)
     assert (answers.hidden, answers.out_dim, answers.text_scale) == (8192, 1536, 0.05)
+
+
+@pytest.mark.parametrize("name", configs.published())
+def test_checkpoints_and_seeds_are_those_of_the_public_code(name):
+    config, epoch = configs.read(name), {"ijepa": 1_281_167 // 2048, "vjepa2": 300}
+    epoch["ijepa"] = 14_197_122 // 2048 if "in22k" in name else epoch["ijepa"]
+    steps = config.logging.checkpoint_every
+    assert steps == epoch.get(config.architecture, steps) and "logging" in tree(name)
+    assert config.optimization.steps % steps == 0
+    assert config.seed == {"vjepa2": 239, "lewm": 3072}.get(config.architecture, 0)
 
 
 WSD = dict(start=1.0, peak=5.0, final=1.0, warmup=4, anneal=4, total=12)

@@ -53,6 +53,24 @@ def test_views_lie_in_one_region_of_the_train_half(monkeypatch):
     assert int(columns.max()) - int(columns.min()) > 2 * side
 
 
+def test_a_region_of_all_is_the_whole_picture_and_changes_no_draw(monkeypatch):
+    monkeypatch.setattr(views, "load_half", lambda name, half: PIL.new("RGB", (256, 64)))
+    found = []
+
+    def crop(rng, picture, size, *args, **how):
+        found.append((picture.size, rng.random()))
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(views, "random_crop", crop)
+    for i in range(4):
+        made("photos", local_views=0, global_views=1, region=(1.0, 1.0))[i]
+        rng = np.random.default_rng([0, 0, i])
+        data.random_box(rng, (256, 64), (1.0, 1.0), (3 / 4, 4 / 3))
+        assert found[-1] == ((256, 64), rng.random())
+    made("photos", local_views=0, global_views=1, region=(0.25, 0.25))[0]
+    assert found[-1][0][0] < 100, "others are crops, of a side near 64"
+
+
 def test_scales_and_flips():
     pytest.importorskip("mlxtend")
     whole = dict(global_scale=(1.0, 1.0), ratio=(1.0, 1.0), jitter=0.0, grey=0.0, local_views=0)

@@ -9,25 +9,23 @@ import numpy as np
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks import MaskBatch
+from jepa_kernels.training import flops
 
 
 def costs(masks: MaskBatch, model: Any) -> np.ndarray:
-    """int64 [B]: multiply-adds of each image's tokens in the context encoder and, of every [context | target], in the
-    predictor, in a forward pass; the target encoder has as much to do with every image.
+    """int64 [B]: FLOPs of each image's tokens in the context encoder's blocks and, of every [context | target], in the
+    predictor's, in a forward pass; the target encoder has as much to do with every image.
 
-    model: the networks' config, of which the widths and depths are read.
-    A token costs 12 E^2 a block, and 2 E for each token of its sequence. These pairs matter: with tokens alone 24 clips
-    on each of 64 processes leave V-JEPA 2's ViT-L three times as much to wait for (`python -m benchmarks.balance`).
+    model: the networks' config, of which the widths, the depths and the encoder's mlp_ratio are read.
+    Pairs of tokens matter: with tokens alone 24 clips on each of 64 processes leave V-JEPA 2's ViT-L three times as
+    much to wait for (`python -m benchmarks.balance`).
     """
     context, target = (x.reshape(-1, masks.batch) for x in (masks.context_lengths, masks.target_lengths))
     both = np.tile(context, (len(target) // max(len(context), 1), 1)) + target
-    encoder = _work(context, model.embed_dim, model.depth)
-    return encoder + _work(both, model.predictor_embed_dim, model.predictor_depth)
-
-
-def _work(lengths: np.ndarray, width: int, depth: int) -> np.ndarray:
-    """Of sequences [rows, B] in blocks whose MLPs are four times as wide: qkv, projection, MLP; scores, sums."""
-    return depth * width * (12 * width * lengths + 2 * lengths**2).sum(0)
+    encoder = flops.blocks(context.sum(0), (context**2).sum(0), model.embed_dim, model.depth, model.mlp_ratio)
+    width, depth = model.predictor_embed_dim, model.predictor_depth
+    predictor = flops.blocks(both.sum(0), (both**2).sum(0), width, depth, flops.PREDICTOR_RATIO)
+    return np.rint(encoder + predictor).astype(np.int64)
 
 
 def in_order(images: int, parts: int) -> np.ndarray:

@@ -1,10 +1,10 @@
 """What a training step computes, by formulas, from lengths that are on the host: no device is waited for.
 
-A product of [m, k] and [k, n] counts 2 m k n. What is trained counts three times, once forward and twice backward; the
-first layer of pixels or actions twice, for nobody asks for their gradient; frozen networks and the target encoder once.
-Attention counts 4 P D forward, P the pairs of a query and a key of one sequence (`Packing.pairs`), D the width of all
-heads, and 8 P D backward: what kernels compute again there is no work of the model. Norms, activations, losses and the
-optimiser are left out, which torch.utils.flop_counter does not count either.
+A product of [m, k] and [k, n] counts 2 m k n. What is trained counts three times, once forward and twice backward;
+twice where nobody asks for one gradient, of pixels, actions or SIGReg's directions; frozen networks and the target
+encoder once. Attention counts 4 P D forward, P the pairs of a query and a key of one sequence (`Packing.pairs`), D the
+width of all heads, and 8 P D backward: what kernels compute again there is no work of the model. Norms, activations,
+losses and the optimiser are left out, which torch.utils.flop_counter does not count either.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from jepa_kernels.masks import MaskBatch
 from jepa_kernels.models.lejepa import LeJEPA
 from jepa_kernels.models.lewm import LeWorldModel
 from jepa_kernels.models.vl_jepa import VLJEPA, Texts
+
+PREDICTOR_RATIO = 4.0  # of I-JEPA's and V-JEPA 2's: the MLP's width over the block's
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ def jepa_step(config: Any, grid: tuple[int, ...], masks: MaskBatch) -> Work:
     frozen = masks.batch * (patches * embed + blocks(patches, patches**2, width, c.depth, c.mlp_ratio))
     trained = blocks(context.sum(), (context**2).sum(), width, c.depth, c.mlp_ratio)
     everywhere = getattr(c, "predict_all", False)
-    trained += blocks(both.sum(), (both**2).sum(), p, c.predictor_depth - 1 + everywhere, 4.0)
+    trained += blocks(both.sum(), (both**2).sum(), p, c.predictor_depth - 1 + everywhere, PREDICTOR_RATIO)
     if not everywhere:
         trained += 4 * both.sum() * p * p + 4 * (target * both).sum() * p  # keys, values; scores of targets
-        trained += 2 * target.sum() * p * p * (2 + 2 * 4.0)
+        trained += 2 * target.sum() * p * p * (2 + 2 * PREDICTOR_RATIO)
     if hasattr(c, "rope") and c.predictor_depth + everywhere > 1:
         trained -= 6 * p * p * (both.sum() - context.sum() - 1)
     trained += 2 * context.sum() * width * (p if levels == 1 else levels * width + p)
@@ -83,13 +85,14 @@ def lewm(model: LeWorldModel, frames: Tensor, actions: Tensor) -> Work:
     block = 2 * width * (4 * inner + 2 * c.predictor_hidden + 6 * width)  # of a row: attention, MLP, modulation
     trained += c.predictor_depth * rows * (block + 4 * seen * inner)
     projected = images + len(frames) * (seen + rolled)
-    trained += projected * 4 * width * c.projector_hidden + 2 * images * width * model.sigreg.num_slices
+    trained += projected * 4 * width * c.projector_hidden
+    sigreg = 2 * images * width * model.sigreg.num_slices
     taken = actions.shape[:2].numel()
     trained += 2 * taken * 4 * width * (c.action_hidden + width)
     if model.inverse is not None:
         trained += 2 * taken * c.inverse_hidden * (2 * width + c.action_dim)
     first = 2 * taken * c.action_dim * c.action_hidden
-    return Work(tokens + rows, float(2 * (embed + first) + 3 * trained))
+    return Work(tokens + rows, float(2 * (embed + first + sigreg) + 3 * trained))
 
 
 def lejepa(model: LeJEPA, views: Tensor, local: Tensor) -> Work:
@@ -104,8 +107,8 @@ def lejepa_step(config: Any, views: Iterable[tuple[int, int]]) -> Work:
     embed = 2 * tokens * 3 * c.patch_size**2 * c.embed_dim
     projector = 2 * rows * (c.embed_dim * c.proj_hidden + c.proj_hidden**2 + c.proj_hidden * c.proj_dim)
     sigreg = 2 * rows * c.proj_dim * c.slices
-    trained = blocks(tokens, pairs, c.embed_dim, c.depth, c.mlp_ratio) + projector + sigreg
-    return Work(tokens, float(2 * embed + 3 * trained))
+    trained = blocks(tokens, pairs, c.embed_dim, c.depth, c.mlp_ratio) + projector
+    return Work(tokens, float(2 * (embed + sigreg) + 3 * trained))
 
 
 def vl_jepa(model: VLJEPA, pixels: Tensor, texts: Texts) -> Work:
@@ -122,7 +125,10 @@ def vl_jepa(model: VLJEPA, pixels: Tensor, texts: Texts) -> Work:
     ratio = text.intermediate_size / text.hidden_size
     said = blocks(answers.tokens, answers.pairs, text.hidden_size, text.num_hidden_layers, ratio)
     frozen = 2 * pixels.shape[0] * pixels.shape[2:].numel() * 3 * model.vision.positions.shape[2]  # type: ignore
+    first = 2 * count * seen * c.vision_embed_dim * c.embed_dim
+    answer = 2 * answers.sequences * c.text_embed_dim * c.out_dim  # their projection
     if c.text_scale:
-        trained, said = trained + said, 0.0
-    first = 2 * count * seen * c.vision_embed_dim * c.embed_dim + 2 * answers.sequences * c.text_embed_dim * c.out_dim
+        trained, said = trained + said + answer, 0.0
+    else:
+        first += answer
     return Work(tokens, float(frozen + said + 2 * first + 3 * trained))

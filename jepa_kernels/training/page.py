@@ -70,22 +70,19 @@ def label(value: float) -> str:
 
 
 def read(metrics: Path) -> list[Row]:
-    """The rows of a log, but for a last one that a crash has torn; raises ValueError where there is none."""
-    if not metrics.is_file():
-        fail("page", "OUT", "be the folder of a training run", f"no {metrics}", "pass what train had as --out")
-    lines = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if not lines:
-        fail("page", str(metrics), "hold a step", "none", "let the run take one")
-    return [json.loads(line) for line in lines]
+    """The rows of a log, but for a last one that a crash has torn."""
+    lines = metrics.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write(out: Path) -> Path | None:
     """Write OUT/run.html, whole or not at all; returns its path, None for a run without a single step."""
     metrics, probe, page = out / METRICS, out / PROBE, out / PAGE
-    if not metrics.is_file() or not metrics.stat().st_size:
+    rows = read(metrics) if metrics.is_file() else []
+    if not rows:
         return None
     found = json.loads(probe.read_text()) if probe.exists() else None
-    report.write(page, render(out.resolve().name, read(metrics), found).encode())
+    report.write(page, render(out.resolve().name, rows, found).encode())
     return page
 
 
@@ -118,14 +115,13 @@ def facts(rows: Sequence[Row], about: Row, skipped: int, resumed: int) -> list[t
     last, config, machine = rows[-1], about.get("config", {}), about.get("machine", {})
     total = config.get("optimization", {}).get("steps")
     seconds = sum(row.get("step_s", 0.0) for row in rows)
-    median = lambda key: label(sorted(row[key] for row in rows)[len(rows) // 2])  # noqa: E731
     found: list[tuple[str, Any]] = [
         ("model", config.get("architecture")),
         ("steps", f"{last['step']} of {total}" if total else last["step"]),
         ("loss at the end", label(last["loss"])),
         ("time in steps", duration(seconds) if seconds else None),
-        ("tokens / s, median", median("tokens_per_s") if "tokens_per_s" in last else None),
-        ("share of peak, median", median("share_of_peak") if "share_of_peak" in last else None),
+        ("tokens / s, median", median("tokens_per_s", rows)),
+        ("share of peak, median", median("share_of_peak", rows)),
         ("peak, GFLOP/s", f"{about['peak_flops'] / 1e9:.4g}" if "peak_flops" in about else None),
         ("processes", about.get("world")),
         ("skipped steps", skipped),
@@ -137,6 +133,12 @@ def facts(rows: Sequence[Row], about: Row, skipped: int, resumed: int) -> list[t
         ("commit", (about.get("commit") or "")[:10] or None),
     ]
     return [(name, str(value)) for name, value in found if value is not None]
+
+
+def median(key: str, rows: Sequence[Row]) -> str | None:
+    """Of the rows that have the measure."""
+    values = sorted(row[key] for row in rows if key in row)
+    return label(values[len(values) // 2]) if values else None
 
 
 def duration(seconds: float) -> str:
@@ -205,8 +207,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         if len(argv) != 1:
             fail("page", "arguments", "be one folder", " ".join(argv) or "none", "pass the --out of a training run")
-        read(Path(argv[0]) / METRICS)
-        print(write(Path(argv[0])))
+        metrics = Path(argv[0]) / METRICS
+        if not metrics.is_file():
+            fail("page", "OUT", "be the folder of a training run", f"no {metrics}", "pass what train had as --out")
+        page = write(Path(argv[0]))
+        if page is None:
+            fail("page", str(metrics), "hold a step", "none", "let the run take one")
+        print(page)
     except (ValueError, OSError, ModuleNotFoundError, report.SaveError) as error:
         print(error, file=sys.stderr)
         return 2
