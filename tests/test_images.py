@@ -185,6 +185,16 @@ def test_a_wrong_folder_is_refused_before_anything_is_written(change, message, r
     assert capsys.readouterr().err.startswith(message) and not (tmp_path / "run").exists()
 
 
+def test_labelled_images_of_which_none_decodes_are_an_error(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn.jpg").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="leaves out"), pytest.raises(ValueError) as error:
+        labelled(Folder(str(tmp_path)), 8, 4, seed=0)
+    said = "data: root must hold an image that decodes, got 2 chosen that do not; encode them again"
+    assert str(error.value) == said
+
+
 def test_videos_of_folders_and_lists(tmp_path):
     deep = tmp_path / "videos" / "deep"
     deep.mkdir(parents=True)
