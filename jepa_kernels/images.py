@@ -101,6 +101,9 @@ def labelled(folder: Folder, size: int, per_class: int, seed: int) -> tuple[Tens
     rng = np.random.default_rng([seed, 0])
     chosen = [rng.permutation(np.flatnonzero(folder.labels == c))[:per_class] for c in range(len(folder.classes))]
     kept = [(image, at) for at in np.concatenate(chosen).tolist() if (image := folder.load(at)) is not None]
+    if not kept:
+        count = sum(map(len, chosen))
+        fail("data", "root", "hold an image that decodes", f"{count} chosen that do not", "encode them again")
     pixels = np.stack([np.asarray(_central(image, size)) for image, _ in kept])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), folder.labels[[at for _, at in kept]]
 

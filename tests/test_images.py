@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from jepa_kernels import train
 from jepa_kernels.data import _turned, random_crop
 from jepa_kernels.images import Folder, ImageCrops, _found, labelled
-from jepa_kernels.video import frame_rate, listed
+from jepa_kernels.video import VideoClips, _path, frame_rate, listed
 from jepa_kernels.views import Views
 from tests import runs
 from tests.test_train import TINY
+from tests.videos import write
 
 PIL = pytest.importorskip("PIL.Image")
 COLORS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
@@ -185,6 +186,16 @@ def test_a_wrong_folder_is_refused_before_anything_is_written(change, message, r
     assert capsys.readouterr().err.startswith(message) and not (tmp_path / "run").exists()
 
 
+def test_labelled_images_of_which_none_decodes_are_an_error(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn.jpg").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="leaves out"), pytest.raises(ValueError) as error:
+        labelled(Folder(str(tmp_path)), 8, 4, seed=0)
+    said = "data: root must hold an image that decodes, got 2 chosen that do not; encode them again"
+    assert str(error.value) == said
+
+
 def test_videos_of_folders_and_lists(tmp_path):
     deep = tmp_path / "videos" / "deep"
     deep.mkdir(parents=True)
@@ -194,7 +205,7 @@ def test_videos_of_folders_and_lists(tmp_path):
     (tmp_path / "list.txt").write_text("videos/deep/b.mp4\n")
     found = [str(deep / "a.MKV"), str(deep / "b.mp4")]
     assert listed([str(tmp_path / "videos")]) == found
-    assert listed([str(tmp_path / "list.csv"), "bikes"]) == [*found[::-1], "bikes"]
+    assert listed([str(tmp_path / "list.csv"), "bikes"]) == [f"{found[1]} 17", f"{found[0]},3", "bikes"]
     assert listed([str(tmp_path / "list.txt")]) == found[1:]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"^VideoClips: videos must hold files with \.mp4, .*; pass other folders$"):
@@ -204,7 +215,7 @@ def test_videos_of_folders_and_lists(tmp_path):
 def test_whole_videos_are_decoded_anew_in_the_order_of_published_samplers(tmp_path):
     pytest.importorskip("av")
     from jepa_kernels.data import bundled
-    from jepa_kernels.video import VIDEOS, VideoClips
+    from jepa_kernels.video import VIDEOS
 
     (tmp_path / "torn.mp4").write_bytes(b"torn")
     paths = [str(bundled(VIDEOS[name])) for name in ("bikes", "carphone_pristine")] + [str(tmp_path / "torn.mp4")]
@@ -223,9 +234,46 @@ def test_whole_videos_are_decoded_anew_in_the_order_of_published_samplers(tmp_pa
 def test_frames_a_second_set_the_step_between_frames():
     pytest.importorskip("av")
     from jepa_kernels.data import bundled
-    from jepa_kernels.video import VIDEOS, VideoClips
+    from jepa_kernels.video import VIDEOS
 
     rate = frame_rate(str(bundled(VIDEOS["bikes"])))
     assert rate == 25
     by_rate, by_step = (VideoClips(16, 4, videos=("bikes",), **how) for how in ({"fps": 8}, {"frame_step": 3}))
     assert all(torch.equal(by_rate[i][0], by_step[i][0]) for i in range(3))
+
+
+def test_a_line_is_a_file_where_it_is_one_and_else_ends_with_a_label(tmp_path, monkeypatch):
+    for name in ("clip", "clip 12", "one.mp4", "lists/two.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [_path(str(tmp_path / line)) for line in ("clip 12", "clip 13", "clip", "one.mp4, -1")] == [
+        str(tmp_path / name) for name in ("clip 12", "clip", "clip", "one.mp4")
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lists/of_folder.txt").write_text("gone.mp4 0\none.mp4 1\n")
+    assert listed(["lists/of_folder.txt"]) == ["gone.mp4 0", "one.mp4 1"]
+    (tmp_path / "lists/of_list.csv").write_text("gone.mp4 0\ntwo.mp4 1\n")
+    assert listed(["lists/of_list.csv"]) == ["lists/gone.mp4 0", "lists/two.mp4 1"]
+    (tmp_path / "quoted.csv").write_text('path,label\n"one.mp4",3\n')
+    with pytest.raises(ValueError) as error:
+        listed(["quoted.csv"])
+    assert str(error.value) == (
+        "VideoClips: videos must hold lists with a file a line, got 'path,label' in quoted.csv; "
+        "pass paths that are absolute or relative to the list, without quotes"
+    )
+    with pytest.raises(ValueError, match=r"videos must be files or one of .*, got 'gone.mp4'; check the spelling"):
+        listed(["gone.mp4"])
+
+
+def test_lines_of_long_lists_are_looked_for_when_they_are_shown(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    path = write(tmp_path / "a.mp4", np.zeros((8, 16, 16, 3), np.uint8))
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/{name}.mp4 1\n" for name in "agggg"))
+    looked, isfile = [], os.path.isfile
+    monkeypatch.setattr(os.path, "isfile", lambda path: looked.append(path) or isfile(path))
+    clips = VideoClips(16, 2, videos=listed([str(tmp_path / "list.txt")]), span="whole", keep=False)
+    assert looked == [f"{path} 1", str(path)] and clips.paths.dtype.kind == "S"
+    with pytest.warns(
+        UserWarning, match=r"VideoClips skips a video, 1 so far: .* got '.*g\.mp4 1'; check the spelling"
+    ):
+        assert [clips[i][1] for i in range(5)] == [0] * 5

@@ -50,10 +50,10 @@ class ClipData(Data):
     horizontal_flip: bool = True
     grey: float = 0.0
     frame_step: int = 4
-    fps: int = 0  # frames a second, whatever the video's rate, in place of frame_step
+    fps: int = 0  # frames a second, or the video's own where these are fewer, in place of frame_step
     videos: tuple[str, ...] = tuple(VIDEOS)  # or files, folders of them, lists of them (.txt, .csv)
     whole: bool = (
-        False  # clips of whole videos, each decoded anew, so that lists may be long; no probes: none is held out
+        False  # clips of whole videos, decoded anew one by one, so that lists may be long; no probes: none is held out
     )
 
 
