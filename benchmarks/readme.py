@@ -1,7 +1,8 @@
 """Writes the committed results into README.md, and takes a run's results into benchmarks/results/.
 
 `python -m benchmarks.readme` writes the tables; `--adopt FILE` takes bench-results/latest.json, a training run's
-probe.json, a closed loop's plan.json, bench-results/balance.json or ranks.json first.
+probe.json, a closed loop's plan.json, bench-results/balance.json or ranks.json,
+or what benchmarks.saves prints, first.
 """
 
 import argparse
@@ -234,6 +235,19 @@ def scaling(document: dict[str, Any]) -> str:
     return "\n".join([head, "", *table(columns, cells)])
 
 
+def saving(document: dict[str, Any]) -> str:
+    """What checkpoints cost a run."""
+    lines = []
+    for one in document["saves"]:
+        lines.append(
+            f"`python -m benchmarks.saves` on {one['machine']['cpu']} ({commit({'sha': one['commit']})}): a save of `train "
+            f"{one['config']}` ({one['checkpoint_mb']:.1f} MB) keeps the loop for {max(one['save_s']) * 1e3:.0f} ms, "
+            f"**{one['share_of_steps']:.2%}** of the steps between two; a run that was killed takes its next step "
+            f"**{one['resume_s']:.1f} s** after it is started again."
+        )
+    return "\n\n".join(lines)
+
+
 def span(one: dict[str, Any]) -> str:
     low, high = one["ci95"]
     return f"{low:.2f} to {high:.2f}"
@@ -290,6 +304,7 @@ def insert(page: str, tables: str) -> str:
 ALONE: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "balance": ("simulation", balance),
     "ranks": ("scaling", scaling),
+    "saves": ("saves", saving),
 }
 
 

@@ -77,7 +77,7 @@ def measure(config: str) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.saves", description=__doc__.split("\n")[0])
     parser.add_argument("configs", nargs="*", default=["ijepa"])
-    print(json.dumps([measure(config) for config in parser.parse_args().configs], indent=1))
+    print(json.dumps({"saves": [measure(config) for config in parser.parse_args().configs]}, indent=1))
 
 
 if __name__ == "__main__":
