@@ -239,11 +239,13 @@ def saving(document: dict[str, Any]) -> str:
     """What checkpoints cost a run."""
     lines = []
     for one in document["saves"]:
+        where = f"on {one['machine']['cpu']} ({commit({'sha': one['commit']})})"
+        size = f"`train {one['config']}` ({one['checkpoint_mb']:.1f} MB)"
+        blocked = f"{max(one['save_s']) * 1e3:.0f} ms, **{one['share_of_steps']:.2%}** of the steps between two"
+        resumed = f"**{one['resume_s']:.1f} s** after it is started again"
         lines.append(
-            f"`python -m benchmarks.saves` on {one['machine']['cpu']} ({commit({'sha': one['commit']})}): a save of `train "
-            f"{one['config']}` ({one['checkpoint_mb']:.1f} MB) keeps the loop for {max(one['save_s']) * 1e3:.0f} ms, "
-            f"**{one['share_of_steps']:.2%}** of the steps between two; a run that was killed takes its next step "
-            f"**{one['resume_s']:.1f} s** after it is started again."
+            f"`python -m benchmarks.saves` {where}: a save of {size} keeps the loop for {blocked}; a killed run "
+            f"takes its next step {resumed}."
         )
     return "\n\n".join(lines)
 
