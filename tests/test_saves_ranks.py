@@ -24,6 +24,7 @@ from jepa_kernels.training.ranks import Ranks
 from tests import runs
 from tests.test_train import TINY, same
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes have
 CHECKS = {}
 
 
