@@ -1,6 +1,7 @@
 """Short training runs by the command's own parts, and what they leave."""
 
 import json
+import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -11,6 +12,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from jepa_kernels import train
 from jepa_kernels.configs import flat
 from jepa_kernels.training import disk, saves
+from jepa_kernels.training import log as logs
+
+LOGGED = {"step", "loss", "std", "rank", "grad_norm", "skipped", "lr", "weight_decay"}  # of every model, but for times
 
 
 def fit(path, out, *words, stop=None):
@@ -62,3 +66,15 @@ def held_writers(patched):
 def weights(path):
     """The model's state dict in a checkpoint."""
     return {n.removeprefix("model."): x for n, x in held(path).items() if n.startswith("model.")}
+
+
+def signal_after(patched, step, number):
+    """This process gets a signal as soon as its log has this step."""
+
+    def append_and_signal(log, row):
+        append(log, row)
+        if row["step"] == step:
+            signal.raise_signal(number)
+
+    append = logs._append
+    patched.setattr(logs, "_append", append_and_signal)

@@ -3,10 +3,7 @@
 import errno
 import os
 import sys
-import traceback
-from datetime import timedelta
 from io import StringIO
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -22,38 +19,18 @@ from jepa_kernels.training import feed, saves, state
 from jepa_kernels.training.networks import whole
 from jepa_kernels.training.ranks import Ranks
 from tests import runs
+from tests.processes import Checks
 from tests.test_train import TINY, same
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the processes have
-CHECKS = {}
 
 
-def on(ranks):
-    """A check that runs in so many processes, with `folder` to share, in the order of the file."""
-
-    def keep(check):
-        CHECKS[check.__name__] = check, ranks
-        return check
-
-    return keep
+def _place(rank, world):
+    return Ranks(rank, world, rank, timeout=180.0)
 
 
-def _run(rank, folder):
-    """Every check in turn, each in a group of its own: what went wrong, or nothing, is left in a file."""
-    torch.set_num_threads(1)
-    for name, (check, world) in CHECKS.items():
-        if rank < world:
-            store = f"file://{folder}/{name}.store"
-            dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(minutes=3)
-            )
-            failure = ""
-            try:
-                check(folder, Ranks(rank, world, rank, timeout=180.0))
-            except BaseException:
-                failure = traceback.format_exc()
-            Path(folder, f"{name}.{rank}").write_text(failure)
-            dist.destroy_process_group()
+CHECKS = Checks(_place)
+on = CHECKS.on
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +38,7 @@ def folder(tmp_path_factory):
     """Where processes that ran all checks left their failures: one start of Python for each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    torch.multiprocessing.spawn(_run, (folder,), nprocs=max(ranks for _, ranks in CHECKS.values()))
+    CHECKS.run(folder)
     return folder
 
 
@@ -216,10 +193,9 @@ def what_one_rank_refuses_no_rank_takes(folder, ranks):
     assert same(whole_state(trainer), before) and trainer.step == 0
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*CHECKS])
 def test_in_processes(name, folder):
-    failures = [Path(folder, f"{name}.{rank}").read_text() for rank in range(CHECKS[name][1])]
-    assert not any(failures), "\n".join(failures)
+    CHECKS.passed(name, folder)
 
 
 @pytest.mark.parametrize("name, saved_on", [("fsdp", 4), ("ddp", 2)])

@@ -1,9 +1,5 @@
 """Sharded and replicated networks in processes that talk through gloo: updates are local and equal the whole ones."""
 
-import traceback
-from datetime import timedelta
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,48 +16,21 @@ from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.nn import EMA
 from jepa_kernels.training.measures import ema_squares
+from tests.processes import Checks
 
 CONFIG = IJEPAConfig(
     crop_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=1
 )
 
-
-CHECKS = {}
-
-
-def on(ranks):
-    """A check that runs in so many processes, with `folder` to share."""
-
-    def keep(check):
-        CHECKS[check.__name__] = check, ranks
-        return check
-
-    return keep
-
-
-def _run(rank, folder):
-    """Every check in turn, each in a group of its own: what went wrong, or nothing, is left in a file."""
-    torch.set_num_threads(1)
-    for name, (check, ranks) in CHECKS.items():
-        if rank < ranks:
-            store = f"file://{folder}/{name}.store"
-            dist.init_process_group(
-                "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=3)
-            )
-            failure = ""
-            try:
-                check(folder)
-            except BaseException:
-                failure = traceback.format_exc()
-            Path(folder, f"{name}.{rank}").write_text(failure)
-            dist.destroy_process_group()
+CHECKS = Checks()
+on = CHECKS.on
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where processes that ran all checks left their failures: one start of Python for each rank."""
     folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(_run, (folder,), nprocs=max(ranks for _, ranks in CHECKS.values()))
+    CHECKS.run(folder)
     return folder
 
 
@@ -281,7 +250,6 @@ def tensors_sharded_otherwise_are_refused(_):
     assert torch.equal(rows.to_local(), before)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [*CHECKS])
 def test_in_processes(name, folder):
-    failures = [Path(folder, f"{name}.{rank}").read_text() for rank in range(CHECKS[name][1])]
-    assert not any(failures), "\n".join(failures)
+    CHECKS.passed(name, folder)

@@ -123,13 +123,7 @@ def test_what_was_refused_is_refused_when_torchrun_starts_again(config, whole):
 
 
 def test_one_process_that_is_asked_to_end_saves_and_ends_well(config, tmp_path, monkeypatch, capsys):
-    def ask_in_step_3(log, row):
-        append(log, row)
-        if row["step"] == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    append = logs._append
-    monkeypatch.setattr(logs, "_append", ask_in_step_3)
+    runs.signal_after(monkeypatch, 3, signal.SIGTERM)
     assert train.main([str(config), "--out", str(tmp_path / "run")]) == 0
     assert "stopped at step 3; continue with the same command and --resume" in capsys.readouterr().out
     assert runs.newest(tmp_path / "run").name == "step-00000003"

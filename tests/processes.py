@@ -1,0 +1,56 @@
+"""Checks that run in several processes which talk through gloo: one start of Python for all checks of a file."""
+
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+class Checks:
+    """The checks of a file, by name, in its order.
+
+    given: what a check takes besides the folder that all share, a function of its rank and their number.
+    """
+
+    def __init__(self, given=None):
+        self.known, self.given = {}, given
+
+    def __iter__(self):
+        return iter(self.known)
+
+    def on(self, ranks):
+        """A check that runs in so many processes."""
+
+        def keep(check):
+            self.known[check.__name__] = check, ranks
+            return check
+
+        return keep
+
+    def run(self, folder):
+        """All of them: how each failed, or nothing, is left in the folder."""
+        most = max(ranks for _, ranks in self.known.values())
+        torch.multiprocessing.spawn(_run, (folder, self.known, self.given), nprocs=most)
+
+    def passed(self, name, folder):
+        """Assert that a check failed on no rank."""
+        failures = [Path(folder, f"{name}.{rank}").read_text() for rank in range(self.known[name][1])]
+        assert not any(failures), "\n".join(failures)
+
+
+def _run(rank, folder, known, given):
+    """Every check in turn, each in a group of its own."""
+    torch.set_num_threads(1)
+    for name, (check, world) in known.items():
+        if rank < world:
+            store, limit = f"file://{folder}/{name}.store", timedelta(minutes=3)
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
+            failure = ""
+            try:
+                check(folder, *([] if given is None else [given(rank, world)]))
+            except BaseException:
+                failure = traceback.format_exc()
+            Path(folder, f"{name}.{rank}").write_text(failure)
+            dist.destroy_process_group()
