@@ -90,6 +90,7 @@ WORKLOADS = (
     workload("vit_h14", 1280, 32, **ON_GPU),
     workload("vit_h14_bf16_shadows", 1280, 32, shadows=True, **ON_GPU),
 )
+SMALL = (workload("small", 32, 1, shadows=True),)
 
 
 @each("adamw_ema", WORKLOADS)

@@ -138,6 +138,7 @@ WORKLOADS = (
     workload("ijepa_b32", cases.rectangular(32, 70, 4, 42, 384, 256), smoke=True),
     workload("ijepa_b32_packed", cases.packed(CONTEXTS, TARGETS, 384, count=256)),
 )  # fmt: skip
+SMALL = (workload("small", cases.packed((20, 31), (40, 50), 96, count=64), dtypes=("float32", "bfloat16")),)
 
 
 @each("assemble_tokens", WORKLOADS)

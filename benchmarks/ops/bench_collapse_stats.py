@@ -45,6 +45,7 @@ WORKLOADS = (
     workload("vit_h14_b16", 16, 256, 1280, dtypes=("float32", "bfloat16"), devices=("cpu", "cuda")),
     workload("vit_s16_b4", 4, 196, 384, smoke=True),
 )
+SMALL = (workload("small", 4, 50, 96, dtypes=("float32", "bfloat16")),)
 
 
 @each("collapse_stats", WORKLOADS)

@@ -43,6 +43,7 @@ WORKLOADS = (
     ),
     Workload("vjepa21_64_frames", cases.rectangular((32, 24, 24), 1, 4000, 8000), moved, flops, rivals),
 )
+SMALL = (Workload("small", cases.rectangular((4, 8, 8), 2, 60, 70), moved, flops),)
 
 
 @each("distance_weights", WORKLOADS)

@@ -130,6 +130,7 @@ WORKLOADS = (
     on_gpu("vit_h14_bf16_shadow", VIT_H, shadow=True),
     on_gpu("vit_g16", encoder_shapes(1408, 40)),
 )
+SMALL = (workload("small", encoder_shapes(32, 1), shadow=True),)
 
 
 @each("ema_update", WORKLOADS)

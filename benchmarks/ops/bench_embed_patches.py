@@ -172,6 +172,7 @@ WORKLOADS = (
     ),
     workload("vjepa2_vit_g_31_b24", clips(24, VIT_G16_CLIP), small=clips(1, VIT_G16_CLIP), **GPU),
 )
+SMALL = (workload("small", rectangular(Images(2, 3, (8, 8), 8, 96), 1, 17), dtypes=("float32", "bfloat16")),)
 
 
 @each("embed_patches", WORKLOADS)

@@ -83,6 +83,7 @@ WORKLOADS = (
     ),
     workload("positions_vit_s16_b8", cases.rectangular(1, 196, 384, 32, 33), grads=(), smoke=True),
 )
+SMALL = (workload("small", cases.packed(4, 64, 96, (20, 31, 10, 17)), dtypes=("float32", "bfloat16")),)
 
 
 @each("gather_tokens", WORKLOADS)

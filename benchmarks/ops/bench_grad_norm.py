@@ -42,6 +42,7 @@ WORKLOADS = (
     workload("vit_b16", 768, 12, reference_timed=True),
     workload("vit_h14", 1280, 32, devices=("cuda",)),
 )
+SMALL = (workload("small", 32, 1),)
 
 
 @each("grad_norm", WORKLOADS)

@@ -51,6 +51,7 @@ WORKLOADS = (
     workload("vl_jepa_b24k", 24_000, 1536, dtypes=("bfloat16",), devices=("cuda",), reference_timed=False,
              small=cases.pairs(2000, 1536, temperature=0.07)),
 )  # fmt: skip
+SMALL = (workload("small", 100, 96, dtypes=("float32", "bfloat16")),)
 
 
 @each("info_nce", WORKLOADS)

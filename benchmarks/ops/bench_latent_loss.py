@@ -133,6 +133,7 @@ WORKLOADS = (
     workload("ijepa_vit_h14_b32_packed", cases.packed(32, 256, 1280, LENGTHS), packed_rivals),
     workload("ijepa_vit_s16_b8", cases.rectangular(8, 196, 384, 4, 33), eager_rivals, smoke=True),
 )  # fmt: skip
+SMALL = (workload("small", cases.rectangular(2, 64, 96, 2, 17), eager_rivals, dtypes=("float32", "bfloat16")),)
 
 
 @each("latent_loss", WORKLOADS)

@@ -211,6 +211,11 @@ WORKLOADS = (
     on_gpu("vjepa2_predictor_b24", 24, 12, 1480, 32),
     on_gpu("vjepa2_vit_l_target_b24", 24, 16, 2048, 64),
 )  # fmt: skip
+SMALL = (
+    workload("small", packed((30, 41, 64), 2, 64), dtypes=BOTH),
+    workload("small_long", dense(1, 1, 300, 80)),
+    workload("small_rope", dense(1, 2, 64, 64, rope=True), grads=()),
+)
 
 
 @each("masked_attention", WORKLOADS)

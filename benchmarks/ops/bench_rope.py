@@ -121,6 +121,7 @@ WORKLOADS = (
     workload("vjepa2_vit_l_masked", masked(4, 503, 16), dtypes=("float32", "bfloat16")),
     workload("vjepa2_vit_g_clip_b24", whole(24, 22), small=whole(1, 2), dtypes=("bfloat16",), devices=("cuda",)),
 )
+SMALL = (workload("small", masked(1, 50, 2), dtypes=("float32", "bfloat16")),)
 
 
 @each("rope", WORKLOADS)

@@ -63,6 +63,7 @@ WORKLOADS = (
     workload("n4096_e512_k1000", cases.embeddings(4096, 512, slices=1000), devices=("cuda",)),
     workload("n128_e256_k128", cases.embeddings(128, 256, slices=128), smoke=True),
 )
+SMALL = (workload("small", cases.embeddings(64, 64, slices=64)),)
 
 
 @each("sigreg", WORKLOADS)
