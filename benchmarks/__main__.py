@@ -4,6 +4,7 @@ The rows are written to OUT/latest.json as they come, so that an interrupted or 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -15,17 +16,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, rows, text
+from benchmarks import compare, report, rows, text
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130
+CHOSEN = ("row", "op", "workload", "dtype")
+NEEDED = ("pytest", "pytest_benchmark")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__.splitlines()[0])
+class Refused(Exception):
+    """Nothing was measured, and why."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks",
+        description=__doc__.splitlines()[0],
+        epilog="`compare A.json B.json` as first argument: what changed between two results",
+    )
     parser.add_argument("--smoke", action="store_true", help="a selection that takes under a minute")
     parser.add_argument("--row", action="append", default=[], metavar="KEY",
                         help="measure only name[/workload[/pass[/dtype[/baseline]]]]; may be repeated")  # fmt: skip
+    for name in ("--op", "--workload", "--dtype"):
+        parser.add_argument(name, action="append", default=[], help="measure only these; may be repeated")
+    parser.add_argument("--backend", help="measure this backend of ours, and no other in its place; ops alone")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--budget", type=float, help="seconds of timing per run (default 1, smoke 0.3)")
@@ -40,7 +54,8 @@ def command(args: argparse.Namespace) -> list[str]:
              f"--threads={args.threads}"]  # fmt: skip
     found += ["--smoke"] if args.smoke else []
     found += [f"--budget={args.budget}"] if args.budget else []
-    return found + [f"--row={key}" for key in args.row]
+    found += [f"--backend={args.backend}"] if args.backend else []
+    return found + [f"--{name}={key}" for name in CHOSEN for key in getattr(args, name)]
 
 
 def start(args: argparse.Namespace, events: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -73,9 +88,19 @@ def follow(child: subprocess.Popen[bytes], events: Path) -> Iterator[dict[str, A
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        return compare.main(argv[1:])
     args = parse(argv)
+    gone = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if gone:
+        print(f"bench: {gone[0]} must be installed, got none; pip install 'jepa_kernels[bench]'", file=sys.stderr)
+        return 2
     try:
         return measure(args, argv)
+    except Refused as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         actual = f"{error.strerror or error} ({error.filename or args.out})"
         print(
@@ -84,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def measure(args: argparse.Namespace, argv: list[str] | None) -> int:
+def measure(args: argparse.Namespace, argv: list[str]) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     events, log, latest = args.out / "events.jsonl", args.out / "pytest.log", args.out / "latest.json"
     began = time.time()
@@ -92,7 +117,7 @@ def measure(args: argparse.Namespace, argv: list[str] | None) -> int:
         "schema": rows.SCHEMA,
         "status": "partial",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-        "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]),
+        "command": shlex.join(["python", "-m", "benchmarks", *argv]),
         **{name: {} for name in ("machine", "git", "versions", "peaks")},
         "rows": [],
     }
@@ -146,6 +171,10 @@ def take(event: dict[str, Any], document: dict[str, Any], latest: Path, progress
     if kind == "header":
         document.update(event)
         progress.header(document)
+    elif kind == "refused":
+        raise Refused(event["why"])
+    elif kind == "note":
+        progress.note(event["text"])
     elif kind == "collected":
         progress.total(event["count"])
     elif kind == "start":

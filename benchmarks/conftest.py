@@ -5,6 +5,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,10 @@ from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
+from benchmarks.selection import Selection, instead
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
+from jepa_kernels._core.select import BACKENDS
 
 AnyRun = Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun
 
@@ -29,6 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("jepa_kernels")
     group.addoption("--smoke", action="store_true", help="the one-minute selection, fewer rounds")
     group.addoption("--row", action="append", default=[], help="name[/workload[/pass[/dtype[/baseline]]]]")
+    for name in ("--op", "--workload", "--dtype"):
+        group.addoption(name, action="append", default=[], help="measure only these; may be repeated")
+    group.addoption("--backend", help="of ours, by name: ops alone, and no other backend in its place")
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--threads", type=int, default=machine.cores())
     group.addoption("--budget", type=float, default=None, help="seconds of timing per run")
@@ -48,27 +54,50 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "default::jepa_kernels.BackendWarning")
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        emit(event="note", text=f"skipped {report.nodeid}: {report.longrepr[2]}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = [item for item in items if _wanted(item, config)]
+    option, device = config.getoption, config.getoption("--bench-device")
+    selection = Selection(option("--row"), option("--op"), option("--workload"), option("--dtype"))
+    here = [item.callspec.id for item in items if hasattr(item, "callspec") and device in devices(item)]
+    why = (selection.problem(here) if selection else None) or unknown_backend(option("--backend"))
+    if why:
+        emit(event="refused", why=why)
+        raise pytest.UsageError(why)
+    chosen = [item for item in items if _wanted(item, config, selection)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
     emit(event="collected", count=len(chosen))
 
 
-def _wanted(item: pytest.Item, config: pytest.Config) -> bool:
+def devices(item: pytest.Item) -> tuple[str, ...]:
+    return item.callspec.params["workload"].devices
+
+
+def unknown_backend(name: str | None) -> str | None:
+    if name is None or name in BACKENDS:
+        return None
+    return f"--backend must name a backend of ours, {instead(name, BACKENDS)}"
+
+
+def _wanted(item: pytest.Item, config: pytest.Config, selection: Selection) -> bool:
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return True
-    if config.getoption("--bench-device") not in callspec.params["workload"].devices:
+    if config.getoption("--bench-device") not in devices(item):
+        return False
+    if config.getoption("--backend") and "bench" not in item.fixturenames:  # a whole model has ops of several
         return False
     if config.getoption("--smoke") and not (
         callspec.params["workload"].smoke and callspec.params["dtype"] == "float32"
     ):
         return False
-    wanted = [row.split("/")[:4] for row in config.getoption("--row")]
-    if not wanted:  # a stand-in of the one-minute run says nothing that the whole run doesn't
+    if not selection:  # a stand-in of the one-minute run says nothing that the whole run doesn't
         return config.getoption("--smoke") or not callspec.params["workload"].name.startswith("smoke_")
-    return any(callspec.id.split("/")[: len(parts)] == parts for parts in wanted)
+    return selection.takes(callspec.id)
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +117,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
         budget_s=option("--budget") or (0.3 if smoke else 0.5),
         min_rounds=5 if smoke else 7,
         baseline=names.pop() if len(names) == 1 else None,
+        backend=option("--backend"),
         peaks=peaks,
     )
 
@@ -104,7 +134,8 @@ def record(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Callable[
             print("", *map(row_line, found), sep="\n  ")
 
     yield take
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:  # its import takes seconds
+        torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -124,7 +155,7 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
         record(found)
         red = [row for row in found if not row["parity"]["pass"]]
         if red:
-            pytest.fail(f"{run.group}: parity is red, no number: {red[0]['parity']}", pytrace=False)
+            pytest.fail(f"{run.group}: no number, {red[0]['error']}: {red[0]['parity']}", pytrace=False)
 
     return measured
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Settings:
     budget_s: float = 2.0
     min_rounds: int = 15
     baseline: str | None = None  # only this rival
+    backend: str | None = None  # of ours; None: as chosen by itself
     peaks: dict[str, Any] | None = None
 
 
@@ -41,6 +43,7 @@ class Run:
         self.made: Inputs | None = None
         case = workload.case
         self.function = workload.function or op
+        self.named = {} if settings.backend is None else {"backend": settings.backend}
         self.public = getattr(jk, self.function)
         self.reference = workload.reference or testing.op_module(op, "reference").forward
         self.case = case if stage == "backward" else type(case)(**{**case.__dict__, "grads": ()})
@@ -61,8 +64,8 @@ class Run:
 
     def functions(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """Ours, the reference, the compiled reference where asked for, and the rivals, on these inputs."""
-        public = self.public
-        found = {OURS: lambda: public(**inputs), "reference": lambda: public(**inputs, backend="reference")}
+        public, ours = self.public, partial(self.public, **self.named)
+        found = {OURS: lambda: ours(**inputs), "reference": lambda: public(**inputs, backend="reference")}
         timed = self.workload.reference_timed
         if not (self.workload.small is None if timed is None else timed):
             del found["reference"]
@@ -83,7 +86,7 @@ class Run:
             "pass": self.stage,
             "dtype": self.dtype,
             "device": s.device,
-            "backend": jk.explain(self.function, **inputs).split()[1],
+            "backend": jk.explain(self.function, **inputs, **self.named).split()[1],
             "bytes": self.workload.bytes(inputs, self.stage),
             "flops": self.workload.flops(inputs, self.stage),
             "threads": s.threads,
@@ -93,7 +96,7 @@ class Run:
         """Ours against the float64 reference, within the error budget; and the exact results."""
         exact = testing.run(self.reference, testing.upcast(self.checked()), self.case)
         eager = testing.run(self.reference, self.checked(), self.case)
-        ours = testing.run(self.public, self.checked(), self.case)
+        ours = testing.run(partial(self.public, **self.named), self.checked(), self.case)
         caps = getattr(testing.op_module(self.op, "cases"), "CAPS", {})
         cap = caps.get(getattr(torch, self.dtype), float("inf"))
         return verdict([testing.compare(n, ours[n], exact[n], eager[n], cap) for n in exact]), exact
@@ -120,10 +123,13 @@ class Run:
         return {n: with_backward(f, leaves) for n, f in functions.items()} if leaves else functions
 
     def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity fails every row and times nothing."""
-        s = self.settings
-        parity, exact = self.parity()
-        inputs = self.inputs()
+        """Measure. A red parity, or a backend that can't run it, fails every row and times nothing."""
+        s, inputs = self.settings, self.inputs()
+        try:
+            parity, exact = self.parity()
+        except jk.BackendError as refused:
+            common = {**self.common(inputs), "parity": verdict([])}
+            return self.finish([failed(common, n, str(refused)) for n in self.functions(inputs) if n != OURS])
         common = {**self.common(inputs), "parity": parity}
         names = [n for n in self.functions(inputs) if n != OURS]
         if not parity["pass"]:
@@ -163,7 +169,7 @@ class Run:
 
     def finish(self, found: list[Row]) -> list[Row]:
         s = self.settings
-        return [{**row, "repro": repro(key(row), s.device, s.threads)} for row in found]
+        return [{**row, "repro": repro(key(row), s.device, s.threads, s.backend)} for row in found]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -175,7 +181,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 def verdict(checks: list[testing.Parity]) -> dict[str, Any]:
-    """The worst tensor's error and budget."""
+    """The worst tensor's error and budget; of none, no pass."""
+    if not checks:
+        return {"pass": False, "max_err": None, "budget": None, "tensor": None}
     worst = max(checks, key=lambda p: float("inf") if not p.ok else p.max_err / max(p.max_budget, 1e-300))
     return {
         "pass": all(p.ok for p in checks),

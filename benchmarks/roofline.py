@@ -1,6 +1,7 @@
 """The roofline: what each kernel reached, under the bandwidth and the arithmetic that were measured here."""
 
 import io
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ THEMES = {
     "light": {"page": "#ffffff", "text": "#1f2328", "faint": "#d0d7de", "roof": "#57606a"},
     "dark": {"page": "#0d1117", "text": "#e6edf3", "faint": "#30363d", "roof": "#8b949e"},
 }
-COLOURS = ("#0a7ea4", "#d1642b", "#3f8f4f", "#8a5cc2", "#c23b6b", "#9a7b12")
+COLOURS = (
+    "#0a7ea4", "#d1642b", "#3f8f4f", "#8a5cc2", "#c23b6b", "#9a7b12", "#2aa198", "#5b6b7b", "#e39a2d", "#4464c4",
+    "#8fb83a", "#b08968", "#d77fc0",
+)  # fmt: skip
 MARKERS = {"float32": "o", "bfloat16": "s", "float16": "^"}
 SLOPES = ("copy_gbs", "read_gbs")
 
@@ -20,7 +24,7 @@ def points(found: list[Row]) -> list[dict[str, Any]]:
     """One point a run: operations per byte, and GFLOP/s. Runs without bytes, operations or a time have none."""
     seen: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in found:
-        if row["ours_us"] and row["bytes"] and row["flops"]:
+        if row["ours_us"] and row["bytes"] and row["flops"] and row["dtype"] in MARKERS:
             rate = row["flops"] / row["ours_us"]["p50"] / 1e3
             run = tuple(row[f] for f in ("name", "workload", "pass", "dtype"))
             seen.setdefault(
@@ -31,18 +35,24 @@ def points(found: list[Row]) -> list[dict[str, Any]]:
 
 def draw(document: dict[str, Any], theme: str) -> bytes | None:
     """The picture as PNG; None where nothing can be drawn."""
-    found = points(document["rows"])
-    if not found or not document["peaks"]:
+    if not points(document["rows"]) or not document["peaks"]:
         return None
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        drawn = figure(document, theme)
     except ImportError:
         return None
-    style = THEMES[theme]
-    figure = Figure(figsize=(9, 4.6), dpi=160, facecolor=style["page"], layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot(facecolor=style["page"])
+    picture = io.BytesIO()
+    drawn.savefig(picture, format="png", dpi=160)
+    return picture.getvalue()
+
+
+def figure(document: dict[str, Any], theme: str) -> Any:
+    """Of matplotlib's; raises ImportError where that is missing."""
+    from matplotlib.figure import Figure
+
+    found, style = points(document["rows"]), THEMES[theme]
+    drawn = Figure(figsize=(9, 4.6), facecolor=style["page"], layout="constrained")
+    axis = drawn.add_subplot(facecolor=style["page"])
     axis.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
     _roofs(axis, document["peaks"], found, style)
     _scatter(axis, found, style)
@@ -53,9 +63,7 @@ def draw(document: dict[str, Any], theme: str) -> bytes | None:
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(style["faint"])
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return drawn
 
 
 def _roofs(axis: Any, peaks: dict[str, Any], found: list[dict[str, Any]], style: dict[str, str]) -> None:
@@ -94,19 +102,18 @@ def _roofs(axis: Any, peaks: dict[str, Any], found: list[dict[str, Any]], style:
 
 
 def _scatter(axis: Any, found: list[dict[str, Any]], style: dict[str, str]) -> None:
+    """A colour for each op, a shape for each dtype; the legend stands beside, where nothing is drawn."""
+    from matplotlib.lines import Line2D
+
     names = sorted({p["name"] for p in found})
-    for i, name in enumerate(names):
-        for dtype in MARKERS:
-            chosen = [p for p in found if (p["name"], p["dtype"]) == (name, dtype)]
-            if chosen:
-                axis.scatter(
-                    [p["x"] for p in chosen], [p["y"] for p in chosen], s=38, marker=MARKERS[dtype],
-                    color=COLOURS[i % len(COLOURS)], edgecolor=style["page"], linewidth=0.8, zorder=3,
-                    label=name if dtype == "float32" else f"{name} {dtype}",
-                )  # fmt: skip
-    legend = axis.legend(fontsize=8, frameon=False, loc="lower right")
-    for entry in legend.get_texts():
-        entry.set_color(style["text"])
+    dtypes = [dtype for dtype in MARKERS if any(p["dtype"] == dtype for p in found)]
+    colours = dict(zip(names, itertools.cycle(COLOURS), strict=False))
+    for p in found:
+        axis.scatter(p["x"], p["y"], s=38, marker=MARKERS[p["dtype"]], color=colours[p["name"]],
+                     edgecolor=style["page"], linewidth=0.8, zorder=3)  # fmt: skip
+    entries = [(name, "o", colours[name]) for name in names] + [(d, MARKERS[d], style["roof"]) for d in dtypes]
+    handles = [Line2D([], [], linestyle="", marker=m, color=colour, label=name) for name, m, colour in entries]
+    axis.figure.legend(handles=handles, fontsize=8, frameon=False, loc="outside right upper", labelcolor=style["text"])
 
 
 def save(picture: bytes, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,22 @@ def key(row: Row) -> str:
     return "/".join(row[f] for f in ("name", "workload", "pass", "dtype", "baseline"))
 
 
-def repro(row_key: str, device: str, threads: int) -> str:
+def repro(row_key: str, device: str, threads: int, backend: str | None = None) -> str:
     """The command that measures this row again."""
     extra = "" if device == "cpu" else f" --device {device}"
+    extra += "" if backend is None else f" --backend {backend}"
     return f"python -m benchmarks --row {row_key} --threads {threads}{extra}"
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """A file name for a machine: its GPU, or its processor, instruction set and threads."""
+    gpu = machine.get("gpu")
+    name = (
+        gpu["name"].removeprefix("NVIDIA ")
+        if gpu
+        else f"{machine['cpu']} {machine['isa']} {machine['threads']} threads"
+    )
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def stated(kind: str, run: Any, parity: dict[str, Any], **more: Any) -> Row:
@@ -76,8 +89,13 @@ def timed_row(common: Row, baseline: str, ours_s: np.ndarray, baseline_s: np.nda
         "ratio": stats.ratio(ours_s, baseline_s),
         "ci95": stats.ratio_ci95(ours_s, baseline_s),
         "rounds": len(ours_s),
+        "samples_us": {"ours": _samples(ours_s), "baseline": _samples(baseline_s)},  # for compare; not committed
         "status": "partial" if interrupted else "ok",
     }
+
+
+def _samples(seconds: np.ndarray) -> list[float]:
+    return [float(f"{s:.6g}") for s in seconds * 1e6]
 
 
 def problems(document: dict[str, Any]) -> list[str]:

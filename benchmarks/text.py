@@ -1,5 +1,9 @@
 """Rows as text: units, the one-line form, the live progress and the tables in the terminal."""
 
+import os
+import shutil
+import sys
+import textwrap
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +16,9 @@ try:
     from rich.table import Table
 except ImportError:
     rich = None
+
+
+FILE_WIDTH = 160  # of tables that go to no terminal
 
 
 def duration(us: float | None) -> str:
@@ -169,12 +176,19 @@ def terminal(document: dict[str, Any]) -> None:
             cells = [(name, *(duration(row["parts"][who].get(name)) for who in ("ours", "reference"))) for name in
                      row["parts"]["ours"]]  # fmt: skip
             show(f"{row['name']} {row['workload']}: the step by part", ("part", "ours", "reference"), cells, (1, 2))
-    show("Must reach", ("row", "asked", "measured", ""), target_cells(found), right=(1, 2))
+    cells = target_cells(found)
+    reached = [c for c in cells if c[-1] != "not measured"]
+    rest = f" (and {len(cells) - len(reached)} that were not measured)" if len(reached) < len(cells) else ""
+    show(f"Must reach{rest}", ("row", "asked", "measured", ""), reached, right=(1, 2))
 
 
-def show(title: str, columns: tuple[str, ...], cells: list[tuple[str, ...]], right: tuple[int, ...]) -> None:
-    if rich is None:
-        print(f"\n{title}", *("  ".join(c) for c in (columns, *cells)), sep="\n")
+def show(title: str, columns: tuple[str, ...], cells: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:
+    """A table; where the terminal is too narrow for it, a few short lines for each row."""
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = None if rich is None else Console(width=None if told else FILE_WIDTH)
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if console is None or sum(widths) + 3 * len(widths) + 1 > console.width:
+        print(f"\n{title}", *(stacked(columns, row) for row in cells), sep="\n")
         return
     table = Table(
         title=f"\n{title}", title_justify="left", title_style="bold", header_style="bold", box=rich.box.SIMPLE
@@ -184,7 +198,11 @@ def show(title: str, columns: tuple[str, ...], cells: list[tuple[str, ...]], rig
     colours = {"reached": "green", "missed": "red"}
     for row in cells:
         table.add_row(*row, style=colours.get(row[-1]))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
     console.print(table)
+
+
+def stacked(columns: tuple[str, ...], row: tuple[str, ...]) -> str:
+    """A row without its columns: each value after its name, where it has one, as many on a line as fit."""
+    named = [f"{name} {value}".strip() for name, value in zip(columns[1:], row[1:], strict=True)]
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(f"{row[0]}: {', '.join(named)}", width, subsequent_indent="  ", break_on_hyphens=False)

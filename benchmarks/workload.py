@@ -1,5 +1,6 @@
 """What an op's benchmark file states: workloads and rivals. Everything else (parity, timing, rows) is shared."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,12 @@ Inputs = dict[str, Any]
 
 def no_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {}
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One wrapper for all runs: a compiled function is found again by its identity."""
+    return torch.compile(function, dynamic=False)
 
 
 @dataclass(frozen=True)

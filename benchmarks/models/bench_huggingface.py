@@ -12,7 +12,7 @@ from benchmarks.workload import each
 from jepa_kernels.integrations import huggingface
 from jepa_kernels.video import clip_batch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'jepa_kernels[bench]'")
 
 CONTEXT = 400  # of 2048 patches; the others are the target
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, compiled, each, nbytes
 from jepa_kernels import Rope
 from jepa_kernels.ops.rope import reference
 
@@ -93,7 +93,7 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     q, k, positions = (inputs[n] for n in ("q", "k", "positions"))
     if isinstance(positions, Rope):
         positions = positions.positions[None]
-    compiled_table, compiled_turn = (torch.compile(f, dynamic=False) for f in (table, turn_both))
+    compiled_table, compiled_turn = compiled(table), compiled(turn_both)
     return {
         "published": lambda: (published(q, positions), published(k, positions)),
         "compile": lambda: compiled_turn(q, k, *compiled_table(positions)),
