@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict, with_backward
-from benchmarks.memory import peaks_and_seconds
-from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict, with_backward
+from benchmarks.modelrun import ModelRun
 from jepa_kernels import testing
 from jepa_kernels.models.vl_jepa import Predictor, VLJEPAConfig
 from jepa_kernels.nn.decoder import DecoderBlock
@@ -85,12 +83,13 @@ class Padded:
         return x * self.cos + torch.cat([-two, one], -1) * self.sin
 
 
-class AnsweringRun:
-    """One (model, workload)."""
+class AnsweringRun(ModelRun):
+    """All lengths packed, against a padded batch."""
+
+    kind, rivals, fewest = "predictor", ("padded",), 5
 
     def __init__(self, name: str, workload: Answering, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        super().__init__(name, workload, stage, dtype, settings)
         g, c = torch.Generator().manual_seed(0), workload.config
         self.visual = [torch.randn(n, c.vision_embed_dim, generator=g) for n in workload.visual]
         self.questions = [torch.randint(c.vocab_size, (n,), generator=g) for n in workload.asked]
@@ -127,31 +126,15 @@ class AnsweringRun:
         error = (theirs - ours).norm() / ours.norm()
         return None if error <= RIVAL_TOLERANCE[ours.dtype] else f"its embeddings differ by {error:.2g} of their norm"
 
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity, or a rival that predicts something else, times nothing."""
-        s, common = self.settings, self.common(self.parity())
-        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
-        if error:
-            return [finished(failed(common, "padded", error), s)]
+    def functions(self) -> dict[str, Callable[[], object]]:
         model = self.model(self.workload.config)
         step = partial(with_backward, leaves=list(model.parameters()))
-        functions = {OURS: step(self.ours(model)), "padded": step(Padded(model, self.visual, self.questions))}
-        memory, once = peaks_and_seconds(functions, s.device)
-        times = timing.interleave(
-            functions, budget_s=4 * s.budget_s, rounds=(5, 50), clock=timing.Clock(s.device), drive=drive, once=once
-        )
-        row = timed_row(common, "padded", times.of(OURS), times.of("padded"), times.interrupted)
-        if row["ours_us"] is not None:
-            row["share_of_peak"] = share_of_fma(s, common["flops"] / row["ours_us"]["p50"] * 1e6)
-        row |= {"peak_bytes": memory[OURS], "baseline_peak_bytes": memory["padded"]}
-        if times.interrupted:
-            raise Interrupted([finished(row, s)])
-        return [finished(row, s)]
+        return {OURS: step(self.ours(model)), "padded": step(Padded(model, self.visual, self.questions))}
 
-    def common(self, parity: dict[str, Any]) -> Row:
+    def counted(self) -> dict[str, Any]:
         lengths = np.array(self.workload.visual) + np.array(self.workload.asked)
-        counted = dict(tokens=int(lengths.sum()), baseline_tokens=int(lengths.max()) * len(lengths))
-        return stated("predictor", self, parity, flops=self.flops(lengths), **counted)
+        tokens, padded = int(lengths.sum()), int(lengths.max()) * len(lengths)
+        return dict(tokens=tokens, baseline_tokens=padded, flops=self.flops(lengths))
 
     def flops(self, lengths: Any) -> float:
         """Forward, and a backward of twice as many but for what is seen."""

@@ -18,6 +18,7 @@ from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import HostRun
 from benchmarks.measure import Interrupted, Run, Settings
+from benchmarks.modelrun import ModelRun
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
 from benchmarks.selection import Selection, instead
@@ -25,7 +26,7 @@ from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
 
-AnyRun = Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun
+AnyRun = Run | ModelRun | HostRun
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -160,49 +161,16 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
     return measured
 
 
-@pytest.fixture
-def bench(settings: Settings, measure: Callable[[Run], None]) -> Callable[..., None]:
-    """bench(op, workload, stage, dtype)"""
-    return lambda *what: measure(Run(*what, settings))
+def measuring(kind: type[Run] | type[ModelRun] | type[HostRun]) -> Any:
+    """The fixture that a benchmark calls with its parameters: (op or model, workload, stage, dtype)."""
+
+    @pytest.fixture
+    def bench(settings: Settings, measure: Callable[[AnyRun], None]) -> Callable[..., None]:
+        return lambda *what: measure(kind(*what, settings))
+
+    return bench
 
 
-@pytest.fixture
-def bench_step(settings: Settings, measure: Callable[[StepRun], None]) -> Callable[..., None]:
-    """bench_step(model, workload, stage, dtype)"""
-    return lambda *what: measure(StepRun(*what, settings))
-
-
-@pytest.fixture
-def bench_encoding(settings: Settings, measure: Callable[[EncodingRun], None]) -> Callable[..., None]:
-    """bench_encoding(model, workload, stage, dtype)"""
-    return lambda *what: measure(EncodingRun(*what, settings))
-
-
-@pytest.fixture
-def bench_crops(settings: Settings, measure: Callable[[CropsRun], None]) -> Callable[..., None]:
-    """bench_crops(model, workload, stage, dtype)"""
-    return lambda *what: measure(CropsRun(*what, settings))
-
-
-@pytest.fixture
-def bench_patched(settings: Settings, measure: Callable[[PatchedRun], None]) -> Callable[..., None]:
-    """bench_patched(name, workload, stage, dtype)"""
-    return lambda *what: measure(PatchedRun(*what, settings))
-
-
-@pytest.fixture
-def bench_planning(settings: Settings, measure: Callable[[PlanningRun], None]) -> Callable[..., None]:
-    """bench_planning(model, workload, stage, dtype)"""
-    return lambda *what: measure(PlanningRun(*what, settings))
-
-
-@pytest.fixture
-def bench_answering(settings: Settings, measure: Callable[[AnsweringRun], None]) -> Callable[..., None]:
-    """bench_answering(model, workload, stage, dtype)"""
-    return lambda *what: measure(AnsweringRun(*what, settings))
-
-
-@pytest.fixture
-def bench_host(settings: Settings, measure: Callable[[HostRun], None]) -> Callable[..., None]:
-    """bench_host(name, workload, stage, dtype)"""
-    return lambda *what: measure(HostRun(*what, settings))
+bench, bench_host = measuring(Run), measuring(HostRun)
+bench_step, bench_encoding, bench_crops = map(measuring, (StepRun, EncodingRun, CropsRun))
+bench_patched, bench_planning, bench_answering = map(measuring, (PatchedRun, PlanningRun, AnsweringRun))

@@ -4,14 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
-from benchmarks.memory import peaks_and_seconds
-from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict
+from benchmarks.modelrun import ModelRun
+from benchmarks.rows import Row
 from benchmarks.step import gradients
 from jepa_kernels import testing
 from jepa_kernels.models.jepa import train_step
@@ -59,12 +60,13 @@ class Stepper:
         train_step(self.model, self.optimizer, *self.views)
 
 
-class CropsRun:
-    """One (model, workload): all views in one packed pass, against a batch for each size."""
+class CropsRun(ModelRun):
+    """All views in one packed pass, against a batch for each size."""
+
+    rivals = ("recipe",)
 
     def __init__(self, name: str, workload: Crops, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        super().__init__(name, workload, stage, dtype, settings)
         self.checked = workload.small or workload
 
     def parity(self) -> dict[str, Any]:
@@ -87,38 +89,19 @@ class CropsRun:
                 return f"{name} differs by {error:.2g} of its norm"
         return None
 
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity, or a recipe that computes something else, times nothing."""
-        s, w = self.settings, self.workload
-        views = w.views()
-        counted = dict(flops=w.flops, images=len(views[0]), tokens=w.tokens)
-        common = stated("model", self, self.parity(), **counted)
-        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
-        if error:
-            return [finished(failed(common, "recipe", error), s)]
-        steppers = {OURS: Stepper(w.model(), views), "recipe": Stepper(w.recipe(), views)}
+    def counted(self) -> dict[str, Any]:
+        return dict(flops=self.workload.flops, images=len(self.workload.views()[0]), tokens=self.workload.tokens)
+
+    def functions(self) -> dict[str, Callable[[], object]]:
+        views = self.workload.views()
+        steppers = {OURS: Stepper(self.workload.model(), views), "recipe": Stepper(self.workload.recipe(), views)}
         for step in steppers.values():  # makes the optimiser's state
             step()
-        memory, once = peaks_and_seconds(steppers, s.device)
-        rounds, clock = (max(3, s.min_rounds // 2), 50), timing.Clock(s.device)
-        times = timing.interleave(steppers, budget_s=4 * s.budget_s, rounds=rounds, clock=clock, drive=drive, once=once)
-        row = self.row(common, times, memory)
-        if times.interrupted:
-            raise Interrupted([row])
-        return [row]
+        return steppers
 
-    def row(self, common: Row, times: timing.Times, memory: dict[str, int]) -> Row:
-        row = timed_row(common, "recipe", times.of(OURS), times.of("recipe"), times.interrupted)
-        if row["ours_us"] is not None:
-            seconds, theirs = (row[who]["p50"] / 1e6 for who in ("ours_us", "baseline_us"))
-            row |= {
-                "tokens_per_s": common["tokens"] / seconds,
-                "baseline_tokens_per_s": common["tokens"] / theirs,
-                "share_of_peak": share_of_fma(self.settings, common["flops"] / seconds),
-                "peak_bytes": memory[OURS],
-                "baseline_peak_bytes": memory["recipe"],
-            }
-        return finished(row, self.settings)
+    def rates(self, common: Row, name: str, times: timing.Times) -> dict[str, Any]:
+        ours, theirs = (common["tokens"] / float(np.median(times.of(n))) for n in (OURS, name))
+        return {**super().rates(common, name, times), "tokens_per_s": ours, "baseline_tokens_per_s": theirs}
 
 
 def in_double(views: Stacks) -> tuple[Tensor, ...]:

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict, with_backward
-from benchmarks.memory import peak_bytes
-from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict, with_backward
+from benchmarks.modelrun import ModelRun
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.nn import Encoder
@@ -49,17 +47,18 @@ class Encoding:
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
 
 
-class EncodingRun:
-    """One (model, workload).
+class EncodingRun(ModelRun):
+    """One packed pass, against a loop over masks.
 
     The truncated masks of the loop have fewer tokens than ours, so every time in a row is the measured time of a call
     divided by the tokens of that call: `ours_us` by `tokens`, `baseline_us` by `baseline_tokens`. `flops` too is that
     of one token; `peak_bytes` is a call's.
     """
 
+    kind, rivals, fewest = "encoder", ("loop",), 5
+
     def __init__(self, name: str, workload: Encoding, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        super().__init__(name, workload, stage, dtype, settings)
         self.lengths = workload.packed().context_lengths
         self.masks = workload.packed().to(settings.device)
         cut = workload.truncated()
@@ -97,36 +96,17 @@ class EncodingRun:
                 return f"mask {j} differs by {error:.2g} of its norm"
         return None
 
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity, or a loop that computes something else, times nothing."""
-        s, common = self.settings, self.common(self.parity())
-        if not common["parity"]["pass"]:
-            return [finished(failed(common, "loop", "parity: outside the error budget"), s)]
-        error = self.rival_error()
-        if error:
-            return [finished(failed(common, "loop", error), s)]
+    def functions(self) -> dict[str, Callable[[], object]]:
         leaves = [p for p in self.encoder.parameters() if p.requires_grad]
         masks = self.masks.context_ids, self.masks.context_packing
-        functions = {
+        return {
             OURS: with_backward(lambda: self.encoder(self.pixels, *masks), leaves),
             "loop": with_backward(lambda: self.workload.loop(self.encoder, self.pixels, self.ids), leaves),
         }
-        clock = timing.Clock(s.device)
-        times = timing.interleave(functions, budget_s=4 * s.budget_s, rounds=(5, 50), clock=clock, drive=drive)
-        row = self.row(common, times)
-        if times.interrupted:
-            raise Interrupted([row])
-        memory = {n: peak_bytes(f, s.device) for n, f in functions.items()}
-        return [{**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["loop"]}]
 
-    def row(self, common: Row, times: timing.Times) -> Row:
-        ours, loop = times.of(OURS) / self.tokens, times.of("loop") / self.loop_tokens
-        row = timed_row(common, "loop", ours, loop, times.interrupted)
-        if row["ours_us"] is not None:
-            row["share_of_peak"] = share_of_fma(self.settings, common["flops"] / row["ours_us"]["p50"] * 1e6)
-        return finished(row, self.settings)
+    def tokens_of_call(self, name: str) -> float:
+        return self.tokens if name == OURS else self.loop_tokens
 
-    def common(self, parity: dict[str, Any]) -> Row:
+    def counted(self) -> dict[str, Any]:
         flops = self.workload.flops(self.lengths) / self.tokens
-        counted = dict(flops=flops, tokens=self.tokens, baseline_tokens=self.loop_tokens)
-        return stated("encoder", self, parity, **counted)
+        return dict(flops=flops, tokens=self.tokens, baseline_tokens=self.loop_tokens)

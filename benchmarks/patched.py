@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
-from benchmarks.measure import DRAWS, OURS, Interrupted, Settings, verdict, with_backward
-from benchmarks.memory import peaks_and_seconds
-from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.measure import DRAWS, OURS, verdict, with_backward
+from benchmarks.modelrun import ModelRun
 from jepa_kernels import testing
 
 Inputs = dict[str, Any]
@@ -46,12 +43,10 @@ class Patched:
     smoke: bool = False
 
 
-class PatchedRun:
-    """One (model, workload)."""
+class PatchedRun(ModelRun):
+    """The model with our kernels, against itself."""
 
-    def __init__(self, name: str, workload: Patched, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+    kind, rivals = "patched", ("unpatched",)
 
     def call(self, model: nn.Module, own: bool = False, draw: int = 0) -> Callable[[], tuple[Tensor, ...]]:
         weight, dtype = next(model.parameters()), getattr(torch, self.dtype)
@@ -100,25 +95,9 @@ class PatchedRun:
         each = (testing.compare(n, *(x[n][i] for x in (ours, exact, eager))) for n in exact for i in range(DRAWS))
         return {**found, "pass": found["pass"] and all(one.rms_err <= one.rms_budget for one in each)}
 
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity times nothing."""
-        s, common = self.settings, stated("patched", self, self.parity())
-        if not common["parity"]["pass"]:
-            return [finished(failed(common, "unpatched", "parity: outside the error budget"), s)]
-        models = self.pair(self.workload.model)
-        training = self.stage == "backward"
-        functions = {n: self.trained(m) if training else self.call(m) for n, m in models.items()}
-        with nullcontext() if training else torch.no_grad():
-            memory, once = peaks_and_seconds(functions, s.device)
-            clock = timing.Clock(s.device)
-            times = timing.interleave(
-                functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=clock, drive=drive, once=once
-            )
-        row = timed_row(common, "unpatched", times.of(OURS), times.of("unpatched"), times.interrupted)
-        row = finished({**row, "peak_bytes": memory[OURS], "baseline_peak_bytes": memory["unpatched"]}, s)
-        if times.interrupted:
-            raise Interrupted([row])
-        return [row]
+    def functions(self) -> dict[str, Callable[[], object]]:
+        once = self.trained if self.stage == "backward" else lambda model: torch.no_grad()(self.call(model))
+        return {name: once(model) for name, model in self.pair(self.workload.model).items()}
 
     def trained(self, model: nn.Module) -> Callable[[], Any]:
         return with_backward(self.call(model), list(model.parameters()), allow_unused=True)

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
-from benchmarks.memory import peaks_and_seconds
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict
+from benchmarks.modelrun import ModelRun
 from benchmarks.models.published_vjepa2_ac import Published
-from benchmarks.rows import Row, failed, finished, stated, timed_row
 from jepa_kernels import planning, testing
 from jepa_kernels.models.vjepa2_ac import WorldModel
 from jepa_kernels.models.world import Context
@@ -80,12 +78,14 @@ class Task:
         return model.imagine(c, len(actions), actions.shape[1])(actions)
 
 
-class PlanningRun:
-    """One (model, workload)."""
+class PlanningRun(ModelRun):
+    """Our planner, against its authors'."""
+
+    kind = "planning"
 
     def __init__(self, name: str, workload: Planning, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        super().__init__(name, workload, stage, dtype, settings)
+        self.rivals = workload.rivals
         self.checked = Task(workload.small or workload, settings.device)
 
     def low(self) -> AbstractContextManager:
@@ -93,6 +93,7 @@ class PlanningRun:
         dtype = getattr(torch, self.dtype)
         return torch.autocast(self.settings.device, dtype=dtype, enabled=dtype != torch.float32)
 
+    @torch.no_grad()
     def parity(self) -> dict[str, Any]:
         """Imagined latents, within the error budget of plain PyTorch."""
         with self.low():
@@ -103,6 +104,7 @@ class PlanningRun:
             exact = self.checked.latents(double=True)
         return verdict([testing.compare("latents", ours, exact, eager)])
 
+    @torch.no_grad()
     def rival_error(self) -> str | None:
         """Why the rival's time would mean nothing: from the same noise it plans other actions."""
         ours, theirs = self.checked.plan(), self.checked.published()()
@@ -115,33 +117,12 @@ class PlanningRun:
         published = task.published()
 
         def under(function: Callable[[], object]) -> object:
-            with self.low():
+            with torch.no_grad(), self.low():
                 return function()
 
-        found = {"published": published, "published_autocast": partial(under, published)}
-        rivals = {n: found[n] for n in self.workload.rivals if wanted in (None, n)}
+        found = {"published": torch.no_grad()(published), "published_autocast": partial(under, published)}
+        rivals = {n: found[n] for n in self.rivals if wanted in (None, n)}
         return {OURS: partial(under, task.plan), **rivals}
 
-    @torch.no_grad()
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity, or a rival that plans something else, times nothing."""
-        s, common = self.settings, stated("planning", self, self.parity(), flops=self.workload.flops(self.workload))
-        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
-        if error:
-            return [finished(failed(common, n, error), s) for n in self.workload.rivals]
-        functions, clock = self.functions(), timing.Clock(s.device)
-        memory, once = peaks_and_seconds(functions, s.device)
-        times = timing.interleave(
-            functions, budget_s=4 * s.budget_s, rounds=(3, 50), clock=clock, drive=drive, once=once
-        )
-        found = [self.row(common, n, times, memory) for n in functions if n != OURS]
-        if times.interrupted:
-            raise Interrupted(found)
-        return found
-
-    def row(self, common: Row, name: str, times: timing.Times, memory: dict[str, int]) -> Row:
-        row = timed_row(common, name, times.of(OURS), times.of(name), times.interrupted)
-        if row["ours_us"] is not None:
-            row["share_of_peak"] = share_of_fma(self.settings, common["flops"] / row["ours_us"]["p50"] * 1e6)
-        row |= {"peak_bytes": memory[OURS], "baseline_peak_bytes": memory[name]}
-        return finished(row, self.settings)
+    def counted(self) -> dict[str, Any]:
+        return dict(flops=self.workload.flops(self.workload))

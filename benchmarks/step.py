@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import DRAWS, OURS, RIVAL_TOLERANCE, Interrupted, Settings, share_of_fma, verdict
-from benchmarks.memory import peaks_and_seconds
-from benchmarks.rows import Row, failed, finished, stated, timed_row
+from benchmarks.measure import DRAWS, OURS, RIVAL_TOLERANCE, Settings, share_of_fma, verdict
+from benchmarks.modelrun import ModelRun
+from benchmarks.rows import Row
 from jepa_kernels import testing
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.models.jepa import train_step
@@ -144,13 +144,16 @@ class Stepper:
         self.parts.end("moving average")
 
 
-class StepRun:
-    """One (model, workload): automatic backends against the plain PyTorch reference."""
+class StepRun(ModelRun):
+    """Automatic backends against the plain PyTorch reference. Of a workload that is cut, times are those of a token."""
 
     def __init__(self, name: str, workload: Step, stage: str, dtype: str, settings: Settings):
-        self.name, self.workload, self.stage, self.dtype, self.settings = name, workload, stage, dtype, settings
-        self.group = f"{name}/{workload.name}/{stage}/{dtype}"
+        super().__init__(name, workload, stage, dtype, settings)
+        self.rivals = self.chosen()
+        self.kind = "model" if workload.cut is None else "model, per token"
+        self.fewest = max(3, settings.min_rounds // 2)
         self.inputs = Inputs(workload, settings.device, dtype)
+        self.given = Inputs(workload, settings.device, dtype, cut=True)  # the rivals'
 
     def model(self, workload: Step, **options: Any) -> nn.Module:
         with torch.device(self.settings.device):
@@ -181,19 +184,22 @@ class StepRun:
         joined = ((torch.cat([found[n].flatten() for found in side]) for side in sides) for n in names)
         return verdict([testing.compare(n, *tensors) for n, tensors in zip(names, joined, strict=True)])
 
+    def chosen(self) -> list[str]:
+        """The rivals, or the one that is asked for."""
+        workload, wanted = self.workload, self.settings.baseline
+        names = workload.rivals if wanted is None else workload.rivals + workload.named
+        return [name for name in names if wanted in (None, name)]
+
     def steppers(self) -> dict[str, Stepper]:
-        """Ours and the rivals, or the one that is asked for."""
         reference = partial(jk.use_backend, "reference")
         sdpa = partial(jk.use_backend, "reference", masked_attention="sdpa")
-        workload, wanted = self.workload, self.settings.baseline
-        chosen = workload.rivals if wanted is None else [n for n in workload.rivals + workload.named if n == wanted]
+        workload = self.workload
         found = {OURS: Stepper(self.ours(workload), self.inputs, nullcontext, workload.tuned)}
-        given = Inputs(workload, self.settings.device, self.dtype, cut=True)
-        for name in chosen:
+        for name in self.rivals:
             model = self.published(workload) if name == "published" else self.model(workload)
             if name == "compile":  # block by block: a whole step would compile for minutes
                 compile_blocks(model, dynamic=False)
-            found[name] = Stepper(model, given, sdpa if name in ("sdpa", "compile") else reference)
+            found[name] = Stepper(model, self.given, sdpa if name in ("sdpa", "compile") else reference)
         return found
 
     def published(self, workload: Step) -> nn.Module:
@@ -212,61 +218,33 @@ class StepRun:
         error = ((theirs - ours) / ours).abs()
         return None if error <= RIVAL_TOLERANCE[torch.float32] else f"the loss differs by {error:.2g} of it"
 
-    def common(self, parity: dict[str, Any]) -> Row:
-        masks, kind = self.inputs.host_masks, "model" if self.workload.cut is None else "model, per token"
-        counted = dict(flops=self.workload.flops(masks), images=masks.batch, tokens=self.inputs.tokens)
-        return stated(kind, self, parity, **counted)
+    def counted(self) -> dict[str, Any]:
+        masks = self.inputs.host_masks
+        return dict(flops=self.workload.flops(masks), images=masks.batch, tokens=self.inputs.tokens)
 
-    def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
-        """Measure. A red parity fails every row and times nothing."""
-        common, steppers = self.common(self.parity()), self.steppers()
-        names = [n for n in steppers if n != OURS]
-        error = self.rival_error() if common["parity"]["pass"] else "parity: outside the error budget"
-        if error:
-            return self.finish([failed(common, n, error) for n in names])
-        s = self.settings
-        for step in steppers.values():  # compiles, and makes the optimiser's state
+    def functions(self) -> dict[str, Callable[[], object]]:
+        self.made = self.steppers()
+        for step in self.made.values():  # compiles, and makes the optimiser's state
             step()
-        memory, once = peaks_and_seconds(steppers, s.device)
-        times = timing.interleave(
-            steppers,
-            budget_s=4 * s.budget_s,
-            rounds=(max(3, s.min_rounds // 2), 50),
-            clock=timing.Clock(s.device),
-            drive=drive,
-            once=once,
-        )
-        found = self.finish([self.row(common, n, steppers, times, memory) for n in names])
-        if times.interrupted:
-            raise Interrupted(found)
-        return found
+        return self.made
 
-    def row(
-        self, common: Row, name: str, steppers: dict[str, Stepper], times: timing.Times, memory: dict[str, int]
-    ) -> Row:
-        tokens, theirs = common["tokens"], steppers[name].inputs.tokens
-        ours_s, theirs_s = times.of(OURS), times.of(name)
-        if self.workload.cut is not None:
-            ours_s, theirs_s = ours_s / tokens, theirs_s / theirs
-        row = timed_row(common, name, ours_s, theirs_s, times.interrupted)
-        if row["ours_us"] is None:
-            return row
-        seconds = [float(np.median(times.of(n))) for n in (OURS, name)]
-        extra = {
-            "baseline_tokens": theirs,
-            "tokens_per_s": tokens / seconds[0],
-            "baseline_tokens_per_s": theirs / seconds[1],
-            "share_of_peak": share_of_fma(self.settings, common["flops"] / seconds[0]),
-            "peak_bytes": memory.get(OURS),
-            "baseline_peak_bytes": memory.get(name),
+    def tokens_of_call(self, name: str) -> float:
+        if self.workload.cut is None:
+            return 1
+        return (self.inputs if name == OURS else self.given).tokens
+
+    def rates(self, common: Row, name: str, times: timing.Times) -> dict[str, Any]:
+        ours_s, theirs_s = (float(np.median(times.of(n))) for n in (OURS, name))
+        found = {
+            "baseline_tokens": self.given.tokens,
+            "tokens_per_s": self.inputs.tokens / ours_s,
+            "baseline_tokens_per_s": self.given.tokens / theirs_s,
+            "share_of_peak": share_of_fma(self.settings, common["flops"] / ours_s),
         }
         if name == "reference":
             pair = {"ours": OURS, "reference": name}
-            extra["parts"] = {who: steppers[n].parts.medians_us(times.rounds) for who, n in pair.items()}
-        return {**row, **extra}
-
-    def finish(self, found: list[Row]) -> list[Row]:
-        return [finished(row, self.settings) for row in found]
+            found["parts"] = {who: self.made[n].parts.medians_us(times.rounds) for who, n in pair.items()}
+        return found
 
 
 def gradients(model: nn.Module, pixels: Tensor, masks: Any, low: torch.dtype | None = None) -> dict[str, Tensor]:
