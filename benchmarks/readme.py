@@ -71,7 +71,11 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    files = written()
+    try:
+        files = written()
+    except ImportError as error:
+        print(f"readme: {error.name} must be installed, got none; pip install 'jepa_kernels[bench]'", file=sys.stderr)
+        return 2
     old = stale(files)
     for path in old:
         print(f"{path.relative_to(ROOT)}: {'out of date; run make results' if args.check else 'written'}")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import balance as simulation
-from benchmarks import readme
+from benchmarks import tables
 from jepa_kernels.masks import MaskBatch
 from jepa_kernels.training import balance
 
@@ -76,5 +76,5 @@ def test_its_table_shows_the_committed_numbers():
     row = {"name": "A", "each": 4, "ranks": 8, "steps": 9, "unit": "tokens", "in_order": one, "balanced": one}
     document = {"commit": "0123456789abcdef", "rows": [{**row, "balanced_by_tokens": one, "cut": one}]}
     assert "| A | 4 | tokens | 4.00% (3.00% to 5.00%) | 4.00% (3.00% to 5.00%) | **-4.0%** (3.0% to 5.0%) |" in (
-        readme.balance(document)
+        tables.balance(document)
     )
