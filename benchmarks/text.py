@@ -178,6 +178,9 @@ def terminal(document: dict[str, Any]) -> None:
             show(f"{row['name']} {row['workload']}: the step by part", ("part", "ours", "reference"), cells, (1, 2))
     cells = target_cells(found)
     reached = [c for c in cells if c[-1] != "not measured"]
+    if not reached:
+        print(f"\nMust reach: none of {len(cells)} was measured")
+        return
     rest = f" (and {len(cells) - len(reached)} that were not measured)" if len(reached) < len(cells) else ""
     show(f"Must reach{rest}", ("row", "asked", "measured", ""), reached, right=(1, 2))
 

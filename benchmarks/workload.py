@@ -1,4 +1,7 @@
-"""What an op's benchmark file states: workloads and rivals. Everything else (parity, timing, rows) is shared."""
+"""What an op's benchmark file states: workloads and rivals. Everything else (parity, timing, rows) is shared.
+
+WORKLOADS are timed; SMALL ones are calls whose instructions are counted (benchmarks/instructions.py).
+"""
 
 import functools
 from collections.abc import Callable, Iterable

@@ -213,7 +213,7 @@ WORKLOADS = (
 )  # fmt: skip
 SMALL = (
     workload("small", packed((30, 41, 64), 2, 64), dtypes=BOTH),
-    workload("small_long", dense(1, 1, 300, 80)),
+    workload("small_long", dense(1, 1, 300, 32)),
     workload("small_rope", dense(1, 2, 64, 64, rope=True), grads=()),
 )
 
