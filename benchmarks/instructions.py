@@ -130,7 +130,10 @@ def count(calls: dict[str, list[Call]]) -> dict[str, int]:
         if done.returncode:
             raise RuntimeError(f"valgrind must play the calls, got {done.stderr[-2000:]}")
         parts = sorted(Path(folder).glob("out.*"), key=lambda p: int(p.suffix[1:]))
-        return dict(zip(calls, (own(p.read_text()) for p in parts[1:]), strict=True))  # the first: before any row
+        counts = [own(part.read_text()) for part in parts[1:]]  # the first: before any row
+    if len(counts) != len(calls) or not all(counts):
+        raise RuntimeError(f"{_C.__file__} must have its symbols, got no {KERNELS}; build it without stripping")
+    return dict(zip(calls, counts, strict=True))
 
 
 def own(dump: str) -> int:
