@@ -9,7 +9,9 @@ import griffe
 
 SPECIAL = re.compile(r"([\\*_<>\[\]|#])")
 PARTS = ("Returns ", "Gradient: ", "No gradient", "Raises ", "Source: ")
-LABEL = re.compile(r"^([A-Za-z_][\w.]*(?:, [A-Za-z_][\w.]*)*): ")
+LABEL = re.compile(r"^(\.?[A-Za-z_][\w.]*(?:, \.?[A-Za-z_][\w.]*)*): ")
+ASSIGNED = re.compile(r" (=|<-|->) ")
+EQUATION = re.compile(r"^[\w(), ]+ (=|<-) ")
 
 
 class Docstrings(griffe.Extension):
@@ -31,7 +33,8 @@ def paragraph(lines: list[str], names: set[str] | None, second: bool) -> str:
     if any(line.lstrip().startswith("| ") for line in lines):
         return "\n".join(line.strip() for line in lines)
     entries = [is_entry(line, names) for line in lines]
-    if lines[0].startswith(" ") or (second and not entries[0]):
+    told = second and not entries[0] and (EQUATION if names is None else ASSIGNED).search("\n".join(lines))
+    if lines[0].startswith(" ") or told:
         return "\n".join(["``` {.text .equation}", *lines, "```"])  # equations follow the summary, as they are set
     return listed(lines, entries)
 
@@ -41,8 +44,9 @@ def is_entry(line: str, names: set[str] | None) -> bool:
     found = LABEL.match(line)
     if not found:
         return False
-    labels = [label.lstrip(".") for label in found[1].split(", ")]
-    return all(label in names for label in labels) if names is not None else found[1][0].islower()
+    if names is None:
+        return found[1][0].islower() or found[1].startswith(".")
+    return all(label in names for label in found[1].split(", "))
 
 
 def listed(lines: list[str], entries: list[bool]) -> str:
@@ -52,11 +56,16 @@ def listed(lines: list[str], entries: list[bool]) -> str:
         if entry:
             label, rest = line.split(": ", 1)
             shown.append(f"- {', '.join(f'`{name}`' for name in label.split(', '))}: {escape(rest)}")
-        elif shown and (line.startswith(" ") or not (shown[-1].startswith("- ") or line.startswith(PARTS))):
+        elif shown and (line.startswith(" ") or (not line.startswith(PARTS) and goes_on(shown[-1]))):
             shown[-1] += " " + escape(line.strip())
         else:
             shown.append(escape(line))
     return "\n\n".join(shown)
+
+
+def goes_on(text: str) -> bool:
+    """Whether a next line that does not hang below belongs to it: to an entry, inside of a sentence alone."""
+    return not (text.startswith("- ") and text.endswith("."))
 
 
 def escape(text: str) -> str:

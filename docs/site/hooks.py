@@ -39,6 +39,10 @@ MODELS = {
         "lewm": "LeWorldModel", "vl_jepa": "VLJEPA", "lejepa": "LeJEPA",
     }.items()
 }  # fmt: skip
+METHODS = (
+    "forward", "loss", "losses", "objective", "encode", "embed", "imagine", "unroll", "prefix_loss",
+    "load", "from_checkpoint", "load_encoder", "save",
+)  # fmt: skip
 FIELDS = (
     "crop_size", "patch_size", "num_frames", "embed_dim", "depth", "num_heads",
     "predictor_embed_dim", "predictor_depth", "predictor_num_heads", "levels", "conditioning", "window",
@@ -54,9 +58,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if path.startswith("ops/") and name in OPS:
         return "\n\n".join([markdown, backends(name), floor(name), *measured(name), api(name)])
     if path.startswith("models/") and name in MODELS:
-        return "\n\n".join(
-            [markdown, *sizes(name), *published(name), "## API", f"::: jepa_kernels.models.{MODELS[name]}"]
-        )
+        return "\n\n".join([markdown, *sizes(name), *published(name), model_api(name)])
     if path == "ops/index.md":
         return markdown.replace("<!-- ops -->", overview())
     return markdown
@@ -79,7 +81,7 @@ def summary(op: str) -> str:
     """The first line of the op's docstring, with its code marked."""
     source = ast.parse((ROOT / "jepa_kernels" / "ops" / op / "op.py").read_text())
     function = next(n for n in source.body if isinstance(n, ast.FunctionDef) and n.name == op)
-    return re.sub(r"([\[\]*_])", r"\\\1", (ast.get_docstring(function) or "").split("\n")[0])
+    return re.sub(r"([\[\]*_|])", r"\\\1", (ast.get_docstring(function) or "").split("\n")[0])
 
 
 def overview() -> str:
@@ -165,6 +167,11 @@ def published(model: str) -> list[str]:
         return []
     names = ", ".join(f"`{name}`" for name in found)
     return [f"## Published runs\n\n`python -m jepa_kernels train NAME`: {names}; see [Many GPUs](../distributed.md)."]
+
+
+def model_api(model: str) -> str:
+    options = f"    options: {{inherited_members: true, members: [{', '.join(METHODS)}]}}"
+    return f"## API\n\n::: jepa_kernels.models.{MODELS[model]}\n{options}"
 
 
 def api(op: str) -> str:
