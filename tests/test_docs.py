@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 import textwrap
@@ -109,3 +110,41 @@ def test_the_shapes_of_an_op_page_are_those_of_its_cases(op):
             if isinstance(value, torch.Tensor) and name in rows and "..." not in rows[name]:
                 assert value.dim() in ranks[name], f"{op}: {name} of {case.name} is {list(value.shape)}"
             assert not isinstance(value, torch.Tensor) or name in rows, f"{op}: {name} is not on the page"
+
+
+def site(name: str):
+    """A module of the site's build, which needs the extra `docs`."""
+    for needed in ("latex2mathml", "griffe"):
+        pytest.importorskip(needed, reason=f"the extra docs is not installed: no {needed}")
+    spec = importlib.util.spec_from_file_location(name, DOCS / "site" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_table_of_times_tells_a_run_once_and_every_baseline():
+    hooks, run = site("hooks"), {"workload": "a_b", "pass": "backward", "dtype": "bfloat16", "bytes": 2e6}
+    times = {"ours_us": {"p50": 1500.0}, "share_of_peak": 0.75}
+    rows = [
+        {**run, **times, "baseline": name, "ratio": ratio, "ci95": [1.5, 2.5]} for name, ratio in (("x", 2), ("y", 3))
+    ]
+    about = {"machine": {"cpu": "A", "threads": 2, "isa": "avx2"}, "git": {"sha": "0123456789abcdef"}}
+    head, _, _, _, first, second, *_ = hooks.table(Path("a.json"), about, rows, opened=True).split("\n")
+    assert head == '???+ note "A, 2 threads, avx2, commit 0123456789"'
+    assert first == (r"    | a\_b | forward + backward | bf16 | 1.5 ms | 2 MB | 75 % | x | **2.00** | 1.50 to 2.50 |")
+    assert second == "    |  |  |  |  |  |  | y | **3.00** | 1.50 to 2.50 |"
+    assert all("| vjepa2\\_vit\\_l\\_masked |" in one for one in hooks.measured("rope")) and not hooks.measured("no_op")
+
+
+def test_docstrings_become_equations_lists_and_paragraphs():
+    shown = site("docstrings").markdown(
+        "Turn x.\n\n    y = x * 2\n\nx: [T, E],\n    any strides.\nNo list: of x.\nReturns y.\nRaises *both*.", {"x"}
+    )
+    assert shown.split("\n\n") == [
+        "Turn x.",
+        "``` {.text .equation}\n    y = x * 2\n```",
+        r"- `x`: \[T, E\], any strides.",
+        "No list: of x.",
+        "Returns y.",
+        r"Raises \*both\*.",
+    ]

@@ -48,6 +48,7 @@ FIELDS = (
     "predictor_embed_dim", "predictor_depth", "predictor_num_heads", "levels", "conditioning", "window",
 )  # fmt: skip
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+UNITS = re.compile(r"(?<=\d) (to (?=\d)|(?:ms|us|s|x|%|[kMG]?B)(?=</))")
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -65,7 +66,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """TeX to MathML, which browsers set by themselves."""
+    """TeX to MathML, which browsers set by themselves; numbers stay on a line with their units."""
+    content = UNITS.sub(lambda found: "&nbsp;" + found[1].replace(" ", "&nbsp;"), content)
     return MATHS.sub(lambda found: mathematics(found[3], found[2] == "["), content)
 
 
