@@ -7,11 +7,11 @@ from typing import Any
 
 import griffe
 
-SPECIAL = re.compile(r"([\\*_<>\[\]|#])")
+SPECIAL = re.compile(r"([\\*_\[\]|#])")
 PARTS = ("Returns ", "Gradient: ", "No gradient", "Raises ", "Source: ")
 LABEL = re.compile(r"^(\.?[A-Za-z_][\w.]*(?:, \.?[A-Za-z_][\w.]*)*): ")
 ASSIGNED = re.compile(r" (=|<-|->) ")
-EQUATION = re.compile(r"^[\w(), ]+ (=|<-) ")
+EQUATION = re.compile(r"^\w+ (=|<-) ")
 
 
 class Docstrings(griffe.Extension):
@@ -71,4 +71,4 @@ def goes_on(text: str) -> bool:
 def escape(text: str) -> str:
     """Markdown's own characters as they are, outside of code."""
     parts = text.split("`")
-    return "`".join(part if i % 2 else SPECIAL.sub(r"\\\1", part) for i, part in enumerate(parts))
+    return "`".join(part if i % 2 else SPECIAL.sub(r"\\\1", part).replace("<", "&lt;") for i, part in enumerate(parts))
