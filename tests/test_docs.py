@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import jepa_kernels as jk
+from jepa_kernels._core.info import kernels
 from jepa_kernels.testing import op_module
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +149,11 @@ def test_docstrings_become_equations_lists_and_paragraphs():
         "Returns y.",
         r"Raises \*both\*.",
     ]
+
+
+@pytest.mark.parametrize("op", jk.ops.OPS)
+def test_readme_tells_the_backends_of_the_code(op):
+    titles, rows = (re.findall(pattern, (ROOT / "README.md").read_text(), re.MULTILINE) for pattern in (
+        r"^\| op \| what it does \| reference \| (.*) \|$", rf"^\| `{op}` \| [^|]* \| yes \| (.*) \|$"))  # fmt: skip
+    told = {name.strip() for name, cell in zip(titles[0].split("|"), rows[0].split("|"), strict=True) if cell.strip()}
+    assert told == {kernel.backend for kernel in kernels(op)}
