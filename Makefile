@@ -36,12 +36,13 @@ UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
-.PHONY: help bench results test ci lint format gpu env build build-cuda clean docs
+.PHONY: help bench results test ci lint format gpu env build build-cuda clean docs floors sanitize
 help:
 	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
 	@echo "make results       write README's and docs' tables and pictures from benchmarks/results"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
-	@echo "make ci            lint, then make test"
+	@echo "make ci            what CI runs, from lint to make test, each stage with its time"
+	@echo "make sanitize      CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
 	@echo "make docs          the site, in build/site; a warning is an error"
 	@echo "make lint, format  ruff, mypy, clang-format"
@@ -102,7 +103,20 @@ results: build
 test: build-cuda
 	$(PYTHON) -m tests $(ARGS)
 
-ci: lint test
+# From the quickest to the slowest, each with its time; the tests' summed line comes last.
+STAGES = env lint floors docs build-cuda smoke sanitize test
+ci:
+	@began=$$(date +%s); for stage in $(STAGES); do \
+	  start=$$(date +%s); JEPA_CI_BEGAN=$$began $(MAKE) --no-print-directory $$stage || exit 1; \
+	  test $$stage = test || echo "== $$stage: $$(($$(date +%s) - start)) s"; \
+	done
+
+floors: build
+	$(PYTHON) -m pytest -q tests/test_floors.py tests/test_import.py
+smoke: build
+	$(PYTHON) -m benchmarks --smoke
+sanitize: build
+	$(PYTHON) -m tests.kernels.sanitized_cpu $(ARGS)
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build -q --strict

@@ -40,7 +40,7 @@ def parts(out: Path) -> tuple[Part, ...]:
     python = (sys.executable, "-m")
     return (
         Part("tests", (*python, "tests", "--gpu"), 150),
-        Part("sanitizer", (*python, "tests.kernels.sanitized"), 60),
+        Part("sanitizer", (*python, "tests.kernels.sanitized_cuda"), 60),
         Part(
             "benchmarks",
             (*python, "benchmarks", "--device", "cuda", "--budget", "0.4", "--out", str(out / "bench")),

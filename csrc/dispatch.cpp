@@ -27,7 +27,7 @@ namespace jepa {
 static Isa best_isa() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::none;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+  if (!JEPA_AVX512 || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return Isa::avx2;
   return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
@@ -75,13 +75,21 @@ bool set_isa(const char* name) {
 
 } // namespace jepa
 
+// A sanitizer's build holds one level alone.
+#if JEPA_AVX512
+#define JEPA_AVX512_CASES(kernel, params)                                                                    \
+  case Isa::avx512_bf16:                                                                                     \
+    return avx512_bf16::kernel(params);                                                                      \
+  case Isa::avx512:                                                                                          \
+    return avx512::kernel(params);
+#else
+#define JEPA_AVX512_CASES(kernel, params)
+#endif
+
 #define JEPA_DISPATCH(kernel, Params)                                                                        \
   void jepa::kernel(const Params& params) {                                                                  \
     switch (isa()) {                                                                                         \
-    case Isa::avx512_bf16:                                                                                   \
-      return avx512_bf16::kernel(params);                                                                    \
-    case Isa::avx512:                                                                                        \
-      return avx512::kernel(params);                                                                         \
+      JEPA_AVX512_CASES(kernel, params)                                                                      \
     case Isa::avx2:                                                                                          \
       return avx2::kernel(params);                                                                           \
     default:                                                                                                 \

@@ -59,6 +59,13 @@ def extra(module: str, of: str = "train") -> ModuleType:
         raise ModuleNotFoundError(text, name=error.name) from None
 
 
+def need(*modules: str, of: str = "train") -> None:
+    """Say how to install the first of these packages that is not there; none is imported, which takes seconds."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            extra(module, of)
+
+
 def halves(photo: Any) -> tuple[Any, Any]:
     """Cut a PIL image across its longer side into two parts that share no pixel."""
     width, height = photo.size

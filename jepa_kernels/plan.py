@@ -22,7 +22,7 @@ import torch
 
 from jepa_kernels import report
 from jepa_kernels._core.check import fail
-from jepa_kernels.data import extra
+from jepa_kernels.data import extra, need
 from jepa_kernels.models.lewm import LeWorldModel
 from jepa_kernels.pusht import goals, pictures
 from jepa_kernels.pusht.goals import Task
@@ -84,8 +84,7 @@ def prepare(options: argparse.Namespace) -> Job:
         fail("plan", "--elites", f"lie in 2..{options.samples}", options.elites, "samples bound it")
     if options.take > options.horizon:
         fail("plan", "--take", f"be at most the horizon, {options.horizon}", options.take, "plan further ahead")
-    for module in ("rich", "matplotlib", "av", "gym_pusht"):
-        extra(module, "plan")  # before the first episode, not after the last
+    need("rich", "matplotlib", "av", "gym_pusht", of="plan")  # before the first episode, not after the last
     world, _ = LeWorldModel.from_checkpoint(options.checkpoint)
     if world.action_dim != ACTION_DIM:
         remedy = "pass one of `train pusht`"

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from jepa_kernels import probe, pusht
 from jepa_kernels._core.check import fail
 from jepa_kernels.configs import Config
-from jepa_kernels.data import PhotoCrops, extra, normalize
+from jepa_kernels.data import PhotoCrops, need, normalize
 from jepa_kernels.images import Folder, ImageCrops
 from jepa_kernels.masks import MultiBlock2d, MultiBlock3d, Spec3d
 from jepa_kernels.masks.sampler import Sampler
@@ -218,7 +218,7 @@ def _views(config: Config) -> tuple[Views, None]:
     if d.source == "mnist":
         load_digits("train")  # a package that is missing is known before the first step
     elif not d.root:
-        extra("skimage")
+        need("skimage")
     crops = Views(
         _folder(config) or d.source,
         _side(config),

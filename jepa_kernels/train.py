@@ -24,7 +24,7 @@ from jepa_kernels import report
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
 from jepa_kernels.configs import Config, flat, read
-from jepa_kernels.data import extra
+from jepa_kernels.data import need
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training import export, log, page, saves
 from jepa_kernels.training.feed import batches
@@ -178,8 +178,9 @@ def _config(options: argparse.Namespace) -> Config:
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
-    for module in ("rich", "matplotlib", "jinja2", *RECIPES[config.architecture].needs):
-        extra(module)  # before the first step, not after the last
+    need(
+        "rich", "matplotlib", "jinja2", *RECIPES[config.architecture].needs
+    )  # before the first step, not after the last
     return config
 
 

@@ -73,6 +73,8 @@ def main(args: list[str]) -> int:
             codes = [0 if code == 5 else code for code in codes]
         passed, failed, skipped = (sum(n) for n in zip(*(count(r) for r in reports.values()), strict=True))
     failed = max(failed, sum(code != 0 for code in codes))  # a crash after the report still counts
+    if began := os.environ.get("JEPA_CI_BEGAN"):
+        print(f"\n== all stages: {time.time() - int(began):.0f} s")
     print(f"\n{passed} passed, {failed} failed, {skipped} skipped")
     return int(failed > 0)
 

@@ -26,7 +26,8 @@ from tests import runs, test_train_lejepa, test_train_pusht
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
 
-STEPS, EVERY, KILLS = 60, 5, int(os.environ.get("JEPA_KILLS", 5))
+EVERY, KILLS = 5, int(os.environ.get("JEPA_KILLS", 5))
+STEPS = 12 * KILLS  # two saves between two kills
 LOST = r"train: every rank must finish .+ in the \w+ (pass )?of step \d+ within 600 s, got no answer of rank [01] \("
 
 pytestmark = [
@@ -48,7 +49,7 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """The folder of a run of two processes that nothing befell."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    with Run(config, out) as run:
+    with Run(config, out, fork=False) as run:
         assert run.wait() == 0, run.said.read_text()
     return out
 
@@ -105,7 +106,7 @@ def test_a_rank_that_is_asked_to_end_ends_all_after_saving(config, whole, tmp_pa
 
 def test_a_group_of_processes_that_is_asked_to_end_saves(config, tmp_path):
     """torchrun hands SIGTERM to all processes of each rank, those that load data among them."""
-    with Run(config, tmp_path / "run", "--set", "data.num_workers=2") as run:
+    with Run(config, tmp_path / "run", "--set", "data.num_workers=2", fork=False) as run:
         run.reach(EVERY + 2)
         run.process.terminate()
         run.wait()  # torchrun's own code tells of the signal

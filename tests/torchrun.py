@@ -1,6 +1,9 @@
-"""Training runs of several processes, started by torchrun as a user starts them, and what befalls these."""
+"""Training runs of several processes, and what befalls them: started by torchrun as a user starts them, or, in a tenth
+of the time, by fork."""
 
+import atexit
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -14,17 +17,58 @@ ROOT = Path(__file__).parents[1]
 WAIT = 300  # seconds for anything at all: machines of tests are slow and shared
 
 
+@functools.cache
+def launcher():
+    """tests.launcher, one for all tests."""
+    command = [sys.executable, "-u", "-m", "tests.launcher"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(started.kill)
+    return started
+
+
+class Forked:
+    """A process of the launcher's, as subprocess.Popen shows its own."""
+
+    def __init__(self, words, said):
+        self.code = None
+        self.pid = self._ask([words, str(said)])
+
+    @staticmethod
+    def _ask(question):
+        print(json.dumps(question), file=launcher().stdin, flush=True)
+        return json.loads(launcher().stdout.readline())
+
+    def poll(self):
+        if self.code is None:
+            self.code = self._ask(self.pid)
+        return self.code
+
+    def wait(self, timeout=WAIT):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            assert time.monotonic() < end, f"a run goes on after {timeout} s"
+            time.sleep(0.02)
+        return self.code
+
+
 class Run:
     """`torchrun -m jepa_kernels train CONFIG --out OUT --no-probe ...`; one thread for each process."""
 
-    def __init__(self, config, out, *words, ranks=2, restarts=0):
+    def __init__(self, config, out, *words, ranks=2, restarts=0, fork=True):
         self.out, self.said = Path(out), Path(out).with_suffix(".said")
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        command += ["--master-port", str(free_port()), "--max-restarts", str(restarts)]
+        command = ["--nproc-per-node", str(ranks), "--master-port", str(free_port()), "--max-restarts", str(restarts)]
         command += ["-m", "jepa_kernels", "train", str(config), "--out", str(out), "--no-probe", *words]
+        self.said.touch()
+        self.process = Forked(command, self.said) if fork else self._torchrun(command)
+
+    def _torchrun(self, command):
+        command = [sys.executable, "-m", "torch.distributed.run", *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.said, "wb") as stream:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
     def __enter__(self):
         return self
@@ -48,12 +92,15 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def reach(self, step, restart=0):
-        """Wait until the log has this step, written by the processes of this start."""
+        """Wait until the log has this step, and the processes of this start have written to it."""
+        self._until(lambda: self.said.read_text().count("exitcode: -9") == restart)
+        before = self._written()
+        self._until(lambda: self._written() != before and self.rows()[-1:] and self.rows()[-1]["step"] >= step)
 
-        def reached():
-            return self.said.read_text().count("exitcode: -9") == restart and self.rows()[-1:][0]["step"] >= step
-
-        self._until(lambda: bool(self.rows()) and reached())
+    def _written(self):
+        """When the log was written last, in ns."""
+        path = self.out / "metrics.jsonl"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def says(self, text):
         """Wait until any rank has written this."""

@@ -1,9 +1,40 @@
-// OpenMP loops with the caller's thread count. A body may not throw.
+// Loops over threads, as many as the caller says. A body may not throw.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <omp.h>
+#ifdef __SANITIZE_THREAD__
+#include <thread>
+#include <vector>
+#endif
 
 namespace jepa::JEPA_ISA {
+
+#ifdef __SANITIZE_THREAD__
+// The sanitizer knows nothing of OpenMP's barriers, and would call every hand-over a race.
+static thread_local int rank_here = 0;
+static inline int thread_rank() { return rank_here; }
+
+template <class Body> static void parallel_team(int threads, Body body) {
+  std::vector<std::thread> others;
+  for (int rank = 1; rank < threads; ++rank)
+    others.emplace_back([=] {
+      rank_here = rank;
+      body(rank, threads);
+    });
+  body(0, threads);
+  for (std::thread& other : others) other.join();
+}
+#else
+// 0, 1, ... of the threads that run a body, smaller than their number.
+static inline int thread_rank() { return omp_get_thread_num(); }
+
+// body(rank, team) on each thread of a team; the runtime may grant fewer threads than asked for.
+template <class Body> static void parallel_team(int threads, Body body) {
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+#endif
 
 // body(begin, end) on contiguous ranges of [0, n), one a thread.
 template <class Body> static void parallel_for(int64_t n, int threads, Body body) {
@@ -12,20 +43,23 @@ template <class Body> static void parallel_for(int64_t n, int threads, Body body
     if (n > 0) body(int64_t{0}, n);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    // The runtime may grant fewer threads than asked for: split by what is there.
-    const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
+  parallel_team(threads, [&](int64_t rank, int64_t team) {
     const int64_t begin = n * rank / team, end = n * (rank + 1) / team;
     if (begin < end) body(begin, end);
-  }
+  });
 }
 
 // body(i) for each i in [0, n), handed out one by one in order: for work items of unequal size.
 template <class Body> static void parallel_dynamic(int64_t n, int threads, Body body) {
   if (threads > n) threads = static_cast<int>(n);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads < 1 ? 1 : threads) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) body(i);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  parallel_team(threads, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(i);
+  });
 }
 
 } // namespace jepa::JEPA_ISA

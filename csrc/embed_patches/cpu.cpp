@@ -72,7 +72,7 @@ template <class T> static void pack_weights(const Forward& p) {
   const int64_t depth = at.depth(), width = row_size(depth);
   const Patch shape = weight_shape(at);
   parallel_for(panels_of(at.embed_dim, COLUMNS), at.threads, [&](int64_t begin, int64_t end) {
-    float* rows = p.scratch + omp_get_thread_num() * p.scratch_size;
+    float* rows = p.scratch + thread_rank() * p.scratch_size;
     for (int64_t e = begin * COLUMNS; e < end * COLUMNS; e += COLUMNS) {
       for (int64_t i = 0; i < COLUMNS; ++i)
         if (e + i < at.embed_dim)
@@ -142,7 +142,7 @@ template <class T, class X> static void forward(const Forward& p) {
   pack_weights<T>(p);
   const Patch shape = pixel_shape(p.layer);
   parallel_for(panels_of(at.rows, ROWS), p.layer.threads, [&](int64_t begin, int64_t end) {
-    float* scratch = p.scratch + omp_get_thread_num() * p.scratch_size;
+    float* scratch = p.scratch + thread_rank() * p.scratch_size;
     const int64_t last = end * ROWS < at.rows ? end * ROWS : at.rows;
     for (int64_t row = begin * ROWS; row < last; row += TILE_ROWS)
       embed_tile<T, X>(p, shape, row, row + TILE_ROWS < last ? row + TILE_ROWS : last, scratch);
@@ -191,7 +191,7 @@ static void sum_channels(const Backward& p, int64_t e, int64_t n, float* sum, fl
 template <class T> static void bias_and_position_gradients(const Backward& p) {
   const int64_t embed_dim = p.layer.embed_dim, width = row_size(embed_dim);
   parallel_for(panels_of(embed_dim, W), p.layer.threads, [&](int64_t begin, int64_t end) {
-    float* rows = p.scratch + omp_get_thread_num() * p.scratch_size;
+    float* rows = p.scratch + thread_rank() * p.scratch_size;
     std::memset(rows, 0, 3 * width * sizeof(float));
     const int64_t last = end * W < embed_dim ? end * W : embed_dim;
     sum_channels<T>(p, begin * W, last - begin * W, rows, rows + width, rows + 2 * width);
@@ -203,7 +203,7 @@ template <class T, class X> static void pack_tokens(const Backward& p, int64_t b
   const Layer& at = p.layer;
   const Patch shape = pixel_shape(at);
   parallel_for(end - begin, at.threads, [&](int64_t from, int64_t to) {
-    float* row = p.scratch + omp_get_thread_num() * p.scratch_size;
+    float* row = p.scratch + thread_rank() * p.scratch_size;
     for (int64_t k = from; k < to; ++k) {
       if (k + 1 < to) prefetch_token<X>(at, shape, p.token[begin + k + 1]);
       read_token<X>(at, shape, p.token[begin + k], row);
@@ -293,7 +293,7 @@ template <class T> static void pixel_tile(const Backward& p, int64_t begin, int6
 template <class T> static void pixel_gradient(const Backward& p, int64_t tokens) {
   const Layer& at = p.layer;
   const Patch shape = weight_shape(at);
-  const auto scratch = [&] { return p.scratch + omp_get_thread_num() * p.scratch_size; };
+  const auto scratch = [&] { return p.scratch + thread_rank() * p.scratch_size; };
   parallel_for(at.embed_dim, at.threads, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       read_weights<T>(at, shape, e, scratch());

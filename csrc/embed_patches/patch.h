@@ -88,7 +88,10 @@ static void read_patch(const T* p, const Patch& shape, const float* scale, const
 }
 
 template <class T> static void write_line(const float* row, int64_t length, T* p) {
-  for (int64_t x = 0; x < length; x += W) store_first(p + x, load(row + x), part(length - x));
+  int64_t x = 0;
+  for (; x + W <= length; x += W) store(p + x, load(row + x));
+  const int rest = static_cast<int>(length - x);
+  if (rest) store(p + x, load(row + x, rest), rest); // nothing may lie behind the row
 }
 
 // To memory whose lines are contiguous, each channel times its scale; `row` is readable to W elements past

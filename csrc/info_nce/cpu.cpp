@@ -142,7 +142,7 @@ template <class Params> struct Pass {
   template <class Body> void each_tile(Range columns, Body body) const {
     const int64_t tiles = tiles_of(p.x.count);
     parallel_dynamic(groups, static_cast<int>(info_nce::teams_of(p.x.count, threads)), [&](int64_t g) {
-      float* rows = at(w.threads) + omp_get_thread_num() * w.each;
+      float* rows = at(w.threads) + thread_rank() * w.each;
       float* s = rows + TILE * width;
       for (int64_t i = tiles * g / groups; i < tiles * (g + 1) / groups; ++i) {
         const Tile tile{tile_at(i, p.x.count), columns, p.shift, s};

@@ -98,7 +98,7 @@ static void for_each_item(const AttentionShape& s, const AttentionTask* tasks, i
   parallel_dynamic(items, threads, [&](int64_t item) {
     const int64_t first = item % steps * step, left = s.key_heads - first;
     const Heads heads{first, left < step ? left : step, s.heads / s.key_heads};
-    body(tasks[item / steps], heads, Scratch{memory + omp_get_thread_num() * floats});
+    body(tasks[item / steps], heads, Scratch{memory + thread_rank() * floats});
   });
   operator delete(memory, line);
 }

@@ -82,7 +82,7 @@ void peaks_cpu(const PeaksParams& p) {
       read_modify_write(p.a + from, n);
       break;
     default:
-      p.sink[omp_get_thread_num()] = read(p.a + from, n);
+      p.sink[thread_rank()] = read(p.a + from, n);
     }
   });
 }

@@ -1,4 +1,4 @@
-"""CUDA kernels under compute-sanitizer: `python -m tests.kernels.sanitized`, on a GPU, every tool side by side.
+"""CUDA kernels under compute-sanitizer: `python -m tests.kernels.sanitized_cuda`, on a GPU, every tool side by side.
 
 Each tool watches a process that runs the first cases of every op with a cuda kernel, forward and backward. torch's
 cache of memory is off: what lies beyond a tensor is not ours.
@@ -37,7 +37,7 @@ def run_cases() -> None:
 def watch(tool: str) -> subprocess.Popen[str]:
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
     return subprocess.Popen(
-        [*command, sys.executable, "-m", "tests.kernels.sanitized", "--inside"], cwd=ROOT, text=True,
+        [*command, sys.executable, "-m", "tests.kernels.sanitized_cuda", "--inside"], cwd=ROOT, text=True,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

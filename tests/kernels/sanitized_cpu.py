@@ -1,0 +1,107 @@
+"""CPU kernels under gcc's sanitizers: `python -m tests.kernels.sanitized_cpu`, each in a build and process of its own.
+
+AddressSanitizer and UndefinedBehaviorSanitizer watch every case of the conformance suite; ThreadSanitizer the calls of
+the short benchmark, which two threads share. They see plain code alone, not masked intrinsics, so that one instruction
+set says as much as all; torch is not built with them: what it does is ignored, but its memory is guarded.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {
+    "address": ("address,undefined", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}),
+    "thread": (
+        "thread", "libtsan.so", {"TSAN_OPTIONS": "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"},
+    ),
+}  # fmt: skip
+
+
+def build(kind: str) -> Path:
+    """The module, built anew where a source changed."""
+    folder = ROOT / "build" / kind
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DJEPA_AVX512=OFF",
+                 f"-DJEPA_SANITIZE={KINDS[kind][0]}", f"-DPython_EXECUTABLE={sys.executable}",
+                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}"]  # fmt: skip
+    for command in (configure, ["cmake", "--build", folder, "--target", "_C"]):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            sys.exit(f"{done.stdout[-5000:]}\nsanitized_cpu: the {kind} build failed")
+    return next((folder / "out").glob("_C*.so"))
+
+
+def use(module: Path) -> None:
+    """Let this process's jepa_kernels load this build."""
+    spec = importlib.util.spec_from_file_location("jepa_kernels._C", module)
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+
+def run_cases(op: str) -> int:
+    import torch
+
+    from jepa_kernels._core.info import kernels
+    from jepa_kernels.testing import cast, op_module, public, run
+
+    (cpu,) = [kernel for kernel in kernels(op) if kernel.backend == "cpu"]
+    calls = [(case, dtype) for case in op_module(op, "cases").CASES for dtype in cpu.dtypes]
+    for case, dtype in calls:
+        run(public(op, "cpu"), cast(case.make(torch.Generator().manual_seed(0)), dtype, "cpu", case.keep), case)
+    return len(calls)
+
+
+def run_shared(op: str) -> int:
+    import torch
+
+    from jepa_kernels.testing import cast, public, run
+
+    workloads = importlib.import_module(f"benchmarks.ops.bench_{op}").WORKLOADS
+    workloads = [w for w in workloads if w.smoke] or workloads[:1]
+    for w in workloads:
+        drawn = w.make(torch.Generator().manual_seed(0))
+        run(public(w.function or op, "cpu"), cast(drawn, torch.float32, "cpu", w.keep), w.case)
+    return len(workloads)
+
+
+def watched(kind: str, module: Path) -> None:
+    """In a process that the sanitizer watches."""
+    use(module)
+    import torch
+
+    from jepa_kernels.masks import MultiBlock2d, MultiBlock3d
+    from jepa_kernels.ops import OPS
+
+    torch.set_num_threads(2)
+    for op in OPS:
+        print(f"  {op}: {run_cases(op) if kind == 'address' else run_shared(op)} calls", flush=True)
+    if kind == "address":
+        for step in range(20):
+            for sampler in (MultiBlock2d((14, 14)), MultiBlock3d((4, 8, 8)), MultiBlock2d((14, 14), upstream=True)):
+                sampler(4, step=step)
+        print("  masks: 60 batches", flush=True)
+
+
+def watch(kind: str) -> int:
+    began = time.monotonic()
+    module = build(kind)
+    built = time.monotonic()
+    runtime, options = KINDS[kind][1:]
+    compiler = os.environ.get("CXX", "c++")
+    preload = subprocess.run([compiler, f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+    command = [sys.executable, "-m", "tests.kernels.sanitized_cpu", "--inside", kind, str(module)]
+    environment = {**os.environ, **options, "LD_PRELOAD": preload, "PYTHONMALLOC": "malloc"}
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    verdict = "nothing found" if code == 0 else f"exit code {code}"
+    print(f"{kind}: {verdict}; built in {built - began:.0f} s, ran {time.monotonic() - built:.0f} s", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        watched(sys.argv[2], Path(sys.argv[3]))
+    else:
+        sys.exit(max([abs(watch(kind)) for kind in sys.argv[1:] or KINDS]))
