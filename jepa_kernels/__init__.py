@@ -1,7 +1,7 @@
 """Fast, trustworthy kernels for Joint Embedding Predictive Architectures (JEPA)."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
@@ -62,8 +62,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Load what is built on the ops on first use: the import of the ops stays quick."""
+    if name == "profile":
+        return importlib.import_module("jepa_kernels.profiling").profile
     if name in ("integrations", "masks", "models", "nn", "planning"):
         return importlib.import_module(f"jepa_kernels.{name}")
     raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")
