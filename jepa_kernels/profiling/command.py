@@ -16,7 +16,7 @@ from jepa_kernels.configs import Config, read
 from jepa_kernels.data import extra
 from jepa_kernels.profiling import ncu
 from jepa_kernels.profiling.recorder import profile
-from jepa_kernels.profiling.report import Report, check_writable
+from jepa_kernels.profiling.report import TRACE, Report, check_writable
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training.feed import batches
 from jepa_kernels.training.trainer import Trainer
@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         found = record(trainer, feed, options.steps, model=options.config)
         print(found)
-        print(f"\n{found.save(out, options.trace)}\nthe trace for https://ui.perfetto.dev: {options.trace or out}")
+        trace = options.trace or out / TRACE
+        print(f"{found.save(out, trace)}\n{trace}: for https://ui.perfetto.dev")
     except (report.SaveError, BackendError, ValueError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
