@@ -1,5 +1,6 @@
 """Profiles: who was at work when, by hand-made events; parts, floors and words; any loop; the command; the page."""
 
+import io
 import json
 import re
 import time
@@ -253,11 +254,20 @@ def test_any_loop_is_profiled_and_left_as_it_was(plain):
 
 def test_a_report_is_printed_in_any_width(plain):
     found = Report(plain[0].events(), plain[0]._notes, roofs, str, {"model": "mine <b>"})
+    assert "busy" not in found.headline()
+    found.about |= {"load": 3.04, "cores": 2}
+    assert found.headline().endswith("the machine was busy: load 3.0 on 2 cores")
     for width in (10, 60, 140):
         lines = found.table(width).splitlines()
         assert max(map(len, lines)) <= max(width, 30) and "\x1b" not in found.table(width)
     assert "gather_tokens forward" in found.table(140) and "GFLOP/s" in found.table(140)
     assert "mine <b>" in page.render(found).replace("&lt;", "<").replace("&gt;", ">")
+
+
+def test_a_terminal_of_few_characters_gets_them(plain, monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    found = Report(plain[0].events(), plain[0]._notes, roofs, str, {})
+    assert found.table(120).isascii() and "gather_tokens forward" in found.table(120)
 
 
 def test_an_exception_leaves_what_was_recorded():

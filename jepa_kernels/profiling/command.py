@@ -44,6 +44,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the verb `profile`; returns the exit code (1: it failed, 2: bad input, 130: interrupted)."""
     options = _parser().parse_args(argv)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print(f"{OP}: interrupted before a step was recorded; nothing is written", file=sys.stderr)
+        return report.INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
     out = options.out or Path("runs") / f"profile-{Path(options.config).stem}"
     try:
         if options.steps < 1:
@@ -67,9 +75,6 @@ def main(argv: Sequence[str]) -> int:
     except (report.SaveError, BackendError, ValueError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{OP}: interrupted before a step was recorded; nothing is written", file=sys.stderr)
-        return report.INTERRUPTED
     return report.INTERRUPTED if found.about.get("interrupted") else 0
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.define import wrap_kernels
+from jepa_kernels._core.select import short
 from jepa_kernels.cost import Cost
 
 
@@ -43,7 +44,8 @@ class Note(NamedTuple):
     def dtype(self) -> str:
         """Of the first floating tensor; of none: float32, which weights and statistics are in."""
         flat = (x for arg in self.args for x in (arg if isinstance(arg, list) else (arg,)))
-        return next((str(x.dtype).removeprefix("torch.") for x in flat if isinstance(x, Shaped)), "float32")
+        dtypes = (x.dtype for x in flat if isinstance(x, Shaped) and x.dtype.is_floating_point)
+        return short(next(dtypes, torch.float32))
 
     def cost(self) -> Cost | None:
         """None where the op states no formula of this stage."""

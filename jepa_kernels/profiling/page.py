@@ -52,7 +52,7 @@ def rate(value: float | None) -> str:
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """What the page says first: (name, value)."""
-    s, machine = report.summary, report.machine
+    s, machine, about = report.summary, report.machine, report.about
     found = [
         ("a step", duration(s.seconds)),
         ("steps profiled", f"{s.steps}{', interrupted' if report.about.get('interrupted') else ''}"),
@@ -62,6 +62,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("processor", machine["cpu"]),
         ("threads", str(machine["threads"])),
         ("torch", machine["torch"]),
+        ("load of a busy machine", f"{about['load']:.1f} on {about['cores']} cores" if "load" in about else None),
         ("memory", f"{max(s.peaks[name] for name in peaks.BANDWIDTHS):.3g} GB/s"),
         *((f"product, {d}", f"{r:.3g} GFLOP/s") for d, r in s.peaks["gemm_gflops"].items()),
     ]

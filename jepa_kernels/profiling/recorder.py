@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,7 @@ class profile:
         self._model, self._notes = model, Notes()
         self._profiler: Any = None
         self._events: list[Event] | None = None
+        self._busy: dict[str, Any] = {}
 
     def __enter__(self) -> profile:
         if self._profiler is not None:
@@ -81,6 +83,8 @@ class profile:
             self._ranges.close()
             profile._running = False
             self._profiler.stop()
+            load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
+            self._busy = {"load": load, "cores": cores} if load > cores else {}
 
     def events(self) -> list[Event]:
         """What torch's profiler saw, in plain numbers."""
@@ -94,6 +98,7 @@ class profile:
         """The report; measures this machine's peaks once a process. about: what to show beside, such as the model."""
         from jepa_kernels.profiling.report import Report
 
+        about = {**self._busy, **about}
         threads = torch.get_num_threads()
         roofs = functools.partial(peaks.of, threads=threads)
         return Report(self.events(), self._notes, roofs, self._profiler.export_chrome_trace, about)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -62,10 +63,12 @@ class Report:
         s, machine = self.summary, self.machine
         named = f"{self.about['model']}: " if "model" in self.about else ""
         ended = ", interrupted" if self.about.get("interrupted") else ""
+        load = self.about.get("load")
+        waits = "" if load is None else f"\nthe machine was busy: load {load:.1f} on {self.about['cores']} cores"
         return (
             f"{named}{duration(s.seconds)} a step ({s.steps} profiled{ended}), {percent(s.accounted)} accounted for, "
             f"{percent(s.in_operations)} in operations\n"
-            f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+            f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}{waits}"
         )
 
     def table(self, width: int | None = None) -> str:
@@ -169,7 +172,9 @@ def _rate(value: float | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    made = extra("rich.table", OP).Table(box=extra("rich.box", OP).SIMPLE_HEAD, pad_edge=False, expand=False)
+    drawn = (getattr(sys.stdout, "encoding", None) or "ascii").lower().startswith("utf")
+    box = extra("rich.box", OP)
+    made = extra("rich.table", OP).Table(box=box.SIMPLE_HEAD if drawn else box.ASCII2, pad_edge=False)
     for i, name in enumerate(head):
         made.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
