@@ -21,7 +21,7 @@ from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
-from jepa_kernels.profiling import peaks
+from jepa_kernels.profiling.peaks import measured
 
 AnyRun = Run | StepRun | EncodingRun | CropsRun | PatchedRun | PlanningRun | AnsweringRun | HostRun
 
@@ -78,8 +78,8 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     option = request.config.getoption
     device, smoke, threads = option("--bench-device"), option("--smoke"), option("--threads")
     about = machine.machine(device, threads)
-    roofs = peaks.cpu(threads, quick=smoke) if device == "cpu" else peaks.by_torch(device)
-    emit(event="header", machine=about, git=machine.git(), versions=machine.versions(), peaks=roofs)
+    peaks = measured(device, threads, quick=smoke)
+    emit(event="header", machine=about, git=machine.git(), versions=machine.versions(), peaks=peaks)
     if "JEPA_BENCH_EVENTS" not in os.environ:
         print(f"\n{machine.line(about)}")
     names = {row.split("/")[4] for row in option("--row") if row.count("/") == 4}
@@ -89,7 +89,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
         budget_s=option("--budget") or (0.3 if smoke else 0.5),
         min_rounds=5 if smoke else 7,
         baseline=names.pop() if len(names) == 1 else None,
-        peaks=roofs,
+        peaks=peaks,
     )
 
 

@@ -17,6 +17,7 @@ import jepa_kernels as jk
 from jepa_kernels import report as files
 from jepa_kernels.__main__ import main
 from jepa_kernels.cost import Cost
+from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.ops import OPS
 from jepa_kernels.profiling import command, ncu, page, peaks, products
 from jepa_kernels.profiling.events import HOST, OTHER, OURS, STEP, TORCH, WINDOW, Event, Slice, timeline
@@ -250,6 +251,25 @@ def test_any_loop_is_profiled_and_left_as_it_was(plain):
     assert backward.calls == 1 and backward.backward and backward.bytes == 4 * 64 * (8 + 16) + 8 * 8
     assert ops["addmm"].flops == 2 * 16 * 64 * 64
     assert sum(part.seconds for part in s.parts) == pytest.approx(s.seconds)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_model_of_ours_is_found_and_left_as_it_was(given):
+    model = LeJEPA.of(
+        ViTConfig(crop_size=32, patch_size=16, embed_dim=32, depth=1, num_heads=2, proj_hidden=16, slices=8)
+    )
+    wrapped = nn.parallel.DataParallel(model)  # on the CPU it calls what it wraps
+    known, objective = set(vars(model)), LeJEPA.objective
+    with jk.profile(wrapped if given else None) as p:
+        model.objective(wrapped(torch.rand(4, 2, 3, 32, 32))).backward()
+    parts = {part.name for part in Report(p.events(), p._notes, roofs, str, {}).summary.parts}
+    assert {"context", "projector", "loss", "backward"} <= parts
+    assert (
+        set(vars(model)) == known
+        and LeJEPA.objective is objective
+        and not model.projector._forward_hooks
+        and not model.projector._forward_pre_hooks
+    )
 
 
 def test_a_report_is_printed_in_any_width(plain):

@@ -17,7 +17,6 @@ from jepa_kernels.data import extra
 from jepa_kernels.profiling import ncu
 from jepa_kernels.profiling.recorder import profile
 from jepa_kernels.profiling.report import TRACE, Report, check_writable
-from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training.feed import batches
 from jepa_kernels.training.trainer import Trainer
 
@@ -105,6 +104,4 @@ def _config(options: argparse.Namespace) -> Config:
     config = read(options.config, changes)
     for module in ("rich", "jinja2"):
         extra(module, OP)
-    for module in RECIPES[config.architecture].needs:
-        extra(module)
     return config

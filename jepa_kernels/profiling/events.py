@@ -65,11 +65,12 @@ def read(profiler: Any) -> list[Event]:
         device = e.device_type() != cpu
         if device and e.is_user_annotation():
             continue  # ranges as the GPU saw them
-        start, own = e.start_ns(), not device and e.correlation_id()
+        start, linked = e.start_ns(), e.linked_correlation_id()
+        own = 0 if device or linked else e.correlation_id()  # launches, which link too, number themselves otherwise
         about = () if device else (e.shapes(), e.dtypes(), e.concrete_inputs())
         found.append(
             Event(e.name(), e.start_thread_id(), start, start + e.duration_ns(), e.is_user_annotation(), device,
-                  int(own), e.linked_correlation_id(), *about)
+                  own, linked, *about)
         )  # fmt: skip
     return found
 

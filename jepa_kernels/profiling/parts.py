@@ -1,7 +1,7 @@
 """Named ranges around the parts of a step while a profile runs, and no trace of them after it.
 
-Models of ours: their networks and methods, by the table below; a model is found when it is first called. Any loop: the
-backward pass and `nn.EMA`. torch itself names optimizers and data loaders; what a loop names by
+Models of ours: their networks and methods, by the table below; networks are found when the model is first called. Any
+loop: the backward pass and `nn.EMA`. torch itself names optimizers and data loaders; what a loop names by
 `torch.profiler.record_function` is a part too.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,6 +46,9 @@ class Ranges(ExitStack):
         ema = getattr(sys.modules.get("jepa_kernels.nn.ema"), "EMA", None)
         for method in ("update", "apply_update_") if ema is not None else ():
             self.wrap(ema, method, "EMA")
+        for kind, parts in _loaded():
+            for name in [name for name in parts if name in vars(kind)]:
+                self.wrap(kind, name, parts[name])
         if model is None:
             self.callback(register_module_forward_pre_hook(self._look).remove)
         else:
@@ -64,16 +67,12 @@ class Ranges(ExitStack):
         parts = parts_of(type(module))  # type: ignore[arg-type]
         if parts:
             self._known.add(id(module))
-            self._name(module, parts)
-        elif inputs is None and isinstance(getattr(module, "module", None), nn.Module):
-            self._look(module.module)  # type: ignore[arg-type]
-
-    def _name(self, model: nn.Module, parts: Found) -> None:
-        for name, part in parts.items():
-            if isinstance(getattr(model, name), nn.Module):
-                self._hook(getattr(model, name), part)
-            else:
-                self.wrap(model, name, part)
+            for name in [name for name in parts if isinstance(getattr(module, name), nn.Module)]:
+                self._hook(getattr(module, name), parts[name])
+        elif inputs is None:
+            wrapped = getattr(module, "module", getattr(module, "_orig_mod", None))
+            if isinstance(wrapped, nn.Module):
+                self._look(wrapped)
 
     def _hook(self, module: nn.Module, part: str) -> None:
         """A range around the calls of a module; calls within calls are each in one of their own."""
@@ -88,6 +87,14 @@ class Ranges(ExitStack):
 
         self.callback(module.register_forward_pre_hook(before, prepend=True).remove)
         self.callback(module.register_forward_hook(after, always_call=True).remove)
+
+
+def _loaded() -> Iterator[tuple[type, Found]]:
+    """Classes of models that are imported, those above of which have parts: their methods get ranges."""
+    for name, module in list(sys.modules.items()):
+        for kind in list(vars(module).values()) if name.startswith(HOME) else ():
+            if isinstance(kind, type) and kind.__module__ == name and parts_of(kind):
+                yield kind, parts_of(kind)
 
 
 @functools.cache

@@ -83,12 +83,17 @@ def _seconds(function: Callable[[], object], device: str, passes: int = 10) -> f
     return min(clock(function, 1) for _ in range(passes))
 
 
+def measured(device: str, threads: int, quick: bool = False) -> dict[str, Any]:
+    """Of a device as this process uses it, by what there is to measure it with."""
+    with torch.no_grad():
+        built = device == "cpu" and isinstance(extension.load(), ModuleType)
+        return cpu(threads, quick) if built else by_torch(device, quick)
+
+
 @lru_cache
 def of(device: str, threads: int) -> dict[str, Any]:
-    """Of a device as this process uses it; measured once, in about two seconds."""
-    with torch.no_grad():
-        built = isinstance(extension.load(), ModuleType)
-        return cpu(threads, quick=True) if device == "cpu" and built else by_torch(device, quick=True)
+    """Measured once a process, in about two seconds."""
+    return measured(device, threads, quick=True)
 
 
 def floor(cost: Cost, dtype: str, peaks: dict[str, Any]) -> Floor:
