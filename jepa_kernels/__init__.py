@@ -1,7 +1,7 @@
 """Fast, trustworthy kernels for Joint Embedding Predictive Architectures (JEPA)."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
@@ -24,6 +24,9 @@ from jepa_kernels.ops.sigreg.op import sigreg
 from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.rotary import Rope, patch_positions
+
+if TYPE_CHECKING:
+    from jepa_kernels.profiling import profile
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,7 @@ __all__ = [
     "merge_attention",
     "pack",
     "patch_positions",
+    "profile",
     "rope",
     "rope_qk",
     "sigreg",

@@ -61,6 +61,7 @@ PUBLIC = {
     "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
     "patch_positions": ["ids", "grid", "pretrained_grid"],
+    "profile": ["model"],
     "rope": ["x", "positions", *ROPE, "backend"],
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],

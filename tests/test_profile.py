@@ -311,6 +311,16 @@ def test_one_profile_at_a_time():
         jk.profile().__enter__()
 
 
+def test_nothing_is_a_report_too():
+    with jk.profile() as p:
+        pass
+    found = Report(p.events(), p._notes, roofs, str, {})
+    assert found.summary.steps == 1 and not found.summary.ops and found.summary.accounted == 0
+    assert Page(page.render(found)).seen.count("svg") == 0 and "the step" in found.table()
+    with pytest.raises(TypeError, match="profile: model must be a module, got dict; leave it out"):
+        jk.profile({})
+
+
 class Page(HTMLParser):
     """What opens closes; counts of tags."""
 

@@ -59,9 +59,9 @@ class Slice(NamedTuple):
 
 
 def read(profiler: Any) -> list[Event]:
-    """Of a torch.profiler.profile that has ended."""
+    """Of a torch.autograd.profiler.profile that has ended."""
     cpu, found = _device("CPU"), []
-    for e in profiler.profiler.kineto_results.events():
+    for e in profiler.kineto_results.events():
         device = e.device_type() != cpu
         if device and e.is_user_annotation():
             continue  # ranges as the GPU saw them

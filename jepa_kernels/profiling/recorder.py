@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import record_function
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.profiling import peaks
@@ -47,6 +47,8 @@ class profile:
     _running = False
 
     def __init__(self, model: nn.Module | None = None) -> None:
+        if model is not None and not isinstance(model, nn.Module):
+            fail(OP, "model", "be a module", type(model).__name__, "leave it out: it is found", TypeError)
         self._model, self._notes = model, Notes()
         self._profiler: Any = None
         self._events: list[Event] | None = None
@@ -58,9 +60,12 @@ class profile:
         if profile._running or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             wanted, remedy = "be the only one", "end that one first, or leave this one out"
             fail(OP, "a profile", wanted, "another one, or torch's, around it", remedy, RuntimeError)
-        cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-        self._profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True)
-        self._profiler.start()
+        # The engine of torch.profiler, whose own start imports the compiler, for seconds.
+        device = "cuda" if torch.cuda.is_available() else None
+        self._profiler = torch.autograd.profiler.profile(use_device=device, record_shapes=True, use_kineto=True)
+        with record_function(WINDOW):  # the first range of a process takes half a second
+            pass
+        self._profiler.__enter__()
         profile._running = True
         self._ranges = Ranges(self._model)
         self._notes.begin()
@@ -82,7 +87,7 @@ class profile:
             self._notes.end()
             self._ranges.close()
             profile._running = False
-            self._profiler.stop()
+            self._profiler.__exit__(None, None, None)
             load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
             self._busy = {"load": load, "cores": cores} if load > cores else {}
 

@@ -259,7 +259,7 @@ def words(found: Summary) -> list[str]:
         most = max(found.parts, key=lambda p: p.host)
         said.append(
             f"no operation runs for {duration(idle)}, {percent(idle / found.seconds)} of the step, "
-            f"{duration(most.host)} of it in {most.name}"
+            f"{duration(most.host)} of it {most.name if most.name == OTHER else f'in {most.name}'}"
         )
     return said
 
