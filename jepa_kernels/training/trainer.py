@@ -80,16 +80,17 @@ class Trainer:
 
         asked: whether this rank wants to stop; the row's "asked": whether any does.
         """
-        row = self.schedule()
-        statistics = [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
-        before = [b.clone() for b in statistics]
+        with record_function("optimizer"):
+            row = self.schedule()
+            statistics = [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
+            before = [b.clone() for b in statistics]
         loss = self._gradients(parts)
         ema: EMA | None = getattr(self.model, "ema", None)
         most = self.config.optimization.max_grad_norm
         with record_function("optimizer"):
             norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
-        for new, old in zip(statistics, before, strict=True):  # of batch norms, which have seen what is not finite
-            new.copy_(torch.where(finite, new, old))
+            for new, old in zip(statistics, before, strict=True):  # of batch norms, which have seen what is not finite
+                new.copy_(torch.where(finite, new, old))
         self.step += 1
         with record_function("log"):
             return self._logged(parts, row, loss, (norm, finite), asked)
