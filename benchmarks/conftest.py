@@ -25,6 +25,7 @@ from benchmarks.selection import Selection, instead
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
+from jepa_kernels.profiling.peaks import measured
 
 AnyRun = Run | ModelRun | HostRun
 
@@ -107,7 +108,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     option = request.config.getoption
     device, smoke, threads = option("--bench-device"), option("--smoke"), option("--threads")
     about = machine.machine(device, threads)
-    peaks = machine.peaks(threads, quick=smoke) if device == "cpu" else machine.gpu_peaks()
+    peaks = measured(device, threads, quick=smoke)
     emit(event="header", machine=about, git=machine.git(), versions=machine.versions(), peaks=peaks)
     if "JEPA_BENCH_EVENTS" not in os.environ:
         print(f"\n{machine.line(about)}")

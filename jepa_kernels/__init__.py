@@ -1,7 +1,7 @@
 """Fast, trustworthy kernels for Joint Embedding Predictive Architectures (JEPA)."""
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from jepa_kernels._core.info import available_backends, info
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
@@ -24,6 +24,9 @@ from jepa_kernels.ops.sigreg.op import sigreg
 from jepa_kernels.optim import AdamWEMA
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.rotary import Rope, patch_positions
+
+if TYPE_CHECKING:
+    from jepa_kernels.profiling import profile
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,7 @@ __all__ = [
     "merge_attention",
     "pack",
     "patch_positions",
+    "profile",
     "rope",
     "rope_qk",
     "sigreg",
@@ -62,8 +66,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     """Load what is built on the ops on first use: the import of the ops stays quick."""
+    if name == "profile":
+        return importlib.import_module("jepa_kernels.profiling").profile
     if name in ("integrations", "masks", "models", "nn", "planning"):
         return importlib.import_module(f"jepa_kernels.{name}")
     raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")

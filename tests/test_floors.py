@@ -12,6 +12,7 @@ FLOORS = {
     "_core": 1,
     "agreement": 1,
     "chunks": 1,
+    "cost": 1,
     "files": 1,
     "lists": 1,
     "packing": 1,

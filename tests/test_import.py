@@ -60,6 +60,7 @@ PUBLIC = {
     "merge_attention": ["outs", "lses"],
     "pack": ["tensors"],
     "patch_positions": ["ids", "grid", "pretrained_grid"],
+    "profile": ["model"],
     "rope": ["x", "positions", *ROPE, "backend"],
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],
@@ -213,7 +214,7 @@ def test_explain_names_the_choice_and_every_row(op, dtype, capsys):
         (["explain", "rop"], "invalid choice: 'rop' (choose from"),
         (["explain", "ema_update", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from"),
         (["explode"], "invalid choice: 'explode' (choose from"),
-        ([], "the following arguments are required: {info,explain,train,plan}"),
+        ([], "the following arguments are required: {info,explain,profile,train,plan}"),
     ],
 )
 def test_the_command_line_refuses_unknown_words(words, message, capsys):

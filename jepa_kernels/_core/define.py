@@ -17,6 +17,13 @@ from jepa_kernels._core import extension
 
 library = torch.library.Library("jepa_kernels", "DEF")
 _implementations: dict[tuple[str, str, str], Callable[..., Any]] = {}
+_wrap: list[Callable[..., Any]] = []  # at most one: wrap(op, stage, backend, kernel) -> what is called in its place
+
+
+def wrap_kernels(*wrap: Callable[..., Any]) -> None:
+    """Call every kernel from now on through wrap(op, stage, backend, kernel); with no argument: itself."""
+    _wrap[:] = wrap
+    _implementations.clear()
 
 
 def implementation(op: str, stage: str, backend: str) -> Callable[..., Any]:
@@ -30,7 +37,7 @@ def implementation(op: str, stage: str, backend: str) -> Callable[..., Any]:
             if error.name != file:  # the file is there; what it imports is not
                 raise
             found = getattr(extension.load(), f"{op}_{stage}_{backend}")
-        _implementations[key] = found
+        _implementations[key] = _wrap[0](*key, found) if _wrap else found
     return _implementations[key]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from jepa_kernels import CollapseStats, collapse_stats, schedules
 from jepa_kernels.configs import Config, TargetOptimization, same_run
@@ -79,16 +80,27 @@ class Trainer:
 
         asked: whether this rank wants to stop; the row's "asked": whether any does.
         """
-        row = self.schedule()
-        statistics = [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
-        before = [b.clone() for b in statistics]
+        with record_function("optimizer"):
+            row = self.schedule()
+            statistics = [b for m in self.model.modules() if m.training for b in m.buffers(recurse=False)]
+            before = [b.clone() for b in statistics]
         loss = self._gradients(parts)
         ema: EMA | None = getattr(self.model, "ema", None)
         most = self.config.optimization.max_grad_norm
-        norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
-        for new, old in zip(statistics, before, strict=True):  # of batch norms, which have seen what is not finite
-            new.copy_(torch.where(finite, new, old))
+        with record_function("optimizer"):
+            norm, finite = optimizer.step(self.optimizer, ema, row.get("momentum"), most)
+            for new, old in zip(statistics, before, strict=True):  # of batch norms, which have seen what is not finite
+                new.copy_(torch.where(finite, new, old))
         self.step += 1
+        with record_function("log"):
+            return self._logged(parts, row, loss, (norm, finite), asked)
+
+    def _logged(
+        self, parts: Sequence[Part], row: dict[str, float], loss: Tensor, gradient: tuple[Tensor, Tensor], asked: bool
+    ) -> Step:
+        """What the log shows of the step that has just been taken; gradient: its norm, and whether that is finite."""
+        norm, finite = gradient
+        ema: EMA | None = getattr(self.model, "ema", None)
         stats = latent_stats(torch.cat(self.latents))
         skipped = 1.0 - finite.float()
         found = {"loss": loss, "std": stats.std, "rank": stats.rank, "grad_norm": norm, "skipped": skipped}
@@ -105,10 +117,12 @@ class Trainer:
         losses, step = [], self.step + 1
         self.latents = []
         for n, (pixels, given) in enumerate(parts):
-            batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
+            with record_function("data"):
+                batch = self.recipe.prepare(pixels.to(self.device, non_blocking=True))
+                given = given.to(self.device)
             with networks.part(self.network, last=n == len(parts) - 1):
                 with self.ranks.finishing(f"the forward pass of step {step}", "all_gather of weights"):
-                    loss = loss_of(self.network, batch, given.to(self.device), dtype=self.dtype)
+                    loss = loss_of(self.network, batch, given, dtype=self.dtype)
                 with self.ranks.finishing(f"the backward pass of step {step}", REDUCED[self.config.parallel.engine]):
                     (loss / len(parts)).backward()
             losses.append(loss.detach().float())

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels.cost import total
 from jepa_kernels.ops import OPS
 from jepa_kernels.ops.embed_patches.triton import _parts
+from jepa_kernels.profiling.notes import Notes
 
 pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -147,6 +150,51 @@ def test_bytes_touched_stay_near_the_floor(name, call, launches, full, most, lim
     record_property("modelled_us", round(modelled, 1))
     print(f"{name}: {ratio:.3f} of the floor's bytes, {modelled:.0f} us modelled")
     assert 1.0 <= ratio < most and modelled < limit
+
+
+def one_mask():
+    """Every target that is named is read once, as the formula says; masks that share targets find them in the cache."""
+    pred = torch.randn(24, 1280).bfloat16().requires_grad_()
+    ids = torch.arange(12).expand(2, 12).reshape(-1)
+    jk.latent_loss(pred, torch.randn(2, 16, 1280).bfloat16(), ids, packing=Packing.uniform(2, 12), backend="triton")
+
+
+def attend():
+    jk.masked_attention(
+        *(torch.randn(256, 1, 80).bfloat16() for _ in range(3)), Packing.uniform(1, 256), backend="triton"
+    )
+
+
+class Watched(TorchDispatchMode):
+    """Lets every call through; ops of long lists then go through the dispatcher, where they are noted."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+# Not those that read a row of a small table for each token, from the cache.
+FROM_MEMORY = ("adamw", "assemble_tokens-vjepa2-backward", "distance", "ema", "gather", "grad_norm", "rope")
+STATED = [(c[0], c[1]) for c in CASES if c[0].startswith(FROM_MEMORY)]
+STATED += [("latent_loss", one_mask), ("masked_attention", attend)]
+
+
+@pytest.mark.parametrize("name, call", STATED, ids=[c[0] for c in STATED])
+def test_ops_state_the_bytes_that_kernels_touch(name, call):
+    """`cost.py`, which profiles take: within 5 % of what is counted."""
+    notes = Notes()
+    notes.begin()
+    TRAFFIC.clear()
+    WORK.clear()
+    try:
+        with Watched():
+            call()
+    finally:
+        notes.end()
+    stage = "backward" if name.endswith("backward") else "forward"
+    stated = total(note.cost() for note in notes if note.stage == stage)
+    assert stated.bytes == pytest.approx(TRAFFIC.total(), rel=0.05)
+    if name == "masked_attention":
+        assert stated.flops == pytest.approx(2 * WORK["multiply_adds"], rel=0.05)
 
 
 CONTEXTS = (42, 66, 84, 96, 101, 111, 117, 123, 128, 132, 156, 176)  # of I-JEPA: patches kept, 111 in the mean

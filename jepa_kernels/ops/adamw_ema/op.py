@@ -110,7 +110,7 @@ def update(
         return reference.forward(**tensors, **values, grad_scale=grad_scale, found_inf=found_inf)  # type: ignore[arg-type]
     arguments = gathered(lr, weight_decay, momentum), grad_scale, found_inf, *betas, eps, maximize
     with torch.no_grad():  # parameters are leaves
-        if table is not None:
+        if table is not None and not observed():
             return table.step(chosen, known, *arguments)
         lists = filled(tensors)
         count(lists.steps, found_inf)
