@@ -28,7 +28,7 @@ PIP = $(PYTHON) -m pip install -q --no-compile
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 key = $(shell printf '%s' '$(1)' | sha256sum | cut -c1-16)
 CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
-SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
+SOURCES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
 BUILD := $(call hash,$(SOURCES))-$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)" 2>/dev/null)
 # The stamp of a finished setup lies in the environment and goes with it; that of one under way beside the builds'.
 READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(MINILM) $(TOOLS))
@@ -36,11 +36,13 @@ UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
-.PHONY: help bench test ci lint format gpu env build build-cuda clean
+.PHONY: help bench test ci lint format gpu wheel torches env build build-cuda clean
 help:
 	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            lint, then make test"
+	@echo "make wheel         sdist and wheel, tried in a new environment; the C++ example against the wheel's library"
+	@echo "make torches       the wheel under the oldest and newest torch and Triton: downloads of some GB each"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
 	@echo "make lint, format  ruff, mypy, clang-format"
 
@@ -100,7 +102,13 @@ ci: lint test
 gpu: build-cuda
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+TORCHES ?= 2.11.0 2.13.0 2.15.0
+wheel: env
+	$(PYTHON) -m tests.packages wheel
+torches: env
+	$(PYTHON) -m tests.packages torches $(TORCHES) $(ARGS)
+
+CPP := $(wildcard examples/cpp/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 lint: env
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
