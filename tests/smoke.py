@@ -1,8 +1,8 @@
-"""What an installed package must do under the torch beside it; run as a file of its own, with nothing else of tests.
+"""What an installed package must do under the torch beside it; run as a file of its own, beside interpreter.py alone.
 
 Every op's first case on every backend that runs here, forward and gradient, against the error budget; a graph without
 breaks that gives eager's bits; autocast; an exported encoder. Prints a JSON line; the exit code is 1 where one is off.
-With TRITON_INTERPRET=1, Triton's kernels in its interpreter alone, in float32: bfloat16 is not exact there.
+With TRITON_INTERPRET=1: Triton's kernels alone, in its interpreter.
 """
 
 import json
@@ -18,13 +18,13 @@ from jepa_kernels.testing import check_case, op_module
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def parity(dtypes: tuple[torch.dtype, ...], only: str | None) -> tuple[int, list[str]]:
+def parity(only: str | None) -> tuple[int, list[str]]:
     """How many tensors were held against the budget, and those outside it."""
     count, off = 0, []
     for op in jk.ops.OPS:
         case = op_module(op, "cases").CASES[0]
         for backend in (b for b in jk.available_backends(op) if only in (None, b)):
-            for dtype in dtypes:
+            for dtype in DTYPES:
                 found = check_case(op, backend, case, dtype, "cpu")
                 count += len(found)
                 off += [f"{op} {backend} {dtype} {p}" for p in found if not p.ok]
@@ -65,7 +65,11 @@ def exported() -> bool:
 def main() -> int:
     torch.manual_seed(0)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    count, off = parity(DTYPES[:1], "triton") if interpreted else parity(DTYPES, None)
+    if interpreted:
+        import interpreter
+
+        interpreter.install()
+    count, off = parity("triton" if interpreted else None)
     done = {} if interpreted else {f.__name__: f() for f in (compiled, autocast, exported)}
     triton = sys.modules["triton"].__version__ if "triton" in sys.modules else None
     versions = {"torch": torch.__version__, "triton": triton, "python": sys.version.split()[0]}
