@@ -28,7 +28,7 @@ PIP = $(PYTHON) -m pip install -q --no-compile
 hash = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 key = $(shell printf '%s' '$(1)' | sha256sum | cut -c1-16)
 CUDA := $(if $(shell command -v nvcc 2>/dev/null),1,0)
-SOURCES := $(sort $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
+SOURCES := $(sort $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py)
 BUILD := $(call hash,$(SOURCES))-$(shell $(PY) -c "import sys; print(sys.implementation.cache_tag)" 2>/dev/null)
 # The stamp of a finished setup lies in the environment and goes with it; that of one under way beside the builds'.
 READY ?= $(VENV)/.ready-$(call hash,pyproject.toml)-$(call key,$(PY) $(TORCH) $(TRITON) $(TIMM) $(MINIGRID) $(MLXTEND) $(MINILM) $(TOOLS))
@@ -36,13 +36,15 @@ UNFINISHED := .stamps/unfinished-$(call key,$(abspath $(VENV)))
 CPU_STAMP := .stamps/cpu-$(BUILD)
 CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
-.PHONY: help bench results test ci lint format gpu env build build-cuda clean docs floors sanitize
+.PHONY: help bench results test ci lint format gpu env build build-cuda clean docs floors smoke sanitize wheel torches
 help:
 	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
 	@echo "make results       write README's and docs' tables and pictures from benchmarks/results"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            what CI runs, from lint to make test, each stage with its time"
 	@echo "make sanitize      CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer"
+	@echo "make wheel         sdist and wheel, tried in a new environment; the C++ example against the wheel's library"
+	@echo "make torches       the wheel under the oldest and newest torch and Triton: downloads of some GB each"
 	@echo "make gpu           GPU tests and benchmarks with the Python that is there; results in \$$OUT"
 	@echo "make docs          the site, in build/site; a warning is an error"
 	@echo "make lint, format  ruff, mypy, clang-format"
@@ -124,7 +126,13 @@ docs: env
 gpu: build-cuda
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
-CPP := $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+TORCHES ?= 2.11.0 2.13.0 2.15.0
+wheel: env
+	$(PYTHON) -m tests.packages wheel
+torches: env
+	$(PYTHON) -m tests.packages torches $(TORCHES) $(ARGS)
+
+CPP := $(wildcard examples/cpp/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 lint: env
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -40,6 +40,8 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(folder), "--target", "_C"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(next((folder / "out").glob("_C*.so")), target)
+        if not self.inplace:  # a wheel holds the C++ library too, where find_package(jepa_kernels) finds it
+            subprocess.run(["cmake", "--install", str(folder), "--prefix", str(target.parent / "cpp")], check=True)
 
 
 setup(ext_modules=[Extension("jepa_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

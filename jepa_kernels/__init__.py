@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jepa_kernels._core.info import available_backends, info
+from jepa_kernels._core.info import available_backends
 from jepa_kernels._core.select import BackendError, BackendWarning, explain, use_backend
+from jepa_kernels.about import info
 from jepa_kernels.memory import empty_cache
 from jepa_kernels.ops.adamw_ema.op import adamw_ema
 from jepa_kernels.ops.assemble_tokens.op import assemble_tokens
@@ -26,7 +27,13 @@ from jepa_kernels.packing import Packing, pack
 from jepa_kernels.rotary import Rope, patch_positions
 
 if TYPE_CHECKING:
+    from jepa_kernels import integrations as integrations
+    from jepa_kernels import masks as masks
+    from jepa_kernels import models as models
+    from jepa_kernels import nn as nn
+    from jepa_kernels import planning as planning
     from jepa_kernels.profiling import profile
+    from jepa_kernels.training.warmup import warmup
 
 __version__ = "0.1.0"
 
@@ -63,13 +70,14 @@ __all__ = [
     "rope_qk",
     "sigreg",
     "use_backend",
+    "warmup",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Load what is built on the ops on first use: the import of the ops stays quick."""
-    if name == "profile":
-        return importlib.import_module("jepa_kernels.profiling").profile
-    if name in ("integrations", "masks", "models", "nn", "planning"):
+    if name in ("integrations", "masks", "models", "nn", "planning", "testing"):
         return importlib.import_module(f"jepa_kernels.{name}")
+    if name in (homes := {"profile": "profiling", "warmup": "training.warmup"}):
+        return getattr(importlib.import_module(f"jepa_kernels.{homes[name]}"), name)
     raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")

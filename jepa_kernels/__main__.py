@@ -8,6 +8,7 @@ import sys
 import torch
 
 import jepa_kernels
+from jepa_kernels import about
 from jepa_kernels._core import check
 from jepa_kernels.ops import OPS
 from jepa_kernels.testing import DTYPES, cast, op_module
@@ -43,16 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _info(options: argparse.Namespace) -> int:
     report = jepa_kernels.info()
-    if options.json:
-        print(json.dumps(report, indent=2))
-        return 0
-    ops, _ = report.pop("ops"), report.pop("dtypes")
-    for key, value in report.items():
-        print(f"{key:<14}{value}")
-    for op, backends in ops.items():  # type: ignore[attr-defined]
-        print(f"\n{op}")
-        for backend, why in {**backends, "reference": None}.items():
-            print(f"  {backend:<12}{why or 'ready'}")
+    print(json.dumps(report, indent=2) if options.json else about.text(report))
     return 0
 
 

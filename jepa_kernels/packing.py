@@ -284,6 +284,12 @@ def _flatten(p: Packing) -> tuple[list[Any], Any]:
     return [p.cu_seqlens, p.tiles, p.tokens, p.max_seqlen], p.lengths
 
 
+def _keyed(p: Packing) -> tuple[list[tuple[Any, Any]], Any]:
+    values, lengths = _flatten(p)
+    keys = map(pytree.GetAttrKey, ("cu_seqlens", "tiles", "tokens", "max_seqlen"))
+    return list(zip(keys, values, strict=True)), lengths
+
+
 def _unflatten(values: Iterable[Any], lengths: Any) -> Packing:
     cu, tiles, tokens, max_seqlen = values
     if isinstance(cu, Tensor):  # pytree utilities put specs, nodes and None in the leaves' places
@@ -291,4 +297,6 @@ def _unflatten(values: Iterable[Any], lengths: Any) -> Packing:
     return Packing._of(cu, tiles, lengths, tokens, max_seqlen)
 
 
-pytree.register_pytree_node(Packing, _flatten, _unflatten, serialized_type_name="jepa_kernels.Packing")
+pytree.register_pytree_node(
+    Packing, _flatten, _unflatten, serialized_type_name="jepa_kernels.Packing", flatten_with_keys_fn=_keyed
+)

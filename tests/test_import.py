@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,7 @@ PUBLIC = {
     "rope_qk": ["q", "k", "positions", "k_positions", *ROPE, "backend"],
     "sigreg": ["z", "slices", "knots", "t_max", "step", "seed", "group", "backend"],
     "use_backend": ["backend", "per_op"],
+    "warmup": ["config", "device", "world", "steps"],
 }
 
 
@@ -74,6 +76,11 @@ def test_public_names_and_their_arguments_are_pinned():
         found = getattr(jk, name)
         assert arguments is None or list(inspect.signature(found).parameters) == arguments, name
     assert set(jk.ops.OPS) <= set(PUBLIC)
+
+
+def test_every_public_name_stands_in_the_code_that_mypy_reads_strictly():
+    assert not set(PUBLIC) - set(re.findall(r"\bjk\.(\w+)", (ROOT / "tests" / "typed.py").read_text()))
+    assert (ROOT / "jepa_kernels" / "py.typed").exists()
 
 
 def test_every_public_name_has_a_docstring():

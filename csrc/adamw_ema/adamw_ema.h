@@ -3,8 +3,8 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dispatch.h"
-#include "common/dtype.h"
+#include "../common/dispatch.h"
+#include "../common/dtype.h"
 
 namespace jepa {
 

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dispatch.h"
-#include "common/dtype.h"
+#include "../common/dispatch.h"
+#include "../common/dtype.h"
 
 namespace jepa {
 

@@ -102,9 +102,10 @@ void ema_update_cpu(const EmaUpdateParams& p) {
   for (int64_t i = 0; i < p.count; ++i) {
     const EmaTensor& t = p.tensors[i];
     require_float(t.online_dtype);
-    require_float(t.shadow_dtype);
     total += t.numel;
-    if (t.shadow) shadow_bytes += t.numel * (t.shadow_dtype == DType::f32 ? 4 : 2);
+    if (!t.shadow) continue;
+    require_float(t.shadow_dtype);
+    shadow_bytes += t.numel * (t.shadow_dtype == DType::f32 ? 4 : 2);
   }
   const Factors f{set1(static_cast<float>(p.momentum)), set1(static_cast<float>(1.0 - p.momentum))};
   const bool streamed = shadow_bytes > STREAM_BYTES;

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dispatch.h"
-#include "common/dtype.h"
-#include "common/rows.h"
+#include "../common/dispatch.h"
+#include "../common/dtype.h"
+#include "../common/rows.h"
 
 namespace jepa {
 

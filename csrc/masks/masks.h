@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "masks/random.h"
+#include "random.h"
 
 namespace jepa {
 

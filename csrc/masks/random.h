@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "common/philox.h"
+#include "../common/philox.h"
 
 namespace jepa {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dispatch.h"
+#include "../common/dispatch.h"
 
 namespace jepa {
 

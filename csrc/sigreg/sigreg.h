@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/dispatch.h"
+#include "../common/dispatch.h"
 
 namespace jepa {
 

@@ -1,13 +1,10 @@
-"""What this machine and build can run: the report to paste into a bug report."""
+"""Which backends this machine and build can run."""
 
 import importlib
-import platform
-from types import ModuleType
 
 import torch
 
-from jepa_kernels._core import extension
-from jepa_kernels._core.select import DEVICES, Kernel, short, unavailable
+from jepa_kernels._core.select import DEVICES, Kernel, unavailable
 
 
 def kernels(op: str) -> tuple[Kernel, ...]:
@@ -32,26 +29,8 @@ def _runs(backend: str) -> bool:
     )
 
 
-def info() -> dict[str, object]:
-    """Versions, processor, build, and for every op each backend with the reason it can't run, or None."""
-    from jepa_kernels import __version__
-    from jepa_kernels.ops import OPS
-
-    module = extension.load()
-    return {
-        "jepa_kernels": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "build": module.build_info() if isinstance(module, ModuleType) else module,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "ops": {op: {k.backend: _why(k.backend) for k in kernels(op)} for op in OPS},
-        "dtypes": {op: {k.backend: [short(d) for d in k.dtypes] for k in kernels(op)} for op in OPS},
-    }
-
-
-def _why(backend: str) -> str | None:
+def why_not(backend: str) -> str | None:
+    """Why a backend can't run on any device of this machine; None where it can."""
     if _runs(backend):
         return None
     device = DEVICES[backend][0]

@@ -59,6 +59,11 @@ class Feed(Dataset[list[Part]]):
         parts = self._parts(self.masks(self.batch, step=step))
         return [(torch.stack([pixels for pixels, _ in self._items(step, mine)]), given) for mine, given in parts]
 
+    def given(self, step: int) -> list[MaskBatch]:
+        """The masks of a step's parts, of a model that has masks, without what they show."""
+        assert self.masks is not None
+        return [masks for _, masks in self._parts(self.masks(self.batch, step=step))]
+
     def _items(self, step: int, images: np.ndarray) -> list[Any]:
         return [self.inputs[step * self.batch + image] for image in images.tolist()]
 

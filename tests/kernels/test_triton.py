@@ -10,6 +10,7 @@ from jepa_kernels import Packing
 from jepa_kernels._core import define
 from jepa_kernels._core.info import kernels
 from jepa_kernels.ops import OPS
+from jepa_kernels.training.warmup import compiling
 from tests.kernels.expected import CALLS
 from tests.kernels.target import REGISTERS, SHARED_BYTES
 
@@ -95,3 +96,14 @@ def test_adamw_ema_takes_scalars_of_the_host_by_value(target):
         forward(*lists, scalars, None, None, 0.9, 0.999, 1e-8, False)
     (binary,) = target.binaries
     assert len(target.launches) == 3 and binary.stack == 0 and binary.registers <= 64, binary
+
+
+def test_warmup_hears_of_every_kernel_that_is_compiled(target):
+    target.reset(90)
+    x, ids = torch.zeros(2, 50, 24, dtype=torch.float16), torch.arange(7).repeat(2, 1)
+    heard = []
+    for _ in range(2):
+        with compiling() as kernels:
+            jk.gather_tokens(x, ids, backend="triton")
+        heard.append([name for name, _ in kernels])
+    assert heard == [target.launches[:1], []] and len(target.launches) == 2
