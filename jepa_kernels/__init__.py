@@ -64,6 +64,6 @@ __all__ = [
 
 def __getattr__(name: str) -> ModuleType:
     """Load what is built on the ops on first use: the import of the ops stays quick."""
-    if name in ("integrations", "masks", "models", "nn", "planning"):
+    if name in ("integrations", "masks", "models", "nn", "planning", "testing"):
         return importlib.import_module(f"jepa_kernels.{name}")
     raise AttributeError(f"module 'jepa_kernels' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Command line: `python -m jepa_kernels {info,explain,train,plan}`."""
+"""Command line: `python -m jepa_kernels {info,explain,verify,train,plan}`."""
 
 import argparse
 import importlib
@@ -16,6 +16,8 @@ from jepa_kernels.testing import DTYPES, cast, op_module
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2: the call's words are off)."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["verify"]:
+        return importlib.import_module("jepa_kernels.verify.command").main(argv[1:])
     if argv[:1] in (["train"], ["plan"]):
         return importlib.import_module(f"jepa_kernels.{argv[0]}").main(argv[1:])
     options = _parser().parse_args(argv)
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels", description=jepa_kernels.__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="{info,explain,train,plan}")
+    verbs = parser.add_subparsers(required=True, metavar="{info,explain,verify,train,plan}")
     verb = verbs.add_parser("info", help="what this machine and build can run: paste it into a bug report")
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(run=_info)
@@ -33,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], default="float32")
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_explain)
+    verbs.add_parser("verify", help="hold every kernel to its error budget on this machine; see `verify --help`")
     verbs.add_parser("train", help="train a model: `train ijepa`, `train vl_jepa`, or a YAML file; see `train --help`")
     verbs.add_parser("plan", help="plan with a world model and act, on PushT; see `plan --help`")
     return parser

@@ -164,6 +164,25 @@ def dynamic(generator: torch.Generator, size: int) -> Inputs:
     return packed([3 + size, 1, 7 + size], (2, 1), 8)(generator)
 
 
+def alone(inputs: Inputs) -> list[tuple[Inputs, slice]]:
+    """Of a packed call, each sequence by itself and the rows where its output lies."""
+    packing = inputs.get("packing")
+    if packing is None or "rope" in inputs:
+        return []
+    keys, calls = inputs.get("k_packing") or packing, []
+    q_ends, k_ends = packing.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
+    for s, (n, m) in enumerate(zip(packing.lengths, keys.lengths, strict=True)):
+        rows, others = slice(q_ends[s], q_ends[s + 1]), slice(k_ends[s], k_ends[s + 1])
+        call = inputs | dict(q=inputs["q"][rows], k=inputs["k"][others], v=inputs["v"][others])
+        call |= {"packing": Packing.from_lengths([n], device=packing.cu_seqlens.device)}
+        if "k_packing" in inputs:
+            call["k_packing"] = Packing.from_lengths([m], device=packing.cu_seqlens.device)
+        if "key_ranges" in inputs:
+            call["key_ranges"] = inputs["key_ranges"][rows]
+        calls.append((call, rows))
+    return calls
+
+
 RAGGED = (0, 1, 63, 64, 65, 130)
 CAPS = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}
 DIFFERENTIABLE = (0, 1, 2)
