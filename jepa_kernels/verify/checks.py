@@ -102,6 +102,11 @@ def _transpose(_: str, x: Tensor) -> Tensor:  # the last dimension is not the on
     return x.transpose(0, -1).contiguous().transpose(0, -1) if x.is_floating_point() and x.dim() > 1 else x
 
 
+def promises_alone(op: str, backend: str) -> bool:
+    """Where `alone` can be asked and holds; sdpa's BLAS is not ours to order, see above."""
+    return backend != "sdpa" and hasattr(op_module(op, "cases"), "alone")
+
+
 def alone(op: str, backend: str, case: Case, dtype: torch.dtype, device: str) -> str | None:
     """The bits of each packed sequence by itself, as the op's cases state it (`alone`); which one differs, or None."""
     inputs = draw(case, dtype, device)
@@ -124,5 +129,5 @@ def exact(op: str, backend: str, case: Case, dtype: torch.dtype, device: str) ->
         held.append(two_runs)
     if not interpreted or dtype == leading_dtype(op, backend, case):
         held += [strided] if takes_strides(op, backend, case) else []
-        held += [alone] if backend != "sdpa" and hasattr(op_module(op, "cases"), "alone") else []
+        held += [alone] if promises_alone(op, backend) else []
     return [found for check in held if (found := check(op, backend, case, dtype, device)) is not None]
