@@ -1,4 +1,4 @@
-"""The faults seeded in the source: they fit the sources, the page tells what was found, and two of them run here."""
+"""The faults seeded in the source: they fit the sources, the page tells what was found, and one of them runs here."""
 
 import ast
 import os
@@ -47,27 +47,24 @@ def test_the_results_are_of_these_faults_and_the_page_tells_them():
 
 
 RUN = """
-import sys, tempfile
+import tempfile
 from pathlib import Path
+from tests.faults.__main__ import run
 from tests.faults.copy import Copy
 from tests.faults.seeded_triton import TRITON
-from tests.faults.__main__ import run
 
 with tempfile.TemporaryDirectory() as folder:
-    copy = Copy(Path(folder), compiled=False)
-    for op in ("grad_norm", "ema_update"):
-        found = run(copy, next(f for f in TRITON if f.op == op))
-        print(found["caught"], found["ran"], found["by"])
+    found = run(Copy(Path(folder), compiled=False), next(f for f in TRITON if f.op == "ema_update"))
+    print(found["ran"], found["by"])
 """
 
 
-def test_two_faults_are_caught_here():
-    """In a process of its own, which forks: each fault is imported anew."""
+def test_a_fault_is_caught_here_as_the_page_says():
+    """In a process of its own, which forks: the faulty copy is imported there."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", RUN], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 2, done.stderr
-    kept = {f["op"]: f for f in page.load()["faults"] if f["backend"] == "triton"}
-    assert lines == [f"True {kept[op]['ran']} {kept[op]['by']}" for op in ("grad_norm", "ema_update")]
+    assert done.returncode == 0, done.stderr
+    kept = next(f for f in page.load()["faults"] if (f["op"], f["backend"]) == ("ema_update", "triton"))
+    assert done.stdout == f"{kept['ran']} {kept['by']}\n"

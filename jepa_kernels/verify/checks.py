@@ -93,6 +93,8 @@ def takes_strides(op: str, backend: str, case: Case) -> bool:
 def _spread(_: str, x: Tensor) -> Tensor:  # rows further apart than they are long, NaN between them
     if x.dim() == 0 or not x.is_floating_point():
         return x
+    if x.dim() == 1:
+        return torch.stack([x, torch.full_like(x, float("nan"))], 1)[:, 0]
     wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]

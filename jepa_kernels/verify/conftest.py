@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def pytest_configure(config: Any) -> None:
-    """As `-rs` would."""
-    if "s" not in config.option.reportchars:
-        config.option.reportchars += "s"
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """As `-rs` does; where these tests are named with `--pyargs`, this file comes too late to set the option."""
+    if "s" not in terminalreporter.reportchars:
+        terminalreporter.reportchars += "s"

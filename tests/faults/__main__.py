@@ -35,15 +35,14 @@ def main() -> int:
     chosen = [f for f in CPU + TRITON if f.op in options.op and options.backend in (None, f.backend)]
     for fault in CPU + TRITON:
         fault.applied((ROOT / fault.path).read_text())  # before any work
-    results = load()
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder), compiled=any(f.backend == "cpu" for f in chosen))
         for fault in chosen:
             found = run(copy, fault)
             said = found["by"] or "MISSED"
             print(f"{fault.op} {fault.backend}: {fault.what}: {said} ({found['seconds']} s)", flush=True)
-            keep(results, found)
-    return int(not all(f["caught"] for f in results["faults"]))
+            keep(found)
+    return int(not all(f["caught"] for f in load()["faults"]))
 
 
 def run(copy: Copy, fault: Fault) -> dict[str, Any]:
@@ -74,8 +73,9 @@ def _what(problem: str) -> str:
     return f"{found[1]} errs by {found[2]}, budget {found[3]}" if found else problem.replace("|", "/")[:80]
 
 
-def keep(results: dict[str, Any], found: dict[str, Any]) -> None:
+def keep(found: dict[str, Any]) -> None:
     """Write results and page, faults in the order of their lists."""
+    results = load()
     key = lambda f: (f["op"], f["backend"], f["what"])  # noqa: E731
     kept = {key(f): f for f in results["faults"]} | {key(found): found}
     order = [(f.op, f.backend, f.what) for f in CPU + TRITON]
