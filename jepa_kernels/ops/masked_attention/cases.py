@@ -205,6 +205,7 @@ CASES = (
     Case("dense_d128", dense(2, (4, 2), 33, 47, 128), GRADS),
     Case("dense_d64", dense(1, (2, 2), 150, 150, 64, scale=0.2), GRADS),
     Case("frames_of_3", packed([6, 0, 12, 3], (2, 1), 8, frame_size=3), GRADS, gradcheck=True),
+    Case("causal_d16", packed([2, 70, 1], (2, 1), 16, frame_size=1), GRADS),
     Case("frames_of_43_d64", packed([129, 43, 86], (2, 2), 64, frame_size=43), GRADS),
     Case("frames_with_cached_keys_d24", packed([2, 70, 5], (2, 1), 24, [6, 99, 3], frame_size=3), GRADS),
     Case("ranges_d32", packed([5, 130, 0, 33], (2, 2), 32, change=_ranges), GRADS),
