@@ -56,11 +56,11 @@ def test_what_passes_says_so_in_a_table_and_in_files(tmp_path, capsys):
     report = json.loads(files[0].read_text())
     assert report["schema"] == 1 and report["complete"] and report["machine"]["torch"] == torch.__version__
     cases = {case["name"]: case for case in report["rows"][0]["cases"]}
-    assert len(cases) == 8 and cases["infinite"]["ok"]
+    assert len(cases) == 10 and cases["infinite"]["ok"]
     tensor = cases["ordinary"]["tensors"][0]
     assert 0 <= tensor["max_err"] <= tensor["max_budget"] and tensor["cap"] is None and tensor["ok"]
     suite = xml.parse(files[1]).getroot()[0]
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("24", "0", "0")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("30", "0", "0")
     assert suite[0].get("classname") == "grad_norm.cpu.cpu.float32" and suite[0].get("name") == "ordinary"
 
 
@@ -162,9 +162,9 @@ def test_ctrl_c_keeps_what_is_done(monkeypatch, tmp_path, capsys):
     assert command.main([*QUICK, "--json", str(path)]) == 130
     said, report = capsys.readouterr(), json.loads(path.read_text())
     assert not report["complete"] and [r["verdict"] for r in report["rows"]] == ["pass", "partial", "partial"]
-    assert [len(r["cases"]) for r in report["rows"]] == [8, 1, 0]
+    assert [len(r["cases"]) for r in report["rows"]] == [10, 1, 0]
     assert said.err == "interrupted: the rows above are partial\n"
-    assert [line.split()[4] for line in said.out.splitlines()[1:3]] == ["8/8", "1/8"]
+    assert [line.split()[4] for line in said.out.splitlines()[1:3]] == ["10/10", "1/10"]
 
 
 @pytest.mark.parametrize("rich", [True, False])
