@@ -194,6 +194,7 @@ CASES = (
     Case("ragged_d80_logits_80", packed(RAGGED, (2, 2), 80, change=_logits_up_to(80.0))),
     Case("ragged_d80_logits_12", packed(RAGGED, (2, 2), 80, change=_logits_up_to(12.0)), GRADS),
     Case("ragged_d24_grouped_heads", packed([65, 2, 33], (6, 2), 24), GRADS),
+    Case("grouped_heads_of_many_d16", packed([9, 2, 5, 4, 1], (4, 2), 16), GRADS),  # key heads share a task
     Case("long_d16", packed([300, 3], (2, 2), 16, [3, 290]), GRADS),  # more keys than a block of any kernel
     Case("cross_lengths_d88", packed([5, 70, 0, 9], (3, 1), 88, key_lengths=[66, 3, 4, 0]), GRADS),
     Case("empty_key_ranges", packed([2, 3], (1, 1), 8, key_lengths=[0, 2]), GRADS, gradcheck=True),
