@@ -69,8 +69,14 @@ def run(copy: Copy, fault: Fault) -> dict[str, Any]:
 
 def _what(problem: str) -> str:
     """The tensor and the bound that broke, or the exact check, or the exception."""
-    found = re.match(r"(\S+): max error (\S+) \(budget (\S+)\)", problem)
-    return f"{found[1]} errs by {found[2]}, budget {found[3]}" if found else problem.replace("|", "/")[:80]
+    bounds = r"max error (\S+) \(budget (\S+)\), rms (\S+) \(budget (\S+)\)"
+    found = re.match(rf"(\S+): {bounds}", problem)
+    if found is None:
+        return problem.replace("|", "/")[:80]
+    name, error, allowed, rms, rms_allowed = found.groups()
+    if not float(error) <= float(allowed):
+        return f"{name} errs by {error}, budget {allowed}"
+    return f"{name} errs by rms {rms}, budget {rms_allowed}"
 
 
 def keep(found: dict[str, Any]) -> None:
