@@ -76,7 +76,7 @@ class CropsRun(ModelRun):
         with jk.use_backend("reference"):
             eager = gradients(self.checked.model(), *views)
             exact = gradients(self.checked.model().double(), *in_double(views))
-        return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
+        return verdict([testing.hold(n, ours[n], exact[n], eager[n]) for n in exact])
 
     def rival_error(self) -> str | None:
         """Why the recipe's time would mean nothing: its loss or a gradient is another than ours."""

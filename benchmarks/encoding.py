@@ -83,7 +83,7 @@ class EncodingRun(ModelRun):
         with jk.use_backend("reference"):
             eager = self.gradients(self.shallow, self.pixels, *masks)
             exact = self.gradients(copy.deepcopy(self.shallow).double(), self.pixels.double(), *masks)
-        return verdict([testing.compare(n, ours[n], exact[n], eager[n]) for n in exact])
+        return verdict([testing.hold(n, ours[n], exact[n], eager[n]) for n in exact])
 
     def rival_error(self) -> str | None:
         """Why the loop's time would mean nothing: on its own masks it gives other latents than our encoder."""

@@ -102,7 +102,7 @@ class PlanningRun(ModelRun):
                 eager = self.checked.latents()
         with jk.use_backend("reference"):
             exact = self.checked.latents(double=True)
-        return verdict([testing.compare("latents", ours, exact, eager)])
+        return verdict([testing.hold("latents", ours, exact, eager)])
 
     @torch.no_grad()
     def rival_error(self) -> str | None:

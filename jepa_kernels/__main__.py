@@ -1,4 +1,4 @@
-"""Command line: `python -m jepa_kernels {info,explain,profile,train,plan}`."""
+"""Command line: `python -m jepa_kernels {info,explain,verify,profile,train,plan}`."""
 
 import argparse
 import importlib
@@ -13,21 +13,21 @@ from jepa_kernels._core import check
 from jepa_kernels.ops import OPS
 from jepa_kernels.testing import DTYPES, cast, op_module
 
+COMMANDS = {"verify": "verify.command", "profile": "profiling.command", "train": "train", "plan": "plan"}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (2: the call's words are off)."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["profile"]:
-        return importlib.import_module("jepa_kernels.profiling.command").main(argv[1:])
-    if argv[:1] in (["train"], ["plan"]):
-        return importlib.import_module(f"jepa_kernels.{argv[0]}").main(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(f"jepa_kernels.{COMMANDS[argv[0]]}").main(argv[1:])
     options = _parser().parse_args(argv)
     return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jepa_kernels", description=jepa_kernels.__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="{info,explain,profile,train,plan}")
+    verbs = parser.add_subparsers(required=True, metavar="{info,explain,verify,profile,train,plan}")
     verb = verbs.add_parser("info", help="what this machine and build can run: paste it into a bug report")
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(run=_info)
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], default="float32")
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_explain)
+    verbs.add_parser("verify", help="hold every kernel to its error budget on this machine; see `verify --help`")
     verbs.add_parser("profile", help="where a training step's time goes: `profile ijepa`; see `profile --help`")
     verbs.add_parser("train", help="train a model: `train ijepa`, `train vl_jepa`, or a YAML file; see `train --help`")
     verbs.add_parser("plan", help="plan with a world model and act, on PushT; see `plan --help`")

@@ -1,4 +1,4 @@
-"""Numeric parity: the error budget, and running an op's cases on a backend and on the reference.
+"""Numeric parity: the error budget, `compare` for anyone's function, and running an op's cases on a backend.
 
 The budget, per output and per gradient, against the float64 reference on identical inputs:
 max error <= 2 x the error of the same-dtype reference + 2 ulp of the largest value,
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.case import Case
+from jepa_kernels._core.check import fail
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
@@ -50,7 +51,7 @@ class Parity:
         )
 
 
-def compare(name: str, actual: Tensor, exact: Tensor, eager: Tensor, cap: float = float("inf")) -> Parity:
+def hold(name: str, actual: Tensor, exact: Tensor, eager: Tensor, cap: float = float("inf")) -> Parity:
     """Hold `actual` against `exact` (float64 reference); `eager` is the reference in actual's dtype."""
     if actual.shape != exact.shape or actual.dtype != eager.dtype:
         raise AssertionError(
@@ -72,6 +73,105 @@ def compare(name: str, actual: Tensor, exact: Tensor, eager: Tensor, cap: float 
         error.norm().item() / norm if norm > 0 else 0.0,
         cap,
     )
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What `compare` found: each output and each gradient held against the budget."""
+
+    parities: list[Parity]
+
+    @property
+    def ok(self) -> bool:
+        """Every tensor within the budget."""
+        return all(p.ok for p in self.parities)
+
+    def check(self) -> None:
+        """Raise AssertionError that names each tensor out of the budget, with its numbers."""
+        if not self.ok:
+            raise AssertionError("\n".join(str(p) for p in self.parities if not p.ok))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok  ' if p.ok else 'FAIL'} {p}" for p in self.parities)
+
+
+def compare(
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: dict[str, Any] | tuple[Any, ...],
+    *,
+    grads: tuple[str | int, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> Statement:
+    """Hold anyone's function to the error budget of this module's first lines.
+
+    exact = reference(inputs in float64), eager = reference(inputs), actual = fn(inputs), its memory poisoned with NaN:
+    max|actual - exact| <= 2 max|eager - exact| + 2 ulp, and both bounds of the RMS error. Each runs on fresh copies.
+
+    inputs: keyword arguments, or a tuple of positional ones. Floating tensors are cast to `dtype` (None: stay as they
+        are); float64 takes their values from there, so that the rounding of inputs is no error.
+    grads: arguments, by name or position; the gradient of sum(output * fixed random weights) is held too, "d<name>".
+    fn, reference: return a floating tensor, or a tuple, list or dict of them; of one shape, and in the inputs' dtype of
+        one dtype.
+
+    >>> from torch.nn.functional import gelu
+    >>> x = torch.linspace(-3, 3, 100)
+    >>> print(compare(lambda x: x * (0.5 + 0.5 * torch.erf(x * 0.5**0.5)), gelu, {"x": x}, grads=("x",)).ok)
+    True
+    >>> print(compare(lambda x: gelu(x, approximate="tanh"), gelu, (x,)).ok)
+    False
+
+    Raises ValueError and TypeError for bad arguments, AssertionError where fn's outputs differ in number, shape or
+    dtype. Source: FlashAttention's test rule, see above.
+    """
+    named = _named_inputs(inputs, dtype)
+    case = Case("compare", lambda generator: named, grads=_named_grads(named, grads))
+    positional = not isinstance(inputs, dict)
+    exact, eager = (run(_plain("reference", reference, positional), copy(named), case) for copy in (upcast, _fresh))
+    with poisoned_memory():
+        actual = run(_plain("fn", fn, positional), _fresh(named), case)
+    if actual.keys() != exact.keys():
+        raise AssertionError(f"fn: must return {_outputs(exact)} outputs, got {_outputs(actual)}")
+    return Statement([hold(n, actual[n], exact[n], eager[n]) for n in exact])
+
+
+def _named_inputs(inputs: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    if not isinstance(inputs, (dict, tuple)):
+        remedy = "write {'x': x} or (x,)"
+        fail("compare", "inputs", "be a dict or a tuple of arguments", type(inputs).__name__, remedy, TypeError)
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        fail("compare", "dtype", "be a floating dtype", dtype, "leave it out to keep the inputs' own", TypeError)
+    named = inputs if isinstance(inputs, dict) else {str(i): x for i, x in enumerate(inputs)}
+    return map_tensors(named, lambda _, x: x.to(dtype) if dtype is not None and x.is_floating_point() else x)
+
+
+def _named_grads(named: dict[str, Any], grads: tuple[str | int, ...]) -> tuple[str, ...]:
+    able = [n for n, x in named.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    names = tuple(map(str, (grads,) if isinstance(grads, (str, int)) else grads))
+    for name in names:
+        if name not in able:
+            fail("compare", "grads", f"name floating tensors of inputs ({', '.join(able)})", repr(name), "leave it out")
+    return names
+
+
+def _plain(name: str, function: Callable[..., Any], positional: bool) -> Callable[..., Any]:
+    """As `run` calls it: keyword arguments, and a tuple of tensors."""
+
+    def call(**inputs: Any) -> tuple[Tensor, ...]:
+        found = function(*inputs.values()) if positional else function(**inputs)
+        found = tuple(found.values()) if isinstance(found, dict) else found
+        outputs = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+        for i, x in enumerate(outputs):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                actual = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                fail("compare", f"{name}'s output {i}", "be a floating tensor", actual, "wrap the function", TypeError)
+        return outputs
+
+    return call
+
+
+def _outputs(results: dict[str, Tensor]) -> int:
+    return sum(n.startswith("output") for n in results)
 
 
 def _error(actual: Tensor, exact: Tensor) -> Tensor:
@@ -142,6 +242,10 @@ def cast(
     return {k: v.to(device) if isinstance(v, (Packing, Rope)) else v for k, v in moved.items()}
 
 
+def _fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    return map_tensors(inputs, lambda _, x: x.detach().clone())
+
+
 def upcast(inputs: dict[str, Any]) -> dict[str, Any]:
     """The identical values in float64, as fresh tensors."""
     return map_tensors(inputs, lambda _, x: (x.double() if x.is_floating_point() else x).clone())
@@ -181,4 +285,4 @@ def check_case(
     with poisoned_memory():
         actual = run(public(op, backend), inputs, case)
     caps = getattr(cases, "CAPS", {})
-    return [compare(n, actual[n], exact[n], eager[n], caps.get(dtype, float("inf"))) for n in exact]
+    return [hold(n, actual[n], exact[n], eager[n], caps.get(dtype, float("inf"))) for n in exact]

@@ -8,7 +8,7 @@ import torch
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    from tests import interpreter
+    from jepa_kernels.verify import interpreter
 
     interpreter.install()
 

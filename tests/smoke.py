@@ -66,7 +66,7 @@ def main() -> int:
     torch.manual_seed(0)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted:
-        import interpreter
+        from jepa_kernels.verify import interpreter
 
         interpreter.install()
     count, off = parity("triton" if interpreted else None)

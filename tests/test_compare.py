@@ -1,114 +1,121 @@
-"""`python -m benchmarks compare`: what changed is told from what the machine did, and what fails is what got slower."""
+"""`jk.testing.compare`: the error budget for anyone's function."""
 
-import copy
-import json
-import re
+import doctest
 
-import numpy as np
 import pytest
+import torch
+from torch.nn.functional import layer_norm
 
-from benchmarks import __main__ as front
-from benchmarks import compare, rows, stats
-from tests.test_benchmarks import document, red_row, row
-
-NOISE = 1 + 0.01 * np.random.default_rng(0).standard_normal(40)
-
-
-def timed(ours_s, its_s, **changes):
-    """A row whose rounds differ by about 1 %, both times of a round alike."""
-    made = row(**changes)
-    made.update(rows.timed_row({}, made["baseline"], ours_s * NOISE, its_s * NOISE))
-    return made
-
-
-def compared(before, after):
-    return compare.compared(document(*before), document(*after))
-
-
-def test_a_slow_day_is_no_change():
-    (found,) = compared([timed(1e-3, 2e-3)], [timed(2e-3, 4e-3)])["rows"]
-    assert found["run"] == "ema_update/vit_s16/forward/float32" and found["verdict"] == "no difference"
-    assert (found["ours"], found["rivals"], found["ratio"]) == pytest.approx((2, 2, 1))
-    assert found["ci95"] == pytest.approx([1, 1], abs=1e-5)
-
-
-@pytest.mark.parametrize("factor, verdict", [(1.2, "slower"), (0.8, "faster")])
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_change_of_ours_alone_is_told(factor, verdict, kept):
-    before, after = ([timed(f * 1e-3, 2e-3), timed(f * 1e-3, 3e-3, baseline="loop")] for f in (1.0, factor))
-    before[0]["ci95"], after[0]["ci95"] = [1.98, 2.02], [1.98 / factor, 2.02 / factor]
-    if not kept:
-        for one in (*before, *after):
-            del one["samples_us"]
-    (found,) = compared(before, after)["rows"]
-    assert found["verdict"] == verdict and found["ratio"] == pytest.approx(factor)
-    low, high = found["ci95"]
-    assert low <= factor * (1 + 1e-9) and factor <= high * (1 + 1e-9)
-    assert (found["before_us"], found["after_us"]) == pytest.approx((1e3, factor * 1e3), rel=0.01)
-
-
-def test_without_samples_the_interval_comes_from_the_rows_own_by_hand():
-    before, after = row(), row()
-    for one in (before, after):
-        del one["samples_us"]
-    before["ci95"], after["ci95"] = [2 / 1.03, 2 * 1.03], [2 / 1.04, 2 * 1.04]
-    ratio, (low, high) = stats.change([before], [after])
-    far = np.exp(np.hypot(np.log(1.03), np.log(1.04)))
-    assert ratio == 1 and (low, high) == pytest.approx((1 / far, far))
-
-
-def test_rows_of_one_result_alone_are_named():
-    found = compared([row(), row(workload="gone"), red_row()], [row(), row(baseline="loop")])
-    assert [r["run"] for r in found["rows"]] == ["ema_update/vit_s16/forward/float32"]
-    assert found["only_before"] == ["ema_update/gone/forward/float32/lerp"]
-    assert found["only_after"] == ["ema_update/vit_s16/forward/float32/loop"]
+import jepa_kernels as jk
+from jepa_kernels import testing
+from jepa_kernels.testing import compare
 
 
 @pytest.fixture
-def write(tmp_path):
-    def written(name, *found, **changes):
-        (tmp_path / name).write_text(json.dumps(document(*found, **changes)))
-        return str(tmp_path / name)
-
-    return written
+def inputs():
+    torch.manual_seed(0)
+    return {"x": torch.randn(6, 33), "w": torch.randn(33)}
 
 
-def test_a_regression_fails_when_its_whole_interval_is_past_the_limit(write, tmp_path, capsys):
-    before, after, out = write("a", timed(1e-3, 2e-3)), write("b", timed(1.2e-3, 2e-3)), tmp_path / "c.json"
-    assert front.main(["compare", before, after, "--fail-on-regression", "25", "--json", str(out)]) == 0
-    assert front.main(["compare", before, after]) == front.main(["compare", after, before]) == 0
-    capsys.readouterr()
-    assert front.main(["compare", before, after, "--fail-on-regression", "15"]) == 1
-    said = capsys.readouterr()
-    assert "regression of more than 15 %: ema_update/vit_s16/forward/float32, 1.200" in said.err
-    assert "before: a-processor-avx2-2-threads, commit 0123456789, torch 2.13.0" in said.out and "slower" in said.out
-    kept = json.loads(out.read_text())
-    assert kept["schema"] == "jepa-bench-compare/1" and kept["rows"][0]["verdict"] == "slower"
+def norm(x, w):
+    return layer_norm(x, (33,)) * w
 
 
-@pytest.mark.parametrize("columns", ["40", "80", "160"])
-def test_all_is_readable_in_any_width(columns, write, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
-    monkeypatch.setenv("TERM", "dumb")
-    assert front.main(["compare", write("a", timed(1e-3, 2e-3)), write("b", timed(1.2e-3, 2e-3))]) == 0
-    said = capsys.readouterr().out
-    table = said.split("ours over theirs")[1]
-    assert all(len(line) <= int(columns) for line in table.splitlines()) and "\x1b" not in said
-    for shown in ("ema_update/vit_s16/forward/float32", "1.2", "1.20-1.20", "slower", "ms"):
-        assert shown in re.sub(r"\s+", " ", table)
+def by_hand(x, w):
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w.float()).to(x.dtype)
 
 
-def test_what_can_not_be_compared_is_refused(write, tmp_path, capsys):
-    other = copy.deepcopy(document()["machine"]) | {"isa": "avx512"}
-    mine, theirs = write("a", row()), write("b", row(), machine=other)
-    assert front.main(["compare", mine, theirs]) == 2
-    assert "got a-processor-avx2-2-threads and a-processor-avx512-2-threads; pass --across" in capsys.readouterr().err
-    assert front.main(["compare", mine, theirs, "--across"]) == 0
-    (tmp_path / "broken").write_text('{"schema": "jepa-bench/')
-    for path, why in ((tmp_path / "none", "No such file"), (tmp_path / "broken", "Unterminated string"),
-                      (write("old", schema="jepa-bench/0"), "schema is 'jepa-bench/0'")):  # fmt: skip
-        assert front.main(["compare", mine, str(path)]) == 2
-        assert f"{path} must be a result of python -m benchmarks, got: " in (said := capsys.readouterr().err)
-        assert why in said
-    assert front.main(["compare", mine, write("c", row(workload="new"))]) == 2
-    assert "must have a run in common, got none" in capsys.readouterr().err
+def test_it_is_reached_without_an_import():
+    assert jk.testing.compare is compare
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_another_form_of_the_same_function_is_within_the_budget(inputs, dtype):
+    statement = compare(by_hand, norm, inputs, grads=("x", "w"), dtype=dtype)
+    assert statement.ok and [p.name for p in statement.parities] == ["output0", "dx", "dw"]
+    statement.check()
+    assert [line[:4] for line in str(statement).splitlines()] == ["ok  "] * 3
+
+
+def test_numbers_are_those_of_the_definition(inputs):
+    bf16 = compare(by_hand, norm, inputs, dtype=torch.bfloat16).parities[0]
+    x, w = (inputs[n].bfloat16() for n in ("x", "w"))
+    exact, eager = norm(x.double(), w.double()), norm(x, w)
+    error = (by_hand(x, w).double() - exact).abs().max().item()
+    floor = 2 * exact.abs().max().item() * torch.finfo(torch.bfloat16).eps
+    assert bf16.max_err == error
+    assert bf16.max_budget == pytest.approx(2 * (eager.double() - exact).abs().max().item() + floor, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "wrong, failing",
+    [
+        (lambda x, w: layer_norm(x, (33,), eps=1e-3) * w, ["output0", "dx", "dw"]),
+        (lambda x, w: norm(x, w.detach() + 0 * w.sum()), ["dw"]),
+        (lambda x, w: norm(x, w) * (1 + 2e-5), ["output0", "dx", "dw"]),
+    ],
+)
+def test_slips_are_named_with_their_numbers(inputs, wrong, failing):
+    statement = compare(wrong, norm, inputs, grads=("x", "w"))
+    assert not statement.ok and [p.name for p in statement.parities if not p.ok] == failing
+    with pytest.raises(AssertionError) as raised:
+        statement.check()
+    lines = str(raised.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == failing and "max error" in lines[0] and "budget" in lines[0]
+
+
+def test_positions_several_outputs_and_other_arguments():
+    x, ids = torch.randn(5, 4), torch.tensor([3, 0, 3])
+
+    def reference(x, ids, scale):
+        return x[ids] * scale, {"sum": x.sum(0)}["sum"]
+
+    found = compare(lambda x, ids, scale: list(reference(x, ids, scale)), reference, (x, ids, 2.0), grads=(0,))
+    assert found.ok and [p.name for p in found.parities] == ["output0", "output1", "d0"]
+    as_dict = compare(lambda x: {"a": x * 2}, lambda x: x + x, {"x": x})
+    assert as_dict.ok and as_dict.parities[0].max_err == 0
+
+
+def test_memory_that_is_never_written_is_seen():
+    x = torch.randn(40)
+
+    def half(x):
+        out = torch.empty_like(x)
+        out[:20] = x[:20]
+        return out
+
+    assert not compare(half, lambda x: x.clone(), (x,)).ok
+
+
+def test_inputs_are_left_as_they_were():
+    x = torch.randn(4)
+    before = x.clone()
+    compare(lambda x: x.add_(1), lambda x: x + 1, {"x": x})
+    assert torch.equal(x, before) and not x.requires_grad
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(inputs=[1.0]), TypeError, "compare: inputs must be a dict or a tuple of arguments, got list; .+"),
+        (dict(grads=("z",)), ValueError, "compare: grads must name floating tensors of inputs \\(x\\), got 'z'; .+"),
+        (dict(dtype=torch.int32), TypeError, "compare: dtype must be a floating dtype, got torch.int32; .+"),
+        (dict(fn=lambda x: x.sort().indices), TypeError, "compare: fn's output 0 must be .+, got torch.int64; .+"),
+        (dict(fn=lambda x: None), TypeError, "compare: fn's output 0 must be a floating tensor, got NoneType; .+"),
+        (dict(fn=lambda x: (x, x)), AssertionError, "fn: must return 1 outputs, got 2"),
+        (dict(fn=lambda x: x[:2]), AssertionError, r"output0: must be torch.float32 \(4,\), got .+ \(2,\)"),
+        (dict(fn=lambda x: x.double()), AssertionError, "output0: must be torch.float32 .+, got torch.float64 .+"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    given = dict(fn=lambda x: x.clone(), reference=lambda x: x.clone(), inputs={"x": torch.randn(4)}) | change
+    with pytest.raises(error, match=message):
+        compare(**given)
+
+
+def test_the_example_runs_as_written():
+    tests = doctest.DocTestFinder().find(compare, globs={"torch": torch, "compare": compare, "testing": testing})
+    found = doctest.DocTestRunner().run(tests[0])
+    assert found.attempted == 4 and found.failed == 0

@@ -1,7 +1,5 @@
 """One suite for every op x backend x case x dtype. Ops join it through `ops.OPS` and their `cases.py`."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,15 +9,20 @@ import jepa_kernels as jk
 from jepa_kernels._core.info import kernels
 from jepa_kernels._core.select import short, unavailable
 from jepa_kernels.ops import OPS
-from jepa_kernels.testing import (
-    DTYPES,
-    cast,
-    check_case,
-    map_tensors,
-    op_module,
-    poisoned_memory,
-    public,
-    run,
+from jepa_kernels.testing import cast, check_case, map_tensors, op_module, public, run
+from jepa_kernels.verify.checks import (
+    alone,
+    budget,
+    draw,
+    dtypes_of,
+    leading_dtype,
+    promises_alone,
+    same,
+    strided,
+    takes_strides,
+    torch_answers,
+    two_runs,
+    typical,
 )
 
 
@@ -44,12 +47,9 @@ def rows_with_cases():
 
 each_kernel = pytest.mark.parametrize("op, backend, device", list(rows()))
 each_case = pytest.mark.parametrize("op, backend, device, case", list(rows_with_cases()))
-# sdpa hands rows to a BLAS, which chooses its kernel by their strides: the bits are not ours to promise.
-# The cuda row of masked_attention refuses them.
-ONE_LAYOUT = {("masked_attention", "sdpa"), ("masked_attention", "cuda")}
 each_strided_case = pytest.mark.parametrize(
     "op, backend, device, case",
-    [row for row in rows_with_cases() if row.values[3].strided and row.values[:2] not in ONE_LAYOUT],
+    [row for row in rows_with_cases() if takes_strides(*row.values[:2], row.values[3])],
 )
 each_op = pytest.mark.parametrize("op", OPS)
 
@@ -84,80 +84,28 @@ def _skip_where_a_limit_refuses(op, backend, device, case):
         pytest.skip(str(error))
 
 
-def draw(case, dtype, device, seed=0):
-    return cast(case.make(torch.Generator().manual_seed(seed)), dtype, device, case.keep)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n].nan_to_num(7), b[n].nan_to_num(7)) for n in a)
-
-
-def torch_answers(backend, device):
-    """sdpa on a GPU is PyTorch's kernels, whose sums are not ours to order. Where a test promises less of them it says
-    so: fp32's largest error, bits of gradients from run to run, and bits under inductor, which lays tensors out anew.
-    """
-    return backend == "sdpa" and device == "cuda"
-
-
-def within_the_budget(parity, dtype, backend, device):
-    """Of PyTorch's kernels in fp32 a single element may err twice as much as of ours; no other bound gives way."""
-    if torch_answers(backend, device) and dtype == torch.float32:
-        parity = replace(parity, max_budget=2 * parity.max_budget)
-    return parity.ok
-
-
-def typical(op):
-    """The op's first case: the one that the structural tests use."""
-    return op_module(op, "cases").CASES[0]
-
-
-def dtypes_of(op, backend, case):
-    """The dtypes under test that the kernel states; all where the case keeps its leading tensor in float32."""
-    stated = next(k.dtypes for k in kernels(op) if k.backend == backend)
-    return [d for d in DTYPES if case.keep or d in stated]
-
-
-def leading_dtype(op, backend, case):
-    """float32 where the kernel takes it."""
-    return dtypes_of(op, backend, case)[0]
-
-
 @each_case
 def test_every_output_and_gradient_is_within_the_error_budget(op, backend, device, case):
-    if backend == "sdpa":  # its gradients are PyTorch's own rule, not ours to answer for
-        case = replace(case, grads=())
     for dtype in dtypes_of(op, backend, case):
-        for parity in check_case(op, backend, case, dtype, device):
-            assert within_the_budget(parity, dtype, backend, device), f"{short(dtype)} {parity}"
+        for parity in budget(op, backend, case, dtype, device):
+            assert parity.ok, f"{short(dtype)} {parity}"
 
 
 @pytest.mark.parametrize("op, backend, device, case", [row for row in rows_with_cases() if not interpreted(row)])
 def test_two_runs_are_bitwise_equal(op, backend, device, case):
-    first = run(public(op, backend), draw(case, leading_dtype(op, backend, case), device), case)
-    with poisoned_memory():
-        second = run(public(op, backend), draw(case, leading_dtype(op, backend, case), device), case)
-    if torch_answers(backend, device):  # backward may add in any order
-        for name in [n for n in first if n.startswith("d")]:
-            torch.testing.assert_close(first.pop(name), second.pop(name), equal_nan=True)
-    assert same(first, second)
+    assert two_runs(op, backend, case, leading_dtype(op, backend, case), device) is None
 
 
 @each_strided_case
 def test_strided_inputs_give_the_same_bits(op, backend, device, case):
-    def spread(_, x):  # rows further apart than they are long, NaN between them
-        if x.dim() == 0 or not x.is_floating_point():
-            return x
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), float("nan"))
-        wide[..., : x.shape[-1]] = x
-        return wide[..., : x.shape[-1]]
+    assert strided(op, backend, case, torch.float32, device) is None
 
-    def transpose(_, x):  # the last dimension is not the one with stride 1
-        return x.transpose(0, -1).contiguous().transpose(0, -1) if x.is_floating_point() and x.dim() > 1 else x
 
-    plain = run(public(op, backend), draw(case, torch.float32, device), case)
-    for layout in (spread, transpose):
-        strided = run(public(op, backend), map_tensors(draw(case, torch.float32, device), layout), case)
-        assert same(plain, strided), layout.__name__
+@pytest.mark.parametrize(
+    "op, backend, device, case", [r for r in rows_with_cases() if promises_alone(*r.values[:2]) and not interpreted(r)]
+)
+def test_a_packed_sequence_is_itself_alone(op, backend, device, case):
+    assert alone(op, backend, case, leading_dtype(op, backend, case), device) is None
 
 
 @each_kernel

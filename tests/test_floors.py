@@ -142,6 +142,8 @@ def test_import_needs_torch_alone():
             "ops" in path.parts or path.name in ("triton_chunks.py", "triton_rows.py")
         ):
             continue  # loaded on first use of that backend
+        if path.parts[-2:] == ("verify", "interpreter.py"):
+            continue  # loaded where Triton interprets
         for imported in imports(path, top_level_only=True):
             root = imported.split(".")[0]
             known = root in ("torch", "jepa_kernels", *FREE) or root in __import__("sys").stdlib_module_names

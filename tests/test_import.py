@@ -221,7 +221,7 @@ def test_explain_names_the_choice_and_every_row(op, dtype, capsys):
         (["explain", "rop"], "invalid choice: 'rop' (choose from"),
         (["explain", "ema_update", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from"),
         (["explode"], "invalid choice: 'explode' (choose from"),
-        ([], "the following arguments are required: {info,explain,profile,train,plan}"),
+        ([], "the following arguments are required: {info,explain,verify,profile,train,plan}"),
     ],
 )
 def test_the_command_line_refuses_unknown_words(words, message, capsys):

@@ -4,6 +4,7 @@ CASES           the cases; the first is typical and small, one is an empty batch
 CAPS            {dtype: bound of the relative Frobenius error}, optional
 DIFFERENTIABLE  positions of the differentiable inputs in the torch op's schema
 AUTOCAST        arguments that autocast casts to its low type; None: the op runs as it is
+alone(inputs)   of a packed call, each sequence's own call and the rows of its output, which are equal; optional
 dynamic(generator, size)  inputs like the first case's, of lengths that depend on size (0, 1, 2, ...)
 """
 

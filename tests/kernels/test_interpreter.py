@@ -12,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels are interpreted or
     import triton
     import triton.language as tl
 
-    from tests.interpreter import TRAFFIC
+    from jepa_kernels.verify.interpreter import TRAFFIC
 
     @triton.jit
     def _cast_kernel(x, out, N: tl.constexpr):

@@ -17,7 +17,7 @@ from jepa_kernels.profiling.notes import Notes
 
 pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
-    from tests.interpreter import TRAFFIC, WORK
+    from jepa_kernels.verify.interpreter import TRAFFIC, WORK
 
 BANDWIDTH = 4.3e12  # bytes a second, read and written: what an H200 copies at
 PRODUCTS = 790e12  # bf16 operations a second

@@ -7,7 +7,7 @@ from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.probes import load_probe
 from jepa_kernels.models.vjepa2 import VJEPA2
 from jepa_kernels.nn.patch_embed import sincos_2d
-from jepa_kernels.testing import compare
+from jepa_kernels.testing import hold
 from tests.models.weights import shaken
 
 transformers = pytest.importorskip("transformers")
@@ -37,11 +37,11 @@ def state_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}  # before the exact side is made of it
 
 
-def hold(name, ours, theirs, inputs):
+def within(name, ours, theirs, inputs):
     """Ours against theirs in float64, within twice the error of theirs in float32."""
     with torch.no_grad():
         eager, exact = theirs(inputs), theirs(inputs.double())
-        parity = compare(name, ours(inputs), exact, eager)
+        parity = hold(name, ours(inputs), exact, eager)
     assert parity.ok, parity
 
 
@@ -58,8 +58,8 @@ def test_the_encoder_and_the_probe(video):
     assert report.ignored == dict.fromkeys(("encoder", "predictor"), "not of the probe")
     ours = lambda x: encoder(x.transpose(1, 2))  # noqa: E731
     theirs = in_dtype(video, lambda m, x: m.vjepa2(x, skip_predictor=True).last_hidden_state)
-    hold("latents", ours, theirs, clips)
-    hold("logits", lambda x: probe(ours(x)), in_dtype(video, lambda m, x: m(x).logits), clips)
+    within("latents", ours, theirs, clips)
+    within("logits", lambda x: probe(ours(x)), in_dtype(video, lambda m, x: m(x).logits), clips)
 
 
 def test_the_predictor(video):
@@ -76,7 +76,7 @@ def test_the_predictor(video):
     def theirs(m, clips):
         return m.vjepa2(clips, context_mask=[context], target_mask=[target]).predictor_output.last_hidden_state
 
-    hold("predictions", ours, in_dtype(video, theirs), torch.randn(2, 4, 3, 24, 24))
+    within("predictions", ours, in_dtype(video, theirs), torch.randn(2, 4, 3, 24, 24))
 
 
 def test_ijepa(image):
@@ -84,4 +84,4 @@ def test_ijepa(image):
     model = IJEPA(IJEPAConfig(**sizes))
     assert model.load(state_of(image)).missing.keys() == {"target_encoder", "predictor"}
     theirs = in_dtype(image, lambda m, x: m(x).last_hidden_state)
-    hold("latents", model.target_encoder, theirs, torch.randn(2, 3, 24, 24))
+    within("latents", model.target_encoder, theirs, torch.randn(2, 3, 24, 24))

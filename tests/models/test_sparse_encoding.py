@@ -17,7 +17,7 @@ from jepa_kernels.models.vjepa2 import VJEPA2Config
 from jepa_kernels.nn import Encoder, Predictor
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
-from jepa_kernels.testing import compare, poisoned_memory
+from jepa_kernels.testing import hold, poisoned_memory
 from tests.models import video_equations
 from tests.models.weights import shaken
 
@@ -113,7 +113,7 @@ def test_kernels_are_within_the_error_budget_of_the_reference(kept, dtype):
         eager = results(model(batch, masks), model)
         exact = copy.deepcopy(model).double()
         exact = results(exact(batch.double(), masks), exact)
-    parity = [compare(name, actual[name], exact[name], eager[name]) for name in exact]
+    parity = [hold(name, actual[name], exact[name], eager[name]) for name in exact]
     assert not [str(p) for p in parity if not p.ok]
 
 
@@ -134,7 +134,7 @@ def test_packed_equals_each_mask_alone():
         packed = results(exact(batch.double(), masks), exact)
     for name, value in wanted.items():
         torch.testing.assert_close(packed[name], value, rtol=0, atol=1e-12 * value.abs().max())
-    parity = compare("out", actual, wanted["out"], eager)
+    parity = hold("out", actual, wanted["out"], eager)
     assert parity.ok, parity
 
 

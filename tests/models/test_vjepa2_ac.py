@@ -7,7 +7,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels.models.vjepa2_ac import SIZES, WorldModel, WorldModelConfig
-from jepa_kernels.testing import compare
+from jepa_kernels.testing import hold
 from tests.models import world_equations
 from tests.models.ijepa_equations import layer_norm
 from tests.models.weights import shaken
@@ -68,11 +68,11 @@ def test_predictions_and_gradients_are_those_of_the_equations(kind, low):
         stated = run(wide, lambda *x: by_the_equations(wide, *x), double(inputs))
         for name, value in stated.items():  # angles of the equations are exact, ours are rounded to fp32
             assert (exact[name] - value).norm() <= 4e-6 * value.norm(), name
-        bad = [parity for n in exact if not (parity := compare(n, found[n], exact[n], eager[n])).ok]
+        bad = [parity for n in exact if not (parity := hold(n, found[n], exact[n], eager[n])).ok]
         assert not bad, bad
     else:  # of all gradients together: single ones have few numbers
         sides = (torch.cat([side[n].flatten() for n in exact if n != "out"]) for side in (found, exact, eager))
-        parity = compare("gradients", *sides), compare("out", found["out"], exact["out"], eager["out"])
+        parity = hold("gradients", *sides), hold("out", found["out"], exact["out"], eager["out"])
         assert all(p.ok for p in parity), parity
 
 

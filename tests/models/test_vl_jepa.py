@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jepa_kernels.models.vl_jepa import LLAMA_3, VLJEPA, Predictor, Texts, VLJEPAConfig
 from jepa_kernels.packing import Packing, pack
 from jepa_kernels.pairs import Pairs
-from jepa_kernels.testing import compare
+from jepa_kernels.testing import hold
 from tests.models.weights import shaken
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -71,7 +71,7 @@ def test_the_predictor_is_llamas_blocks_without_a_mask():
     own, (visual, questions) = predictor(), inputs()
     exact = by_llama(copy.deepcopy(own).double(), visual.double(), questions)
     eager = by_llama(own, visual, questions)
-    parity = compare("out", own(visual, *pack(questions)), exact, eager)
+    parity = hold("out", own(visual, *pack(questions)), exact, eager)
     assert parity.ok, parity
 
 
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_each_sequence_alone():
     eager = gradients(own, visual, lambda model, x: by_llama(model, x, questions))
     exact = gradients(copy.deepcopy(own).double(), visual.double(), lambda model, x: by_llama(model, x, questions))
     for (name, _), *found in zip(own.named_parameters(), packed, exact, eager, strict=True):
-        parity = compare(name, *found)
+        parity = hold(name, *found)
         assert parity.ok, parity
 
 
@@ -101,7 +101,7 @@ def test_inputs_of_different_lengths_are_each_alone():
     out = own(visual, *pack(questions), seen=seen)
     torch.testing.assert_close(out, torch.stack(alone), rtol=1e-5, atol=1e-6)
     exact = by_llama(copy.deepcopy(own).double(), [x.double() for x in shown], questions)
-    parity = compare("out", out, exact, by_llama(own, shown, questions))
+    parity = hold("out", out, exact, by_llama(own, shown, questions))
     assert parity.ok, parity
     even = torch.stack([shown[0]] * 3)
     same_length = Packing.uniform(3, 4)

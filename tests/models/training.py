@@ -5,7 +5,7 @@ import copy
 import torch
 
 import jepa_kernels as jk
-from jepa_kernels.testing import compare, poisoned_memory
+from jepa_kernels.testing import hold, poisoned_memory
 from tests.models import video_equations
 
 
@@ -42,7 +42,7 @@ def failures(actual, exact, eager):
             torch.cat([run[name].flatten() / unit.to(run[name].dtype) for run, unit in zip(runs, units, strict=True)])
             for runs in (actual, exact, eager)
         ]
-        parity.append(compare(name, *sides))
+        parity.append(hold(name, *sides))
     return [str(p) for p in parity if not p.ok]
 
 

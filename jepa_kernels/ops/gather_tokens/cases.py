@@ -54,7 +54,7 @@ CASES = (
     Case("rectangular_four_masks", rectangular(3, 30, 33, 4, 7), ("x",)),
     Case("all_tokens", rectangular(2, 9, 64, 1, 9), ("x",)),
     Case("one_channel", rectangular(2, 5, 1, 2, 3), ("x",)),
-    Case("empty_sequences", packed(2, 8, 16, [0, 3, 0, 0]), ("x",)),
+    Case("empty_sequences", packed(2, 8, 16, [0, 3, 0, 0, 4, 0]), ("x",)),
     Case("empty_batch", rectangular(0, 8, 16, 2, 3), ("x",)),
     Case("unused_rows", packed(2, 8, 40, [2, 3], rows=9), ("x",)),
 )

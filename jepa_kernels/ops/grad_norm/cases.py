@@ -42,6 +42,8 @@ AUTOCAST = None
 CASES = (
     Case("ordinary", make(), strided=False),
     Case("large", make(size=20.0), strided=False),
+    Case("squares_beyond_fp32", make(size=1e22), strided=False),
+    Case("squares_below_fp32", make(size=1e-28), strided=False),
     Case("one", make(((1,),)), strided=False),
     Case("zero", make(size=0.0), strided=False),
     Case("infinite", _special(float("inf")), strided=False),

@@ -164,6 +164,25 @@ def dynamic(generator: torch.Generator, size: int) -> Inputs:
     return packed([3 + size, 1, 7 + size], (2, 1), 8)(generator)
 
 
+def alone(inputs: Inputs) -> list[tuple[Inputs, slice]]:
+    """Of a packed call, each sequence by itself and the rows where its output lies."""
+    packing = inputs.get("packing")
+    if packing is None or "rope" in inputs:
+        return []
+    keys, calls = inputs.get("k_packing") or packing, []
+    q_ends, k_ends = packing.cu_seqlens.tolist(), keys.cu_seqlens.tolist()
+    for s, (n, m) in enumerate(zip(packing.lengths, keys.lengths, strict=True)):
+        rows, others = slice(q_ends[s], q_ends[s + 1]), slice(k_ends[s], k_ends[s + 1])
+        call = inputs | dict(q=inputs["q"][rows], k=inputs["k"][others], v=inputs["v"][others])
+        call |= {"packing": Packing.from_lengths([n], device=packing.cu_seqlens.device)}
+        if "k_packing" in inputs:
+            call["k_packing"] = Packing.from_lengths([m], device=packing.cu_seqlens.device)
+        if "key_ranges" in inputs:
+            call["key_ranges"] = inputs["key_ranges"][rows]
+        calls.append((call, rows))
+    return calls
+
+
 RAGGED = (0, 1, 63, 64, 65, 130)
 CAPS = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}
 DIFFERENTIABLE = (0, 1, 2)
@@ -175,6 +194,8 @@ CASES = (
     Case("ragged_d80_logits_80", packed(RAGGED, (2, 2), 80, change=_logits_up_to(80.0))),
     Case("ragged_d80_logits_12", packed(RAGGED, (2, 2), 80, change=_logits_up_to(12.0)), GRADS),
     Case("ragged_d24_grouped_heads", packed([65, 2, 33], (6, 2), 24), GRADS),
+    Case("grouped_heads_of_many_d16", packed([9, 2, 5, 4, 1], (4, 2), 16), GRADS),  # key heads share a task
+    Case("long_d16", packed([300, 3], (2, 2), 16, [3, 290]), GRADS),  # more keys than a block of any kernel
     Case("cross_lengths_d88", packed([5, 70, 0, 9], (3, 1), 88, key_lengths=[66, 3, 4, 0]), GRADS),
     Case("empty_key_ranges", packed([2, 3], (1, 1), 8, key_lengths=[0, 2]), GRADS, gradcheck=True),
     Case("unused_rows_d32", packed([17, 40], (2, 2), 32, unused=9), GRADS),
@@ -185,6 +206,7 @@ CASES = (
     Case("dense_d128", dense(2, (4, 2), 33, 47, 128), GRADS),
     Case("dense_d64", dense(1, (2, 2), 150, 150, 64, scale=0.2), GRADS),
     Case("frames_of_3", packed([6, 0, 12, 3], (2, 1), 8, frame_size=3), GRADS, gradcheck=True),
+    Case("causal_d16", packed([2, 70, 1], (2, 1), 16, frame_size=1), GRADS),
     Case("frames_of_43_d64", packed([129, 43, 86], (2, 2), 64, frame_size=43), GRADS),
     Case("frames_with_cached_keys_d24", packed([2, 70, 5], (2, 1), 24, [6, 99, 3], frame_size=3), GRADS),
     Case("ranges_d32", packed([5, 130, 0, 33], (2, 2), 32, change=_ranges), GRADS),

@@ -13,9 +13,9 @@ Make = Callable[[torch.Generator], dict[str, Any]]
 
 
 def places(generator: torch.Generator, *tokens: int, axes: int) -> Tensor:
-    """Frames, rows and columns of patches, fp32 [..., axes]; some lie between two patches."""
-    grid = torch.randint(0, 24, (*tokens, axes), generator=generator)
-    return grid + 0.25 * (grid % 5 == 1)
+    """Frames, rows and columns of patches, fp32 [..., axes]; some lie between two patches, beside others on them."""
+    grid, between = torch.randint(0, 24, (2, *tokens, axes), generator=generator)
+    return grid + 0.25 * (between % 5 == 1)
 
 
 def packed(tokens: int, heads: int, width: int, axes: int = 3, **options: Any) -> Make:

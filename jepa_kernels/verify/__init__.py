@@ -1,0 +1,4 @@
+"""The conformance cases of every op on this machine.
+
+`python -m jepa_kernels verify`, or `pytest --pyargs jepa_kernels.verify`.
+"""
