@@ -106,7 +106,7 @@ test: build-cuda
 	$(PYTHON) -m tests $(ARGS)
 
 # From the quickest to the slowest, each with its time; the tests' summed line comes last.
-STAGES = env lint floors docs build-cuda smoke sanitize test
+STAGES = env lint floors docs build-cuda smoke sanitize wheel test
 ci:
 	@began=$$(date +%s); for stage in $(STAGES); do \
 	  start=$$(date +%s); JEPA_CI_BEGAN=$$began $(MAKE) --no-print-directory $$stage || exit 1; \

@@ -97,8 +97,7 @@ def environment(folder: Path, wheel: Path, version: str) -> Path:
 
 def smoke(python: Path, folder: Path, **environment: str) -> dict[str, object]:
     """tests/smoke.py where the repository is not to be seen."""
-    for name in ("smoke.py", "interpreter.py"):
-        shutil.copy(ROOT / "tests" / name, folder)
+    shutil.copy(ROOT / "tests" / "smoke.py", folder)
     return json.loads(say(python, "smoke.py", cwd=folder, **environment).splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""What an installed package must do under the torch beside it; run as a file of its own, beside interpreter.py alone.
+"""What an installed package must do under the torch beside it; run as a file of its own.
 
 Every op's first case on every backend that runs here, forward and gradient, against the error budget; a graph without
 breaks that gives eager's bits; autocast; an exported encoder. Prints a JSON line; the exit code is 1 where one is off.

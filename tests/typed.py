@@ -54,4 +54,6 @@ def machine() -> str:
     except (jk.BackendError, jk.BackendWarning):
         raise
     jk.empty_cache()
+    with jk.profile() as recorded:
+        report |= {"profile": recorded.report()}
     return said + str(jk.warmup("ijepa", device="cpu")) + str(report) + "".join(backends)
