@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from jepa_kernels import _C
 
 ROOT = Path(__file__).parents[1]
-BUILT = next(iter(sorted((ROOT / "build").glob("*/libjepa_kernels.a"))), None)
+BUILT = ROOT / "build" / sys.implementation.cache_tag / "libjepa_kernels.a"  # beside it lie builds for sanitizers
 
 
 def run(*command: str | Path) -> str:
@@ -22,7 +23,7 @@ def run(*command: str | Path) -> str:
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory):
     """Where this build is installed."""
-    if BUILT is None:
+    if not BUILT.exists():
         pytest.skip("the build's folder is not here (installed from a wheel)")
     folder = tmp_path_factory.mktemp("prefix")
     run("cmake", "--install", BUILT.parent, "--prefix", folder)

@@ -26,7 +26,7 @@ def symbols(path: Path) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_an_instruction_set_shares_no_function_with_another(level):
-    objects = sorted((ROOT / "build").rglob(f"jepa_{level}.dir/**/*.o"))
+    objects = sorted((ROOT / "build" / sys.implementation.cache_tag).rglob(f"jepa_{level}.dir/**/*.o"))
     if not objects:
         pytest.skip("the object files of the build are not here (installed from a wheel)")
     for path in objects:
