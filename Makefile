@@ -114,7 +114,7 @@ ci:
 	done
 
 floors: build
-	$(PYTHON) -m pytest -q tests/test_floors.py tests/test_import.py
+	$(PYTHON) -m pytest -q tests/test_floors.py
 smoke: build
 	$(PYTHON) -m benchmarks --smoke
 sanitize: build

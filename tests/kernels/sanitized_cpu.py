@@ -7,12 +7,16 @@ set says as much as all; torch is not built with them: what it does is ignored, 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+USED = ROOT / "build" / sys.implementation.cache_tag
+COMPILER = os.environ.get("CXX", "c++")
 KINDS = {
     "address": ("address,undefined", "libasan.so", {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1"}),
     "thread": (
@@ -21,17 +25,30 @@ KINDS = {
 }  # fmt: skip
 
 
+def run_or_exit(*command: str | Path) -> str:
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout[-5000:]}\nsanitized_cpu: {command[0]} must succeed, got exit code {done.returncode}")
+    return done.stdout
+
+
 def build(kind: str) -> Path:
-    """The module, built anew where a source changed."""
-    folder = ROOT / "build" / kind
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DJEPA_AVX512=OFF",
-                 f"-DJEPA_SANITIZE={KINDS[kind][0]}", f"-DPython_EXECUTABLE={sys.executable}",
-                 f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'out'}"]  # fmt: skip
-    for command in (configure, ["cmake", "--build", folder, "--target", "_C"]):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            sys.exit(f"{done.stdout[-5000:]}\nsanitized_cpu: the {kind} build failed")
-    return next((folder / "out").glob("_C*.so"))
+    """The kernels, built anew where a source changed, under the bindings of the build in use: these read arguments."""
+    folder, flag = ROOT / "build" / kind, KINDS[kind][0]
+    configure = ["-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DJEPA_PYTHON=OFF", "-DJEPA_AVX512=OFF"]
+    run_or_exit("cmake", "-S", ROOT, "-B", folder, *configure, f"-DJEPA_SANITIZE={flag}")
+    run_or_exit("cmake", "--build", folder)
+    module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    linked = [f"-fsanitize={flag}", "-shared", "-fopenmp", "-o", module, *USED.rglob("_C.dir/**/*.o")]
+    # Whatever CUDA is in the bindings is in the archive of their own build.
+    archives = [folder / "libjepa_kernels.a", USED / "libjepa_kernels.a", *cudart()]
+    run_or_exit(COMPILER, *linked, *archives, "-ldl", "-lrt", "-lpthread")
+    return module
+
+
+def cudart() -> list[str]:
+    found = re.search(r"^CUDA_cudart_static_LIBRARY:FILEPATH=(.+\.a)$", (USED / "CMakeCache.txt").read_text(), re.M)
+    return [found[1]] if found else []
 
 
 def use(module: Path) -> None:
@@ -90,8 +107,7 @@ def watch(kind: str) -> int:
     module = build(kind)
     built = time.monotonic()
     runtime, options = KINDS[kind][1:]
-    compiler = os.environ.get("CXX", "c++")
-    preload = subprocess.run([compiler, f"-print-file-name={runtime}"], capture_output=True, text=True).stdout.strip()
+    preload = run_or_exit(COMPILER, f"-print-file-name={runtime}").strip()
     command = [sys.executable, "-m", "tests.kernels.sanitized_cpu", "--inside", kind, str(module)]
     environment = {**os.environ, **options, "LD_PRELOAD": preload, "PYTHONMALLOC": "malloc"}
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
