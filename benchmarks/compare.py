@@ -26,6 +26,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
         wrong = rows.problems(document)
+        if not wrong and not document["machine"]:
+            wrong = ["a run that ended before it said on what machine"]
     except (OSError, ValueError, AttributeError) as error:
         wrong = [str(error)]
     if wrong:

@@ -66,10 +66,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     selection = Selection(option("--row"), option("--op"), option("--workload"), option("--dtype"))
     here = [item.callspec.id for item in items if hasattr(item, "callspec") and device in devices(item)]
     why = (selection.problem(here) if selection else None) or unknown_backend(option("--backend"))
+    chosen = [item for item in items if _wanted(item, config, selection)]
+    if items and not chosen:
+        narrowing = [
+            f"--{name}" for name in ("row", "op", "workload", "dtype", "smoke", "backend") if option(f"--{name}")
+        ]
+        given = ", ".join([*narrowing, f"--device {device}"])
+        why = why or f"{given} must leave at least one run to measure, got none; leave one of them out"
     if why:
         emit(event="refused", why=why)
         raise pytest.UsageError(why)
-    chosen = [item for item in items if _wanted(item, config, selection)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
     emit(event="collected", count=len(chosen))

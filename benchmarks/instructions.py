@@ -25,8 +25,8 @@ import torch
 
 import jepa_kernels as jk
 from benchmarks import measure, replay, rows, text
-from jepa_kernels import _C, report, testing
-from jepa_kernels._core import define
+from jepa_kernels import report, testing
+from jepa_kernels._core import define, extension
 from jepa_kernels._core.select import short
 from jepa_kernels.ops import OPS
 
@@ -38,6 +38,7 @@ WIDTH, OPERATIONS = 32, 16  # bytes that an instruction moves; a multiply-add of
 TORCH_MULTIPLIES = ("collapse_stats", "sigreg")  # their floors are not those of what is counted
 SCHEMA = "jepa-instructions/1"
 Call = tuple[str, list[Any]]
+_C: Any = extension.load()  # or why it is not there: measured() says so
 
 
 class NoValgrind(RuntimeError):
@@ -161,6 +162,8 @@ def floor(run: measure.Run) -> int | None:
 
 def measured() -> dict[str, Any]:
     """The document that is committed; raises RuntimeError where it can't be counted."""
+    if why := extension.reason("cpu"):
+        raise RuntimeError(f"the CPU kernels must run here, got: {why}")
     if not shutil.which("valgrind"):
         raise NoValgrind("valgrind must be on PATH, got none; apt-get install valgrind")
     torch.set_num_threads(1)
@@ -204,12 +207,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--adopt", action="store_true", help=f"write what is counted to {COMMITTED.name}")
     args = parser.parse_args(argv)
     try:
-        found = measured()
+        return compare(measured(), args.adopt)
+    except KeyboardInterrupt:
+        print("instructions: interrupted, nothing is written", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"instructions: {COMMITTED} must be a file to read, and to write with --adopt, got {error.strerror}; "
+              "run from a checkout of your own", file=sys.stderr)  # fmt: skip
+        return 2
     except RuntimeError as error:
         print(f"instructions: {error}", file=sys.stderr)
         return 2
+
+
+def compare(found: dict[str, Any], adopt: bool) -> int:
+    """Show what is counted; write it, or hold it to what is committed. The exit code."""
     text.show("Instructions", ("row", "instructions", "of the floor"), list(map(cells, found["rows"].items())), (1, 2))
-    if args.adopt:
+    if adopt:
         rows.write(COMMITTED, found)
         return 0
     failing, said = judge(found, json.loads(COMMITTED.read_text()))

@@ -18,6 +18,9 @@ ENVIRONMENT = re.compile(
     "JEPA_|TRITON_|TORCH|PYTORCH_|OMP_|KMP_|GOMP_|MKL_|NCCL_|CUBLAS_|CUDA_(VISIBLE_DEVICES|LAUNCH_BLOCKING|MODULE_LOADING)"
 )
 
+# Of a file in a reason, such as a library that does not load; `and/or` is none.
+FOLDER = re.compile(r"""(?<![^\s'"`(:=])/[^\s/][^:'"`\n]*/""")
+
 
 def info() -> dict[str, object]:
     """Versions, processor, devices, build, environment, and for every op each backend with the reason it can't run.
@@ -40,14 +43,19 @@ def info() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": (_found("/proc/meminfo", r"MemTotal:\s+(\d+ kB)")),
-        "build": module.build_info() if isinstance(module, ModuleType) else module,
+        "build": module.build_info() if isinstance(module, ModuleType) else _files_alone(module),
         "cuda": torch.version.cuda,
         "driver": _found("/proc/driver/nvidia/version", r"Kernel Module\D*([\d.]+)"),
         "devices": _devices(),
         "environment": _environment(),
-        "ops": {op: {k.backend: why_not(k.backend) for k in kernels(op)} for op in OPS},
+        "ops": {op: {k.backend: _files_alone(why_not(k.backend)) for k in kernels(op)} for op in OPS},
         "dtypes": {op: {k.backend: [short(d) for d in k.dtypes] for k in kernels(op)} for op in OPS},
     }
+
+
+def _files_alone(reason: str | None) -> str | None:
+    """With the names of files, without their folders."""
+    return reason and FOLDER.sub("", reason)
 
 
 def _version(package: str) -> str | None:

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,11 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from jepa_kernels import report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "versions.json"
@@ -81,9 +85,11 @@ def build_wheel(sdist: Path, out: Path) -> Path:
     missing(
         [*ours, "jepa_kernels/cpp/lib/libjepa_kernels.a", "jepa_kernels/cpp/include/jepa_kernels/jepa_kernels.h"], found
     )
+    if not any(name.startswith("jepa_kernels/_C.") for name in found):
+        raise Wrong("the wheel must hold the compiled module jepa_kernels/_C, got none")
     strangers = [n for n in found if not n.startswith(("jepa_kernels/", "jepa_kernels-"))]
-    if strangers or not any(name.startswith("jepa_kernels/_C.") for name in found):
-        raise Wrong(f"the wheel must hold jepa_kernels and its compiled module alone, got {strangers}")
+    if strangers:
+        raise Wrong(f"the wheel must hold jepa_kernels alone, got {', '.join(strangers)}")
     return path
 
 
@@ -114,8 +120,13 @@ def wheel(folder: Path, built: Path | None) -> Path:
         return built.resolve()
     with step("sdist: holds every file of the repository"):
         sdist = build_sdist(folder)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with step("wheel from the sdist alone, no torch at hand"):
-        return build_wheel(sdist, folder)
+        path = build_wheel(sdist, folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"           {spent:.0f} s of processor time: {spent / 2:.0f} s on two cores that do nothing else")
+    return path
 
 
 def check_wheel(folder: Path, built: Path) -> None:
@@ -141,7 +152,7 @@ def check_torches(folder: Path, built: Path, versions: list[str], adopt: bool) -
         with step(f"new environment with torch {version}"):
             python = environment(folder / version, built, version)
         with step("every op, a compiled graph, autocast, an exported encoder"):
-            row = smoke(python, folder)
+            row = {**smoke(python, folder), "commit": report.commit()}
         if row["triton"] is not None:  # builds of torch for the CPU alone bring none
             with step("Triton's kernels in its interpreter"):
                 row["interpreted"] = smoke(python, folder, TRITON_INTERPRET="1")["tensors"]
@@ -149,7 +160,13 @@ def check_torches(folder: Path, built: Path, versions: list[str], adopt: bool) -
         print(f"           {json.dumps(row)}")
         rows.append(row)
     if adopt:
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(adopted(json.loads(RESULTS.read_text()), rows), indent=1) + "\n")
+
+
+def adopted(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each version of torch, from the oldest on: those of other versions stay."""
+    by_version = {row["torch"].split("+")[0]: row for row in (*before, *rows)}
+    return [by_version[v] for v in sorted(by_version, key=lambda v: [int(n) for n in v.split(".")])]
 
 
 def main(argv: list[str]) -> int:
@@ -161,6 +178,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if (options.what == "torches") != bool(options.versions):
         parser.error("versions of torch come with `torches`, and with it alone")
+    if options.adopt and options.what == "wheel":
+        parser.error("--adopt must come with `torches`, got `wheel`; leave it out")
     with tempfile.TemporaryDirectory() as folder:
         try:
             built = wheel(Path(folder), options.wheel)

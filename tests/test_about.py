@@ -3,15 +3,18 @@
 import getpass
 import json
 import platform
+import re
 from pathlib import Path
 
 import numpy
+import pytest
 import safetensors
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import _C
-from jepa_kernels.about import text
+from jepa_kernels._core import extension
+from jepa_kernels.about import _files_alone, text
 
 
 def test_the_report_has_what_a_maintainer_needs(monkeypatch):
@@ -36,6 +39,21 @@ def test_the_report_tells_nothing_of_who_ran_it():
     for name in (platform.node(), str(Path.home()), str(Path.cwd())):
         assert len(name) < 4 or name not in said
     assert f"/{getpass.getuser()}" not in said
+
+
+def test_a_library_that_does_not_load_is_told_without_its_folder(monkeypatch):
+    why = "jepa_kernels._C does not load: /home/some one/lib/_C.so: undefined symbol: GOMP_5; ('/opt/x y/libgomp.so.1')"
+    monkeypatch.setattr("jepa_kernels._core.extension._state", {"C": why})
+    monkeypatch.setattr("jepa_kernels.about.why_not", extension.reason)
+    report = jk.info()
+    told = "jepa_kernels._C does not load: _C.so: undefined symbol: GOMP_5; ('libgomp.so.1')"
+    assert report["build"] == told and report["ops"]["rope"]["cpu"] == f"{told}; build it with `pip install .`"
+    assert not re.search("home|some one|opt|x y", text(report) + json.dumps(report))
+
+
+@pytest.mark.parametrize("kept", ["needs AVX2 and/or FMA", "1/2 of it", "a / b / c", "torch/lib", None])
+def test_what_is_no_folder_is_kept(kept):
+    assert _files_alone(kept) == kept
 
 
 def test_packages_that_are_not_there_have_no_line(monkeypatch):

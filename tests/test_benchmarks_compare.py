@@ -106,6 +106,7 @@ def test_what_can_not_be_compared_is_refused(write, tmp_path, capsys):
     assert front.main(["compare", mine, theirs, "--across"]) == 0
     (tmp_path / "broken").write_text('{"schema": "jepa-bench/')
     for path, why in ((tmp_path / "none", "No such file"), (tmp_path / "broken", "Unterminated string"),
+                      (write("early", machine={}), "ended before it said on what machine"),
                       (write("old", schema="jepa-bench/0"), "schema is 'jepa-bench/0'")):  # fmt: skip
         assert front.main(["compare", mine, str(path)]) == 2
         assert f"{path} must be a result of python -m benchmarks, got: " in (said := capsys.readouterr().err)

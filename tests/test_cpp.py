@@ -52,6 +52,15 @@ def test_the_example_runs_and_its_loops_agree(prefix, tmp_path):
     assert not re.search(r"NEEDED.*(python|torch|c10)", needed) and "libgomp" in needed
 
 
+def test_threads_of_the_callers_own_may_call(prefix, tmp_path):
+    """Four of an OpenMP region, each with a call of one thread; and with 0 threads, which is 1."""
+    source, library = ROOT / "tests" / "kernels" / "callers.cpp", prefix / "lib" / "libjepa_kernels.a"
+    program = tmp_path / "callers"
+    run("c++", "-std=c++17", "-O1", "-fopenmp", f"-I{prefix / 'include'}", source, library, "-o", program)
+    same, calls, overrun, asked = map(int, re.findall(r"\d+", run(program)))
+    assert same == calls >= 15 and overrun == 0 and asked >= calls
+
+
 def test_headers_are_those_of_every_op_and_stand_alone(prefix):
     headers = prefix / "include" / "jepa_kernels"
     ops = {path.parent.name for path in (ROOT / "csrc").glob("*/cpu.cpp")} | {"masks"}

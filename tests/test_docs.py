@@ -1,10 +1,12 @@
 """The documents: every example runs and shows what its comments say, and the site has a page for every op and model."""
 
+import argparse
 import ast
 import contextlib
 import importlib.util
 import io
 import re
+import shlex
 import textwrap
 import tokenize
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 import yaml
 
 import jepa_kernels as jk
+from jepa_kernels import __main__ as main
+from jepa_kernels import configs
 from jepa_kernels._core.info import kernels
 from jepa_kernels.testing import op_module
 
@@ -25,6 +29,7 @@ PAGES = {
     for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
     if (found := [textwrap.dedent(code) for _, code in BLOCK.findall(page.read_text())])
 }
+FENCED = re.compile(r"^```(.*?)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ROW = re.compile(r"^\| `(\w+)` \| ([^|]*) \|", re.MULTILINE)
 
 
@@ -81,6 +86,54 @@ def test_a_wrong_shape_or_print_is_seen():
                   "x, y = torch.ones(2, 4)  # [3] each"):  # fmt: skip
         with pytest.raises(AssertionError):
             run(wrong, {"torch": torch})
+
+
+def plain(page: Path) -> list[str]:
+    """Blocks of no language."""
+    return [block for language, block in FENCED.findall(page.read_text()) if not language]
+
+
+def command_lines() -> list[tuple[str, list[str]]]:
+    """(page, words) of each command in a block, without its comment."""
+    found = []
+    for page in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
+        for block in plain(page):
+            for line in block.replace("\\\n", " ").splitlines():
+                if re.match(r"(make|srun|torchrun|python -m jepa_kernels) ", line):
+                    found.append((str(page.relative_to(ROOT)), shlex.split(line, comments=True)))
+    return found
+
+
+COMMANDS = [pytest.param(words, id=f"{page}: {' '.join(words)}") for page, words in command_lines()]
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    module = f"jepa_kernels.{main.COMMANDS[verb]}" if verb in main.COMMANDS else main.__name__
+    return importlib.import_module(module)._parser()
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_commands_name_verbs_options_configs_and_targets_that_there_are(words):
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    verb, *rest = words[words.index("jepa_kernels") + 1 :]
+    options = parser_of(verb).parse_args(rest if verb in main.COMMANDS else [verb, *rest])
+    config = getattr(options, "config", None)
+    if config and not config.endswith(".yaml"):
+        assert configs.read(config, options.set)
+
+
+def test_what_the_first_page_says_in_five_lines_is_tried():
+    for page in ("README.md", "docs/index.md"):
+        said = {" ".join(p.values[0][3:]) for p in COMMANDS if p.id.startswith(f"{page}: python")}
+        assert said >= {"verify", "profile ijepa", "train ijepa"}
+    (line,) = re.findall(r"^out = .*", plain(ROOT / "README.md")[0], re.MULTILINE)
+    names: dict = {}
+    run(PAGES["README.md"][0], names)
+    out = names.pop("out")
+    run(line, names)
+    assert torch.equal(names["out"], out)
 
 
 def pages_of(nav) -> list[str]:

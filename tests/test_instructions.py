@@ -8,6 +8,7 @@ import torch
 
 from benchmarks import instructions
 from jepa_kernels import _C
+from jepa_kernels._core import extension
 from jepa_kernels.ops import OPS
 
 COMMITTED = json.loads(instructions.COMMITTED.read_text())
@@ -58,6 +59,29 @@ def test_without_valgrind_the_reason_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert instructions.main([]) == 2
     assert "valgrind must be on PATH, got none; apt-get install valgrind" in capsys.readouterr().err
+
+
+def test_what_stops_it_is_a_line_and_an_exit_code(monkeypatch, capsys, tmp_path):
+    def stopped(error):
+        def measured():
+            raise error
+
+        monkeypatch.setattr(instructions, "measured", measured)
+        return instructions.main(["--adopt"]), capsys.readouterr().err
+
+    assert stopped(KeyboardInterrupt()) == (130, "instructions: interrupted, nothing is written\n")
+    monkeypatch.setattr(instructions, "measured", lambda: COMMITTED)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(instructions, "COMMITTED", tmp_path / "file" / "instructions.json")  # in no folder
+    assert instructions.main(["--adopt"]) == 2
+    assert "instructions.json must be a file to read, and to write with --adopt, got" in capsys.readouterr().err
+
+
+def test_without_the_compiled_module_the_reason_is_printed(monkeypatch, capsys):
+    monkeypatch.setitem(extension._state, "C", "jepa_kernels._C is not built")
+    assert instructions.main([]) == 2
+    why = "jepa_kernels._C is not built; build it with `pip install .`"
+    assert capsys.readouterr().err == f"instructions: the CPU kernels must run here, got: {why}\n"
 
 
 def test_own_instructions_are_those_of_the_extension_alone():

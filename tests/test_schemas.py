@@ -36,7 +36,7 @@ def test_versions_are_those_that_were_run():
     rows = json.loads((ROOT / "docs" / "versions.json").read_text())
     page = (ROOT / "docs" / "versions.md").read_text()
     for row in rows:
-        tensors = f"{row['tensors']} of {row['tensors']} | {row.get('interpreted', '')} | yes |"
+        tensors = f"{row['tensors']} of {row['tensors']} | {row.get('interpreted', '')} | yes | {row['commit'][:10]} |"
         assert f"| {row['torch']} | {row['triton'] or ''} | {tensors}" in page
         assert not row["off"] and row["compiled"] and row["autocast"] and row["exported"]
     run = [row["torch"].split("+")[0] for row in rows]

@@ -52,6 +52,14 @@ def test_a_refusal_ends_with_2_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "latest.json").exists()
 
 
+def test_what_leaves_nothing_to_measure_is_refused(tmp_path, capsys):
+    words = ["--smoke", "--dtype", "bfloat16", "--backend", "cpu", "benchmarks/ops/bench_gather_tokens.py"]
+    assert front.main([*words, "--out", str(tmp_path)]) == 2
+    given = "--dtype, --smoke, --backend, --device cpu"
+    said = f"bench: {given} must leave at least one run to measure, got none; leave one of them out\n"
+    assert capsys.readouterr().err == said and not (tmp_path / "latest.json").exists()
+
+
 def test_a_backend_that_can_not_run_is_a_failed_row_with_the_reason():
     settings = Settings(budget_s=0.0, min_rounds=3, peaks=PEAKS, backend="cpu")
     (found,) = Run("gather_tokens", small(), "forward", "float32", settings).rows()

@@ -39,7 +39,9 @@ class Forked:
     @staticmethod
     def _ask(question):
         print(json.dumps(question), file=launcher().stdin, flush=True)
-        return json.loads(launcher().stdout.readline())
+        line = launcher().stdout.readline()
+        assert line, f"the launcher died with {launcher().wait(WAIT)}"
+        return json.loads(line)
 
     def poll(self):
         if self.code is None:

@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace adamw_ema_bindings {
 
 static float value_of(const std::optional<Tensor>& scalar, float otherwise) {
   return scalar ? *scalar->data<float>() : otherwise;
@@ -96,9 +97,12 @@ static void step_cpu(AdamwEmaTable& table, const py::list& grads, const Tensor& 
   table.run(scalars, grad_scale, skip, beta1, beta2, eps, maximize);
 }
 
+} // namespace adamw_ema_bindings
+
 void bind_adamw_ema_cuda(py::module_&);
 
 void bind_adamw_ema(py::module_& m) {
+  using namespace adamw_ema_bindings;
   m.def("adamw_ema_forward_cpu", &forward_cpu);
   py::class_<AdamwEmaTable>(m, "adamw_ema_table_cpu")
       .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,

@@ -3,6 +3,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace adamw_ema_cuda_bindings {
 
 static const float* address_or_null(const std::optional<Tensor>& x) {
   return x ? x->data<const float>() : nullptr;
@@ -34,7 +35,12 @@ static void forward_cuda(const Tensor& chunks, py::handle grad, py::handle onlin
   adamw_ema_cuda(p);
 }
 
-void bind_adamw_ema_cuda(py::module_& m) { m.def("adamw_ema_forward_cuda", &forward_cuda); }
+} // namespace adamw_ema_cuda_bindings
+
+void bind_adamw_ema_cuda(py::module_& m) {
+  using namespace adamw_ema_cuda_bindings;
+  m.def("adamw_ema_forward_cuda", &forward_cuda);
+}
 
 } // namespace jepa
 #endif

@@ -7,6 +7,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace assemble_tokens_bindings {
 
 using Starts = std::vector<int64_t>;
 
@@ -128,7 +129,10 @@ static std::pair<Tensor, Tensor> backward_cpu(const Tensor& grad, const std::vec
   return {dcontext, dmask_token};
 }
 
+} // namespace assemble_tokens_bindings
+
 void bind_assemble_tokens(py::module_& m) {
+  using namespace assemble_tokens_bindings;
   m.def("assemble_tokens_forward_cpu", &forward_cpu);
   m.def("assemble_tokens_backward_cpu", &backward_cpu);
 }

@@ -3,6 +3,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace collapse_stats_bindings {
 
 static void collapse_stats(const Tensor& z, const Tensor& out) {
   const CollapseStatsParams p{z.data(),    z.size(0), z.size(1),         z.stride(0),
@@ -11,6 +12,11 @@ static void collapse_stats(const Tensor& z, const Tensor& out) {
   collapse_stats_cpu(p);
 }
 
-void bind_collapse_stats(py::module_& m) { m.def("collapse_stats", &collapse_stats); }
+} // namespace collapse_stats_bindings
+
+void bind_collapse_stats(py::module_& m) {
+  using namespace collapse_stats_bindings;
+  m.def("collapse_stats", &collapse_stats);
+}
 
 } // namespace jepa

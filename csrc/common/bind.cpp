@@ -9,6 +9,7 @@
 #endif
 
 namespace jepa {
+namespace common_bindings {
 
 // Why CUDA kernels can't run in this process; empty where they can.
 static std::string cuda_reason() {
@@ -51,7 +52,10 @@ static int64_t first_bad_id(py::handle ids, int64_t length, int64_t count, const
   return -1;
 }
 
+} // namespace common_bindings
+
 void bind_common(py::module_& m) {
+  using namespace common_bindings;
   m.def("build_info", &build_info);
   m.def("cuda_reason", &cuda_reason);
   m.def("isa", [] { return isa_name(isa()); });

@@ -10,29 +10,30 @@
 
 namespace jepa::JEPA_ISA {
 
-#ifdef __SANITIZE_THREAD__
-// The sanitizer knows nothing of OpenMP's barriers, and would call every hand-over a race.
+// Of the threads that run a body: 0, 1, ..., smaller than their number; 0 outside. Not OpenMP's, which counts
+// those of the caller's own team where a body runs without one of ours.
 static thread_local int rank_here = 0;
 static inline int thread_rank() { return rank_here; }
 
+template <class Body> static void run_as(int rank, int team, const Body& body) {
+  rank_here = rank;
+  body(rank, team);
+  rank_here = 0; // the runtime's threads go on to teams of others
+}
+
+// body(rank, team) on each thread of a team; the runtime may grant fewer threads than asked for.
+#ifdef __SANITIZE_THREAD__
+// The sanitizer knows nothing of OpenMP's barriers, and would call every hand-over a race.
 template <class Body> static void parallel_team(int threads, Body body) {
   std::vector<std::thread> others;
-  for (int rank = 1; rank < threads; ++rank)
-    others.emplace_back([=] {
-      rank_here = rank;
-      body(rank, threads);
-    });
-  body(0, threads);
+  for (int rank = 1; rank < threads; ++rank) others.emplace_back([=] { run_as(rank, threads, body); });
+  run_as(0, threads, body);
   for (std::thread& other : others) other.join();
 }
 #else
-// 0, 1, ... of the threads that run a body, smaller than their number.
-static inline int thread_rank() { return omp_get_thread_num(); }
-
-// body(rank, team) on each thread of a team; the runtime may grant fewer threads than asked for.
 template <class Body> static void parallel_team(int threads, Body body) {
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num(), omp_get_num_threads());
+  run_as(omp_get_thread_num(), omp_get_num_threads(), body);
 }
 #endif
 

@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace distance_weights_bindings {
 
 static PlacedRuns placed(const Tensor& ids, const Runs& runs) {
   return {ids.data<int64_t>(), runs.starts(), runs.starts() ? 0 : ids.size(-1), ids.numel()};
@@ -31,6 +32,11 @@ static Tensor forward_cpu(const Tensor& context_ids, const Tensor& target_ids,
   return weights;
 }
 
-void bind_distance_weights(py::module_& m) { m.def("distance_weights_forward_cpu", &forward_cpu); }
+} // namespace distance_weights_bindings
+
+void bind_distance_weights(py::module_& m) {
+  using namespace distance_weights_bindings;
+  m.def("distance_weights_forward_cpu", &forward_cpu);
+}
 
 } // namespace jepa

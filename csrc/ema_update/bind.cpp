@@ -6,6 +6,7 @@
 #include "common/tensor_lists.h"
 
 namespace jepa {
+namespace ema_update_bindings {
 
 static EmaForm form_of(const std::string& name) {
   if (name == "ijepa") return EmaForm::ijepa;
@@ -50,7 +51,10 @@ static void run_cuda(const Tensor& chunks, py::handle online, py::handle shadow,
 }
 #endif
 
+} // namespace ema_update_bindings
+
 void bind_ema_update(py::module_& m) {
+  using namespace ema_update_bindings;
   m.def("ema_update_run_cpu", &run_cpu);
 #if JEPA_CUDA
   m.def("ema_update_run_cuda", &run_cuda);

@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace embed_patches_bindings {
 
 using namespace embed_patches;
 using Maybe = std::optional<Tensor>;
@@ -123,7 +124,10 @@ static std::array<Tensor, 4> backward_cpu(const Tensor& grad, const Tensor& pixe
   return found;
 }
 
+} // namespace embed_patches_bindings
+
 void bind_embed_patches(py::module_& m) {
+  using namespace embed_patches_bindings;
   m.def("embed_patches_forward_cpu", &forward_cpu);
   m.def("embed_patches_backward_cpu", &backward_cpu);
 }

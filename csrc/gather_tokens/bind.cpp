@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace gather_tokens_bindings {
 
 static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optional<Tensor>& cu) {
   const int64_t channels = x.size(2);
@@ -46,7 +47,10 @@ static Tensor backward_cpu(const Tensor& grad, const Tensor& ids, const std::opt
   return dx;
 }
 
+} // namespace gather_tokens_bindings
+
 void bind_gather_tokens(py::module_& m) {
+  using namespace gather_tokens_bindings;
   m.def("gather_tokens_forward_cpu", &forward_cpu);
   m.def("gather_tokens_backward_cpu", &backward_cpu);
 }

@@ -8,6 +8,7 @@
 #include "common/tensor_lists.h"
 
 namespace jepa {
+namespace grad_norm_bindings {
 
 constexpr int64_t BLOCK = 1 << 14; // elements: the order of the sum depends on it, and on nothing else
 
@@ -36,9 +37,12 @@ static Tensor run_cpu(const TensorLists& lists, const Tensor& first) {
   return norm;
 }
 
+} // namespace grad_norm_bindings
+
 void bind_grad_norm_cuda(py::module_&);
 
 void bind_grad_norm(py::module_& m) {
+  using namespace grad_norm_bindings;
   m.def("grad_norm_run_cpu", &run_cpu);
 #if JEPA_CUDA
   bind_grad_norm_cuda(m);

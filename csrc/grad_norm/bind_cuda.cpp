@@ -3,6 +3,7 @@
 #include "grad_norm/grad_norm.h"
 
 namespace jepa {
+namespace grad_norm_cuda_bindings {
 
 // tables: of each dtype of gradient, int64 [chunks, 2] on the device, rows of GradNormChunk; and that dtype.
 static Tensor forward_cuda(const std::vector<std::pair<Tensor, py::object>>& tables) {
@@ -22,7 +23,12 @@ static Tensor forward_cuda(const std::vector<std::pair<Tensor, py::object>>& tab
   return norm;
 }
 
-void bind_grad_norm_cuda(py::module_& m) { m.def("grad_norm_forward_cuda", &forward_cuda); }
+} // namespace grad_norm_cuda_bindings
+
+void bind_grad_norm_cuda(py::module_& m) {
+  using namespace grad_norm_cuda_bindings;
+  m.def("grad_norm_forward_cuda", &forward_cuda);
+}
 
 } // namespace jepa
 #endif

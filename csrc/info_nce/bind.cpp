@@ -7,6 +7,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace info_nce_bindings {
 
 static info_nce::Side side_of(const Tensor& x, const std::optional<Tensor>& items) {
   return {x.data(), x.size(0), x.stride(0), x.stride(1), x.dtype, items ? items->data<float>() : nullptr};
@@ -91,7 +92,10 @@ backward_cpu(const Tensor& weight, const Tensor& x, const Tensor& y, const Tenso
   return {dx, dy, dtemperature};
 }
 
+} // namespace info_nce_bindings
+
 void bind_info_nce(py::module_& m) {
+  using namespace info_nce_bindings;
   m.def("info_nce_forward_cpu", &forward_cpu);
   m.def("info_nce_backward_cpu", &backward_cpu);
 }

@@ -7,6 +7,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace latent_loss_bindings {
 
 static LossKind kind_of(const std::string& name, double power) {
   if (name == "smooth_l1") return LossKind::smooth_l1;
@@ -97,7 +98,10 @@ static Tensor backward_cpu(const Tensor& grad, const Tensor& unit, bool half) {
   return dpred;
 }
 
+} // namespace latent_loss_bindings
+
 void bind_latent_loss(py::module_& m) {
+  using namespace latent_loss_bindings;
   m.def("latent_loss_forward_cpu", &forward_cpu);
   m.def("latent_loss_backward_cpu", &backward_cpu);
 }

@@ -8,6 +8,7 @@
 #include <tuple>
 
 namespace jepa {
+namespace masked_attention_bindings {
 
 static AttentionTurns turns_of(const std::optional<Tensor>& x, bool half) {
   if (!x) return {};
@@ -143,7 +144,10 @@ static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, con
   return grads;
 }
 
+} // namespace masked_attention_bindings
+
 void bind_masked_attention(py::module_& m) {
+  using namespace masked_attention_bindings;
   m.def("masked_attention_forward_cpu", &forward_cpu);
   m.def("masked_attention_backward_cpu", &backward_cpu);
 #if JEPA_CUDA

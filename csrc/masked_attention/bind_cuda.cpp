@@ -5,6 +5,7 @@
 #include <tuple>
 
 namespace jepa {
+namespace masked_attention_cuda_bindings {
 
 static AttentionInput input_of(const Tensor& x) {
   const bool packed = x.dim() == 3;
@@ -106,7 +107,10 @@ static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, co
   return grads;
 }
 
+} // namespace masked_attention_cuda_bindings
+
 void bind_masked_attention_cuda(py::module_& m) {
+  using namespace masked_attention_cuda_bindings;
   m.def("masked_attention_forward_cuda", &forward_cuda);
   m.def("masked_attention_backward_cuda", &backward_cuda);
 }

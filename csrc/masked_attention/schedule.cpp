@@ -47,7 +47,7 @@ int64_t measure(AttentionShape& shape, int64_t sequences) {
     products += lengths.queries(s) * lengths.keys(s);
     shape.most_keys = std::max(shape.most_keys, lengths.keys(s));
   }
-  if (products * shape.heads * shape.width < SMALL) shape.threads = 1;
+  if (products * shape.heads * shape.width < SMALL || shape.threads < 1) shape.threads = 1;
   return products;
 }
 

@@ -17,6 +17,8 @@ namespace jepa {
 
 namespace py = pybind11;
 
+namespace masks_bindings {
+
 // torch's generator, as `state` left it; none without a state.
 static std::optional<TorchGenerator> torch_generator(const std::optional<py::bytes>& state) {
   if (!state) return std::nullopt;
@@ -158,7 +160,10 @@ static std::pair<int64_t, int64_t> smallest_context(const py::dict& options) {
   return {size.height, size.width};
 }
 
+} // namespace masks_bindings
+
 void bind_masks(py::module_& m) {
+  using namespace masks_bindings;
   m.def("multiblock2d", &draw2d);
   m.def("multiblock2d_smallest_context", &smallest_context);
   m.def("multiblock3d", &draw3d);

@@ -14,6 +14,8 @@ namespace jepa {
 
 namespace py = pybind11;
 
+namespace peaks_bindings {
+
 // Fresh pages: they read as zeros (denormals would be slow), and who writes first decides where they lie.
 class Pages {
 public:
@@ -83,7 +85,10 @@ static double multiply_add(bool low, int threads, int passes) {
   return flops / least / 1e9;
 }
 
+} // namespace peaks_bindings
+
 void bind_peaks(py::module_& m) {
+  using namespace peaks_bindings;
   m.def("peaks_bandwidth", &bandwidth, py::arg("threads"), py::arg("passes") = 8);
   m.def("peaks_fma_gflops", &multiply_add, py::arg("low"), py::arg("threads"), py::arg("passes") = 8);
 }

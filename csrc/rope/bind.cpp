@@ -8,6 +8,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace rope_bindings {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
@@ -45,7 +46,7 @@ static RopeRows rows_of(const Tensor& x, const Tensor& turns, const Tensor& y) {
           x.size(-2)};
 }
 
-static Tensor empty_like(const Tensor& x) {
+static Tensor empty_rows(const Tensor& x) {
   if (x.dim() == 3) return x.new_empty({x.size(0), x.size(1), x.size(2)});
   return x.new_empty({x.size(0), x.size(1), x.size(2), x.size(3)});
 }
@@ -56,7 +57,7 @@ template <bool back, class Launch>
 static Pair run(const Tensor& q, const Options& k, const Tensor& turns, const Options& k_turns, bool half,
                 Launch launch) {
   check(q, turns);
-  Pair out{empty_like(q), k ? empty_like(*k) : q.new_empty({0})};
+  Pair out{empty_rows(q), k ? empty_rows(*k) : q.new_empty({0})};
   RopeParams params{{rows_of(q, turns, std::get<0>(out)), {}},
                     q.dim() == 3 ? 1 : q.size(0),
                     q.size(-1),
@@ -142,7 +143,10 @@ static Tensor turns_cpu(const Tensor& positions, const Options& frequencies, dou
   return out;
 }
 
+} // namespace rope_bindings
+
 void bind_rope(py::module_& m) {
+  using namespace rope_bindings;
   m.def("rope_forward_cpu", &run_cpu<false>);
   m.def("rope_backward_cpu", &run_cpu<true>);
   m.def("rope_turns_cpu", &turns_cpu);

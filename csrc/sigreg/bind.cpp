@@ -3,6 +3,7 @@
 #include "common/tensor.h"
 
 namespace jepa {
+namespace sigreg_bindings {
 
 static void directions(const Tensor& out, int64_t first, int64_t step, int64_t seed) {
   const SigregDirectionsParams p{
@@ -43,7 +44,10 @@ static void backward(const Tensor& y, const Tensor& moments, int64_t first, doub
   sigreg_backward_cpu(p);
 }
 
+} // namespace sigreg_bindings
+
 void bind_sigreg(py::module_& m) {
+  using namespace sigreg_bindings;
   m.def("sigreg_directions", &directions);
   m.def("sigreg_moments", &moments);
   m.def("sigreg_forward", &forward);

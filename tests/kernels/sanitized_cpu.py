@@ -5,6 +5,7 @@ the short benchmark, which two threads share. They see plain code alone, not mas
 set says as much as all; torch is not built with them: what it does is ignored, but its memory is guarded.
 """
 
+import argparse
 import importlib.util
 import os
 import re
@@ -116,8 +117,17 @@ def watch(kind: str) -> int:
     return code
 
 
+def kinds(argv: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser("python -m tests.kernels.sanitized_cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("kind", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all without one")
+    chosen = parser.parse_args(argv).kind
+    for kind in set(chosen) - {*KINDS}:
+        parser.error(f"a kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return chosen or [*KINDS]
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
         watched(sys.argv[2], Path(sys.argv[3]))
     else:
-        sys.exit(max([abs(watch(kind)) for kind in sys.argv[1:] or KINDS]))
+        sys.exit(max([abs(watch(kind)) for kind in kinds(sys.argv[1:])]))
