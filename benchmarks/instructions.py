@@ -155,8 +155,7 @@ def floor(run: measure.Run) -> int | None:
     """The least instructions that could do it."""
     if run.op in TORCH_MULTIPLIES:
         return None
-    inputs = run.checked()
-    moved, computed = (f(inputs, run.stage) for f in (run.workload.bytes, run.workload.flops))
+    moved, computed = run.cost(run.checked())
     return math.ceil(max(moved / WIDTH, computed / OPERATIONS))
 
 

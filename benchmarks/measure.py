@@ -12,8 +12,9 @@ import jepa_kernels as jk
 from benchmarks import timing
 from benchmarks.memory import peak_bytes
 from benchmarks.rows import Row, failed, key, repro, timed_row
-from benchmarks.workload import Inputs, Workload
+from benchmarks.workload import Inputs, Workload, stated
 from jepa_kernels import testing
+from jepa_kernels.cost import Cost
 
 OURS = "ours"
 DRAWS = 4  # inputs on which what is chaotic in a whole model, its rounding errors, is held to the budget
@@ -76,8 +77,21 @@ class Run:
         wanted = self.settings.baseline
         return {name: f for name, f in found.items() if wanted in (None, name) or name == OURS}
 
-    def common(self, inputs: Inputs) -> Row:
-        """What all rows of this run share."""
+    def cost(self, inputs: Inputs) -> Cost:
+        """The least that a call moves and computes, whichever backend runs it."""
+        w = self.workload
+        if w.bytes and w.flops:
+            return Cost(w.bytes(inputs, self.stage), w.flops(inputs, self.stage))
+        ours, leaves = partial(self.public, **inputs), self.leaves(inputs)
+        with torch.set_grad_enabled(bool(leaves)):
+            found = stated(with_backward(ours, leaves) if leaves else ours)
+        return found._replace(**({"bytes": w.bytes(inputs, self.stage)} if w.bytes else {}))
+
+    def leaves(self, inputs: Inputs) -> list[Tensor]:
+        return [inputs[name].requires_grad_() for name in self.case.grads]
+
+    def common(self, inputs: Inputs, cost: Cost | None) -> Row:
+        """What all rows of this run share. cost: None where no kernel runs it."""
         s = self.settings
         return {
             "kind": "op",
@@ -87,8 +101,8 @@ class Run:
             "dtype": self.dtype,
             "device": s.device,
             "backend": jk.explain(self.function, **inputs, **self.named).split()[1],
-            "bytes": self.workload.bytes(inputs, self.stage),
-            "flops": self.workload.flops(inputs, self.stage),
+            "bytes": None if cost is None else cost.bytes,
+            "flops": None if cost is None else cost.flops,
             "threads": s.threads,
         }
 
@@ -118,8 +132,7 @@ class Run:
 
     def timed(self, inputs: Inputs) -> dict[str, Callable[[], Any]]:
         """What is timed: forward alone, or forward and backward to the same gradient."""
-        leaves = [inputs[name].requires_grad_() for name in self.case.grads]
-        functions = self.functions(inputs)
+        leaves, functions = self.leaves(inputs), self.functions(inputs)
         return {n: with_backward(f, leaves) for n, f in functions.items()} if leaves else functions
 
     def rows(self, drive: Callable[..., object] = timing.loop) -> list[Row]:
@@ -128,9 +141,9 @@ class Run:
         try:
             parity, exact = self.parity()
         except jk.BackendError as refused:
-            common = {**self.common(inputs), "parity": verdict([])}
+            common = {**self.common(inputs, None), "parity": verdict([])}
             return self.finish([failed(common, n, str(refused)) for n in self.functions(inputs) if n != OURS])
-        common = {**self.common(inputs), "parity": parity}
+        common = {**self.common(inputs, self.cost(inputs)), "parity": parity}
         names = [n for n in self.functions(inputs) if n != OURS]
         if not parity["pass"]:
             return self.finish([failed(common, n, "parity: outside the error budget") for n in names])

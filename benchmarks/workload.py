@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jepa_kernels._core.case import Case
+from jepa_kernels.cost import Cost, total
+from jepa_kernels.profiling.notes import Notes
 
 Inputs = dict[str, Any]
 
@@ -35,8 +38,9 @@ class Workload:
     make        make(generator) -> keyword arguments of the public function, floats in float64 on the CPU, as in
                 the op's cases.py; float64 tensors are cast to the dtype under test (in `keep`: float32) and moved
     bytes       bytes(inputs, stage) -> the least that has to be moved: every needed input read once, every output
-                written once ("backward" = forward + backward)
-    flops       flops(inputs, stage) -> the useful operations, a multiply-add being two
+                written once ("backward" = forward + backward). None: what the op's cost.py states of the kernels that a
+                call runs; of its own where both passes as one need not move what is kept for the second
+    flops       flops(inputs, stage) -> the useful operations, a multiply-add being two. None: likewise
     rivals      rivals(inputs) -> {name: function of no arguments} doing the same work on the same inputs; what is
                 built outside the functions (masks, index tensors) is not timed. An output must have the shape of
                 ours. "reference" is added by itself; a "compile" of your own replaces the compiled reference
@@ -56,8 +60,8 @@ class Workload:
 
     name: str
     make: Callable[[torch.Generator], Inputs]
-    bytes: Callable[[Inputs, str], float]
-    flops: Callable[[Inputs, str], float]
+    bytes: Callable[[Inputs, str], float] | None = None
+    flops: Callable[[Inputs, str], float] | None = None
     rivals: Callable[[Inputs], dict[str, Callable[[], Any]]] = no_rivals
     grads: tuple[str, ...] = ()
     mutates: tuple[str, ...] = ()
@@ -80,6 +84,25 @@ class Workload:
     def case(self) -> Case:
         """The same call as the conformance suite sees it."""
         return Case(self.name, self.make, grads=self.grads, mutates=self.mutates, keep=self.keep)
+
+
+class Dispatched(TorchDispatchMode):
+    """Lets every call through; ops of long lists then go through the dispatcher, where they are noted."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def stated(call: Callable[[], Any]) -> Cost:
+    """What ops state of the kernels that a call runs."""
+    notes = Notes()
+    notes.begin()
+    try:
+        with Dispatched():
+            call()
+    finally:
+        notes.end()
+    return total(cost for note in notes if (cost := note.cost()) is not None)
 
 
 def each(op: str, workloads: Iterable[Workload]) -> pytest.MarkDecorator:

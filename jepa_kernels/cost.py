@@ -1,8 +1,9 @@
 """What calls of ops move and compute at least, for rooflines. Each op states it in its `cost.py`.
 
 A function there is named after a stage of the op's torch schemas and takes its arguments, but for the backend. Bytes:
-every input that is needed read once, every output written once; what several sequences share counts once. FLOPs: a
-multiply-add is two; what a kernel computes again because it keeps nothing of N x M is work of it.
+every input that is needed read once, every output written once; what several sequences share counts once. FLOPs: the
+sums and products of the op's equation and of its gradient, each done once, a multiply-add being two; what a kernel
+computes again does not count, as what it reads again does not. Ops that are products of matrices count these alone.
 Formulas look at shapes, strides and dtypes of floating tensors alone, and at the values of whole numbers.
 """
 
@@ -34,6 +35,11 @@ def elements(*tensors: Any) -> int:
 def nbytes(*tensors: Any) -> int:
     """The bytes of these numbers; None has none."""
     return sum(elements(t) * t.dtype.itemsize if hasattr(t, "shape") else nbytes(*t) for t in tensors if t is not None)
+
+
+def places(*tensors: Any) -> list[Any]:
+    """Of tensors that are in the same place in memory one; None is in none."""
+    return list({(t.data_ptr(), t.shape, t.stride(), t.dtype): t for t in tensors if t is not None}.values())
 
 
 def lengths(cu_seqlens: Tensor) -> list[int]:

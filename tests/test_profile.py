@@ -11,9 +11,9 @@ from torch.profiler import record_function
 import jepa_kernels as jk
 from jepa_kernels.cost import Cost
 from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
-from jepa_kernels.profiling import page, peaks, products
-from jepa_kernels.profiling.events import HOST, OTHER, OURS, STEP, TORCH, WINDOW, Event, timeline
-from jepa_kernels.profiling.notes import Note, Shaped
+from jepa_kernels.profiling import page, parts, peaks, products, recorder
+from jepa_kernels.profiling.events import HOST, OTHER, OURS, STEP, TORCH, WINDOW, Event, marks, timeline
+from jepa_kernels.profiling.notes import Note, Notes, Shaped
 from jepa_kernels.profiling.report import Report
 from jepa_kernels.profiling.summary import duration, percent, summarise
 
@@ -118,6 +118,8 @@ def test_the_greatest_gaps_are_told_in_words():
         "addmm takes 1.25 ms, its floor is 500 us (arithmetic at 100 GFLOP/s): 750 us, 7.1 % of the step",
         "gather_tokens forward takes 375 us, its floor is 2.15 us (memory at 10 GB/s): 373 us, 3.6 % of the step",
         "no operation runs for 6.5 ms, 62 % of the step, 2 ms of it in backward",
+        "the longest waits for an operation: 7 ms after mm, before the end (outside of parts); "
+        "3 ms after the start, before linear (data); 2.5 ms after gather_tokens_forward, before mm (backward)",
     ]
     assert [(g.part, g.after, g.before, g.seconds) for g in s.gaps] == [
         (OTHER, "mm", "the end", 0.007),  # most of it lies there
@@ -166,6 +168,39 @@ def test_on_a_gpu_time_is_that_of_its_kernels():
     ]
     s, _ = summarise(events, [gathered()], roofs)
     assert s.device == "cuda" and {op.name: op.seconds for op in s.ops}["mm"] == pytest.approx(0.004)
+
+
+def queued(steps, kernel, host):
+    """Steps that the host marks every `host` ms, and whose kernels take `kernel` ms each on the GPU, one by one."""
+    found = [span(WINDOW, 0, 1 + max(kernel, host) * steps)]
+    for i in range(steps):
+        at, runs = host * i, 1 + max(kernel, host) * i
+        found += [
+            event("aten::mm", at + 0.1, at + 0.2, id=i + 1, **MM),
+            event("sgemm", runs, runs + kernel, device=True, linked=i + 1, thread=70),
+            span(STEP, at + host - 0.1, at + host - 0.1),
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kernel, host, ended",
+    [
+        (19.0, 0.5, [20, 39, 58, 77, 96]),  # the host runs ahead: a step ends with its kernel
+        (1.0, 8.0, [7.9, 15.9, 23.9, 31.9, 39.9]),  # the GPU waits for the host, until the mark
+    ],
+)
+def test_a_step_of_a_gpu_ends_with_the_kernels_that_it_launched(kernel, host, ended):
+    events = queued(5, kernel, host)
+    assert [end / MS for end in marks(events)] == ended
+    s, slices = summarise(events, [], roofs)
+    (mm,) = s.ops
+    assert (s.steps, slices[-1].end / MS) == (5, ended[-1])
+    assert mm.calls == pytest.approx(1) and mm.seconds == pytest.approx(kernel / 1e3)
+    assert s.seconds == pytest.approx(ended[-1] / 5e3)
+    one = Report(events, [], roofs, str, {}).one_step()
+    assert sum(x.end - x.start for x in one if x.owner) == kernel * MS
+    assert one[-1].end - one[0].start == max(kernel, host) * MS
 
 
 @pytest.mark.parametrize(
@@ -288,6 +323,35 @@ def test_an_exception_leaves_what_was_recorded():
     assert Report(p.events(), p._notes, roofs, str, {}).summary.steps == 2
     with pytest.raises(RuntimeError, match="profile: a profile must be entered once, got a second time"), p:
         pass
+
+
+def test_a_start_that_fails_is_undone(monkeypatch):
+    backward, objective = torch.autograd.backward, LeJEPA.objective
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    p = jk.profile()
+    for where in ("register_module_forward_pre_hook", "Notes.begin"):
+        with monkeypatch.context() as patch:
+            owner, name = (parts, where) if "." not in where else (Notes, "begin")
+            patch.setattr(owner, name, broken)
+            with pytest.raises(ZeroDivisionError):
+                p.__enter__()
+        assert torch.autograd.backward is backward and LeJEPA.objective is objective
+        assert not torch.autograd._profiler_enabled()
+    with p:
+        loop(1)
+    assert p.events()
+
+
+def test_the_load_is_left_out_where_nobody_tells_it(monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    assert recorder._busy() == {"load": 99.0, "cores": 3}
+    monkeypatch.delattr("os.getloadavg")
+    assert recorder._busy() == {}
 
 
 def test_one_profile_at_a_time():

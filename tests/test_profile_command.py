@@ -80,7 +80,8 @@ def test_the_command_accounts_for_the_step(profiled):
     assert {f"{op} {stage}" for op in both for stage in ("forward", "backward")} <= ops
     assert {"latent_loss forward", "adamw_ema forward", "grad_norm forward", "collapse_stats forward"} <= ops
     assert all(op["floor"] is not None for op in numbers["ops"] if op["kind"] == OURS)
-    assert len(numbers["words"]) == 4 and numbers["machine"]["cpu"]
+    assert len(numbers["words"]) == 5 and numbers["words"][-1].startswith("the longest waits for an operation: ")
+    assert numbers["machine"]["cpu"]
 
 
 def test_the_page_is_one_file(profiled):
@@ -130,11 +131,12 @@ def test_bad_words_are_refused_before_the_work(words, said, tmp_path, capsys, mo
     assert said.format(file=tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_its_extra(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+@pytest.mark.parametrize("package", ["yaml", "rich", "jinja2"])
+def test_a_missing_package_is_named_with_its_extra(package, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
     monkeypatch.chdir(tmp_path)
     assert main(["profile", "ijepa"]) == 2
-    said = "profile: jinja2 must be installed, got no such module; pip install 'jepa_kernels[profile]'"
+    said = f"profile: {package} must be installed, got no such module; pip install 'jepa_kernels[profile]'"
     assert capsys.readouterr().err.strip() == said and not (tmp_path / "runs").exists()
 
 
@@ -158,6 +160,24 @@ def test_ctrl_c_keeps_the_steps_so_far(monkeypatch):
     assert found.summary.steps == 2 and "2 profiled, interrupted" in found.headline()
     with pytest.raises(KeyboardInterrupt):
         command.record(Interrupted(command.WARM + 1), range(9), 5)
+
+
+@pytest.mark.parametrize("stage", ["record", "peaks", "save"])
+def test_ctrl_c_says_what_is_kept(stage, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "batches", lambda config: range(9))
+    monkeypatch.setattr(command, "Trainer", lambda *_: Interrupted(1 if stage == "record" else 99))
+    monkeypatch.setattr(peaks, "of", interrupt if stage == "peaks" else lambda device, threads: PEAKS)
+    monkeypatch.setattr(page, "render", interrupt)
+    assert main(["profile", "ijepa", "--steps", "1", "--out", "out"]) == files.INTERRUPTED
+    said = capsys.readouterr().err
+    assert ("before a step was recorded; nothing is written" in said) == (stage == "record")
+    assert ("after the steps, before the report was complete" in said) == (stage != "record")
+    kept = {p.name for p in (tmp_path / "out").iterdir()}
+    assert kept == ({"trace.json", "profile.json"} if stage == "save" else set())
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path):
@@ -196,3 +216,14 @@ def test_the_command_for_nsight_compute_is_printed_and_nothing_runs(capsys, monk
         "--force-overwrite \\\n  python -m jepa_kernels train ijepa --device cuda --steps 5 --no-probe "
         "--out runs/ncu-ijepa-rope --set data.batch_size=8\n"
     )
+
+
+def test_nsight_compute_sees_what_would_be_profiled(capsys, monkeypatch):
+    """With the dtype, and the few episodes; no package of the report's is needed."""
+    monkeypatch.setattr(command, "Trainer", None)
+    for package in ("rich", "jinja2"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    for name in ("pusht", "lewm_pusht"):
+        assert main(["profile", name, "--ncu", "--dtype", "bfloat16", "--set", "data.episodes=9"]) == 0
+        said = "--set data.episodes=8 --set data.episodes=9 --set optimization.use_bfloat16=true\n"
+        assert capsys.readouterr().out.endswith(said)

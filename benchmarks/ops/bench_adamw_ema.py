@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.ops.bench_ema_update import encoder_shapes
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels.ops.adamw_ema import cases
 
 LOW = torch.bfloat16
@@ -43,16 +43,6 @@ def adamw(inputs: Inputs, **options: Any) -> torch.optim.AdamW:
     return optimizer
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    """Each state read and written, gradients read, copies written."""
-    states = [nbytes(inputs[role]) for role in ("params", "exp_avgs", "exp_avg_sqs", "targets")]
-    return 2 * sum(states) + nbytes(inputs["grads"]) + sum(nbytes(inputs.get(role, ())) for role in cases.SHADOWS)
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    return 15 * sum(t.numel() for t in inputs["params"])
-
-
 def workload(name: str, width: int, depth: int, shadows: bool = False, **options: Any) -> Workload:
     """Every block has the numbers of one, on which parity is checked: drawing more takes longer than all the rest."""
     kinds = (LOW, LOW) if shadows else (None, None)
@@ -64,8 +54,6 @@ def workload(name: str, width: int, depth: int, shadows: bool = False, **options
     return Workload(
         name,
         make,
-        bytes=moved,
-        flops=flops,
         rivals=rivals,
         mutates=one.mutates,
         keep=(*one.keep, "grads"),

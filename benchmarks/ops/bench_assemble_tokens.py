@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels.ops.assemble_tokens import cases
 
 
@@ -100,29 +100,9 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {**found, "cat": lambda: cat(context, token, ids, targets, pos)}
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    """Contexts, ids and positions once, and the sequences; backward reads as many and writes the contexts' gradient."""
-    tables = [x for n in ("mask_token", "context_ids", "target_ids", "pos_embed") if (x := inputs.get(n)) is not None]
-    out = rows(inputs) * inputs["context"].shape[-1] * inputs["context"].element_size()
-    once = nbytes(inputs["context"]) + out
-    return nbytes(*tables) + once * (2 if stage == "backward" else 1)
-
-
-def rows(inputs: Inputs) -> int:
-    if inputs.get("packing") is not None:
-        return inputs["packing"].tokens
-    sequences, places = inputs["target_ids"].shape
-    return sequences * (inputs["context"].shape[1] + places)
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    added = (inputs["pos_embed"] is not None) + (stage == "backward")
-    return added * rows(inputs) * inputs["context"].shape[-1]
-
-
 def workload(name: str, make: Any, **options: Any) -> Workload:
     grads = ("context", "mask_token")
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=grads, **options)
+    return Workload(name, make, rivals=rivals, grads=grads, **options)
 
 
 PATCHES = 2048  # 16 frames of 256 x 256 in tubelets of 2 x 16 x 16

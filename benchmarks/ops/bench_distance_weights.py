@@ -10,8 +10,6 @@ from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels import patch_positions
 from jepa_kernels.ops.distance_weights import cases
 
-FLOPS_OF_A_PAIR = 7  # three multiply-adds and a comparison
-
 
 def weights(context: Tensor, target: Tensor, scale: float) -> Tensor:
     return 1.0 / (torch.cdist(context, target).min(-1).values / scale).sqrt()
@@ -22,28 +20,17 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"cdist": lambda: weights(*places, inputs["scale"])}
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    """Ids read, weights written."""
-    return 12 * inputs["context_ids"].numel() + 8 * inputs["target_ids"].numel()
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    return FLOPS_OF_A_PAIR * inputs["context_ids"].numel() * inputs["target_ids"].shape[1]
-
-
 WORKLOADS = (
     Workload(
         "vjepa21_16x256",
         cases.rectangular((8, 16, 16), 16, 256, 256),
-        moved,
-        flops,
-        rivals,
+        rivals=rivals,
         smoke=True,
         devices=("cpu", "cuda"),
     ),
-    Workload("vjepa21_64_frames", cases.rectangular((32, 24, 24), 1, 4000, 8000), moved, flops, rivals),
+    Workload("vjepa21_64_frames", cases.rectangular((32, 24, 24), 1, 4000, 8000), rivals=rivals),
 )
-SMALL = (Workload("small", cases.rectangular((4, 8, 8), 2, 60, 70), moved, flops),)
+SMALL = (Workload("small", cases.rectangular((4, 8, 8), 2, 60, 70)),)
 
 
 @each("distance_weights", WORKLOADS)

@@ -1,4 +1,4 @@
-"""ema_update over whole encoders. The pattern for every op: workloads, rivals, bytes and flops; no timing code."""
+"""ema_update over whole encoders. The pattern for every op: workloads and rivals; no timing code."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import jepa_kernels as jk
-from benchmarks.workload import Inputs, Workload, compiled, each, nbytes
+from benchmarks.workload import Inputs, Workload, compiled, each
 
 MOMENTUM = 0.996
 
@@ -83,14 +83,6 @@ def tiny_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {**rivals(inputs), "table": lambda: table.update(inputs["momentum"])}
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    return 2 * nbytes(inputs["target"]) + nbytes(inputs["online"]) + nbytes(inputs.get("shadow", ()))
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    return 3 * sum(t.numel() for t in inputs["target"])
-
-
 def workload(
     name: str,
     shapes: Sequence[tuple[int, ...]],
@@ -101,8 +93,6 @@ def workload(
     return Workload(
         name,
         lists(shapes, shadow),
-        bytes=moved,
-        flops=flops,
         rivals=rivals,
         mutates=("target", "shadow") if shadow else ("target",),
         keep=("target", "online"),

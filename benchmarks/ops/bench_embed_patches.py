@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks.workload import Inputs, Workload, compiled, each, nbytes
+from benchmarks.workload import Inputs, Workload, compiled, each
 from jepa_kernels.ops.embed_patches.cases import Images, packed, rectangular, whole
 
 VIT_H14 = (3, (16, 16), 14, 1280)  # channels, grid, patch size, embedding: 224 pixels
@@ -113,33 +113,10 @@ def repeated(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"repeat": lambda: convolved({**inputs, "pixels": pixels.unsqueeze(2).repeat(repeats)})()}
 
 
-def _shape(inputs: Inputs) -> tuple[int, int, int]:
-    """Rows, pixels of a patch, embedding."""
-    pixels, ids, weight = inputs["pixels"], inputs["ids"], inputs["weight"]
-    count = math.prod(grid_of(pixels, weight))
-    depth = pixels[0].numel() // count
-    return len(pixels) * count if ids is None else ids.numel(), depth, weight.shape[0]
-
-
-def moved(inputs: Inputs, stage: str) -> float:
-    """Each kept patch once, the layer, ids and the output; backward reads and writes as much again."""
-    rows, depth, embed_dim = _shape(inputs)
-    pixels, weight, ids = inputs["pixels"], inputs["weight"], inputs["ids"]
-    layer = nbytes(weight, inputs["bias"], inputs["pos_embed"]) + (0 if ids is None else nbytes(ids))
-    tokens = rows if ids is None else len(rows_of(inputs).unique())
-    once = tokens * depth * pixels.element_size() + rows * embed_dim * weight.element_size() + layer
-    return once if stage == "forward" else 2 * once
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    rows, depth, embed_dim = _shape(inputs)
-    return 2 * rows * depth * embed_dim * (1 if stage == "forward" else 2)
-
-
 def workload(name: str, make: Callable[[torch.Generator], Inputs], rivals: Any = rivals, **options: Any) -> Workload:
     """The published models freeze pos_embed."""
     options = {"grads": ("weight", "bias"), **options}
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, **options)
+    return Workload(name, make, rivals=rivals, **options)
 
 
 GPU = dict(dtypes=("bfloat16",), devices=("cuda",))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels.ops.gather_tokens import cases
 
 
@@ -48,20 +48,8 @@ def expand(x: Tensor, masks: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([x.gather(1, ids[..., None].expand(-1, -1, x.shape[2])) for ids in masks])
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    """Each named row once, ids, and the output; backward reads as much and writes a gradient of x."""
-    x, ids = inputs["x"], inputs["ids"]
-    row_bytes = x.shape[2] * x.element_size()
-    forward = (images_and_rows(inputs)[1].unique().numel() + ids.numel()) * row_bytes + nbytes(ids)
-    return forward + (ids.numel() * row_bytes + nbytes(ids, x) if stage == "backward" else 0)
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    return inputs["ids"].numel() * inputs["x"].shape[2] if stage == "backward" else 0
-
-
 def workload(name: str, make: Any, grads: tuple[str, ...] = ("x",), **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=grads, **options)
+    return Workload(name, make, rivals=rivals, grads=grads, **options)
 
 
 LENGTHS = [33, 54, 40, 35, 48, 36, 42, 45] * 16

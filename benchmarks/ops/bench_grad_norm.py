@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.ops.bench_adamw_ema import deepened
 from benchmarks.ops.bench_ema_update import encoder_shapes
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels.ops.grad_norm import cases
 
 
@@ -19,14 +19,6 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     }
 
 
-def moved(inputs: Inputs, stage: str) -> float:
-    return nbytes(inputs["grads"])
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    return 2 * sum(g.numel() for g in inputs["grads"])
-
-
 def workload(name: str, width: int, depth: int, **options: Any) -> Workload:
     """Every block has the gradients of one, on which parity is checked."""
     one = cases.make(encoder_shapes(width, 1))
@@ -34,7 +26,7 @@ def workload(name: str, width: int, depth: int, **options: Any) -> Workload:
     def make(generator: torch.Generator) -> Inputs:
         return dict(grads=deepened(one(generator)["grads"], depth))
 
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, traffic="read", small=one, **options)
+    return Workload(name, make, rivals=rivals, traffic="read", small=one, **options)
 
 
 WORKLOADS = (

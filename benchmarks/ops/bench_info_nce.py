@@ -11,7 +11,6 @@ from benchmarks.workload import Inputs, Workload, each, nbytes
 from jepa_kernels.ops.info_nce import cases
 
 ALL = ("x", "y", "temperature")
-PER_ENTRY = 8  # of S: scale, difference, exponential and sum along both sides
 
 
 def published(x: Tensor, y: Tensor, temperature: Tensor) -> Tensor:
@@ -30,18 +29,9 @@ def moved(inputs: Inputs, stage: str) -> float:
     return (2 if stage == "backward" else 1) * nbytes(inputs["x"], inputs["y"])
 
 
-def flops(inputs: Inputs, stage: str) -> float:
-    """One product, two more for the gradients: what is computed again does not count."""
-    batch, channels = inputs["x"].shape
-    products = 3 if stage == "backward" else 1
-    return batch * batch * (2 * products * channels + (2 if stage == "backward" else 1) * PER_ENTRY)
-
-
 def workload(name: str, batch: int, channels: int, **options: Any) -> Workload:
     make = cases.pairs(batch, channels, temperature=0.07)
-    return Workload(
-        name, make, bytes=moved, flops=flops, rivals=rivals, grads=ALL, keep=("temperature",), traffic="read", **options
-    )
+    return Workload(name, make, bytes=moved, rivals=rivals, grads=ALL, keep=("temperature",), traffic="read", **options)
 
 
 WORKLOADS = (

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import jepa_kernels as jk
-from benchmarks.workload import Inputs, Workload, each, nbytes
+from benchmarks.workload import Inputs, Workload, each
 from jepa_kernels import Packing, Rope
 from jepa_kernels.ops.masked_attention import reference
 
@@ -132,27 +132,6 @@ def views(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {"views": lambda: jk.masked_attention(*inputs["qkv"].unbind(1), inputs["packing"])}
 
 
-def pairs(inputs: Inputs) -> int:
-    """Scores of one head that are seen."""
-    packing, frame = inputs.get("packing"), inputs.get("frame_size")
-    if packing is not None:
-        return packing.pairs
-    batch, _, n, _ = inputs["q"].shape
-    return batch * (n * n if frame is None else frame * frame * (n // frame) * (n // frame + 1) // 2)
-
-
-def flops(inputs: Inputs, stage: str) -> float:
-    """Two products forward; backward five, one of them the scores again."""
-    heads, width = (inputs["q"].shape[1], inputs["q"].shape[-1]) if "q" in inputs else inputs["qkv"].shape[-2:]
-    return (4 if stage == "forward" else 14) * pairs(inputs) * heads * width
-
-
-def moved(inputs: Inputs, stage: str) -> float:
-    """q, k, v read and the output written; backward reads it, its gradient and q, k, v, and writes theirs."""
-    one = nbytes(inputs["q"]) if "q" in inputs else nbytes(inputs["qkv"]) // 3
-    return (4 if stage == "forward" else 12) * one
-
-
 def gpu_backends(inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """SDPA by its own choice, and each backend by name."""
     q, k, v = (inputs[n] for n in ("q", "k", "v"))
@@ -175,7 +154,7 @@ def varlen(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, **{"grads": QKV, "devices": ("cpu",), **options})
+    return Workload(name, make, **{"grads": QKV, "devices": ("cpu",), **options})
 
 
 def on_gpu(name: str, batch: int, heads: int, tokens: int, width: int) -> Workload:

@@ -108,12 +108,8 @@ def moved(inputs: Inputs, stage: str) -> float:
     return (2 * nbytes(inputs["q"], inputs["k"]) + table) * (2 if stage == "backward" else 1)
 
 
-def flops(inputs: Inputs, stage: str) -> float:
-    return 3 * (inputs["q"].numel() + inputs["k"].numel()) * (2 if stage == "backward" else 1)
-
-
 def workload(name: str, make: Callable[[torch.Generator], Inputs], **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=("q", "k"), function="rope_qk",
+    return Workload(name, make, bytes=moved, rivals=rivals, grads=("q", "k"), function="rope_qk",
                     reference=reference.forward_qk, keep=("positions",), reference_timed=False, **options)  # fmt: skip
 
 

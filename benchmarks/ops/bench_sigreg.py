@@ -9,8 +9,6 @@ from torch import Tensor
 from benchmarks.workload import Inputs, Workload, compiled, each, nbytes
 from jepa_kernels.ops.sigreg import cases
 
-PRODUCTS = {"forward": 1, "backward": 3}  # projections; again, and back along the directions
-
 
 def published(z: Tensor, slices: int, directions: Tensor, knots: int = 17, t_max: float = 3.0) -> Tensor:
     """The lejepa package's chain: angles, cosines and sines of every row, slice and knot in memory."""
@@ -41,12 +39,8 @@ def moved(inputs: Inputs, stage: str) -> float:
     return nbytes(inputs["z"]) * (3 if stage == "backward" else 1)
 
 
-def flops(inputs: Inputs, stage: str) -> float:
-    return PRODUCTS[stage] * 2 * inputs["z"].numel() * inputs["slices"]
-
-
 def workload(name: str, make: Any, **options: Any) -> Workload:
-    return Workload(name, make, bytes=moved, flops=flops, rivals=rivals, grads=("z",), reference_timed=False, **options)
+    return Workload(name, make, bytes=moved, rivals=rivals, grads=("z",), reference_timed=False, **options)
 
 
 WORKLOADS = (

@@ -12,8 +12,8 @@ import torch
 from jepa_kernels import report
 from jepa_kernels._core.check import fail, usable_device
 from jepa_kernels._core.select import BackendError
-from jepa_kernels.configs import Config, read
-from jepa_kernels.data import extra
+from jepa_kernels.configs import read
+from jepa_kernels.data import need
 from jepa_kernels.profiling import ncu
 from jepa_kernels.profiling.recorder import profile
 from jepa_kernels.profiling.report import TRACE, Report, check_writable
@@ -22,7 +22,8 @@ from jepa_kernels.training.trainer import Trainer
 
 OP, WARM = "profile", 2  # steps before the first that is recorded: kernels are compiled, memory is taken
 DTYPES = {"float32": "false", "bfloat16": "true"}
-QUICK = {"pusht": ("data.episodes=8",)}  # collecting all episodes takes minutes; --set has the last word
+FEW = ("data.episodes=8",)
+QUICK = {"pusht": FEW, "lewm_pusht": FEW}  # collecting all episodes takes minutes; --set has the last word
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,9 +56,11 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if options.steps < 1:
             fail(OP, "--steps", "be at least 1", options.steps, "5 is usual")
-        config = _config(options)
+        need("yaml", *(("rich", "jinja2") if options.ncu is None else ()), of=OP)
+        changes = _changes(options)
+        config = read(options.config, [*changes, f"optimization.steps={options.steps + WARM}"])
         if options.ncu is not None:
-            print(ncu.command(options.config, options.ncu, options.set))
+            print(ncu.command(options.config, options.ncu, changes))
             return 0
         device = usable_device(OP, "--device", options.device)
         check_writable(out, options.trace)
@@ -68,12 +71,21 @@ def _run(options: argparse.Namespace) -> int:
         return 2
     try:
         found = record(trainer, feed, options.steps, model=options.config)
-        print(found)
-        trace = options.trace or out / TRACE
-        print(f"{found.save(out, trace)}\n{trace}: for https://ui.perfetto.dev")
+        return _show(found, out, options.trace or out / TRACE)
     except (report.SaveError, BackendError, ValueError, OSError, ModuleNotFoundError) as error:
         print(error, file=sys.stderr)
         return 1
+
+
+def _show(found: Report, out: Path, trace: Path) -> int:
+    """Print and save the report, for which peaks are measured first."""
+    try:
+        print(found)
+        print(f"{found.save(out, trace)}\n{trace}: for https://ui.perfetto.dev")
+    except KeyboardInterrupt:
+        said = "interrupted after the steps, before the report was complete; what is written of it is whole"
+        print(f"{OP}: {said}", file=sys.stderr)
+        return report.INTERRUPTED
     return report.INTERRUPTED if found.about.get("interrupted") else 0
 
 
@@ -98,10 +110,7 @@ def record(trainer: Trainer, feed: torch.utils.data.DataLoader, steps: int, **ab
     return recorded.report(**about, dtype=dtype, batch=trainer.config.data.batch_size, commit=report.commit())
 
 
-def _config(options: argparse.Namespace) -> Config:
-    changes = [*QUICK.get(options.config, ()), *options.set, f"optimization.steps={options.steps + WARM}"]
-    changes += [f"optimization.use_bfloat16={DTYPES[options.dtype]}"] if options.dtype else []
-    config = read(options.config, changes)
-    for module in ("rich", "jinja2"):
-        extra(module, OP)
-    return config
+def _changes(options: argparse.Namespace) -> list[str]:
+    """Of the config, whether it is profiled here or by Nsight Compute."""
+    dtype = [f"optimization.use_bfloat16={DTYPES[options.dtype]}"] if options.dtype else []
+    return [*QUICK.get(options.config, ()), *options.set, *dtype]

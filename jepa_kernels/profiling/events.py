@@ -153,6 +153,18 @@ class Line:
         return self.slices[max(i, 0)].part if self.slices else OTHER
 
 
+def marks(events: Sequence[Event]) -> list[int]:
+    """When each marked step ended, in order: on a GPU not before the last kernel that was launched until its mark."""
+    launched = {e.id: e.start for e in events if e.id}
+    kernels = sorted((launched[e.linked], e.end) for e in events if e.device and e.linked in launched)
+    ended, i, found = 0, 0, []
+    for mark in sorted(e.start for e in events if e.name == STEP):
+        while i < len(kernels) and kernels[i][0] < mark:
+            ended, i = max(ended, kernels[i][1]), i + 1
+        found.append(max(mark, ended))
+    return found
+
+
 def timeline(events: Sequence[Event]) -> tuple[list[Slice], bool]:
     """(slices of the whole profile, whether they are a device's)."""
     window = next(e for e in events if e.name == WINDOW)

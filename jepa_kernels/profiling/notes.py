@@ -21,6 +21,10 @@ class Shaped(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    place: int = 0
+
+    def data_ptr(self) -> int:
+        return self.place
 
     def stride(self) -> tuple[int, ...]:
         return self.strides
@@ -71,7 +75,7 @@ class Notes(list[Note]):
     def _wrap(self, op: str, stage: str, backend: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter_ns()
-            seen = tuple(map(_seen, args))
+            seen = tuple(_seen(x, placed=True) for x in args)
             self.append(Note(op, stage, backend, seen, time.perf_counter_ns() - started))
             return kernel(*args, **kwargs)
 
@@ -81,11 +85,14 @@ class Notes(list[Note]):
 _shapes: dict[tuple[Any, ...], Shaped] = {}  # one object for all tensors alike: lists of thousands make no garbage
 
 
-def _seen(x: Any) -> Any:
-    """Floating tensors by shape. Whole numbers, such as lengths, are read after the profile: no GPU is waited for."""
+def _seen(x: Any, placed: bool = False) -> Any:
+    """Floating tensors by shape; placed: and address, by which a shared one is known. Whole numbers, such as lengths,
+    are read after the profile: no GPU is waited for."""
     if isinstance(x, Tensor):
         if not x.dtype.is_floating_point and x.dtype != torch.uint8:
             return x
         key = x.shape, x.stride(), x.dtype
+        if placed:
+            return Shaped(*key, x.data_ptr())
         return _shapes.get(key) or _shapes.setdefault(key, Shaped(*key))
     return [_seen(t) for t in x] if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor) else x

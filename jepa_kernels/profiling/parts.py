@@ -41,6 +41,13 @@ class Ranges(ExitStack):
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self._known: set[int] = set()
+        try:
+            self._put_up(model)
+        except BaseException:
+            self.close()
+            raise
+
+    def _put_up(self, model: nn.Module | None) -> None:
         self.wrap(torch.autograd, "backward", "backward")
         self.wrap(torch.autograd, "grad", "backward")
         ema = getattr(sys.modules.get("jepa_kernels.nn.ema"), "EMA", None)

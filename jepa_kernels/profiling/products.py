@@ -78,7 +78,7 @@ def _attention(name: str, shapes: list[Shape]) -> tuple[int, int]:
     from torch.utils import flop_counter
 
     if "backward" in name:
-        grad, q, k, v = shapes[:4]
-        return flop_counter.sdpa_backward_flop_count(grad, q, k, v), prod(q) + prod(k) + prod(v)
+        q, k, v = shapes[1:4]
+        return 2 * flop_counter.sdpa_flop_count(q, k, v), prod(q) + prod(k) + prod(v)  # scores again: no work of it
     q, k, v = shapes[:3]
     return flop_counter.sdpa_flop_count(q, k, v), prod(q[:-1]) * v[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,15 +63,21 @@ class profile:
             fail(OP, "a profile", wanted, "another one, or torch's, around it", remedy, RuntimeError)
         # The engine of torch.profiler, whose own start imports the compiler, for seconds.
         device = "cuda" if torch.cuda.is_available() else None
-        self._profiler = torch.autograd.profiler.profile(use_device=device, record_shapes=True, use_kineto=True)
+        profiler = torch.autograd.profiler.profile(use_device=device, record_shapes=True, use_kineto=True)
         with record_function(WINDOW):  # the first range of a process takes half a second
             pass
-        self._profiler.__enter__()
-        profile._running = True
-        self._ranges = Ranges(self._model)
-        self._notes.begin()
-        self._window = record_function(WINDOW)
-        self._window.__enter__()
+        with ExitStack() as undo:  # at once, where something of it fails
+            undo.enter_context(profiler)
+            profile._running = True
+            undo.callback(setattr, profile, "_running", False)
+            undo.enter_context(Ranges(self._model))
+            undo.callback(self._notes.end)
+            self._notes.begin()
+            undo.enter_context(record_function(WINDOW))
+            if device is not None:
+                undo.callback(torch.cuda.synchronize)
+            self._undo = undo.pop_all()
+        self._profiler = profiler
         return self
 
     def step(self) -> None:
@@ -79,17 +86,8 @@ class profile:
             pass
 
     def __exit__(self, *_: Any) -> None:
-        try:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        finally:
-            self._window.__exit__(None, None, None)
-            self._notes.end()
-            self._ranges.close()
-            profile._running = False
-            self._profiler.__exit__(None, None, None)
-            load, cores = os.getloadavg()[0], len(os.sched_getaffinity(0))
-            self._busy = {"load": load, "cores": cores} if load > cores else {}
+        self._undo.close()
+        self._busy = _busy()
 
     def events(self) -> list[Event]:
         """What torch's profiler saw, in plain numbers."""
@@ -107,3 +105,12 @@ class profile:
         threads = torch.get_num_threads()
         roofs = functools.partial(peaks.of, threads=threads)
         return Report(self.events(), self._notes, roofs, self._profiler.export_chrome_trace, about)
+
+
+def _busy() -> dict[str, Any]:
+    """The machine's load, where it is known and greater than its cores."""
+    if not hasattr(os, "getloadavg"):
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0]
+    return {"load": load, "cores": cores} if load > cores else {}

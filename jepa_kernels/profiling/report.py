@@ -18,7 +18,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
 from jepa_kernels.files import replacing
 from jepa_kernels.profiling import page
-from jepa_kernels.profiling.events import NOTED, STEP, Event, Slice
+from jepa_kernels.profiling.events import NOTED, Event, Slice, marks
 from jepa_kernels.profiling.notes import Note
 from jepa_kernels.profiling.summary import Op, Summary, duration, percent, summarise
 
@@ -143,7 +143,7 @@ class Report:
 
     def one_step(self) -> list[Slice]:
         """The slices of the step whose time is the median, where steps are marked; else all."""
-        ends = sorted(e.start for e in self._events if e.name == STEP)
+        ends = marks(self._events)
         if not ends or not self.slices:
             return self.slices
         spans = sorted(zip([self.slices[0].start, *ends], ends, strict=False), key=lambda span: span[1] - span[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from jepa_kernels.cost import Cost
 from jepa_kernels.profiling import peaks, products
-from jepa_kernels.profiling.events import HOST, NOTED, OTHER, OURS, STEP, Event, Slice, timeline
+from jepa_kernels.profiling.events import HOST, NOTED, OTHER, OURS, STEP, Event, Slice, marks, timeline
 from jepa_kernels.profiling.notes import Note
 
 LONGEST = 3  # gaps that are told in words
@@ -181,9 +181,10 @@ def _delays(costs: dict[Event, Note]) -> list[Event]:
 
 def _cut(slices: list[Slice], events: Sequence[Event]) -> list[Slice]:
     """Up to the last marked step, where steps are marked."""
-    last = max((e.start for e in events if e.name == STEP), default=None)
-    if last is None:
+    ends = marks(events)
+    if not ends:
         return slices
+    last = ends[-1]
     return [s._replace(end=min(s.end, last)) for s in slices if s.start < last]
 
 
@@ -251,7 +252,7 @@ def _gaps(slices: Sequence[Slice], steps: int) -> list[Gap]:
 
 
 def words(found: Summary) -> list[str]:
-    """The operations that lose most to their floors, each in a sentence, and what the host loses."""
+    """The operations that lose most to their floors, each in a sentence, and what the host loses, and where."""
     above = [(op.seconds - op.floor, op) for op in found.ops if op.floor is not None and op.seconds > op.floor]
     said = [_lost(gap, op, found) for gap, op in sorted(above, key=lambda pair: -pair[0])[:LONGEST]]
     idle = sum(p.host for p in found.parts)
@@ -261,6 +262,9 @@ def words(found: Summary) -> list[str]:
             f"no operation runs for {duration(idle)}, {percent(idle / found.seconds)} of the step, "
             f"{duration(most.host)} of it {most.name if most.name == OTHER else f'in {most.name}'}"
         )
+    if found.gaps:
+        waits = "; ".join(f"{duration(g.seconds)} after {g.after}, before {g.before} ({g.part})" for g in found.gaps)
+        said.append(f"the longest waits for an operation: {waits}")
     return said
 
 

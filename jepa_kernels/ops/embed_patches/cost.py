@@ -23,7 +23,7 @@ def backward(
     wanted: Any,
 ) -> Cost:  # fmt: skip
     """The gradient of the rows read; for the weight's also the kept pixels, for the pixels' the weight. Each is as
-    large as what it is of, and a product; sums over rows beside them."""
+    large as what it is of, and a product."""
     rows, kept, depth = _rows(pixels, ids, weight, cu_seqlens)
     channels, size = weight.shape[0], weight.dtype.itemsize
     moved, products = nbytes(grad, ids), 0
@@ -33,7 +33,7 @@ def backward(
         moved, products = moved + kept * depth * pixels.dtype.itemsize + nbytes(weight), products + 1
     patches = elements(pixels) // (depth * pixels.shape[0])
     moved += (channels * size if wanted[2] else 0) + (patches * channels * size if wanted[3] else 0)
-    return Cost(moved, 2 * products * rows * depth * channels + elements(grad) * (wanted[2] + wanted[3]))
+    return Cost(moved, 2 * products * rows * depth * channels)
 
 
 def _rows(pixels: Any, ids: Tensor | None, weight: Any, cu_seqlens: Tensor | None) -> tuple[int, int, int]:

@@ -5,22 +5,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels.cost import Cost, lengths, nbytes
+from jepa_kernels.cost import Cost, lengths, nbytes, places
 
 
 def forward(q: Any, k: Any, v: Any, *options: Any) -> Cost:
     """q, k and v read; the output and, in fp32, the log-sum-exps written. Two products over the pairs that are seen."""
     heads, rows, width = _sizes(q)
-    return Cost(
-        2 * nbytes(q) + nbytes(k, v, *options[8:10]) + 4 * heads * rows, 4 * _pairs(q, k, *options) * heads * width
-    )
+    moved = 2 * nbytes(q) + nbytes(k, v, _tables(*options)) + 4 * heads * rows
+    return Cost(moved, 4 * _pairs(q, k, *options) * heads * width)
 
 
 def backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *options: Any) -> Cost:
-    """q, k, v, output and its gradient read, those of q, k and v written. Five products, one of them the scores."""
+    """q, k, v, output and its gradient read, those of q, k and v written. Four products."""
     heads, _, width = _sizes(q)
-    moved = nbytes(grad, q, k, v, out, lse, *options[8:10]) + nbytes(q, k, v)
-    return Cost(moved, 10 * _pairs(q, k, *options) * heads * width)
+    moved = nbytes(grad, q, k, v, out, lse, _tables(*options)) + nbytes(q, k, v)
+    return Cost(moved, 8 * _pairs(q, k, *options) * heads * width)
+
+
+def _tables(*options: Any) -> list[Any]:
+    """Which keys each query sees, and the turns of queries and keys, which are one table where both share it."""
+    return places(*options[7:10])
 
 
 def _sizes(q: Any) -> tuple[int, int, int]:

@@ -3,13 +3,12 @@
 from math import prod
 from typing import Any
 
-from jepa_kernels.cost import Cost, elements, nbytes
+from jepa_kernels.cost import Cost, elements, nbytes, places
 
 
 def forward(q: Any, k: Any, turns: Any, k_turns: Any, half: bool) -> Cost:
-    """Queries and keys read and written, the table of cosines and sines read once where both share it."""
-    tables = (turns,) if k is None or k_turns is None or k_turns.shape == turns.shape else (turns, k_turns)
-    return Cost(2 * nbytes(q, k) + nbytes(*tables), 3 * elements(q, k))
+    """Queries and keys read and written, tables of cosines and sines read, one table once."""
+    return Cost(2 * nbytes(q, k) + nbytes(places(turns, k_turns)), 3 * elements(q, k))
 
 
 backward = forward  # of gradients, the other way round

@@ -17,5 +17,5 @@ def forward(z: Any, moments: Any, *options: Any) -> Cost:
 
 
 def backward(grad: Any, z: Any, moments: Any, *options: Any) -> Cost:
-    """Embeddings and sums read, the gradient written; projections once more, and back along the directions."""
-    return Cost(2 * nbytes(z) + nbytes(moments), 4 * elements(z) * moments.shape[-1])
+    """Embeddings and sums read, the gradient written; projections back along the directions."""
+    return Cost(2 * nbytes(z) + nbytes(moments), 2 * elements(z) * moments.shape[-1])
