@@ -10,6 +10,8 @@ import torch
 import jepa_kernels
 from jepa_kernels import about
 from jepa_kernels._core import check
+from jepa_kernels._core.select import short
+from jepa_kernels.names import check_known
 from jepa_kernels.ops import OPS
 from jepa_kernels.testing import DTYPES, cast, op_module
 
@@ -32,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true")
     verb.set_defaults(run=_info)
     verb = verbs.add_parser("explain", help="which backend an op takes for a typical call, and why not the others")
-    verb.add_argument("op", choices=OPS)
-    verb.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], default="float32")
+    verb.add_argument("op", help=f"of {', '.join(OPS)}")
+    verb.add_argument("--dtype", metavar="D", default="float32", help=f"of {', '.join(map(short, DTYPES))}")
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_explain)
     verbs.add_parser("verify", help="hold every kernel to its error budget on this machine; see `verify --help`")
@@ -51,6 +53,8 @@ def _info(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     try:
+        check_known("explain", "op", options.op, OPS, "choose one of them")
+        check_known("explain", "--dtype", options.dtype, [short(d) for d in DTYPES], "leave it out for float32")
         device = check.usable_device("explain", "--device", options.device)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -78,6 +78,26 @@ def test_positions_several_outputs_and_other_arguments():
     assert as_dict.ok and as_dict.parities[0].max_err == 0
 
 
+def test_tensors_inside_arguments_are_cast_and_copied():
+    x, pair = torch.randn(8), (torch.randn(8), {"shift": [torch.randn(8)]})
+    before = pair[1]["shift"][0].clone()
+
+    def spoiling(x, pair):
+        out = x * pair[0] + pair[1]["shift"][0]
+        pair[1]["shift"][0].zero_()
+        return out
+
+    found = compare(spoiling, lambda x, pair: x * pair[0] + pair[1]["shift"][0], (x, pair), dtype=torch.bfloat16)
+    assert found.ok and 0 < found.parities[0].max_err < 0.1 and torch.equal(pair[1]["shift"][0], before)
+
+
+@pytest.mark.parametrize("wrong, ok", [(lambda x: x.exp(), True), (lambda x: x.exp() * 0, False)])
+def test_an_overflow_of_the_reference_does_not_let_everything_pass(wrong, ok):
+    x = torch.tensor([0.0, 1.0, 20.0])  # exp(20) = 4.85e8; fp16 ends at 65504
+    found = compare(wrong, lambda x: x.exp(), (x,), dtype=torch.float16)
+    assert found.ok == ok and found.parities[0].max_budget < 1e6
+
+
 def test_memory_that_is_never_written_is_seen():
     x = torch.randn(40)
 
@@ -106,6 +126,22 @@ def test_inputs_are_left_as_they_were():
         (dict(fn=lambda x: None), TypeError, "compare: fn's output 0 must be a floating tensor, got NoneType; .+"),
         (dict(fn=lambda x: (x, x)), AssertionError, "fn: must return 1 outputs, got 2"),
         (dict(fn=lambda x: x[:2]), AssertionError, r"output0: must be torch.float32 \(4,\), got .+ \(2,\)"),
+        (dict(fn=lambda x: x.detach() * 1, grads=("x",)), AssertionError, "^fn: must have a gradient of x, got none$"),
+        (
+            dict(reference=lambda x: x.detach() * 1, grads="x"),
+            ValueError,
+            "compare: reference must have a gradient of x, got none; leave it out of grads",
+        ),
+        (
+            dict(
+                inputs={"x": torch.randn(4), "y": torch.randn(4)},
+                fn=lambda x, y: x * 2,
+                reference=lambda x, y: x + y,
+                grads=("x", "y"),
+            ),
+            AssertionError,
+            "^fn: must have a gradient of y, got none$",
+        ),
         (dict(fn=lambda x: x.double()), AssertionError, "output0: must be torch.float32 .+, got torch.float64 .+"),
     ],
 )

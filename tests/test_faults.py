@@ -76,8 +76,12 @@ def truncate(x):
 
 
 def computed_wide_then_truncated(real):
+    """In bf16 alone: in fp32, where bits are plenty, any budget shows it."""
+
     def run(*args):
         low = next(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+        if low != torch.bfloat16:
+            return real(*args)
         wide = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
         out = real(*wide)
         first = truncate(out[0] if isinstance(out, tuple) else out).to(low)
@@ -207,6 +211,7 @@ FAULTS = {
         "last row left out": ("forward", result(spoil(LAST_ROW, 0))),
         "masks overwrite instead of adding": ("backward", argument(0, without_first_row)),
         "sums in bf16": ("backward", result(lambda g: g.bfloat16().to(g.dtype))),
+        "gradient truncated": ("backward", computed_wide_then_truncated),
         "unchosen tokens not cleared": ("backward", result(lambda g: torch.where(g == 0, torch.nan, g))),
     },
     "grad_norm": {
@@ -286,6 +291,7 @@ FAULTS = {
         "output truncated": ("forward", computed_wide_then_truncated),
         "gradient turned the wrong way": ("backward", argument(2, given(lambda x: x * torch.tensor([[1.0], [-1.0]])))),
         "gradient by the sines of the wrong channel": ("backward", argument(2, given(sines_of_partners))),
+        "gradient truncated": ("backward", computed_wide_then_truncated),
     },
     "sigreg": {
         "directions of another step": ("moments", argument(4, lambda step: step + 1)),

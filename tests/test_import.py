@@ -218,8 +218,6 @@ def test_explain_names_the_choice_and_every_row(op, dtype, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["explain", "rop"], "invalid choice: 'rop' (choose from"),
-        (["explain", "ema_update", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8' (choose from"),
         (["explode"], "invalid choice: 'explode' (choose from"),
         ([], "the following arguments are required: {info,explain,verify,profile,train,plan}"),
     ],

@@ -4,11 +4,13 @@ import ast
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from jepa_kernels.ops import OPS
-from tests.faults import page
+from jepa_kernels.verify.rows import rows
+from tests.faults import copy, page
 from tests.faults.fault import ROOT
 from tests.faults.seeded_cpu import CPU
 from tests.faults.seeded_triton import TRITON
@@ -44,6 +46,38 @@ def test_the_results_are_of_these_faults_and_the_page_tells_them():
     assert caught >= LEAST * len(known)
     for fault in results["faults"]:
         assert fault["caught"] == (fault["by"] != "") and (fault["caught"] or fault["ran"] == fault["cases"]), fault
+
+
+def test_the_results_are_of_todays_faults_and_cases():
+    texts = {f.key: f.text for f in CPU + TRITON}
+    cases = {(f.op, f.backend): _cases(f.op, f.backend) for f in CPU + TRITON}
+    for fault in page.load()["faults"]:
+        key = fault["op"], fault["backend"], fault["what"]
+        assert fault.get("text") == texts[key], f"run `python -m tests.faults --op {key[0]}`"
+        ended = fault["by"].startswith(("a crash", "a time-out"))  # before it told how many there are
+        assert fault["cases"] == (0 if ended else cases[key[:2]]), f"run `python -m tests.faults --op {key[0]}`"
+
+
+def _cases(op, backend):
+    return sum(len(row.cases) for row in rows([op], [backend], device="cpu"))
+
+
+def test_another_text_is_another_fault():
+    assert CPU[0].text == replace(CPU[0]).text != replace(CPU[0], new=CPU[0].new + " ").text
+
+
+@pytest.mark.parametrize("code, what", [(70, None), (124, "a time-out"), (-11, "a crash (exit code -11)")])
+def test_how_a_run_ended_is_told_and_the_harness_is_no_kernel(code, what, tmp_path, monkeypatch):
+    monkeypatch.setattr(copy, "_wait", lambda child: code)
+    monkeypatch.setattr(copy.os, "fork", lambda: (tmp_path / "report.json").write_text("Traceback") and 1)
+    monkeypatch.setattr(copy.sys, "modules", {})
+    tree = object.__new__(copy.Copy)
+    tree.folder = tmp_path
+    if what is None:
+        with pytest.raises(SystemExit, match="faults: the harness must run rope on cpu, got\nTraceback"):
+            tree.first_failure("rope", "cpu")
+    else:
+        assert tree.first_failure("rope", "cpu").crash == what
 
 
 RUN = """

@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import jepa_kernels as jk
+from jepa_kernels.__main__ import main
 from jepa_kernels._core import define
 from jepa_kernels._core.info import kernels
-from jepa_kernels.verify import checks, command, table
-from jepa_kernels.verify.rows import Row, rows, run_row
+from jepa_kernels.testing import Parity
+from jepa_kernels.verify import checks, command, files, table
+from jepa_kernels.verify import rows as verify_rows
+from jepa_kernels.verify.rows import Result, Row, rows, run_case, run_row
 from tests.test_floors import ROOT
 
 QUICK = ["--op", "grad_norm", "--backend", "cpu"]
@@ -131,7 +134,7 @@ def test_bad_words_are_refused_before_any_work(words, message, monkeypatch, caps
 
 def test_a_folder_is_no_file(tmp_path, capsys):
     assert command.main([*QUICK, "--json", str(tmp_path)]) == 2
-    assert "(a folder); choose another place" in capsys.readouterr().err
+    assert "(Is a directory); choose another place" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has the device that must be missing")
@@ -211,6 +214,103 @@ def test_pytest_runs_the_same_rows_and_says_why_others_are_skipped(tmp_path, mon
     assert f"{sum(len(r.cases) for r in ran)} passed, {len(missing)} skipped" in last, said
     for backend, reason in {(r.backend, r.reason) for r in missing}:
         assert re.search(rf"SKIPPED \[3\] .+: {backend} on .+: {re.escape(reason)}", said), said
+
+
+def test_what_a_kernel_broke_before_it_raised_is_kept(monkeypatch):
+    errors = []
+
+    def raising(*args):
+        raise errors[-1]
+
+    row = Row("grad_norm", "cpu", "cpu", torch.float32, None)
+    case = row.cases[1]
+    monkeypatch.setattr(checks, "exact", raising)
+    monkeypatch.setattr(checks, "budget", lambda *args: [Parity("output0", 2.0, 1.0, 0.0, 1.0, 0.0, 1.0)])
+    for error, said in ((RuntimeError("broke"), "RuntimeError: broke"), (jk.BackendError("too many"), "too many")):
+        errors.append(error)
+        result = run_case(row, case)
+        assert result.problems[0].startswith("output0: max error 2") and result.problems[1:] == [said]
+        assert result.refused is None
+    monkeypatch.setattr(checks, "budget", raising)
+    assert run_case(row, case).refused == "too many" and run_case(row, case).problems == []
+
+
+def test_explain_names_the_nearest_too(capsys):
+    for words, said in (
+        (["rop"], "op must be one of .+, got 'rop'; did you mean rope\\?"),
+        (["rope", "--dtype", "float61"], "--dtype must be .+, got 'float61'; did you mean float16\\?"),
+    ):
+        assert main(["explain", *words]) == 2
+        assert re.fullmatch(f"explain: {said}\n", capsys.readouterr().err)
+
+
+def test_options_given_twice_add_up(monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(command, "run_row", lambda row: (ran.append(row), setattr(row, "complete", True)))
+    command.main(["--op", "rope", "--op", "sigreg", "rope", "--backend", "cpu", "--dtype", "float32"])
+    assert [(row.op, row.backend) for row in ran] == [("rope", "cpu"), ("sigreg", "cpu")]
+
+
+def test_nothing_verified_is_an_error(monkeypatch, capsys):
+    assert command.main(["--op", "distance_weights", "--dtype", "float16"]) == 3
+    assert capsys.readouterr().err == (
+        "verify: there must be a kernel to verify, got none of distance_weights; leave options out\n"
+    )
+    assert command.main(["--op", "rope", "--backend", "cuda", "--device", "cpu"]) == 3
+    assert "got cuda (no kernel of rope has it on cpu); leave it out" in capsys.readouterr().err
+    real = verify_rows.unavailable
+    monkeypatch.setattr(verify_rows, "unavailable", lambda b, d: "_C is broken" if b == "cpu" else real(b, d))
+    assert command.main(["--op", "masked_attention", "--dtype", "float32"]) == 3  # sdpa alone ran
+    assert "verify: --backend must be able to run here, got cpu (_C is broken); see" in capsys.readouterr().err
+
+
+def test_the_table_is_told_even_if_the_files_can_not_be_written(tmp_path, monkeypatch, capsys):
+    name = "x" * 252  # and .part
+    assert command.main([*QUICK, "--json", str(tmp_path / name)]) == 2
+    assert "(File name too long); choose" in capsys.readouterr().err
+    real = command.run_row
+
+    def removing(row):
+        (tmp_path / "gone").rmdir() if (tmp_path / "gone").exists() else None
+        real(row)
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(command, "run_row", removing)
+    assert command.main([*QUICK, "--junit", str(tmp_path / "gone" / "a.xml")]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("verify: --junit must be writable, got ") and said.out.count(" pass ") == 3
+
+
+def test_ctrl_c_anywhere_is_130(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    for name in ("_chosen", "prepare", "_report"):
+        with monkeypatch.context() as patched:
+            patched.setattr(command, name, interrupted)
+            assert command.main(["--op", "distance_weights", "--backend", "cpu"]) == 130
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_a_narrow_ascii_terminal_gets_a_table(rich, monkeypatch):
+    if not rich:
+        real = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "rich" else real(n))
+    monkeypatch.setenv("COLUMNS", "24")
+    row = Row("masked_attention", "cpu", "cpu", torch.bfloat16, None)
+    row.results.append(Result("a", [], ["a kernel\u2019s \u2264"], 0.0))
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    table.show([row], out)
+    out.flush()
+    assert b"masked_attention cpu cpu bfloat16 a: a kernel\\u2019s \\u2264\n" in out.buffer.getvalue()
+
+
+def test_junit_has_only_what_xml_allows():
+    row = Row("grad_norm", "cpu", "cpu", torch.float32, None)
+    row.results.append(Result(row.cases[0].name, [], ["\x1b[31m<bad>\x00 \ud800\u2264\ttab"], 0.0))
+    text = files.as_junit([row])
+    failure = xml.fromstring(text.encode())[0][0][0]
+    assert failure.get("message") == failure.text == "[31m<bad> \u2264\ttab"
 
 
 def test_the_command_line_does_not_need_pytest():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -21,6 +20,7 @@ from jepa_kernels.configs.sections import (
     Config,
     TargetOptimization,
 )
+from jepa_kernels.names import nearest
 
 __all__ = ["BEST", "DEFAULTS", "Config", "TargetOptimization", "flat", "published", "read", "same_run", "shipped"]
 
@@ -80,8 +80,7 @@ def _path(source: str) -> Path:
     if path.suffix in (".yaml", ".yml") and path.exists():
         return path
     names = shipped()
-    near = difflib.get_close_matches(path.stem, names, n=1)
-    remedy = f"did you mean {near[0]}?" if near else "check the spelling"
+    remedy = nearest(path.stem, names, "check the spelling")
     fail("train", "config", f"be a YAML file or a shipped name ({', '.join(names)})", repr(source), remedy)
 
 
@@ -145,8 +144,7 @@ def _fill(section: str, defaults: T, given: Mapping[str, Any], besides: str = ""
 
 
 def _unknown(where: str, key: str, known: list[str]) -> None:
-    near = difflib.get_close_matches(key, known, n=1)
-    remedy = f"did you mean {near[0]}?" if near else "remove it"
+    remedy = nearest(key, known, "remove it")
     fail("train", "config", f"use known keys ({', '.join(known)})", repr(where + key), remedy)
 
 

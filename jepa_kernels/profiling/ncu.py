@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Sequence
 
-from jepa_kernels._core.check import fail
+from jepa_kernels.names import check_known
 from jepa_kernels.ops import OPS
 
 SKIPPED, SEEN = 20, 10  # launches of these kernels: the first ones compile and warm up; that many are replayed
@@ -23,10 +22,8 @@ def command(model: str, op: str = "", changes: Sequence[str] = ()) -> str:
     The model is trained, not profiled: torch's profiler and Nsight Compute can't both hold the GPU's counters. Clocks
     stay as they are in training. Raises ValueError for an unknown op.
     """
-    if op and op not in OPS:
-        near = difflib.get_close_matches(op, OPS, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "leave it out for all"
-        fail("profile", "--ncu", f"be one of {', '.join(OPS)}", repr(op), remedy)
+    if op:
+        check_known("profile", "--ncu", op, OPS, "leave it out for all")
     name = f"{model.split('/')[-1].split('.')[0]}-{op or 'ops'}"
     tool = ["ncu", "--set", "full", "--clock-control", "none", "--target-processes", "all"]
     tool += ["--kernel-name", f"regex:{pattern(*([op] if op else OPS))}"]

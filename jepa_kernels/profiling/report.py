@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 
-from jepa_kernels import report
+from jepa_kernels import files, report
 from jepa_kernels._core.check import fail
 from jepa_kernels.data import extra
-from jepa_kernels.files import replacing
 from jepa_kernels.profiling import page
 from jepa_kernels.profiling.events import NOTED, Event, Slice, marks
 from jepa_kernels.profiling.notes import Note
@@ -136,8 +136,12 @@ class Report:
     def trace(self, path: str | Path) -> None:
         """Write what torch's profiler recorded as a trace."""
         try:
-            with replacing(Path(path)) as beside:
-                self._export(str(beside))
+            with files.replacing(Path(path)) as beside, tempfile.TemporaryDirectory() as folder:
+                direct = beside != Path(path)  # torch puts a new file in the place of a device or a FIFO
+                self._export(str(beside) if direct else f"{folder}/{TRACE}")
+                if not direct:
+                    with open(f"{folder}/{TRACE}", "rb") as found, open(beside, "wb") as to:
+                        shutil.copyfileobj(found, to)
         except (OSError, RuntimeError) as error:
             raise report.SaveError(f"{OP}: {path} must be writable, got {error}; pass another --trace") from error
 
@@ -158,12 +162,11 @@ class Report:
 def check_writable(folder: Path, trace: Path | None) -> None:
     """Before the work: the folder can be made and written to; ValueError that says why not."""
     report.folder(folder, OP)
-    for place, name in ((folder, "--out"), *([(trace.parent, "--trace")] if trace is not None else [])):
-        probe = place / ".profile.tmp"
+    for path, name in ((folder / PAGE, "--out"), *([(trace, "--trace")] if trace is not None else [])):
         try:
-            probe.touch()
-            probe.unlink()
+            files.check_writable(path)
         except OSError as error:
+            place = path if path.is_dir() else path.parent
             fail(OP, name, "be a place to write", f"{place} ({error.strerror})", "pass another one")
 
 

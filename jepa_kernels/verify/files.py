@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as xml
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from jepa_kernels.about import info
 from jepa_kernels.testing import Parity
 from jepa_kernels.verify.rows import Result, Row
 
+FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # by XML 1.0, escaped or not
 SCHEMA = 1  # raised when a field changes its meaning or goes
 
 
@@ -61,7 +63,7 @@ def _number(value: float) -> float | str:
 
 
 def as_junit(rows: Sequence[Row]) -> str:
-    """A testcase per op x backend x dtype x case; skipped where the row can't run or was not reached."""
+    """A testcase per op x backend x dtype x case; skipped where the row can't run or was not reached. For UTF-8."""
     suite = xml.Element("testsuite", name="jepa_kernels.verify")
     counts = dict(tests=0, failures=0, errors=0, skipped=0)
     for row in rows:
@@ -84,4 +86,5 @@ def as_junit(rows: Sequence[Row]) -> str:
     root = xml.Element("testsuites")
     root.append(suite)
     xml.indent(root)
-    return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    text = xml.tostring(root, encoding="unicode")
+    return f"<?xml version='1.0' encoding='utf-8'?>\n{FORBIDDEN.sub('', text)}\n"

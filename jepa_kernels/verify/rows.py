@@ -127,16 +127,16 @@ def run_case(row: Row, case: Case) -> Result:
     started = time.perf_counter()
     parities: list[Parity] = []
     problems: list[str] = []
-    refused = None
+    refused, ran = None, False
     try:
         parities = checks.budget(row.op, row.backend, case, row.dtype, row.device)
-        problems = [str(p) for p in parities if not p.ok]
+        ran, problems = True, [str(p) for p in parities if not p.ok]
         problems += checks.exact(row.op, row.backend, case, row.dtype, row.device)
-    except BackendError as error:  # a limit that the row states; no row may refuse its op's first case
-        refused = str(error)
-        problems = [refused] if case.name == checks.typical(row.op).name else []
+    except BackendError as error:  # a limit that the row states; none may refuse its op's first case, or a call it ran
+        refused = None if ran else str(error)
+        problems += [str(error)] if ran or case.name == checks.typical(row.op).name else []
     except Exception as error:  # of a kernel or its compiler, whatever it is: a mismatch of this case
-        problems = [f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"]
+        problems.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
     return Result(case.name, parities, problems, time.perf_counter() - started, refused)
 
 

@@ -25,7 +25,13 @@ def show(rows: Sequence[Row], out: TextIO) -> None:
     elif ran:
         _plain(ran, out)
     for line in (*([LEGEND] if ran else []), *failures(rows), *absences(rows)):
-        print(line, file=out)
+        print(_in_encoding(line, out), file=out)
+
+
+def _in_encoding(line: str, out: TextIO) -> str:
+    """A kernel's or compiler's message may have letters that the terminal lacks."""
+    encoding = getattr(out, "encoding", None) or "utf-8"
+    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -70,7 +76,7 @@ def _rich(rows: Sequence[Row], out: TextIO) -> None:
     names = columns(console.width)
     table = Table(box=None, pad_edge=False)
     for name in names:
-        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True, overflow="crop")
     styles = {"pass": "green", "fail": "bold red", "partial": "yellow"}
     for row in rows:
         table.add_row(*(f"[{styles[t]}]{t}[/]" if n == "verdict" else t for n, t in cells(row).items() if n in names))

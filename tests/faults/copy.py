@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tests.faults.fault import ROOT, Fault
 
 BUILD = ROOT / "build" / str(sys.implementation.cache_tag)
 LEVEL = "avx2"  # the instruction set whose objects are built anew: every processor that runs the kernels has it
+HARNESS, TIMEOUT, ALL = 70, 124, sys.maxsize  # exit codes; as many cases as there are
 PATIENCE = 1200  # seconds, after which a run counts as one that hangs
 
 
@@ -28,6 +30,8 @@ class Copy:
 
     def __init__(self, folder: Path, compiled: bool):
         self.folder = folder
+        self.commit = _commit()
+        self._clean: dict[tuple[str, str], tuple[int, Found]] = {}
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "jepa_kernels", folder / "jepa_kernels", ignore=ignored)
         if compiled:
@@ -87,11 +91,10 @@ class Copy:
         if done.returncode:
             raise SystemExit(f"faults: the faulty source must compile, got\n{done.stderr}\nwrite the fault anew")
 
-    def first_failure(self, op: str, backend: str, only: tuple[str, str] | None = None) -> Found:
-        """Runs the cases of `python -m jepa_kernels verify --op OP --backend B` until one fails.
+    def first_failure(self, op: str, backend: str, most: int = ALL) -> Found:
+        """Runs the first `most` cases of `python -m jepa_kernels verify --op OP --backend B` until one fails.
 
-        only: a (case, dtype) to run alone. In a process forked off this one, which has torch: its import takes longer
-        than most ops' cases.
+        In a process forked off this one, which has torch: its import takes longer than most ops' cases.
         """
         assert "jepa_kernels" not in sys.modules, "a forked process must import the copy"
         report = self.folder / "report.json"
@@ -99,11 +102,26 @@ class Copy:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
-            self._run_and_exit(op, backend, only, report)
+            self._run_and_exit(op, backend, most, report)
         code = _wait(child)
-        return Found(**json.loads(report.read_text())) if code == 0 else Found(crash=f"a crash (exit code {code})")
+        if code == HARNESS:
+            raise SystemExit(f"faults: the harness must run {op} on {backend}, got\n{report.read_text()}")
+        what = "a time-out" if code == TIMEOUT else f"a crash (exit code {code})"
+        return Found(**json.loads(report.read_text())) if code == 0 else Found(crash=what)
 
-    def _run_and_exit(self, op: str, backend: str, only: tuple[str, str] | None, report: Path) -> NoReturn:
+    def fails_clean(self, op: str, backend: str, found: Found) -> Found | None:
+        """What the sources without a fault fail, where it explains what was found; else None.
+
+        It runs the cases up to the one that failed, all where the process ended, once for all of an op's faults.
+        """
+        needed = found.ran or ALL
+        ran, clean = self._clean.get((op, backend), (0, Found()))
+        if needed > ran:
+            clean = self.first_failure(op, backend, needed)
+            self._clean[op, backend] = (needed, clean)
+        return clean if clean.case or clean.crash else None
+
+    def _run_and_exit(self, op: str, backend: str, most: int, report: Path) -> NoReturn:
         try:
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1)
@@ -115,10 +133,12 @@ class Copy:
             if backend == "cpu":
                 importlib.import_module("jepa_kernels._C").set_isa(LEVEL)
             verify.prepare()
-            report.write_text(json.dumps(_until_one_fails(verify, verify.rows([op], [backend], device="cpu"), only)))
+            report.write_text(json.dumps(_until_one_fails(verify, verify.rows([op], [backend], device="cpu"), most)))
             os._exit(0)
+        except BaseException:  # of the harness, since a kernel's is a case that fails; a crash has the signal's number
+            report.write_text(traceback.format_exc())
         finally:
-            os._exit(70)  # an exception on the way; a crash has the signal's number
+            os._exit(HARNESS)
 
 
 @dataclass
@@ -133,11 +153,9 @@ class Found:
     crash: str = ""
 
 
-def _until_one_fails(verify: Any, rows: Any, only: tuple[str, str] | None) -> dict[str, Any]:
+def _until_one_fails(verify: Any, rows: Any, most: int) -> dict[str, Any]:
     runs = [(row, case, str(row.dtype).removeprefix("torch.")) for row in rows for case in row.cases]
-    for ran, (row, case, dtype) in enumerate(runs, 1):
-        if only is not None and (case.name, dtype) != only:
-            continue
+    for ran, (row, case, dtype) in enumerate(runs[:most], 1):
         if problems := verify.run_case(row, case).problems:
             return dict(ran=ran, cases=len(runs), case=case.name, dtype=dtype, problem=problems[0])
     return dict(ran=len(runs), cases=len(runs))
@@ -152,4 +170,10 @@ def _wait(child: int) -> int:
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return 124
+    return TIMEOUT
+
+
+def _commit() -> str:
+    """Of the sources, short."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

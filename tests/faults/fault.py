@@ -1,5 +1,6 @@
 """What a seeded fault is, and putting it into a tree."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,16 @@ class Fault:
     def path(self) -> Path:
         """From the root of a tree."""
         return Path("csrc" if self.backend == "cpu" else f"jepa_kernels/ops/{self.op}") / self.file
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Which one it is, in results."""
+        return self.op, self.backend, self.what
+
+    @property
+    def text(self) -> str:
+        """A hash of what is changed: results of another text are of another fault."""
+        return hashlib.sha256(f"{self.path}\0{self.old}\0{self.new}".encode()).hexdigest()[:16]
 
     def applied(self, source: str) -> str:
         """The source with the fault; ValueError where `old` is not there exactly once."""

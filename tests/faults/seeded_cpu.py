@@ -7,6 +7,7 @@ def of(op: str, kind: str, what: str, old: str, new: str, file: str = "cpu.cpp",
     return Fault(op, "cpu", f"{folder or op}/{file}", kind, what, old, new)
 
 
+CUT = "_mm256_and_ps({}, _mm256_castsi256_ps(_mm256_set1_epi32(-65536)))"  # fp32 to what bf16 holds, dropping bits
 CPU = [
     of("adamw_ema", "dropped tail", "a tail of one element is left alone",
        "if (i < end) update<Grad>", "if (i + 1 < end) update<Grad>"),
@@ -51,6 +52,10 @@ CPU = [
        "if (run < p.at.sequences && begin_of(p.at, run + 1) <= row) ++run;"),
     of("gather_tokens", "missing row", "a token's gradient misses the first mask that chose it",
        "for (const int32_t* r = row; r < last; ++r)", "for (const int32_t* r = row + 1; r < last; ++r)"),
+    of("gather_tokens", "truncating cast", "bf16 gradients are cut off instead of rounded",
+       "        if (streamed)\n          stream(out + c, sum);",
+       "        if (std::is_same<T, bf16>::value) sum = " + CUT.format("sum") + ";\n"
+       "        if (streamed)\n          stream(out + c, sum);"),
     of("grad_norm", "dropped tail", "elements past the last full register are left out",
        "for (; i < n; i += W) add_squares", "for (; i + W <= n; i += W) add_squares"),
     of("grad_norm", "lost precision", "a block's squares are rounded to fp32",
@@ -101,6 +106,10 @@ CPU = [
     of("rope", "truncating cast", "bf16 outputs are cut off instead of rounded",
        "const __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));",
        "const __m256i rounded = u;\n  (void)odd;", "simd.h", "common"),
+    of("rope", "truncating cast", "bf16 gradients are cut off instead of rounded",
+       "store(y + c, turned(a, swap_pairs(a), load(t.cos + c), sines(load(t.sin + c))));",
+       "const vf g = turned(a, swap_pairs(a), load(t.cos + c), sines(load(t.sin + c)));\n"
+       "store(y + c, std::is_same<T, bf16>::value && t.back ? " + CUT.format("g") + " : g);"),
     of("sigreg", "wrong weight", "the trapezoid's last knot counts twice",
        "(k == 0 || k == at.knots - 1 ? 1 : 2)", "(k == 0 ? 1 : 2)"),
     of("sigreg", "last row", "of an odd number of rows the last is left out",

@@ -23,6 +23,11 @@ TRITON = [
        "tl.load(bias + e.to(tl.int64) * bias_channel", "tl.load(bias + e.to(tl.int64)", "triton_forward.py"),
     of("gather_tokens", "wrong sequence", "sequences are taken as image-major",
        "token = (run % batch).to(tl.int64) * x_image", "token = (run // (runs // batch)).to(tl.int64) * x_image"),
+    of("gather_tokens", "truncating cast", "bf16 gradients are cut off instead of rounded",
+       "    tl.store(dx + at, total.to(",
+       "    if dx.dtype.element_ty == tl.bfloat16:\n"
+       "        total = (total.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)\n"
+       "    tl.store(dx + at, total.to("),
     of("grad_norm", "lost precision", "squares are taken in fp32",
        ".to(tl.float32).to(tl.float64)\n    return x * x", ".to(tl.float32)\n    return (x * x).to(tl.float64)"),
     of("info_nce", "wrong logarithm", "sums of entries stay in powers of two",

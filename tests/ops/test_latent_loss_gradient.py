@@ -72,6 +72,17 @@ def test_backward_accumulates_over_a_kept_graph(backend):
             loss.backward()
 
 
+@pytest.mark.parametrize("scale, bound", [(4.0, 2**-8), (0.66015625, 2**-7 + 2**-16)])
+def test_in_bf16_a_scale_rounds_a_second_time_unless_it_is_a_power_of_two(kernel, scale, bound):
+    pred, target, ids = draw()
+    grads = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.bfloat16, kernel)):
+        leaf = pred.bfloat16().to(dtype).requires_grad_()
+        loss = jk.latent_loss(leaf, target.bfloat16().to(dtype), ids, kind="l1", backend=backend)
+        grads.append(torch.autograd.grad(loss, leaf, torch.tensor(scale, dtype=loss.dtype))[0].double())
+    assert (grads[1] - grads[0]).abs().le(bound * grads[0].abs()).all() and grads[0].abs().min() > 0
+
+
 def test_a_hook_may_change_the_gradient_in_place(backend):
     pred, target, ids = draw()
     expected = value_and_grad(pred, target, ids, backend=backend)[1]

@@ -197,7 +197,8 @@ CASES = (
     Case("grouped_heads_of_many_d16", packed([9, 2, 5, 4, 1], (4, 2), 16), GRADS),  # key heads share a task
     Case("long_d16", packed([300, 3], (2, 2), 16, [3, 290]), GRADS),  # more keys than a block of any kernel
     Case("cross_lengths_d88", packed([5, 70, 0, 9], (3, 1), 88, key_lengths=[66, 3, 4, 0]), GRADS),
-    Case("empty_key_ranges", packed([2, 3], (1, 1), 8, key_lengths=[0, 2]), GRADS, gradcheck=True),
+    # Kernels round scores' gradients to 16 bits for their products: of fewer than these the error has no steady mean.
+    Case("empty_key_ranges", packed([2, 9], (1, 1), 8, key_lengths=[0, 7]), GRADS, gradcheck=True),
     Case("unused_rows_d32", packed([17, 40], (2, 2), 32, unused=9), GRADS),
     Case("unused_rows_cross", packed([17, 4], (2, 1), 16, key_lengths=[3, 20], unused=3, scale=0.4), GRADS),
     Case("outlier_channels_d104", packed([50, 31], (2, 2), 104, change=_outlier_channels), GRADS),
