@@ -80,8 +80,9 @@ class Copy:
         return next(c for c in found if f"jepa_{LEVEL}.dir/csrc/{op}/cpu.cpp" in c["output"])
 
     def _link(self) -> None:
-        asked = ["ninja", "-C", str(BUILD), "-t", "commands", "-s", f"out/{self.module}"]
-        self._run(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)
+        for made in ("libjepa_kernels.a", f"out/{self.module}"):
+            asked = ["ninja", "-C", str(BUILD), "-t", "commands", "-s", made]
+            self._run(subprocess.run(asked, check=True, capture_output=True, text=True).stdout)
 
     def _place(self, out: Path) -> None:
         shutil.copy2(out / self.module, self.folder / "jepa_kernels" / self.module)
