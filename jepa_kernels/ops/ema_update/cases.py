@@ -23,6 +23,12 @@ def _make(form: str, momentum: float, shadow: torch.dtype | None) -> Callable[[t
     return make
 
 
+def _from_zero(generator: torch.Generator) -> dict[str, Any]:
+    """1 - momentum alone decides: a target that begins at zero shows its rounding."""
+    drawn = _make("lerp", 0.99925, None)(generator)
+    return {**drawn, "target": [torch.zeros_like(t) for t in drawn["target"]]}
+
+
 def _empty(generator: torch.Generator) -> dict[str, Any]:
     return dict(target=[], online=[], momentum=0.5)
 
@@ -49,5 +55,6 @@ CASES = (
         for form in ("lerp", "ijepa", "vjepa2")
         for momentum, shadow in ((0.996, None), (0.99925, torch.bfloat16), (0.0, torch.float16), (1.0, None))
     ),
+    Case("from_zero", _from_zero, mutates=("target",), keep=("target",), strided=False),
     Case("empty", _empty, mutates=("target",), keep=("target",), strided=False),
 )
