@@ -40,7 +40,8 @@ def build(kind: str) -> Path:
     run_or_exit("cmake", "-S", ROOT, "-B", folder, *configure, f"-DJEPA_SANITIZE={flag}")
     run_or_exit("cmake", "--build", folder)
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    linked = [f"-fsanitize={flag}", "-shared", "-fopenmp", "-o", module, *USED.rglob("_C.dir/**/*.o")]
+    bindings = [*USED.rglob("_C.dir/**/*.o"), *USED.rglob("jepa_bindings.dir/**/*.o")]
+    linked = [f"-fsanitize={flag}", "-shared", "-fopenmp", "-o", module, *bindings]
     # Whatever CUDA is in the bindings is in the archive of their own build.
     archives = [folder / "libjepa_kernels.a", USED / "libjepa_kernels.a", *cudart()]
     run_or_exit(COMPILER, *linked, *archives, "-ldl", "-lrt", "-lpthread")
