@@ -40,7 +40,8 @@ def build(kind: str) -> Path:
     run_or_exit("cmake", "-S", ROOT, "-B", folder, *configure, f"-DJEPA_SANITIZE={flag}")
     run_or_exit("cmake", "--build", folder)
     module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    bindings = [*USED.rglob("_C.dir/**/*.o"), *USED.rglob("jepa_bindings.dir/**/*.o")]
+    inputs = run_or_exit("ninja", "-C", USED, "-t", "inputs", f"out/{module.name}").splitlines()
+    bindings = [USED / x for x in inputs if x.endswith(".o") and re.search(r"(_C|jepa_bindings)\.dir/", x)]
     linked = [f"-fsanitize={flag}", "-shared", "-fopenmp", "-o", module, *bindings]
     # Whatever CUDA is in the bindings is in the archive of their own build.
     archives = [folder / "libjepa_kernels.a", USED / "libjepa_kernels.a", *cudart()]
