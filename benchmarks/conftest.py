@@ -25,6 +25,7 @@ from benchmarks.selection import Selection, instead
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
+from jepa_kernels.about import cores
 from jepa_kernels.profiling.peaks import measured
 
 AnyRun = Run | ModelRun | HostRun
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(name, action="append", default=[], help="measure only these; may be repeated")
     group.addoption("--backend", help="of ours, by name: ops alone, and no other backend in its place")
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
-    group.addoption("--threads", type=int, default=machine.cores())
+    group.addoption("--threads", type=int, default=cores())
     group.addoption("--budget", type=float, default=None, help="seconds of timing per run")
 
 

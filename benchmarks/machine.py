@@ -13,14 +13,10 @@ from typing import Any
 import torch
 
 from jepa_kernels import _C
+from jepa_kernels.about import cores
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ("OMP_NUM_THREADS", "TORCH_", "TRITON_", "JEPA_", "KMP_", "GOMP_")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def info() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _found("/proc/cpuinfo", r"model name\s*: (.+)") or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
-        "memory": (_found("/proc/meminfo", r"MemTotal:\s+(\d+ kB)")),
+        "memory": _found("/proc/meminfo", r"MemTotal:\s+(\d+ kB)"),
         "build": module.build_info() if isinstance(module, ModuleType) else _files_alone(module),
         "cuda": torch.version.cuda,
         "driver": _found("/proc/driver/nvidia/version", r"Kernel Module\D*([\d.]+)"),
@@ -51,6 +51,11 @@ def info() -> dict[str, object]:
         "ops": {op: {k.backend: _files_alone(why_not(k.backend)) for k in kernels(op)} for op in OPS},
         "dtypes": {op: {k.backend: [short(d) for d in k.dtypes] for k in kernels(op)} for op in OPS},
     }
+
+
+def cores() -> int:
+    """Cores that this process may use; all of the machine where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _files_alone(reason: str | None) -> str | None:

@@ -178,9 +178,8 @@ def _config(options: argparse.Namespace) -> Config:
     changes += [f"optimization.steps={options.steps}"] if options.steps is not None else []
     changes += [f"seed={options.seed}"] if options.seed is not None else []
     config = read(options.config, changes)
-    need(
-        "rich", "matplotlib", "jinja2", *RECIPES[config.architecture].needs
-    )  # before the first step, not after the last
+    # What is wanted after the last step is known before the first.
+    need("rich", "matplotlib", "jinja2", *RECIPES[config.architecture].needs)
     return config
 
 

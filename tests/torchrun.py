@@ -15,13 +15,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WAIT = 300  # seconds for anything at all: machines of tests are slow and shared
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @functools.cache
 def launcher():
     """tests.launcher, one for all tests."""
     command = [sys.executable, "-u", "-m", "tests.launcher"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ONE_THREAD}
     started = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -60,7 +61,7 @@ class Run:
     """`torchrun -m jepa_kernels train CONFIG --out OUT --no-probe ...`; one thread for each process."""
 
     def __init__(self, config, out, *words, ranks=2, restarts=0, fork=True):
-        self.out, self.said = Path(out), Path(out).with_suffix(".said")
+        self.log, self.said = Path(out) / "metrics.jsonl", Path(out).with_suffix(".said")
         command = ["--nproc-per-node", str(ranks), "--master-port", str(free_port()), "--max-restarts", str(restarts)]
         command += ["-m", "jepa_kernels", "train", str(config), "--out", str(out), "--no-probe", *words]
         self.said.touch()
@@ -68,7 +69,7 @@ class Run:
 
     def _torchrun(self, command):
         command = [sys.executable, "-m", "torch.distributed.run", *command]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **ONE_THREAD}
         with open(self.said, "wb") as stream:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
@@ -89,8 +90,7 @@ class Run:
 
     def rows(self):
         """The log; a last line that is being written is left out."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = self.log.read_text().splitlines(keepends=True) if self.log.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def reach(self, step, restart=0):
@@ -101,8 +101,7 @@ class Run:
 
     def _written(self):
         """When the log was written last, in ns."""
-        path = self.out / "metrics.jsonl"
-        return path.stat().st_mtime_ns if path.exists() else 0
+        return self.log.stat().st_mtime_ns if self.log.exists() else 0
 
     def says(self, text):
         """Wait until any rank has written this."""

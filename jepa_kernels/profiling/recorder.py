@@ -12,6 +12,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from jepa_kernels._core.check import fail
+from jepa_kernels.about import cores
 from jepa_kernels.profiling import peaks
 from jepa_kernels.profiling.events import STEP, WINDOW, Event, read
 from jepa_kernels.profiling.notes import Notes
@@ -111,6 +112,5 @@ def _busy() -> dict[str, Any]:
     """The machine's load, where it is known and greater than its cores."""
     if not hasattr(os, "getloadavg"):
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    load = os.getloadavg()[0]
-    return {"load": load, "cores": cores} if load > cores else {}
+    load, there = os.getloadavg()[0], cores()
+    return {"load": load, "cores": there} if load > there else {}

@@ -43,7 +43,6 @@ def _verify(options: argparse.Namespace) -> int:
         except ValueError as error:
             print(error, file=sys.stderr)
             return MISSING
-    written = False
     try:
         prepare()
         _run(chosen)

@@ -61,19 +61,6 @@ def use(module: Path) -> None:
     spec.loader.exec_module(sys.modules[spec.name])
 
 
-def run_cases(op: str) -> int:
-    import torch
-
-    from jepa_kernels._core.info import kernels
-    from jepa_kernels.testing import cast, op_module, public, run
-
-    (cpu,) = [kernel for kernel in kernels(op) if kernel.backend == "cpu"]
-    calls = [(case, dtype) for case in op_module(op, "cases").CASES for dtype in cpu.dtypes]
-    for case, dtype in calls:
-        run(public(op, "cpu"), cast(case.make(torch.Generator().manual_seed(0)), dtype, "cpu", case.keep), case)
-    return len(calls)
-
-
 def run_shared(op: str) -> int:
     import torch
 
@@ -94,10 +81,11 @@ def watched(kind: str, module: Path) -> None:
 
     from jepa_kernels.masks import MultiBlock2d, MultiBlock3d
     from jepa_kernels.ops import OPS
+    from tests.kernels.sanitized_cuda import run_op
 
     torch.set_num_threads(2)
     for op in OPS:
-        print(f"  {op}: {run_cases(op) if kind == 'address' else run_shared(op)} calls", flush=True)
+        print(f"  {op}: {run_op(op, 'cpu') if kind == 'address' else run_shared(op)} calls", flush=True)
     if kind == "address":
         for step in range(20):
             for sampler in (MultiBlock2d((14, 14)), MultiBlock3d((4, 8, 8)), MultiBlock2d((14, 14), upstream=True)):

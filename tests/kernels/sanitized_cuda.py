@@ -21,15 +21,18 @@ TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
 CASES = 3  # of each op
 
 
+def run_op(op: str, backend: str, most: int | None = None) -> int:
+    """The first `most` cases of an op in every dtype of its kernel, each once; how many calls: 0 without a kernel."""
+    dtypes = next((kernel.dtypes for kernel in kernels(op) if kernel.backend == backend), ())
+    calls = [(case, dtype) for case in op_module(op, "cases").CASES[:most] for dtype in dtypes]
+    for case, dtype in calls:  # a backend of our own has the name of its device
+        run(public(op, backend), cast(case.make(torch.Generator().manual_seed(0)), dtype, backend, case.keep), case)
+    return len(calls)
+
+
 def run_cases() -> None:
     for op in OPS:
-        for kernel in kernels(op):
-            if kernel.backend != "cuda":
-                continue
-            for case in op_module(op, "cases").CASES[:CASES]:
-                for dtype in kernel.dtypes:
-                    inputs = cast(case.make(torch.Generator().manual_seed(0)), dtype, "cuda", case.keep)
-                    run(public(op, "cuda"), inputs, case)
+        if run_op(op, "cuda", CASES):
             torch.cuda.synchronize()
             print(f"{op}: done", flush=True)
 
