@@ -1,11 +1,29 @@
 """Checks that run in several processes which talk through gloo: one start of Python for all checks of a file."""
 
+import gc
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+
+@contextmanager
+def gloo(rank, world, store, minutes=1):
+    """A group of single-threaded processes, by the path of its store, new to each group.
+
+    Its threads end with the last reference to it, which tracebacks hold as well. One that is left when Python ends
+    may want to free a tensor then: the process aborts.
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=minutes), world, rank)
+    try:
+        yield
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 class Checks:
@@ -42,15 +60,16 @@ class Checks:
 
 def _run(rank, folder, known, given):
     """Every check in turn, each in a group of its own."""
-    torch.set_num_threads(1)
     for name, (check, world) in known.items():
         if rank < world:
-            store, limit = f"file://{folder}/{name}.store", timedelta(minutes=3)
-            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
-            failure = ""
-            try:
-                check(folder, *([] if given is None else [given(rank, world)]))
-            except BaseException:
-                failure = traceback.format_exc()
+            with gloo(rank, world, Path(folder, f"{name}.store"), minutes=3):
+                failure = _failure(check, folder, *([] if given is None else [given(rank, world)]))
             Path(folder, f"{name}.{rank}").write_text(failure)
-            dist.destroy_process_group()
+
+
+def _failure(check, *given):
+    try:
+        check(*given)
+    except BaseException:
+        return traceback.format_exc()
+    return ""

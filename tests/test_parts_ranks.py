@@ -1,12 +1,10 @@
 """Runs of one batch in parts, on one to three processes and one after another: the same weights, balanced or not."""
 
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 
 import jepa_kernels as jk
@@ -17,6 +15,7 @@ from jepa_kernels.training.feed import batches
 from jepa_kernels.training.optimizer import groups
 from jepa_kernels.training.ranks import Ranks
 from tests.models.training import failures
+from tests.processes import gloo
 from tests.test_train import TINY as PHOTOS
 from tests.test_train_clips import TINY as CLIPS
 from tests.videos import stripes
@@ -47,18 +46,19 @@ def folder(tmp_path_factory):
 
 
 def _runs(rank, folder):
-    torch.set_num_threads(1)
     for name, (world, *run) in RUNS.items():
         if world == 1 or rank >= world:
             continue
-        limit, store = timedelta(minutes=3), f"file://{folder}/{name}.store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
-        try:
-            found = outcome(trainer_of(folder, *run, Ranks(rank, world)))
-        except BaseException:
-            found = traceback.format_exc()
+        with gloo(rank, world, Path(folder, f"{name}.store"), minutes=3):
+            found = _found(folder, *run, Ranks(rank, world))
         torch.save(found, Path(folder, f"{name}.{rank}"))
-        dist.destroy_process_group()
+
+
+def _found(*given):
+    try:
+        return outcome(trainer_of(*given))
+    except BaseException:
+        return traceback.format_exc()
 
 
 def trainer_of(folder, config, changes, ranks):

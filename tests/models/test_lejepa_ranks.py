@@ -14,6 +14,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.nn import BatchNorm1d
 from jepa_kernels.testing import hold
+from tests.processes import gloo
 
 CONFIG = ViTConfig(
     embed_dim=32, proj_hidden=48, proj_dim=16, slices=64, crop_size=16, patch_size=8, depth=1, num_heads=2, weight=0.3
@@ -83,12 +84,8 @@ def unequal(rank):
 
 
 def start(rank, store, results):
-    dist.init_process_group("gloo", None, timedelta(seconds=60), WORLD, rank, dist.FileStore(store, WORLD))
-    torch.set_num_threads(1)
-    try:
+    with gloo(rank, WORLD, store):
         results[rank] = own_step(rank), unequal(rank)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

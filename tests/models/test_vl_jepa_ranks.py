@@ -1,11 +1,9 @@
 """VL-JEPA's step in a process group: gradients averaged by DDP are those of one process with the whole batch."""
 
 import os
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
@@ -13,6 +11,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.vl_jepa import Texts
 from jepa_kernels.testing import hold
 from tests.models.test_vl_jepa import inputs, pack, whole
+from tests.processes import gloo
 
 WORLD = 2
 WORDS = {"a red key": [3, 4], "a ball": [5], "a grey box": [6, 7, 8]}
@@ -43,17 +42,17 @@ def one_process(model):
     return {"loss": loss.detach(), **grads(model)}
 
 
+def own_step(rank):
+    model, given = whole(), batch(SHARES[rank])
+    wrapped = DistributedDataParallel(model)  # kept: it averages in backward
+    loss = model.objective(wrapped(*given), *given)
+    loss.backward()
+    return loss.detach(), grads(model)
+
+
 def start(rank, store, results):
-    dist.init_process_group("gloo", None, timedelta(seconds=60), WORLD, rank, dist.FileStore(store, WORLD))
-    torch.set_num_threads(1)
-    try:
-        model, given = whole(), batch(SHARES[rank])
-        wrapped = DistributedDataParallel(model)  # kept: it averages in backward
-        loss = model.objective(wrapped(*given), *given)
-        loss.backward()
-        results[rank] = loss.detach(), grads(model)
-    finally:
-        dist.destroy_process_group()
+    with gloo(rank, WORLD, store):
+        results[rank] = own_step(rank)
 
 
 def test_ddp_gives_the_loss_and_gradients_of_one_process(tmp_path):

@@ -1,7 +1,6 @@
 """info_nce over gloo process groups: equal to the single-process result, or one clear error on every rank."""
 
 import tempfile
-from datetime import timedelta
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 import jepa_kernels as jk
+from tests.processes import gloo
 
 SIZES = {2: (5, 8), 3: (4, 0, 30)}  # rows a rank
 E = 24
@@ -139,11 +139,9 @@ CHECKS = (
 
 
 def run(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=60), world, rank)
-    for check in CHECKS:
-        check(rank, world)
-    dist.destroy_process_group()
+    with gloo(rank, world, store):
+        for check in CHECKS:
+            check(rank, world)
 
 
 @pytest.mark.parametrize("world", SIZES)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import jepa_kernels as jk
+from tests.processes import gloo
 
 OPTIONS = dict(slices=40, step=7, seed=3)
 WIDTH = 12
@@ -26,13 +26,8 @@ def embeddings(world):
 
 
 def start(rank, world, store, work, results):
-    store = dist.FileStore(store, world)
-    dist.init_process_group("gloo", None, timedelta(seconds=30), world, rank, store)
-    torch.set_num_threads(1)
-    try:
+    with gloo(rank, world, store):
         results[rank] = work(rank, world)
-    finally:
-        dist.destroy_process_group()
 
 
 def spawn(world, work, tmp_path):
