@@ -34,13 +34,19 @@ static inline bool worth_streaming(const void* out, int64_t rows, int64_t bytes)
          reinterpret_cast<uintptr_t>(out) % STREAM_STEP == 0;
 }
 
-static inline void copy_row(void* out, const void* in, int64_t bytes, bool stream) {
+// ahead: the row that is copied next, or null. Rows are short, and the hardware's own prefetch stops at each
+// one's end; L2 has more lines under way than L1 can have.
+static inline void copy_row(void* out, const void* in, int64_t bytes, bool stream,
+                            const void* ahead = nullptr) {
   if (!stream) {
     std::memcpy(out, in, bytes);
     return;
   }
-  for (int64_t i = 0; i < bytes; i += STREAM_STEP)
+  constexpr int64_t LINE = 64;
+  for (int64_t i = 0; i < bytes; i += STREAM_STEP) {
+    if (ahead && i % LINE == 0) _mm_prefetch(static_cast<const char*>(ahead) + i, _MM_HINT_T1);
     stream_step(static_cast<char*>(out) + i, static_cast<const char*>(in) + i);
+  }
 }
 
 static inline void clear_row(void* out, int64_t bytes, bool stream) {

@@ -28,24 +28,30 @@ static void copy_strided(char* out, const char* in, int64_t channels, int64_t st
   for (int64_t c = 0; c < channels; ++c) std::memcpy(out + c * size, in + c * stride * size, size);
 }
 
+// The token that a row copies, or null; moves run on to the row's.
+static const char* source_of(const GatherTokensForwardParams& p, int64_t row, int64_t& run) {
+  while (run < p.at.sequences && begin_of(p.at, run + 1) <= row) ++run;
+  const int64_t id = run < p.at.sequences ? p.at.ids[row] : -1;
+  if (id < 0 || id >= p.at.count) return nullptr;
+  const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
+  return static_cast<const char*>(p.x) + offset * p.element_size;
+}
+
 void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
   const int64_t bytes = p.channels * p.element_size;
   const bool streamed = p.stride_channel == 1 && worth_streaming(p.out, p.at.rows, bytes);
   const int threads = p.at.rows * bytes < 65536 ? 1 : p.threads;
   parallel_for(p.at.rows, threads, [&](int64_t begin, int64_t end) {
     int64_t run = run_of(p.at, begin);
+    const char* next = source_of(p, begin, run);
     for (int64_t row = begin; row < end; ++row) {
-      while (run < p.at.sequences && begin_of(p.at, run + 1) <= row) ++run;
+      const char* in = next;
+      next = row + 1 < end ? source_of(p, row + 1, run) : nullptr;
       char* out = static_cast<char*>(p.out) + row * bytes;
-      const int64_t id = run < p.at.sequences ? p.at.ids[row] : -1;
-      if (id < 0 || id >= p.at.count) {
+      if (!in)
         clear_row(out, bytes, streamed);
-        continue;
-      }
-      const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
-      const char* in = static_cast<const char*>(p.x) + offset * p.element_size;
-      if (p.stride_channel == 1)
-        copy_row(out, in, bytes, streamed);
+      else if (p.stride_channel == 1)
+        copy_row(out, in, bytes, streamed, next);
       else
         copy_strided(out, in, p.channels, p.stride_channel, p.element_size);
     }
@@ -62,6 +68,7 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
   };
   const int64_t tokens = p.at.batch * p.at.count, bytes = p.channels * int64_t{sizeof(T)};
   const bool streamed = worth_streaming(p.dx, tokens, bytes);
+  const int32_t* const all = p.source + p.first[tokens]; // where the last token's rows end
   const int threads = tokens * p.channels < 16384 ? 1 : p.threads;
   parallel_for(tokens, threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
@@ -72,7 +79,7 @@ template <class T> static void backward(const GatherTokensBackwardParams& p) {
         continue;
       }
       if (last - row == 1 && p.stride_channel == 1) {
-        copy_row(out, grad(*row), bytes, streamed);
+        copy_row(out, grad(*row), bytes, streamed, streamed && last < all ? grad(*last) : nullptr);
         continue;
       }
       for (int64_t c = 0; c < p.channels; c += W) {

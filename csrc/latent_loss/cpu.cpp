@@ -36,19 +36,19 @@ template <class T> static const T* packed_row(const T* row, int64_t stride, int6
   return scratch;
 }
 
-struct Place { // of a row: its token, where its elements start in pred and target, and its weight
-  int64_t id, pred, target;
+struct Place { // of a row: its run and token, where its elements start in pred and target, and its weight
+  int64_t run, id, pred, target;
   float weight;
 };
 
 // Moves run on to the row's; id < 0: the row does not count.
 static Place place_of(const LatentLossForwardParams& p, int64_t row, int64_t& run) {
   while (run < p.sequences && begin_of(p, run + 1) <= row) ++run;
-  if (run >= p.sequences) return {-1, 0, 0, 0.f};
+  if (run >= p.sequences) return {run, -1, 0, 0, 0.f};
   const int64_t inside = row - begin_of(p, run), id = p.ids ? p.ids[row] : inside;
   const int64_t pred = p.cu_seqlens ? row * p.pred_row : run * p.pred_run + inside * p.pred_row;
   const int64_t weight = p.cu_seqlens ? row * p.weight_row : run * p.weight_run + inside * p.weight_row;
-  return {id < p.count ? id : -1, pred, run % p.batch * p.target_image + id * p.target_token,
+  return {run, id < p.count ? id : -1, pred, run % p.batch * p.target_image + id * p.target_token,
           p.weight ? p.weight[weight] : 1.f};
 }
 
@@ -70,23 +70,31 @@ template <class P, class T> struct RowScratch {
   }
 };
 
-// The row's summed distance, level after level. next_pred and next_target: the row that follows.
+// Level `level` of a row and of those that follow: of the first of these, where it has no such level.
+template <class T>
+static Ahead<T> ahead_of(const T* const (&rows)[3], int64_t level, int64_t levels, int64_t width) {
+  const auto at = [&](int64_t l) { return rows[l / levels] + l % levels * width; };
+  return {at(level + 1), at(level + 2)};
+}
+
+// The summed distance of a row, level after level. preds and targets: the row, and the two that follow.
 template <LossKind kind, class P, class T>
-static double compare(const LatentLossForwardParams& p, const Comparison<kind>& how, const P* pred,
-                      const T* target, const P* next_pred, const T* next_target,
+static double compare(const LatentLossForwardParams& p, const Comparison<kind>& how,
+                      const P* const (&preds)[3], const T* const (&targets)[3],
                       typename UnitOf<P>::type* unit, float weight, float* latent) {
   const int64_t width = p.channels / p.levels;
   double sum = 0.0;
-  for (int64_t at = 0; at < p.channels; at += width) {
-    const bool last = at + width == p.channels;
-    const P *x = pred + at, *next_x = last ? next_pred : x + width;
-    const T *y = target + at, *next_y = last ? next_target : y + width;
+  for (int64_t level = 0; level < p.levels; ++level) {
+    const int64_t at = level * width;
+    const Ahead<P> pred = ahead_of(preds, level, p.levels, width);
+    const Ahead<T> target = ahead_of(targets, level, p.levels, width);
     auto* grad = unit ? unit + at : nullptr;
     if (!p.affine) {
-      sum += how(x, y, next_x, next_y, grad, width, weight);
+      sum += how(preds[0] + at, targets[0] + at, pred, target, grad, width, weight);
     } else {
-      affine_norm(y, next_y, width, p.norm_eps, p.affine + at, p.affine + p.channels + at, latent);
-      sum += how(x, latent, next_x, latent, grad, width, weight);
+      affine_norm(targets[0] + at, target, width, p.norm_eps, p.affine + at, p.affine + p.channels + at,
+                  latent);
+      sum += how(preds[0] + at, latent, pred, {latent, latent}, grad, width, weight);
     }
   }
   return sum;
@@ -101,30 +109,32 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
   const Comparison<kind> how(p, streamed);
   parallel_for(p.rows, p.rows * n < 16384 ? 1 : p.threads, [&](int64_t begin, int64_t end) {
     const RowScratch<P, T> scratch(p);
+    const P* all_pred = static_cast<const P*>(p.pred);
+    const T* all_target = static_cast<const T*>(p.target);
     int64_t run = 0, mask = -1;
     double element = 0.0; // weight of each element of the mask
-    Place next = place_of(p, begin, run);
+    const Place first = place_of(p, begin, run);
+    Place next = first, second = begin + 1 < end ? place_of(p, begin + 1, run) : first;
     for (int64_t row = begin; row < end; ++row) {
       const Place here = next;
-      const int64_t own_run = run;
-      if (row + 1 < end) next = place_of(p, row + 1, run);
+      next = second;
+      if (row + 2 < end) second = place_of(p, row + 2, run);
       Unit* unit = p.unit ? static_cast<Unit*>(p.unit) + row * n : nullptr;
       if (here.id < 0) {
         p.row_loss[row] = 0.0;
         if (unit) std::memset(static_cast<void*>(unit), 0, n * sizeof(Unit));
         continue;
       }
-      if (own_run / p.batch != mask) {
-        mask = own_run / p.batch;
+      if (here.run / p.batch != mask) {
+        mask = here.run / p.batch;
         element = weights.of(mask);
       }
-      const P* all_pred = static_cast<const P*>(p.pred);
-      const T* all_target = static_cast<const T*>(p.target);
       const P* pred = packed_row(all_pred + here.pred, p.pred_channel, n, scratch.pred);
       const T* target = packed_row(all_target + here.target, p.target_channel, n, scratch.target);
       const float weight = static_cast<float>(element * here.weight);
-      p.row_loss[row] = here.weight * compare(p, how, pred, target, all_pred + next.pred,
-                                              all_target + next.target, unit, weight, scratch.latent);
+      const P* const preds[3] = {pred, all_pred + next.pred, all_pred + second.pred};
+      const T* const targets[3] = {target, all_target + next.target, all_target + second.target};
+      p.row_loss[row] = here.weight * compare(p, how, preds, targets, unit, weight, scratch.latent);
     }
     if (streamed) _mm_sfence();
   });

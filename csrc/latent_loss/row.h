@@ -11,21 +11,29 @@ struct Norm {
   float mean, rstd;
 };
 
-// `registers` registers of elements ahead of their use. The rows of the next token are asked for while this
-// one is computed: gathered rows are short, and the hardware's own prefetch stops at each one's end. Every
-// pass asks for its share, so that memory is never idle and never has more to do at once than it takes.
-template <int registers, class T> static inline void prefetch(const T* p) {
-  constexpr int LINE = 64;
-  for (int byte = 0; byte < registers * W * int(sizeof(T)); byte += LINE)
-    _mm_prefetch(reinterpret_cast<const char*>(p) + byte, _MM_HINT_T0);
-}
+// The same part of the two rows that follow this one. Gathered rows are short, and the hardware's own
+// prefetch stops at each one's end. The second is asked for into L2, which has more lines under way than L1
+// can have; the next one, there by now, into L1. Every pass asks for its share, so that memory is never idle
+// and never has more to do at once than it takes.
+template <class T> struct Ahead {
+  const T *next, *second;
+
+  // `registers` registers of elements from element i on.
+  template <int registers> void prefetch(int64_t i) const {
+    constexpr int LINE = 64;
+    for (int byte = 0; byte < registers * W * int(sizeof(T)); byte += LINE) {
+      _mm_prefetch(reinterpret_cast<const char*>(second + i) + byte, _MM_HINT_T1);
+      _mm_prefetch(reinterpret_cast<const char*>(next + i) + byte, _MM_HINT_T0);
+    }
+  }
+};
 
 // Two passes over a row that the first brought into L1: no cancellation.
-template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, float eps) {
+template <class T> static Norm norm_of(const T* row, Ahead<T> ahead, int64_t n, float eps) {
   vf sum[4] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    prefetch<2>(next + i / 2);
+    ahead.template prefetch<2>(i / 2);
     for (int u = 0; u < 4; ++u) sum[u] = add(sum[u], load(row + i + u * W));
   }
   for (; i < n; i += W)
@@ -35,7 +43,7 @@ template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, f
   const vf m = set1(mean);
   vf square[4] = {zero(), zero(), zero(), zero()};
   for (i = 0; i + 4 * W <= n; i += 4 * W) {
-    prefetch<2>(next + (n + i) / 2);
+    ahead.template prefetch<2>((n + i) / 2);
     for (int u = 0; u < 4; ++u) {
       const vf d = sub(load(row + i + u * W), m);
       square[u] = fma(d, d, square[u]);
@@ -52,9 +60,9 @@ template <class T> static Norm norm_of(const T* row, const T* next, int64_t n, f
 
 // gain * (y - mean) / deviation + shift, in fp32.
 template <class T>
-static void affine_norm(const T* row, const T* next, int64_t n, float eps, const float* gain,
+static void affine_norm(const T* row, Ahead<T> ahead, int64_t n, float eps, const float* gain,
                         const float* shift, float* out) {
-  const Norm norm = norm_of(row, next, n, eps);
+  const Norm norm = norm_of(row, ahead, n, eps);
   const vf mean = set1(norm.mean), rstd = set1(norm.rstd);
   for (int64_t i = 0; i < n; i += W) {
     const int rest = n - i < W ? static_cast<int>(n - i) : W;
@@ -110,15 +118,15 @@ template <LossKind kind> struct Comparison {
 
   // The summed distance of n channels; unit (or null) gets weight * derivative.
   template <class P, class T>
-  double operator()(const P* pred, const T* target, const P* next_pred, const T* next_target,
+  double operator()(const P* pred, const T* target, Ahead<P> preds, Ahead<T> targets,
                     typename UnitOf<P>::type* unit, int64_t n, float weight) const {
-    const Norm norm = normalize ? norm_of(target, next_target, n, eps) : Norm{0.f, 1.f};
+    const Norm norm = normalize ? norm_of(target, targets, n, eps) : Norm{0.f, 1.f};
     const vf mean = set1(norm.mean), rstd = set1(norm.rstd), w = set1(weight);
     const vf slope = this->slope, bend = this->bend; // in registers: a store to unit might change a member
     vf sum[4] = {zero(), zero(), zero(), zero()};
     int64_t i = 0;
     for (; i + 4 * W <= n; i += 4 * W) {
-      prefetch<4>(next_pred + i);
+      preds.template prefetch<4>(i);
       for (int u = 0; u < 4; ++u) {
         const int64_t at = i + u * W;
         const vf d = fma(sub(mean, load(target + at)), rstd, load(pred + at));
