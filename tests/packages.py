@@ -146,13 +146,14 @@ def check_wheel(folder: Path, built: Path) -> None:
     print("".join(f"           {line}\n" for line in said.splitlines()), end="")
 
 
-def check_torches(folder: Path, built: Path, versions: list[str], adopt: bool) -> None:
+def check_torches(folder: Path, built: Path, versions: list[str], commit: str, adopt: bool) -> None:
+    """commit: the one the wheel is of; it may not be the present one when the last environment is done."""
     rows = []
     for version in versions:
         with step(f"new environment with torch {version}"):
             python = environment(folder / version, built, version)
         with step("every op, a compiled graph, autocast, an exported encoder"):
-            row = {**smoke(python, folder), "commit": report.commit()}
+            row = {**smoke(python, folder), "commit": commit}
         if row["triton"] is not None:  # builds of torch for the CPU alone bring none
             with step("Triton's kernels in its interpreter"):
                 row["interpreted"] = smoke(python, folder, TRITON_INTERPRET="1")["tensors"]
@@ -181,12 +182,13 @@ def main(argv: list[str]) -> int:
     if options.adopt and options.what == "wheel":
         parser.error("--adopt must come with `torches`, got `wheel`; leave it out")
     with tempfile.TemporaryDirectory() as folder:
+        commit = report.commit()
         try:
             built = wheel(Path(folder), options.wheel)
             if options.what == "wheel":
                 check_wheel(Path(folder), built)
             else:
-                check_torches(Path(folder), built, options.versions, options.adopt)
+                check_torches(Path(folder), built, options.versions, commit, options.adopt)
         except Wrong as error:
             print(f"packages: {error}", file=sys.stderr)
             return 1
