@@ -14,6 +14,7 @@ from jepa_kernels._core.check import fail
 WRAPPERS = {"module", "backbone", "_orig_mod", "vjepa2", "ijepa"}  # of DDP, Meta, torch.compile, Hugging Face's heads
 ENCODERS = ("encoder", "target_encoder")
 NETWORKS = (*ENCODERS, "ema_encoder", "predictor", "classifier")
+BESIDE = {"action_encoder": "action_encoder", "proprio_encoder": "state_encoder"}  # JEPA-WMs', and in our predictor
 FUSED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".xattn.kv.": (".xattn.k.", ".xattn.v.")}
 TOKENS = "predictor.mask_tokens"
 Pairs = tuple[tuple[str, str], ...]  # a piece of their name, and of ours
@@ -73,6 +74,15 @@ def _renamed(name: str, begins: Pairs, inside: Pairs) -> str | None:
 
 
 META = Layout("Meta's layout", tuple(f"{name}." for name in NETWORKS[:-1]), tuple((f"{n}.",) * 2 for n in NETWORKS))
+JEPA_WM = Layout(  # an action or a pose is encoded beside the predictor, by a layer or a convolution, or in it
+    "JEPA-WMs' layout",
+    mark=(),
+    begins=(
+        *((f"{where}{theirs}.{of}", f"predictor.{ours}.")
+          for theirs, ours in BESIDE.items() for where in ("", "predictor.") for of in ("patch_embed.", "")),
+        *META.begins,
+    ),
+)  # fmt: skip
 OWN = Layout(
     "its own state dict",
     mark=("context_encoder.",),
@@ -188,16 +198,17 @@ def recognise(model: str, state: Mapping[Any, Any], *, probe: int = 0) -> Checkp
     Raises ValueError for a layout that is not known, and for two tensors of one name.
     """
     state, ignored = _one_probe(model, state, probe)
-    nested = {name: own for name in NETWORKS if isinstance(own := state.get(name), Mapping)}
+    nested = {name: own for name in (*NETWORKS, *BESIDE) if isinstance(own := state.get(name), Mapping)}
     if nested:
-        layout, ignored = META, ignored | {str(n): "no weights of a network" for n in state if n not in nested}
+        layout = JEPA_WM if "predictor" in nested and BESIDE.keys() & state.keys() else META
+        ignored |= {str(n): "no weights of a network" for n in state if n not in nested}
         state = {f"{network}.{name}": value for network, own in nested.items() for name, value in own.items()}
     flat = _rename(model, state, bare)
     if not nested:
         known = (layout for layout in LAYOUTS if any(name.startswith(layout.mark) for name in flat))
         layout = next(known, None) or _unknown(model, flat)
     networks: dict[str, dict[str, Any]] = {}
-    for name, value in _listed(_fused(_rename(model, flat, layout.to_meta))).items():
+    for name, value in _listed(_fused(_pointwise(_rename(model, flat, layout.to_meta)))).items():
         network, own = name.split(".", 1)
         networks.setdefault(network, {})[own] = value
     if "ema_encoder" in networks:
@@ -298,6 +309,16 @@ def _listed(state: dict[str, Any]) -> dict[str, Any]:
         return state
     listed = {f"{TOKENS}.{i}": token for i, token in enumerate(tokens)}
     return {name: value for name, value in state.items() if name != TOKENS} | listed
+
+
+def _pointwise(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with convolutions over single steps, [D, A, 1], as the matrices that they are."""
+    found = dict(state)
+    for name in (f"predictor.{ours}.weight" for ours in BESIDE.values()):
+        weight: Any = state.get(name)
+        if _dense(weight) and weight.dim() == 3 and weight.shape[-1] == 1:
+            found[name] = weight[..., 0]
+    return found
 
 
 def _dense(value: Any) -> bool:

@@ -47,6 +47,9 @@ def size_of(networks: Networks) -> dict[str, Any]:
     encoder, predictor = _encoder(networks), networks.get("predictor", {})
     weight, own = shape_of(encoder, "patch_embed.proj.weight"), shape_of(predictor, "predictor_norm.weight")
     found: dict[str, Any] = {"depth": count(encoder, "blocks.")}
+    read = shape_of(predictor, "predictor_embed.weight")
+    if not encoder and len(read) == 2 and "action_encoder.weight" in predictor:
+        found = {"embed_dim": read[1]}  # of the encoder that it was trained with, which is elsewhere
     if len(weight) in (4, 5) and min(weight) > 0:
         found |= {"embed_dim": weight[0], "in_chans": weight[1], "patch_size": weight[-1]}
         found |= {"tubelet_size": weight[2]} if len(weight) == 5 else {}
@@ -88,8 +91,9 @@ def _steering(predictor: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(sizes: Sizes, size: Mapping[str, Any]) -> str:
     """The name of a published size, or numbers."""
-    named = [name for name in _alike(sizes, size) if sizes[name]().patch_size == size["patch_size"]]
-    numbers = ", ".join(f"{f} {size[f]}" for f in ("embed_dim", "depth", "patch_size") if f in size)
+    named = [name for name in _alike(sizes, size) if size.get("patch_size") in (None, sizes[name]().patch_size)]
+    told = ("embed_dim", "depth", "patch_size") if "depth" in size else ("embed_dim", "predictor_depth")
+    numbers = ", ".join(f"{f} {size[f]}" for f in told if f in size)
     patches = f" with {size['patches']} patches" if "patches" in size else ""
     return (named[0] if named else numbers) + patches
 
@@ -141,10 +145,11 @@ def _crop(config: Any, size: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _alike(sizes: Sizes, size: Mapping[str, Any]) -> list[str]:
-    """The published sizes of this width and depth, those of its patches first."""
+    """The published sizes of this width and depth, the predictor's where it is alone, those of its patches first."""
     known = {name: make() for name, make in sizes.items()}
-    alike = [n for n, c in known.items() if (c.embed_dim, c.depth) == (size.get("embed_dim"), size["depth"])]
-    return sorted(alike, key=lambda name: known[name].patch_size != size["patch_size"])
+    told = ("embed_dim", "depth" if "depth" in size else "predictor_depth")
+    alike = [n for n, c in known.items() if all(getattr(c, f) == size.get(f) for f in told)]
+    return sorted(alike, key=lambda name: known[name].patch_size != size.get("patch_size"))
 
 
 def _holds_places(table: Any) -> bool:

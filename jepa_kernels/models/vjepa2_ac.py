@@ -19,7 +19,7 @@ from jepa_kernels import poses
 from jepa_kernels._core.check import fail
 from jepa_kernels.models import checkpoints, world_losses
 from jepa_kernels.models.checkpoints import TABLES, LoadReport, Source
-from jepa_kernels.models.layouts import Checkpoint, recognise
+from jepa_kernels.models.layouts import ENCODERS, JEPA_WM, Checkpoint, recognise
 from jepa_kernels.models.sizes import check_config, config_for, describe, model_of, size_of
 from jepa_kernels.models.world import Context, check_actions, check_context, refuse_grad
 from jepa_kernels.nn import ActionPredictor, Encoder
@@ -194,28 +194,29 @@ class WorldModel(nn.Module):
         return self._futures(self._rollout(context, horizon, None), context, actions)
 
     def load(self, source: Source) -> LoadReport:
-        """Load `vjepa2-ac-vitg.pt`, or a file of `save`, or this model's state dict; report what became of it.
+        """Load `vjepa2-ac-vitg.pt`, a file of JEPA-WMs or of `save`, or this model's state dict; report what became of
+        it.
 
         source: as of `JEPA.load`; names may have any prefixes of wrappers. Of two encoders the target's is taken: the
-        published file holds one twice. Raises ValueError, and loads nothing, for anything that does not fit: another
-        model or size, missing or unknown names, values that are not finite, a config of `save` that differs in what
-        weights do not tell.
+        published file holds one twice. JEPA-WMs' hold none: the model's is left as it is. Raises ValueError, and loads
+        nothing, for anything that does not fit: another model or size, missing or unknown names, values that are not
+        finite, a config of `save` that differs in what weights do not tell.
         """
         found = _recognised(source)
         check_config(NAME, asdict(self.config), checkpoints.config_in(NAME, source))
         networks = found.networks
         chosen = next((n for n in ("target_encoder", "encoder") if n in networks), "")
-        if not chosen or "predictor" not in networks:
-            held = ", ".join(networks) or "nothing"
-            fail(NAME, "checkpoint", "hold an encoder and a predictor", held, "pass a file of V-JEPA 2-AC")
         ignored = {**found.ignored, **{n: f"the {chosen} is taken" for n in networks if n not in (chosen, "predictor")}}
-        ignored |= {f"{chosen}.{t}": "rotary positions take its place" for t in TABLES if t in networks[chosen]}
-        encoder = {name: value for name, value in networks[chosen].items() if name not in TABLES}
-        parts = {"encoder": (self.encoder, encoder), "predictor": (self.predictor, networks["predictor"])}
-        size = describe(SIZES, size_of(networks))
-        checkpoints.load(NAME, parts, lambda _: f"its encoder seems to be {size}: see from_checkpoint")
+        encoder = networks.get(chosen, {})
+        ignored |= {f"{chosen}.{t}": "rotary positions take its place" for t in TABLES if t in encoder}
+        kept = {name: value for name, value in encoder.items() if name not in TABLES}
+        missing = {} if chosen else {"encoder": "left as it was"}
+        parts: dict[str, tuple[nn.Module, dict[str, Any]]] = {"encoder": (self.encoder, kept)} if chosen else {}
+        parts["predictor"] = self.predictor, networks["predictor"]
+        size = f"its {'encoder' if chosen else 'predictor'} seems to be {describe(SIZES, size_of(networks))}"
+        checkpoints.load(NAME, parts, lambda _: f"{size}: see from_checkpoint")
         loaded = tuple(f"{network}.{name}" for network, (_, own) in parts.items() for name in own)
-        return LoadReport(NAME, found.layout.title, loaded, ignored, {})
+        return LoadReport(NAME, found.layout.title, loaded, ignored, missing)
 
     @classmethod
     def from_checkpoint(
@@ -224,12 +225,15 @@ class WorldModel(nn.Module):
         """Build the model that a checkpoint holds the weights of, and load it.
 
         A file of `save` holds its config. Of others shapes tell sizes and tokens; heads are those of the published size
-        of these widths. changes: fields of the config, such as crop_size. Raises ValueError as `load` does.
+        of these widths, and so is a whole encoder that the file lacks, at a random start. changes: fields of the
+        config, such as crop_size. Raises ValueError as `load` does.
         """
         state = checkpoints.read(NAME, source)
-        given = {**checkpoints.config_in(NAME, source), **changes}
-        model = cls(config_for(NAME, SIZES, _recognised(state).networks, given), next_state=next_state)
-        return model, model.load(state)
+        given, found = {**checkpoints.config_in(NAME, source), **changes}, _recognised(state)
+        sizes = {n: SIZES[n] for n in ("vj2ac_droid", "jepa_wm_droid")} if found.layout is JEPA_WM else SIZES
+        model = cls(config_for(NAME, sizes, found.networks, given), next_state=next_state)
+        report = model.load(state)
+        return model, replace(report, missing=dict.fromkeys(report.missing, "at its random start"))
 
     def save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
         """Write weights and config to a .safetensors file, whole or not at all: `encoder.blocks.0...`.
@@ -240,8 +244,8 @@ class WorldModel(nn.Module):
 
     def _rollout(self, c: Context, horizon: int, sequences: int | None) -> Rollout | WindowRollout:
         latents = c.latents.to(self.predictor.predictor_norm.weight.dtype)
-        seen = Seen(latents, c.actions, c.states, c.extrinsics)
-        return begin(self.predictor, seen, horizon, window=self.config.window, sequences=sequences)
+        seen, window = Seen(latents, c.actions, c.states, c.extrinsics), self.config.window
+        return begin(self.predictor, seen, horizon, window=window, sequences=sequences)
 
     def _futures(self, rollout: Rollout | WindowRollout, context: Context, actions: Tensor) -> Tensor:
         """Of each sample's actions [S, steps, A], frame after frame."""
@@ -295,4 +299,7 @@ def _recognised(source: Source) -> Checkpoint:
     if kind not in (None, WorldModel.published_name):
         size = describe(SIZES, size_of(found.networks))
         fail(NAME, "checkpoint", f"be of {WorldModel.published_name}", f"one of {kind}, {size}", "build that model")
+    if "predictor" not in found.networks or not (found.layout is JEPA_WM or found.networks.keys() & set(ENCODERS)):
+        held, remedy = ", ".join(found.networks) or "nothing", "pass a file of V-JEPA 2-AC"
+        fail(NAME, "checkpoint", "hold an encoder and a predictor", held, remedy)
     return found

@@ -1,11 +1,11 @@
 """Files of V-JEPA 2-AC: the published layout, what is refused, and what `save` writes."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from jepa_kernels.models import sizes, vjepa2_ac
+from jepa_kernels.models import layouts, sizes, vjepa2_ac
 from jepa_kernels.models.vjepa2 import VJEPA2
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
 from tests.models.test_checkpoint_files import SMALL as VJEPA2_SMALL
@@ -72,6 +72,85 @@ def test_a_model_is_built_from_its_file(kind, tmp_path):
     untold = {f: getattr(c, f) for f in ("crop_size", "num_frames", "rope", "rope_grid", "normalize", "distance")}
     again, _ = WorldModel.from_checkpoint(published(donor), **HEADS, **untold)
     assert replace(again.config, mlp_ratio=c.mlp_ratio) == c and same(again.state_dict(), donor.state_dict())
+
+
+def of_jepa_wms(model, beside=("action_encoder",), proprio="proprio_encoder"):
+    """As in JEPA-WMs' `{model}.pth.tar`: no encoder; what encodes actions and poses in the predictor, or beside it."""
+    names = {"action_encoder": "action_encoder", "state_encoder": proprio}
+    own, outer = {}, dict.fromkeys(("action_encoder", "proprio_encoder"))
+    for name, value in model.predictor.state_dict().items():
+        part, _, leaf = name.rpartition(".")
+        theirs = names.get(part, part)
+        if theirs in beside:  # a convolution over single steps
+            weights = outer[theirs] = outer[theirs] or {}
+            weights[f"module.patch_embed.{leaf}"] = value[..., None] if leaf == "weight" else value
+        else:
+            own[f"module.{theirs}.{leaf}"] = value
+    return {"predictor": own, **outer, "heads": {}, "opt": {}, "scaler": None, "epoch": 50}
+
+
+@pytest.mark.parametrize("size, count, beside", [("vj2ac_droid", 296, ()), ("jepa_wm_droid", 176, ("action_encoder",))])
+def test_jepa_wms_files_have_every_name_and_shape_of_their_predictors(size, count, beside):
+    with torch.device("meta"):
+        model = WorldModel(vjepa2_ac.SIZES[size](depth=1, extrinsics_dim=None))
+    state = of_jepa_wms(model, beside)
+    found = layouts.recognise("WorldModel", state)
+    own = model.predictor.state_dict()
+    assert found.layout.title == "JEPA-WMs' layout" and found.networks.keys() == {"predictor"}
+    assert {n: v.shape for n, v in found.networks["predictor"].items()} == {n: v.shape for n, v in own.items()}
+    depth = model.config.predictor_depth
+    layers = "predictor_embed", "action_encoder", "predictor_norm", "predictor_proj"
+    modulated = pairs(*(f"predictor_blocks.{i}.adaLN_modulation.1" for i in range(depth if beside else 0)))
+    assert own.keys() == block_names("predictor_blocks", depth) | modulated | pairs(*layers)
+    assert len(own) == count and (state["action_encoder"] is None) == (not beside)
+    sizes_of_theirs = {n: vjepa2_ac.SIZES[n] for n in ("vj2ac_droid", "jepa_wm_droid")}
+    config = sizes.config_for("WorldModel", sizes_of_theirs, found.networks, {})
+    assert config == vjepa2_ac.SIZES[size](extrinsics_dim=None)  # with the whole encoder, which the file lacks
+
+
+@pytest.mark.parametrize(
+    "kind, beside, proprio",
+    [
+        ("adaln", ("action_encoder",), "proprio_encoder"),
+        ("adaln", (), "proprio_encoder"),
+        ("tokens", (), "proprio_encoder"),
+        ("tokens", (), "state_encoder"),  # as V-JEPA 2-AC was first published
+        ("tokens", ("action_encoder", "proprio_encoder"), "proprio_encoder"),
+    ],
+)
+def test_jepa_wms_files_fill_the_predictor_and_leave_the_encoder(kind, beside, proprio, tmp_path):
+    donor, model = world(kind), WorldModel(world(kind).config)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    torch.save(of_jepa_wms(donor, beside, proprio), tmp_path / "jepa_wm.pth.tar")
+    report = model.load(tmp_path / "jepa_wm.pth.tar")
+    own = donor.predictor.state_dict()
+    assert same(model.predictor.state_dict(), own) and same(model.encoder.state_dict(), before)
+    assert set(report.loaded) == {f"predictor.{name}" for name in own}
+    assert report.missing == {"encoder": "left as it was"} and report.layout == "JEPA-WMs' layout"
+    assert {"heads", "opt", "scaler", "epoch"} <= report.ignored.keys() <= of_jepa_wms(donor).keys()
+
+    c = donor.config  # no shape of a predictor tells these
+    told = {f: getattr(c, f) for f in ("embed_dim", "action_dim", "state_dim", "extrinsics_dim", "conditioning")}
+    untold = {f: v for f, v in asdict(c).items() if f not in told and not f.startswith("predictor")}
+    again, report = WorldModel.from_checkpoint(tmp_path / "jepa_wm.pth.tar", predictor_num_heads=2, **untold)
+    assert again.config == c and same(again.predictor.state_dict(), own)
+    assert report.missing == {"encoder": "at its random start"}
+
+
+def test_what_is_no_predictor_of_ours_in_jepa_wms_layout_is_refused():
+    state = of_jepa_wms(world("adaln"))
+    other = of_jepa_wms(world("adaln", action_dim=4))
+    with pytest.raises(
+        ValueError, match=r"action_encoder.weight has shape \(48, 4\), the model \(48, 3\); its predictor"
+    ):
+        world("adaln").load(other)
+    state["action_encoder"]["module.mlp.0.weight"] = torch.zeros(3)  # of deeper encoders of actions
+    with pytest.raises(ValueError, match=r"got predictor\.action_encoder\.mlp\.0\.weight is unknown; its predictor"):
+        world("adaln").load(state)
+    with pytest.raises(ValueError, match=r"got predictor\.action_encoder\.weight twice"):
+        world("adaln").load({**of_jepa_wms(world("adaln"), ()), "action_encoder": {"weight": torch.zeros(48, 3)}})
+    with pytest.raises(ValueError, match="pass num_heads and predictor_num_heads, which shapes do not tell"):
+        WorldModel.from_checkpoint(of_jepa_wms(world("adaln")))
 
 
 def test_one_encoder_of_its_files_is_vjepa2s_too():
