@@ -82,10 +82,12 @@ def on_gpu(
     least: float,
     most_us: float | None = None,
     dtype: str = "bfloat16",
+    *,
+    most_memory: float | None = None,
 ) -> Target:
     """Of an H200, in bf16 where nothing else is said."""
     what = baseline if most_us is None else f"{baseline} (asked: {most_us:g} us)"
-    return Target(name, workload, stage, baseline, least, what, dtype, "cuda", most_us)
+    return Target(name, workload, stage, baseline, least, what, dtype, "cuda", most_us, most_memory)
 
 
 def rope(baseline: str, single: float, low: float, what: str) -> tuple[Target, Target]:
@@ -195,9 +197,11 @@ ON_GPU = (
     on_gpu("adamw_ema", "vit_h14_bf16_shadows", "forward", "fused", 1.2, 6600, "float32"),
     on_gpu("grad_norm", "vit_h14", "forward", "clip", 1.5, None, "float32"),
     on_gpu("ijepa", "vit_h14_b128_truncated", "step", "compile", 1.05, 185_000),
-    on_gpu("ijepa", "vit_h14_b128_truncated", "step", "reference", 1.5),
+    on_gpu("ijepa", "vit_h14_b128_truncated", "step", "reference", 1.5, most_memory=1.0),
+    on_gpu("ijepa", "vit_h14_b128_truncated", "step", "sdpa", 1.0, most_memory=1.0),
+    on_gpu("ijepa", "vit_h14_b128_packed", "step", "compile", 1.3),
     on_gpu("vjepa2", "vit_l_b24_truncated", "step", "compile", 1.3, 200_000),
-    on_gpu("vjepa2", "vit_l_b24_truncated", "step", "reference", 1.8),
+    on_gpu("vjepa2", "vit_l_b24_truncated", "step", "reference", 1.8, most_memory=1.0),
     on_gpu("vjepa2", "vit_l_b24_packed_per_token", "step", "compile", 1.3),
     on_gpu("vjepa2_ac", "vit_giant_400_samples_2_steps", "forward", "published", 5.0, 3_000_000),
     on_gpu("vjepa2_ac", "vit_giant_400_samples_2_steps", "forward", "published_autocast", 1.6),

@@ -399,6 +399,23 @@ def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
     assert holds("vit_h14", 2.1e-3)["vit_h14"] is False, "faster than the other, but late"
 
 
+def test_whole_steps_on_a_gpu_may_take_no_more_memory_than_their_rivals():
+    def holds(baseline, ours, theirs):
+        step = {**model_row(), "workload": "vit_h14_b128_truncated", "device": "cuda", "dtype": "bfloat16"}
+        measured = {**step, "baseline": baseline, "ratio": 2.0, "peak_bytes": ours, "baseline_peak_bytes": theirs}
+        return [found for _, worst, found in targets.check([measured]) if worst is measured]
+
+    for baseline in ("reference", "sdpa"):
+        assert holds(baseline, 35, 35) == [True] and holds(baseline, 36, 35) == [False]
+    asked = {(t.name, t.workload, t.least) for t in targets.ON_GPU if t.stage == "step" and t.baseline == "compile"}
+    assert asked == {
+        ("ijepa", "vit_h14_b128_truncated", 1.05),
+        ("ijepa", "vit_h14_b128_packed", 1.3),
+        ("vjepa2", "vit_l_b24_truncated", 1.3),
+        ("vjepa2", "vit_l_b24_packed_per_token", 1.3),
+    }
+
+
 def test_a_target_of_memory_asks_for_a_share_of_the_baselines():
     asked = targets.Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "lerp", most_memory=0.05)
     assert asked.holds(row(peak_bytes=50, baseline_peak_bytes=1000))
