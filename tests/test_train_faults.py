@@ -19,9 +19,10 @@ import yaml
 
 import jepa_kernels as jk
 from jepa_kernels import configs, train
+from jepa_kernels.nn import Block
 from jepa_kernels.training import log as logs
-from jepa_kernels.training import saves
-from jepa_kernels.training.ranks import _slurm, first_node
+from jepa_kernels.training import networks, saves
+from jepa_kernels.training.ranks import Ranks, _slurm, first_node
 from tests import runs, test_train_lejepa, test_train_pusht
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
@@ -239,10 +240,10 @@ def test_gradients_are_clipped_together(config):
     assert moments == pytest.approx([norms[0], 0.05, norms[0]], rel=1e-4)
 
 
-@pytest.mark.parametrize("how", ["activation_checkpointing", "compile"])
+@pytest.mark.parametrize("how", ["activation_checkpointing", "compile", "activation_checkpointing compile"])
 def test_what_saves_memory_or_time_changes_no_result(config, how):
     found = []
-    for changes in ([], [f"parallel.{how}=true"]):
+    for changes in ([], [f"parallel.{which}=true" for which in how.split()]):
         trainer = train.Trainer(configs.read(str(config), changes))
         feed = iter(train.batches(trainer.config))
         rows = [trainer.advance(next(feed)).measured() for _ in range(2)]
@@ -252,6 +253,24 @@ def test_what_saves_memory_or_time_changes_no_result(config, how):
         assert losses == others and same(dict(weights), dict(changed))
     else:
         assert others == pytest.approx(losses, rel=1e-5) and weights.keys() == changed.keys()
+
+
+@pytest.mark.parametrize(
+    "asked, device, compiled",
+    [("null", "cuda", True), ("null", "cpu", False), ("true", "cpu", True), ("false", "cuda", False)],
+)
+def test_blocks_are_compiled_on_gpus_unless_the_config_says(config, asked, device, compiled):
+    how = configs.read(str(config), [f"parallel.compile={asked}"]).parallel
+    assert networks.compiles(how, torch.device(device)) is compiled
+    model = networks.spread(train.Trainer(configs.read(str(config))).model, how, Ranks(), torch.device(device))
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert blocks and all((block._compiled_call_impl is not None) is compiled for block in blocks)
+
+
+def test_a_switch_is_a_bool_or_left_to_the_device(config):
+    assert configs.read(str(config)).parallel.compile is None
+    with pytest.raises(TypeError, match=r"parallel\.compile must be bool, got 'always'"):
+        configs.read(str(config), ["parallel.compile=always"])
 
 
 def saved_bytes(config, *changes):

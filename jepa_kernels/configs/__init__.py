@@ -139,7 +139,11 @@ def _fill(section: str, defaults: T, given: Mapping[str, Any], besides: str = ""
     for key in given:
         if key not in known:
             _unknown(section + ".", str(key), list(known))
-    changed = {key: _value(f"{section}.{key}", known[key], value) for key, value in given.items()}
+    switches = {f.name for f in fields(defaults) if f.type == "bool | None"}  # type: ignore[arg-type]
+    changed = {
+        key: _value(f"{section}.{key}", False if key in switches and value is not None else known[key], value)
+        for key, value in given.items()
+    }
     return type(defaults)(**{**known, **changed})
 
 
@@ -159,7 +163,7 @@ def _value(name: str, default: Any, value: Any) -> Any:
         if isinstance(default, bool) == isinstance(value, bool):
             if isinstance(default, float):
                 return float(value)
-            if isinstance(value, int if default is None else type(default)):
+            if value is default is None or isinstance(value, int if default is None else type(default)):
                 return value
     except (TypeError, ValueError):
         pass

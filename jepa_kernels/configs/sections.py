@@ -134,14 +134,15 @@ class Parallel:
 
     engine: "ddp": each process holds all weights. "fsdp": each holds a part of every weight (FSDP2).
     activation_checkpointing: blocks keep their inputs alone, and run again in the backward pass.
-    compile: blocks by torch.compile, see nn.compile_blocks: not those of LeWorldModel's predictor and VL-JEPA's.
+    compile: blocks by torch.compile, see nn.compile_blocks: not those of LeWorldModel's predictor and VL-JEPA's. None:
+        on a GPU, where a step is bound by what they fuse.
     balance: images, or clips, go to the processes and parts so that all have as much to do; see training.balance. Else
         they go in order. Either way the batch and its loss are the same.
     """
 
     engine: str = "ddp"
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: bool | None = None
     balance: bool = False
 
 

@@ -32,6 +32,11 @@ def shards(how: Parallel, ranks: Ranks) -> bool:
     return how.engine == "fsdp" and ranks.grouped
 
 
+def compiles(how: Parallel, device: torch.device) -> bool:
+    """Whether blocks are compiled: as the config says, or where the device is a GPU."""
+    return device.type == "cuda" if how.compile is None else how.compile
+
+
 def spread(model: nn.Module, how: Parallel, ranks: Ranks, device: torch.device) -> nn.Module:
     """What a step calls: the model itself, changed in place, or DDP around it. Every rank must call it.
 
@@ -43,7 +48,7 @@ def spread(model: nn.Module, how: Parallel, ranks: Ranks, device: torch.device) 
             for method in RUN_AGAIN:
                 if hasattr(block, method) and any(p.requires_grad for p in block.parameters()):
                     setattr(block, method, partial(checkpoint, getattr(block, method), use_reentrant=False))
-    if how.compile:
+    if compiles(how, device):
         compile_blocks(model)
     if shards(how, ranks):
         return _sharded(model, blocks, device)
