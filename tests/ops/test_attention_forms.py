@@ -228,6 +228,14 @@ RAW = torch.randn(14, 2, 16)
 CU, TURNS = Packing.from_lengths([5, 9]).cu_seqlens, torch.zeros(14, 2, 12)
 
 
+def test_a_head_dim_that_compiled_code_does_not_know():
+    """Of weights that FSDP2 gathers it is a symbol: no check may ask for a number."""
+    attend = torch.compile(jk.masked_attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    for width in (16, 24):
+        qkv = torch.randn(3, 1, 2, 5, width)
+        assert attend(*qkv).equal(jk.masked_attention(*qkv))
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -20,8 +20,6 @@ from jepa_kernels._core.select import short
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
-WIDTHS = range(8, 129, 8)
-
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
     """q, k and v fit each other and their packings."""
@@ -47,7 +45,11 @@ def _usual(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
     width, heads = keys[-1], keys[1]
     alike = k.dtype is dtype and v.dtype is dtype and dtype in FLOATING and keys == v.shape and queries[-1] == width
     batched = rank == 3 or queries[0] == keys[0]
-    return alike and batched and width in WIDTHS and heads > 0 and queries[1] % heads == 0
+    return alike and batched and _served(width) and heads > 0 and queries[1] % heads == 0
+
+
+def _served(width: int) -> bool:
+    return 8 <= width <= 128 and width % 8 == 0  # no `in range`: compiled code may have a symbol in its place
 
 
 def _check_each(op: str, q: Tensor, k: Tensor, v: Tensor, dense: bool) -> None:
@@ -59,7 +61,7 @@ def _check_each(op: str, q: Tensor, k: Tensor, v: Tensor, dense: bool) -> None:
             fail(op, name, f"be of dtype {short(dtype)} like q", short(x.dtype), "cast all three alike", TypeError)
     q_shape, k_shape = q.shape, k.shape
     heads, key_heads, width = q_shape[1], k_shape[1], q_shape[-1]
-    if width not in WIDTHS:
+    if not _served(width):
         fail(op, "q", "have a head dim D that is a multiple of 8 in 8..128", width, "pad the heads with zeros")
     if k_shape[-1] != width:
         fail(op, "k", f"have a head dim of {width} like q", k_shape[-1], "project q and k to one width")
