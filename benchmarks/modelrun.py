@@ -39,7 +39,7 @@ class ModelRun:
         return {}
 
     def tokens_of_call(self, name: str) -> float:
-        """What a row's times and FLOPs are divided by, where sides have other numbers of tokens."""
+        """What a row's times and FLOPs are divided by, where calls of the sides do other amounts of work."""
         return 1
 
     def common(self, parity: dict[str, Any]) -> Row:

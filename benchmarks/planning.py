@@ -28,6 +28,8 @@ class Planning:
     name      as in the row
     model     model() -> the world, with the same weights at every call
     flops     flops(workload), those of our form, a multiply-add being two
+    rival_iterations  of the rivals' plans, where whole ones take half a minute; their iterations are all alike, and the
+              time is stated as if of all
     rivals    "published": in fp32, as its authors run it; "published_autocast": under autocast to the row's dtype
     small     a plan of the same kind on which parity is checked
     """
@@ -39,6 +41,7 @@ class Planning:
     iterations: int
     flops: Callable[["Planning"], float]
     elites: int = 10
+    rival_iterations: int | None = None
     rivals: tuple[str, ...] = ("published",)
     small: "Planning | None" = None
     dtypes: tuple[str, ...] = ("float32",)
@@ -52,6 +55,7 @@ class Task:
 
     def __init__(self, workload: Planning, device: str):
         w, generator = workload, torch.Generator().manual_seed(0)
+        self.rival_iterations = w.rival_iterations
         draw = partial(torch.randn, generator=generator)
         self.model = w.model().to(device).eval()
         frame = 2, self.model.grid[0] * self.model.grid[1], self.model.config.embed_dim
@@ -65,8 +69,8 @@ class Task:
         return planning.cem(self.model, self.context, self.goal, noise=self.noise, **self.options).actions
 
     def published(self) -> Callable[[], Tensor]:
-        rival = Published(self.model)
-        return lambda: rival.cem(self.context, self.goal, self.noise, self.options["elites"])
+        rival, noise = Published(self.model), self.noise[: self.rival_iterations]
+        return lambda: rival.cem(self.context, self.goal, noise, self.options["elites"])
 
     def latents(self, double: bool = False) -> Tensor:
         """What the noise's actions, all small, lead to."""
@@ -123,6 +127,11 @@ class PlanningRun(ModelRun):
         found = {"published": torch.no_grad()(published), "published_autocast": partial(under, published)}
         rivals = {n: found[n] for n in self.rivals if wanted in (None, n)}
         return {OURS: partial(under, task.plan), **rivals}
+
+    def tokens_of_call(self, name: str) -> float:
+        """The part of a plan that a call is."""
+        w = self.workload
+        return 1 if name == OURS or w.rival_iterations is None else w.rival_iterations / w.iterations
 
     def counted(self) -> dict[str, Any]:
         return dict(flops=self.workload.flops(self.workload))

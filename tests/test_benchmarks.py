@@ -24,9 +24,19 @@ from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, with_backward
-from benchmarks.models import bench_encoder, bench_huggingface, bench_ijepa, bench_lejepa, bench_vjepa2, bench_vl_jepa
+from benchmarks.models import (
+    bench_encoder,
+    bench_huggingface,
+    bench_ijepa,
+    bench_lejepa,
+    bench_vjepa2,
+    bench_vjepa2_ac,
+    bench_vl_jepa,
+    published_vjepa2_ac,
+)
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.patched import PatchedRun
+from benchmarks.planning import PlanningRun, Task
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
 from jepa_kernels.masks import MultiBlock3d, Spec3d
@@ -423,6 +433,19 @@ def test_a_target_of_memory_asks_for_a_share_of_the_baselines():
     assert not asked.holds(row(4e-3, peak_bytes=50, baseline_peak_bytes=1000)), "little memory, but slow"
     assert not asked.holds(row(peak_bytes=50)), "not measured"
     assert text.asked(asked) == "1 x, 5 % memory"
+
+
+def test_a_rivals_plan_of_fewer_iterations_is_stated_as_a_whole_one(monkeypatch):
+    planner, iterations = published_vjepa2_ac.Published, []
+    rollout = planner.rollout
+    monkeypatch.setattr(planner, "rollout", lambda *given: iterations.append(1) or rollout(*given))
+    short = replace(bench_vjepa2_ac.CHECKED, rival_iterations=1)  # of 2
+    run = PlanningRun("vjepa2_ac", short, "forward", "float32", Settings())
+    Task(short, "cpu").published()()
+    assert len(iterations) == 1
+    times = timing.Times({"ours": [1.0] * 3, "published": [3.0] * 3})
+    found = run.row(run.common({"pass": True, "max_err": 0, "budget": 1, "tensor": "x"}), "published", times, {})
+    assert (found["ours_us"]["p50"], found["baseline_us"]["p50"], found["ratio"]) == (1e6, 6e6, 6)
 
 
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):
