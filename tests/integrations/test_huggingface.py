@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from jepa_kernels.integrations.huggingface import patch, register_attention, vjepa2
 from jepa_kernels.models import vjepa2 as own_vjepa2
@@ -66,16 +66,29 @@ def test_a_patched_classifier_equals_unpatched(dtype):
     assert_within_budget(numbers(model, pixels), exact, own)
 
 
-def test_one_graph_without_breaks_masks_included():
-    model, given, pixels = small(dtype=torch.bfloat16, **SHALLOW), arguments(), clips(dtype=torch.bfloat16)
-    exact, own = exactly(model, pixels, **given), numbers(model, pixels, **given)
-    patch(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["VJEPA2Model", "VJEPA2ForVideoClassification"])
+def test_compiled_as_one_graph_it_equals_unpatched_forward_and_every_gradient(kind, dtype):
+    pixels, given = clips(), arguments() if kind == "VJEPA2Model" else {}  # a classifier takes no masks
 
-    def run(_, pixels, **given):
-        return outputs(compiled, pixels, **given)
+    def run(model):
+        return outputs(model, pixels.to(next(model.parameters()).dtype), **given)
 
-    assert_within_budget(numbers(model, pixels, run, **given), exact, own)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    changed = lambda run: torch.compile(run, fullgraph=True, backend=counter)  # noqa: E731
+    assert not failures([small(kind, dtype, seed, **SHALLOW) for seed in range(2)], patch, run, changed)
+    assert counter.frame_count == 2  # a graph for each model
+
+
+def test_the_patch_takes_every_break_out_of_the_graph():
+    model, pixels, breaks = small(**SHALLOW), clips(), []
+    for patched in (False, True):
+        if patched:
+            patch(model, verify=False)
+        torch._dynamo.reset()
+        breaks.append(torch._dynamo.explain(model)(pixels, **arguments()).graph_break_count)
+    assert breaks == [5, 0]
 
 
 def test_a_second_graph_takes_masks_of_all_lengths_and_gives_the_same_numbers():

@@ -44,12 +44,13 @@ def test_under_autocast_too(make):
     assert not failures([make(seed) for seed in range(6)], patch, run)
 
 
-def test_it_compiles_as_one_graph(make):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_it_compiles_as_one_graph(make, dtype):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     changed = lambda run: torch.compile(run, fullgraph=True, backend=counter)  # noqa: E731
-    assert not failures([make(num_hidden_layers=1)], patch, features, changed)
-    assert counter.frame_count == 1
+    assert not failures([make(seed, num_hidden_layers=1, dtype=dtype) for seed in range(2)], patch, features, changed)
+    assert counter.frame_count == 2  # one for each model
 
 
 def test_its_attention_compiles_where_tensors_are_laid_out_anew(make):
