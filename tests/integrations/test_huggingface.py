@@ -188,6 +188,19 @@ def test_training_with_drop_path_and_checkpointing():
         torch.testing.assert_close(plain[name], x, rtol=1e-3, atol=1e-4 * x.abs().max().item())
 
 
+def test_the_table_of_angles_is_made_once_for_all_layers(monkeypatch):
+    """One of the encoder, one of the predictor, whose last layer takes a part of it."""
+    calls, own = [], vjepa2.published_rope
+    monkeypatch.setattr(vjepa2, "published_rope", lambda ids, *how: calls.append(tuple(ids.shape)) or own(ids, *how))
+    model, pixels = small(num_hidden_layers=4, pred_num_hidden_layers=3), clips()
+    patch(model, verify=False)
+    model(pixels, skip_predictor=True)
+    assert calls == [(PATCHES,)]
+    calls.clear()
+    model(pixels, **arguments())
+    assert calls == [(PATCHES,), (2, 20)]  # 11 rows of context, 9 of the target
+
+
 def test_hidden_states_are_recorded_and_hooks_run():
     model, pixels, calls = small(), clips(), []
     own = model(pixels, output_hidden_states=True, skip_predictor=True).hidden_states

@@ -27,6 +27,19 @@ def donor():
     return shaken(VJEPA2(SMALL), 1)
 
 
+@pytest.mark.parametrize("norm", ["norm", "fc_norm"])
+def test_our_encoder_in_timms_names_comes_back(norm, tmp_path):
+    sizes = dict(crop_size=24, patch_size=8, embed_dim=32, depth=2, num_heads=2, predictor_embed_dim=16)
+    own = shaken(IJEPA(IJEPAConfig(**sizes, predictor_depth=1)), 1).context_encoder.state_dict()
+    theirs = {name.replace("norm.", f"{norm}.", 1) if name.startswith("norm.") else name: x for name, x in own.items()}
+    theirs |= {"head.weight": torch.zeros(5, 32), "head.bias": torch.zeros(5)}
+    assert {n: tuple(x.shape) for n, x in theirs.items()} == published.timm(32, 2, 128, (8, 8), 9, norm, 5)
+    save_file(theirs, tmp_path / "model.safetensors")
+    encoder, report = IJEPA.load_encoder(tmp_path / "model.safetensors", num_heads=2)
+    assert same(encoder.state_dict(), own) and set(report.loaded) == own.keys()
+    assert report.ignored == {"classifier": "one encoder was asked for"}
+
+
 def shaped(networks):
     """Tensors of these shapes and no values."""
     return {part: {k: torch.empty(v, device="meta") for k, v in own.items()} for part, own in networks.items()}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from jepa_kernels.models import layouts
 from jepa_kernels.models.probes import load_probe
 from tests.models import published
 from tests.models.weights import same
@@ -35,6 +36,19 @@ def test_one_of_vjepa2s_probes(index):
     assert same(probe.state_dict(), states[index]) and not probe.pooler.cross_first
     assert report.ignored == {f"classifiers[{1 - index}]": "another probe", "opt": "no weights of a network"}
     assert {block.attn.num_heads for block in probe.pooler.blocks} == {16} and len(probe.pooler.blocks) == 3
+
+
+def test_our_probe_in_hugging_faces_names_comes_back():
+    """As in VJEPA2ForVideoClassification, behind an encoder."""
+    shapes = published.meta_probe(32, 128, 5)
+    own, encoder = filled(shapes), filled(published.meta_encoder(32, 1, 64, (2, 4, 4)), 1)
+    theirs = layouts.to_huggingface("probe", layouts.VJEPA2_PROBE, {"classifier": own})
+    assert "pooler.self_attention_layers.2.self_attn.k_proj.weight" in theirs
+    assert "pooler.cross_attention_layer.cross_attn.v_proj.bias" in theirs and theirs["classifier.bias"].shape == (5,)
+    whole = {**theirs, **layouts.to_huggingface("encoder", layouts.VJEPA2, {"encoder": encoder})}
+    probe, report = load_probe(whole, num_heads=4)
+    assert same(probe.state_dict(), own) and set(report.loaded) == own.keys()
+    assert report.ignored == {"encoder": "not of the probe"}
 
 
 def test_three_heads_take_their_queries_in_the_published_order_whatever_the_files():
