@@ -43,9 +43,13 @@ def _product(name: str, shapes: list[Shape]) -> tuple[int, int]:
     """(FLOPs, numbers written)."""
     from torch.utils import flop_counter
 
-    a, b = [s for s in shapes if len(s) == (3 if "bmm" in name else 2)][-2:]
+    first = "add" in name  # what the product is added to comes first; what compiled code fills with it, last
+    a, b = shapes[first : first + 2]
+    if len(a) != (3 if "bmm" in name else 2) or a[-1] != b[-2]:
+        raise ValueError(name)
     flops = flop_counter.bmm_flop(a, b) if "bmm" in name else flop_counter.mm_flop(a, b)
-    return flops, prod(a[:-1]) * b[-1]
+    result = (*a[:-1], b[-1])
+    return flops, 0 if result in shapes[first + 2 :] else prod(result)
 
 
 def _convolution(name: str, shapes: list[Shape], values: Sequence[Any]) -> tuple[int, int]:
