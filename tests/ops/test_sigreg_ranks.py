@@ -2,6 +2,7 @@
 
 import os
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -55,6 +56,10 @@ def loss_and_gradient(rank, world):
         for parameter in layer.parameters():
             dist.all_reduce(parameter.grad)
         found[backend] = loss.item(), [p.grad / world for p in layer.parameters()]
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        jk.sigreg(layer(embeddings(world)[rank]), **OPTIONS, group=dist.group.WORLD).backward()
+    numbers = [call.args[0].numel() for call in reduced.call_args_list]
+    assert numbers == [2 * OPTIONS["slices"] * 17 * 2], numbers  # once, of both views
     return found
 
 
