@@ -78,8 +78,8 @@ def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def tiny_rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """And our own prepared table, which saves the checks."""
-    table = jk.EmaTable(inputs["target"], inputs["online"])
+    """And our own prepared table, which saves the checks; of aliases, for it makes its tensors quicker to read."""
+    table = jk.EmaTable(*([t.detach() for t in inputs[name]] for name in ("target", "online")))
     return {**rivals(inputs), "table": lambda: table.update(inputs["momentum"])}
 
 
