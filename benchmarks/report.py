@@ -109,7 +109,7 @@ def target_cells(found: list[Row]) -> list[dict[str, Any]]:
             "asked": text.asked(t),
             "ratio": row["ratio"] if row else None,
             "verdict": verdicts[holds],
-            "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row else 0,
+            "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row and t.least else 0,
         }
         for t, row, holds in targets.check(found)
     ]

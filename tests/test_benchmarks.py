@@ -395,7 +395,10 @@ def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
         measured = {**row(ours_s, 2 * ours_s), "device": "cuda", "workload": workload}
         return {t.workload: found for t, _, found in targets.check([measured]) if t.name == "ema_update"}
 
-    assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, "vit_h14_bf16_shadow": None, "vit_g16": None}
+    others = dict.fromkeys(("vit_h14_bf16_shadow", "vit_g16", "vit_g16_bf16_shadow"))
+    assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, **others}
+    assert holds("vit_g16_bf16_shadow", 3.6e-3)["vit_g16_bf16_shadow"] is True
+    assert holds("vit_g16_bf16_shadow", 3.7e-3)["vit_g16_bf16_shadow"] is False
     assert holds("vit_h14", 2.1e-3)["vit_h14"] is False, "faster than the other, but late"
 
 
@@ -406,6 +409,28 @@ def test_a_target_of_memory_asks_for_a_share_of_the_baselines():
     assert not asked.holds(row(4e-3, peak_bytes=50, baseline_peak_bytes=1000)), "little memory, but slow"
     assert not asked.holds(row(peak_bytes=50)), "not measured"
     assert text.asked(asked) == "1 x, 5 % memory"
+
+
+def test_a_target_of_the_peak_asks_for_a_share_of_it():
+    asked = targets.Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "lerp", least_share=0.85)
+    assert asked.holds(row(share_of_peak=0.85)) and not asked.holds(row(share_of_peak=0.84))
+    assert not asked.holds(row(share_of_peak=None)), "not measured"
+    assert not asked.holds(row(4e-3, share_of_peak=0.9)), "near the peak, but slow"
+    assert text.asked(asked) == "1 x, 85 % of the peak"
+    assert text.reached(asked, row(share_of_peak=0.84)) == "2.00 x, 84 %"
+
+
+def test_a_row_that_misses_what_is_asked_goes_before_one_of_a_smaller_ratio():
+    quick, near = row(1e-3, 3e-3, share_of_peak=0.5), row(1e-3, 1.5e-3, share_of_peak=0.9)
+    both = [{**r, "workload": "vit_b16"} for r in (quick, near)]
+    found = {(t.workload, t.baseline): (worst, holds) for t, worst, holds in targets.check(both)}
+    assert found["vit_b16", "lerp"] == (both[0], False)
+
+
+def test_a_table_is_held_to_its_own_time():
+    asked = targets.Target("ema_update", "tiny_1000", "forward", "table", 0.0, "", most_us=400, timed="baseline_us")
+    assert asked.holds(row(1e-3, 0.4e-3)) and not asked.holds(row(1e-3, 0.41e-3))
+    assert text.asked(asked) == "400 us" and text.reached(asked, row(1e-3, 0.4e-3)) == "400 us"
 
 
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):

@@ -114,6 +114,20 @@ def the_targets_distance_of_parts_is_that_of_the_whole(_):
 
 
 @on(ranks=2)
+def freed_shards_are_named_before_the_first_write(_):
+    for side, move in (("online", EMA.set), ("target", EMA.set), ("online", EMA.update)):
+        online, ema = pair(init_device_mesh("cpu", (2,)))
+        train(online, 0)
+        gone = {"online": online, "target": ema.module}[side][0].weight.to_local()
+        kept = [p.to_local() for p in ema.module.parameters()][1:]
+        before, needed = [t.clone() for t in kept], gone.numel() * 4
+        gone.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=rf"^EMA: {side} 0\.weight must hold its {needed} bytes, got a storage"):
+            move(ema, online)
+        assert_equal(kept, before)
+
+
+@on(ranks=2)
 def two_ranks_save_a_checkpoint(folder):
     online, ema = pair(init_device_mesh("cpu", (2,)))
     for step in range(3):

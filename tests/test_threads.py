@@ -15,7 +15,7 @@ _C.set_isa("best")
 
 
 def ema_update(generator):
-    shapes = ((3, 5), (400, 301), (70_001,), (1,))
+    shapes = ((3, 5), (400, 1501), (120_001,), (1,))
     target, online = ([torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes] for _ in range(2))
     return dict(target=target, online=online, momentum=0.996, shadow=[torch.zeros(s).bfloat16() for s in shapes])
 

@@ -1,5 +1,6 @@
 """What only a GPU can show: no sync, other streams, graph capture, and the bits of the CPU kernels."""
 
+import functools
 import timeit
 from contextlib import contextmanager
 
@@ -195,22 +196,22 @@ def test_ema_update_of_more_elements_than_int32_counts(backend):
     assert target.min() == 0.5 == target.max()
 
 
+MOST_US = {"call": 200, "table": 30}  # asked; docs/tuning/memory_bound.md has what was measured
+
+
 @each_backend
-def test_an_update_costs_the_host_little(backend):
-    """Of ViT-H's count of tensors, with the kernel out of the way: 200 us a call, 30 us with a table."""
+@pytest.mark.parametrize("kind", MOST_US)
+def test_an_update_costs_the_host_little(backend, kind):
+    """Of ViT-H's count of tensors, with the kernel out of the way."""
     target, online = ([torch.zeros(64, device="cuda") for _ in range(390)] for _ in range(2))
-    table = jk.EmaTable(target, online)
-    calls = {
-        "call": lambda: jk.ema_update(target, online, 0.996, backend=backend),
-        "table": lambda: table.update(0.996, backend=backend),
-    }
-    us = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        us[name] = min(timeit.repeat(call, number=20, repeat=10)) / 20 * 1e6
-    print({name: round(value, 1) for name, value in us.items()})
-    assert us["call"] < 200 and us["table"] < us["call"]
+    if kind == "table":
+        update = functools.partial(jk.EmaTable(target, online).update, 0.996, backend=backend)
+    else:
+        update = functools.partial(jk.ema_update, target, online, 0.996, backend=backend)
+    update()
+    torch.cuda.synchronize()
+    us = min(timeit.repeat(update, number=20, repeat=10)) / 20 * 1e6
+    assert us <= MOST_US[kind], f"{us:.0f} us"
 
 
 def test_latent_loss_needs_no_sync():
