@@ -139,7 +139,7 @@ TARGETS = (
     *attention("vjepa2_vit_l_target", "sdpa", 1.5, 1.2, "SDPA, 2 x 1024", "bfloat16"),
     *attention("vjepa2_ac_frames", "sdpa_mask", 1.6, 1.5, "SDPA with a mask of 4 frames"),
     *attention("vjepa2_ac_frames", "sdpa_prefixes", 1.0, 1.0, "SDPA frame by frame, no mask"),
-    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_ours", 1.0, "rope before our attention"),
+    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_qk", 1.0, "our rope, then our attention"),
     Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_sdpa", 1.15, "rope before SDPA"),
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
