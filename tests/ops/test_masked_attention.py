@@ -8,7 +8,7 @@ import torch
 import jepa_kernels as jk
 from jepa_kernels import Packing
 from jepa_kernels.testing import poisoned_memory
-from tests.ops.attention import equal, with_gradients
+from tests.ops.attention import OURS, equal, with_gradients
 
 
 @pytest.fixture(params=("reference", "cpu", "sdpa"))
@@ -73,6 +73,8 @@ def test_dense_and_packed_agree(backend):
 
 LENGTHS = (0, 1, 63, 64, 65, 130, 301)
 KEY_LENGTHS = (3, 130, 0, 64, 1, 65, 70)
+# Of queries and keys. Interpreted: what stays on chip, and a sequence that streams.
+OF_BOTH = {"cpu": (LENGTHS, KEY_LENGTHS), "triton": ((0, 1, 7, 20), (3, 33, 0, 260))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -83,30 +85,36 @@ def ragged(lengths, heads, width, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 24, 80, 128])
-def test_packed_equals_each_sequence_alone_exactly(width, dtype):
-    q, k, v = ragged(LENGTHS, 4, width, dtype), *(ragged(KEY_LENGTHS, 2, width, dtype, s) for s in (1, 2))
-    packing, keys = Packing.from_lengths(LENGTHS), Packing.from_lengths(KEY_LENGTHS)
-    results = with_gradients(q, k, v, packing, keys)
+@pytest.mark.parametrize("name", OURS)
+def test_packed_equals_each_sequence_alone_exactly(name, width, dtype):
+    lengths, key_lengths = OF_BOTH[name]
+    q, k, v = ragged(lengths, 4, width, dtype), *(ragged(key_lengths, 2, width, dtype, s) for s in (1, 2))
+    packing, keys = Packing.from_lengths(lengths), Packing.from_lengths(key_lengths)
+    results = with_gradients(q, k, v, packing, keys, backend=name)
     split = [p.split(x) for p, x in zip((packing, packing, keys, keys), results, strict=True)]
     inputs = zip(packing.split(q), keys.split(k), keys.split(v), strict=True)
     for s, (one_q, one_k, one_v) in enumerate(inputs):
-        alone = with_gradients(one_q, one_k, one_v, *(Packing.from_lengths([len(x)]) for x in (one_q, one_k)))
+        own = (Packing.from_lengths([len(x)]) for x in (one_q, one_k))
+        alone = with_gradients(one_q, one_k, one_v, *own, backend=name)
         assert equal(alone, [parts[s] for parts in split]), f"sequence {s}"
-        dense = with_gradients(*(x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)))
+        dense = with_gradients(*(x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)), backend=name)
         assert equal(alone, [x[0].transpose(0, 1) for x in dense]), f"sequence {s}, dense"
 
 
-def test_permuted_sequences_give_permuted_results_exactly():
-    order = [4, 0, 6, 2, 1, 5, 3]
-    packing, permuted = Packing.from_lengths(LENGTHS), Packing.from_lengths([LENGTHS[s] for s in order])
-    qkv = [ragged(LENGTHS, 2, 64, seed=s) for s in range(3)]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OURS)
+def test_permuted_sequences_give_permuted_results_exactly(name, dtype):
+    lengths, key_lengths = OF_BOTH[name]
+    q, k, v = ragged(lengths, 2, 64, dtype), *(ragged(key_lengths, 1, 64, dtype, s) for s in (1, 2))
+    packings = [Packing.from_lengths(n) for n in OF_BOTH[name]]
+    turned = [Packing.from_lengths(n[::-1]) for n in OF_BOTH[name]]
 
-    def permute(x):
-        parts = packing.split(x)
-        return torch.cat([parts[s] for s in order])
+    def turn(x, axis):
+        return torch.cat(packings[axis].split(x)[::-1])
 
-    plain = with_gradients(*qkv, packing)
-    assert equal(with_gradients(*map(permute, qkv), permuted), map(permute, plain))
+    out, dq, dk, dv = with_gradients(q, k, v, *packings, backend=name)
+    found = with_gradients(turn(q, 0), turn(k, 1), turn(v, 1), *turned, backend=name)
+    assert equal(found, (turn(out, 0), turn(dq, 0), turn(dk, 1), turn(dv, 1)))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
