@@ -207,8 +207,8 @@ def test_masked_and_packed_equals_each_sequence_alone_exactly(option):
         assert equal(alone, pieces), f"sequence {s}"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_masks_and_rope_give_the_same_bits_on_every_run_and_number_of_threads(option):
+@pytest.mark.parametrize("option", ["none", *OPTIONS])
+def test_every_run_and_number_of_threads_gives_the_same_bits(option):
     call = masked(option)
     expected = run(*call)
     for i in range(100):
