@@ -143,6 +143,16 @@ def test_views_of_a_qkv_product_are_read_in_place():
     assert equal(with_gradients(*views, packing), with_gradients(*(x.contiguous() for x in views), packing))
 
 
+@pytest.mark.parametrize(
+    "lengths, shape, strides", [((4, 5), (9, 2, 8), (2**28, 8, 1)), (None, (2, 2, 9, 8), (2**31, 8, 16, 1))]
+)
+def test_rows_further_apart_than_32_bits_reach(lengths, shape, strides):
+    memory = torch.empty(2**31 + 1000, dtype=torch.bfloat16)  # reserved; few of its pages are touched
+    packing = None if lengths is None else Packing.from_lengths(lengths)
+    qkv = [memory.as_strided(shape, strides, 200 * i).copy_(torch.randn(shape)) for i in range(3)]
+    assert equal(with_gradients(*qkv, packing), with_gradients(*(x.contiguous() for x in qkv), packing))
+
+
 def test_dense_queries_without_keys_give_0_even_where_they_are_nan(backend):
     q = torch.full((2, 3, 5, 8), float("nan"), requires_grad=True)
     k, v = torch.zeros(2, 2, 3, 0, 8, requires_grad=True).unbind(0)
@@ -252,6 +262,12 @@ BAD = [
         "packing must be given with k_packing, got None",
     ),
 ]
+
+
+def test_there_is_no_dropout():
+    for form in (jk.masked_attention, jk.masked_attention_lse, jk.masked_attention_qkv):
+        with pytest.raises(TypeError, match=rf"{form.__name__}\(\) got an unexpected keyword argument 'dropout_p'"):
+            form(Q, K, K, P, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=[m[:40] for *_, m in BAD])
