@@ -162,7 +162,7 @@ TARGETS = (
     *attention("vjepa2_vit_l_target", "sdpa", 1.5, 1.2, "SDPA, 2 x 1024", "bfloat16", least_share=0.45),
     *attention("vjepa2_ac_frames", "sdpa_mask", 1.6, 1.5, "SDPA with a mask of 4 frames"),
     *attention("vjepa2_ac_frames", "sdpa_prefixes", 1.0, 1.0, "SDPA frame by frame, no mask"),
-    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_ours", 1.0, "rope before our attention"),
+    Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_qk", 1.0, "our rope, then our attention"),
     Target("masked_attention", "vjepa2_vit_l_rope", "forward", "rope_then_sdpa", 1.15, "rope before SDPA"),
     Target(
         "masked_attention", "vjepa2_vit_l_qkv", "backward", "views", 1.0, "three gradients, stacked, bf16", "bfloat16"
@@ -205,6 +205,7 @@ ON_GPU = (
     on_gpu("masked_attention", "vjepa2_predictor_b24", "forward", "sdpa_cudnn", 1.3, 260),
     on_gpu("masked_attention", "vjepa2_predictor_b24", "backward", "sdpa_cudnn", 1.3),
     on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "forward", "sdpa", 1.0, 1031),  # 400 TFLOP/s
+    on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "forward", "sdpa_cudnn", 1.0, 1031),  # by automatic choice
     on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "backward", "sdpa", 1.0, 4467),  # and 300 backward
     on_gpu("rope", "vjepa2_vit_g_clip_b24", "forward", "compile", 1.0, 170),
     on_gpu("embed_patches", "ijepa_vit_h14_27_b128", "forward", "unfold", 1.15, 30),

@@ -272,12 +272,21 @@ def attention_inputs(lengths=(70, 3, 0, 130), heads=4, width=80):
     return qkv.requires_grad_(), packing, jk.Rope(torch.rand(packing.tokens, 3, generator=generator).cuda())
 
 
-def attention_step(qkv, packing, rope):
-    out = jk.masked_attention_qkv(qkv, packing, rope=rope, backend="triton")
-    return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+@pytest.fixture(params=["triton", "triton with rope", "cuda"])
+def attention_step(request):
+    """Forward and backward on one backend; the Hopper kernels take no rope."""
+    backend, turned = request.param.split()[0], request.param.endswith("rope")
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("its kernels need a GPU of compute capability 9.0")
+
+    def step(qkv, packing, rope):
+        out = jk.masked_attention_qkv(qkv, packing, rope=rope if turned else None, backend=backend)
+        return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    return step
 
 
-def test_masked_attention_needs_no_sync_and_repeats_its_bits():
+def test_masked_attention_needs_no_sync_and_repeats_its_bits(attention_step):
     inputs = attention_inputs()
     expected = attention_step(*inputs)  # compiles
     for _ in range(100):
@@ -286,7 +295,7 @@ def test_masked_attention_needs_no_sync_and_repeats_its_bits():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_masked_attention_is_captured_with_lengths_padded_to_a_bucket():
+def test_masked_attention_is_captured_with_lengths_padded_to_a_bucket(attention_step):
     bucket = dict(tokens=256, sequences=6, max_seqlen=256)
     qkv, packing, rope = attention_inputs()
     static = packing.padded(**bucket)
