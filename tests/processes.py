@@ -1,6 +1,7 @@
-"""Checks that run in several processes which talk through gloo: one start of Python for all checks of a file."""
+"""Checks that run in several processes which talk through gloo: one import of torch for all checks of all files."""
 
 import gc
+import multiprocessing
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,15 @@ def gloo(rank, world, store, minutes=1):
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+def side_by_side(work, given, world):
+    """work(rank, *given) in so many processes, forked from one that has imported what takes seconds and has no thread.
+
+    They see the environment of the first call.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "jepa_kernels"])
+    torch.multiprocessing.start_processes(work, given, nprocs=world, start_method="forkserver")
 
 
 class Checks:
@@ -50,7 +60,7 @@ class Checks:
     def run(self, folder):
         """All of them: how each failed, or nothing, is left in the folder."""
         most = max(ranks for _, ranks in self.known.values())
-        torch.multiprocessing.spawn(_run, (folder, self.known, self.given), nprocs=most)
+        side_by_side(_run, (folder, self.known, self.given), most)
 
     def passed(self, name, folder):
         """Assert that a check failed on no rank."""

@@ -23,6 +23,7 @@ from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
 from jepa_kernels.training.ranks import _slurm, first_node
 from tests import runs, test_train_lejepa, test_train_pusht
+from tests.processes import side_by_side
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
 
@@ -169,9 +170,9 @@ def refuse(rank, port, config, out, folder):
 
 @pytest.fixture(scope="module")
 def refused(config, whole, tmp_path_factory):
-    """The folder in which two ranks left that: one start of Python for all cases."""
+    """The folder in which two ranks left that: one start of processes for all cases."""
     folder = tmp_path_factory.mktemp("refused")
-    torch.multiprocessing.spawn(refuse, (free_port(len(CASES)), config, whole, folder), nprocs=2)
+    side_by_side(refuse, (free_port(len(CASES)), config, whole, folder), 2)
     return folder
 
 
