@@ -27,13 +27,18 @@ def gloo(rank, world, store, minutes=1):
         dist.destroy_process_group()
 
 
-def side_by_side(work, given, world):
-    """work(rank, *given) in so many processes, forked from one that has imported what takes seconds and has no thread.
+def forked():
+    """How processes start that take pickles, as spawned ones do, and need import nothing that takes seconds.
 
-    They see the environment of the first call.
+    They fork from one that has done so and has no thread, in the environment of the first start.
     """
     multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "jepa_kernels"])
-    torch.multiprocessing.start_processes(work, given, nprocs=world, start_method="forkserver")
+    return "forkserver"
+
+
+def side_by_side(work, given, world):
+    """work(rank, *given) in so many processes."""
+    torch.multiprocessing.start_processes(work, given, nprocs=world, start_method=forked())
 
 
 class Checks:
