@@ -21,7 +21,7 @@ from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.modelrun import ModelRun
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
-from benchmarks.selection import Selection, instead
+from benchmarks.selection import Selection, brief, instead
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
@@ -34,6 +34,7 @@ AnyRun = Run | ModelRun | HostRun
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("jepa_kernels")
     group.addoption("--smoke", action="store_true", help="the one-minute selection, fewer rounds")
+    group.addoption("--brief", action="store_true", help="the six-minute selection, of what README shows")
     group.addoption("--row", action="append", default=[], help="name[/workload[/pass[/dtype[/baseline]]]]")
     for name in ("--op", "--workload", "--dtype"):
         group.addoption(name, action="append", default=[], help="measure only these; may be repeated")
@@ -105,7 +106,8 @@ def _wanted(item: pytest.Item, config: pytest.Config, selection: Selection) -> b
     ):
         return False
     if not selection:  # a stand-in of the one-minute run says nothing that the whole run doesn't
-        return config.getoption("--smoke") or not callspec.params["workload"].name.startswith("smoke_")
+        stand_in = callspec.params["workload"].name.startswith("smoke_")
+        return config.getoption("--smoke") or not (stand_in or (config.getoption("--brief") and not brief(callspec.id)))
     return selection.takes(callspec.id)
 
 

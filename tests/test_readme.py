@@ -146,6 +146,7 @@ def test_only_complete_runs_are_adopted(tmp_path, capsys):
     run = tmp_path / "latest.json"
     for spoilt, why in (
         (document(*every_target(), status="partial"), "status is 'partial', not 'ok'"),
+        (document(*every_target(), selection="brief"), "it has the brief selection alone; run make bench FULL=1"),
         (document(row()), "ema_update against the published per-parameter loop was not measured"),
         ({**PROBE, "config": None}, "the README can't show it, TypeError"),
         ({**PROBE, "config": {"architecture": "ajepa"}}, "the README can't show it, KeyError('ajepa')"),
