@@ -45,7 +45,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--backend", help="measure this backend of ours, and no other in its place; ops alone")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 0.5, smoke 0.3)")
+    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 0.5, smoke 0.2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
     parser.add_argument("paths", nargs="*", default=PATHS)
     return parser.parse_args(argv)

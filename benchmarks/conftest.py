@@ -125,7 +125,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         device=device,
         threads=threads,
-        budget_s=option("--budget") or (0.3 if smoke else 0.5),
+        budget_s=option("--budget") or (0.2 if smoke else 0.5),
         min_rounds=5 if smoke else 7,
         baseline=names.pop() if len(names) == 1 else None,
         backend=option("--backend"),
