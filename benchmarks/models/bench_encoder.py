@@ -77,7 +77,7 @@ def workload(name: str, batch: int, depth: int, **options: Any) -> Encoding:
 
 WORKLOADS = (
     workload("vjepa2_vit_s_two_masks_per_token", batch=2, depth=DEPTH),
-    workload("smoke_two_masks_per_token", batch=1, depth=1, smoke=True),
+    workload("smoke_two_masks_per_token", batch=2, depth=1, smoke=True),
 )
 
 
