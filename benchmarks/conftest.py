@@ -29,6 +29,7 @@ from jepa_kernels.about import cores
 from jepa_kernels.profiling.peaks import measured
 
 AnyRun = Run | ModelRun | HostRun
+FIRST = "collapse_stats"  # takes two seconds: who waits for a first row has it soon
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -79,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         emit(event="refused", why=why)
         raise pytest.UsageError(why)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    items[:] = sorted(chosen, key=lambda item: f"[{FIRST}/" not in item.nodeid)
     emit(event="collected", count=len(chosen))
 
 
