@@ -178,6 +178,8 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
 def terminal(document: dict[str, Any]) -> None:
     """All tables of a document."""
     found = document["rows"]
+    if document.get("selection") == "brief":
+        print("\nThe rows of ops and of two models that README shows; `make bench FULL=1` measures all.")
     show("Rows (backward = forward + backward)", ROW_COLUMNS, [row_cells(r) for r in found], right=(4, 6, 7, 8, 9, 10))
     for row in found:
         if row.get("parts"):

@@ -481,6 +481,7 @@ def test_ctrl_c_keeps_the_rows_so_far(tmp_path, monkeypatch):
     kept = document()
     assert front.watch(child, events, kept, latest) == front.INTERRUPTED
     assert [r["name"] for r in kept["rows"]] == ["ema_update"] and child.returncode == -signal.SIGINT
+    assert 0 < kept["first_row_s"] < 60
 
 
 def test_one_row_end_to_end(tmp_path):
@@ -490,10 +491,12 @@ def test_one_row_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "latest.json").read_text())
-    assert rows.problems(found) == [] and found["status"] == "ok"
+    assert rows.problems(found) == [] and found["status"] == "ok" and found["selection"] == "chosen"
     assert [rows.key(r) for r in found["rows"]] == ["ema_update/vit_s16/forward/float32/lerp"]
     assert {*found["peaks"]} >= {*PEAKS} and all(rate > 0 for rate in found["peaks"]["gemm_gflops"].values())
-    assert "<h1>jepa_kernels benchmarks</h1>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>jepa_kernels benchmarks</h1>" in page and "<small>first row after</small>" in page
+    assert 0 < found["first_row_s"] <= found["seconds"]
 
 
 def test_a_file_as_output_folder_is_named(tmp_path, capsys):

@@ -28,7 +28,7 @@ on = CHECKS.on
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes that ran all checks left their failures: one start of Python for each rank."""
+    """Where processes that ran all checks left their failures: one start of processes for all."""
     folder = tmp_path_factory.mktemp("sharded")
     CHECKS.run(folder)
     return folder

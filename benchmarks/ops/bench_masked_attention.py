@@ -172,7 +172,8 @@ PREDICTED = [96 + 11 * i % 33 for i in range(64)]  # 96 to 128: a context and on
 GPU_CONTEXTS = [75 + 37 * i % 73 for i in range(128)]  # 111 on average
 
 WORKLOADS = (
-    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, smoke=True, **FEW),
+    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, **FEW),
+    workload("smoke_ragged_524", packed([n // 3 for n in RAGGED], 16, 64), rivals=loop_and_masks, smoke=True, **FEW),
     workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop, dtypes=("bfloat16",), **FEW),
     workload("ijepa_vit_h14_contexts", packed(CONTEXTS, 16, 80), rivals=loop, dtypes=BOTH, **FEW),
     workload("ijepa_vit_h14_predictor", packed(PREDICTED, 16, 24), rivals=loop_and_padded),

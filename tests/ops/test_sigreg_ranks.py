@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import jepa_kernels as jk
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 
 OPTIONS = dict(slices=40, step=7, seed=3)
 WIDTH = 12
@@ -35,7 +35,7 @@ def spawn(world, work, tmp_path):
     """work(rank, world) on every rank of a group; what each returned."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(start, (world, os.fspath(tmp_path / "store"), work, results), nprocs=world)
+        side_by_side(start, (world, os.fspath(tmp_path / "store"), work, results), world)
         return [results[rank] for rank in range(world)]
 
 

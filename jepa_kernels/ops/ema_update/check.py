@@ -73,11 +73,13 @@ def reread(given: tuple[list[Any], ...]) -> Checked:
 
 
 def _listed(source: Source | Shadow, role: str) -> list[Any]:
+    if type(source) is list:  # an update of few tensors would spend most of its checks on asking what this is
+        return source.copy()
     if isinstance(source, nn.Module):
         return list(source.parameters())
+    if source is None and role == "shadow":
+        return []
     if not isinstance(source, Iterable):
-        if source is None and role == "shadow":
-            return []
         fail(OP, role, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
     return list(source.values() if isinstance(source, Mapping) else source)
 
