@@ -38,7 +38,7 @@ CUDA_STAMP := .stamps/cuda$(CUDA)-$(BUILD)
 
 .PHONY: help bench results test ci lint format gpu env build build-cuda clean docs floors smoke sanitize wheel torches
 help:
-	@echo "make bench         measure every op and training step; SMOKE=1: under a minute"
+	@echo "make bench         measure every op and training steps; SMOKE=1: under a minute, FULL=1: every row"
 	@echo "make results       write README's and docs' tables and pictures from benchmarks/results"
 	@echo "make test          every test: plain, Triton in its interpreter, kernels compiled with no GPU"
 	@echo "make ci            what CI runs, from lint to make test, each stage with its time"
@@ -100,7 +100,7 @@ $(CUDA_STAMP): | $(READY)
 	@mkdir -p .stamps; rm -f .stamps/cpu-* .stamps/cuda*; touch $@
 
 bench: build
-	$(PYTHON) -m benchmarks $(if $(filter-out 0,$(SMOKE)),--smoke) $(ARGS)
+	$(PYTHON) -m benchmarks $(if $(filter-out 0,$(SMOKE)),--smoke) $(if $(filter-out 0,$(FULL)),--full) $(ARGS)
 
 results: build
 	$(PYTHON) -m benchmarks.readme $(ARGS)

@@ -21,6 +21,7 @@ from benchmarks import compare, report, rows, text
 ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130
 CHOSEN = ("row", "op", "workload", "dtype")
+PATHS = ["benchmarks/ops", "benchmarks/masks", "benchmarks/models"]
 NEEDED = ("pytest", "pytest_benchmark")
 
 
@@ -34,7 +35,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__.splitlines()[0],
         epilog="`compare A.json B.json` as first argument: what changed between two results",
     )
-    parser.add_argument("--smoke", action="store_true", help="a selection that takes under a minute")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", action="store_true", help="a selection that takes under a minute")
+    size.add_argument("--full", action="store_true", help="every row: twice as long, and what can be committed")
     parser.add_argument("--row", action="append", default=[], metavar="KEY",
                         help="measure only name[/workload[/pass[/dtype[/baseline]]]]; may be repeated")  # fmt: skip
     for name in ("--op", "--workload", "--dtype"):
@@ -42,10 +45,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--backend", help="measure this backend of ours, and no other in its place; ops alone")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 1, smoke 0.3)")
+    parser.add_argument("--budget", type=float, help="seconds of timing per run (default 0.5, smoke 0.2)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench-results")
-    parser.add_argument("paths", nargs="*", default=["benchmarks/ops", "benchmarks/masks", "benchmarks/models"])
+    parser.add_argument("paths", nargs="*", default=PATHS)
     return parser.parse_args(argv)
+
+
+def selection(args: argparse.Namespace) -> str:
+    """Which runs these words select: smoke, full, chosen (by name or file), or brief, where they say nothing."""
+    chosen = args.paths != PATHS or args.backend or any(getattr(args, name) for name in CHOSEN)
+    if args.smoke or chosen:
+        return "chosen" if chosen else "smoke"
+    return "full" if args.full or args.device == "cuda" else "brief"
 
 
 def command(args: argparse.Namespace) -> list[str]:
@@ -53,6 +64,7 @@ def command(args: argparse.Namespace) -> list[str]:
              "-p", "no:cacheprovider", "--import-mode=importlib", f"--bench-device={args.device}",
              f"--threads={args.threads}"]  # fmt: skip
     found += ["--smoke"] if args.smoke else []
+    found += ["--brief"] if selection(args) == "brief" else []
     found += [f"--budget={args.budget}"] if args.budget else []
     found += [f"--backend={args.backend}"] if args.backend else []
     return found + [f"--{name}={key}" for name in CHOSEN for key in getattr(args, name)]
@@ -118,6 +130,7 @@ def measure(args: argparse.Namespace, argv: list[str]) -> int:
         "status": "partial",
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "command": shlex.join(["python", "-m", "benchmarks", *argv]),
+        "selection": selection(args),
         **{name: {} for name in ("machine", "git", "versions", "peaks")},
         "rows": [],
     }
@@ -145,9 +158,12 @@ def good(document: dict[str, Any], code: int) -> bool:
 
 def watch(child: subprocess.Popen[bytes], events: Path, document: dict[str, Any], latest: Path) -> int:
     """Collect the child's events into the document; the exit code, or INTERRUPTED."""
+    began = time.monotonic()
     with text.Progress() as progress:
         try:
             for event in follow(child, events):
+                if event["event"] == "rows":
+                    document.setdefault("first_row_s", round(time.monotonic() - began, 1))
                 take(event, document, latest, progress)
         except KeyboardInterrupt:
             progress.note("interrupted: keeping the rows so far")

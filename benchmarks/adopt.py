@@ -6,7 +6,19 @@ from typing import Any
 
 from benchmarks import rows, tables, targets
 
-KEPT = ("schema", "status", "started", "seconds", "machine", "git", "versions", "peaks", "rows")
+KEPT = (
+    "schema",
+    "status",
+    "started",
+    "seconds",
+    "selection",
+    "first_row_s",
+    "machine",
+    "git",
+    "versions",
+    "peaks",
+    "rows",
+)
 PRIVATE = {"machine": ("host", "env", "load_before"), "git": ("branch",)}
 
 
@@ -62,6 +74,8 @@ def of_machine(document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     wrong = rows.problems(document)
     if document.get("status") != "ok":
         wrong.insert(0, f"status is {document.get('status')!r}, not 'ok'")
+    if document.get("selection", "full") != "full":
+        wrong.insert(0, f"it has the {document['selection']} selection alone; run make bench FULL=1")
     if not wrong:
         checked = targets.check(document["rows"])
         wrong = [f"{t.name} against {t.what} was not measured" for t, row, _ in checked if row is None]

@@ -21,7 +21,7 @@ from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.modelrun import ModelRun
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
-from benchmarks.selection import Selection, instead
+from benchmarks.selection import Selection, brief, instead
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
@@ -29,11 +29,13 @@ from jepa_kernels.about import cores
 from jepa_kernels.profiling.peaks import measured
 
 AnyRun = Run | ModelRun | HostRun
+FIRST = "collapse_stats"  # takes two seconds: who waits for a first row has it soon
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("jepa_kernels")
     group.addoption("--smoke", action="store_true", help="the one-minute selection, fewer rounds")
+    group.addoption("--brief", action="store_true", help="the six-minute selection, of what README shows")
     group.addoption("--row", action="append", default=[], help="name[/workload[/pass[/dtype[/baseline]]]]")
     for name in ("--op", "--workload", "--dtype"):
         group.addoption(name, action="append", default=[], help="measure only these; may be repeated")
@@ -78,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         emit(event="refused", why=why)
         raise pytest.UsageError(why)
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = chosen
+    items[:] = sorted(chosen, key=lambda item: f"[{FIRST}/" not in item.nodeid)
     emit(event="collected", count=len(chosen))
 
 
@@ -105,7 +107,8 @@ def _wanted(item: pytest.Item, config: pytest.Config, selection: Selection) -> b
     ):
         return False
     if not selection:  # a stand-in of the one-minute run says nothing that the whole run doesn't
-        return config.getoption("--smoke") or not callspec.params["workload"].name.startswith("smoke_")
+        stand_in = callspec.params["workload"].name.startswith("smoke_")
+        return config.getoption("--smoke") or not (stand_in or (config.getoption("--brief") and not brief(callspec.id)))
     return selection.takes(callspec.id)
 
 
@@ -123,7 +126,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     return Settings(
         device=device,
         threads=threads,
-        budget_s=option("--budget") or (0.3 if smoke else 0.5),
+        budget_s=option("--budget") or (0.2 if smoke else 0.5),
         min_rounds=5 if smoke else 7,
         baseline=names.pop() if len(names) == 1 else None,
         backend=option("--backend"),

@@ -29,7 +29,9 @@ HEADLINES = (
     ("masks", "multiblock3d_b24", "forward", "published"),
     ("encoder", "vjepa2_vit_s_two_masks_per_token", "backward", "loop"),
     ("ijepa", "vit_small_16_truncated", "step", "reference"),
+    ("ijepa", "vit_small_16_packed", "step", "reference"),
     ("vjepa2", "vit_l_4_layers_truncated", "step", "reference"),
+    ("vjepa2", "vit_l_4_layers_packed_per_token", "step", "published"),
     ("lejepa", "train_digits", "step", "recipe"),
     ("vjepa2_ac", "predictor_384_6_layers", "forward", "published"),
     ("vl_jepa", "videos_1_to_16_frames", "backward", "padded"),
@@ -76,7 +78,9 @@ def one(row: rows.Row | None) -> str:
     if row is None:
         return "-"
     low, high = row["ci95"]
-    return f"**{text.times(row['ratio'])}** ({low:.2f} to {high:.2f}), {text.duration(row['ours_us']['p50'])}"
+    took = text.duration(row["ours_us"]["p50"]) + (" a token" if row["kind"] == "model, per token" else "")
+    rate = f", {row['tokens_per_s']:.0f} tokens/s" if row.get("tokens_per_s") else ""
+    return f"**{text.times(row['ratio'])}** ({low:.2f} to {high:.2f}), {took}{rate}"
 
 
 def probes(documents: dict[str, Document]) -> str:
@@ -90,10 +94,12 @@ def probes(documents: dict[str, Document]) -> str:
             title = f"`train {model}` ({name}): {asked['question']}"
             also = "" if against == "random_init" else f", of a {against.replace('_', ' ')}"
             trained, other, apart = (tables.score(of[k]) for k in ("trained", against, difference))
-            cells.append((title, trained, other + also, apart))
+            raw = tables.score(of["raw_pixels"]) if "raw_pixels" in of else "-"
+            cells.append((title, trained, other + also, apart, raw))
     if not cells:
         return ""
-    columns = "run, and what is asked of features", "trained", "random initialisation", "difference, paired"
+    asked = "run, and what is asked of features"
+    columns = asked, "trained", "random initialisation", "difference, paired", "raw pixels"
     return "\n".join(tables.table(columns, cells))
 
 

@@ -86,6 +86,8 @@ def facts(document: dict[str, Any]) -> list[tuple[str, str]]:
         ("torch", f"{versions.get('torch')}, python {versions.get('python')}"),
         ("started", document.get("started", "").replace("T", " ").replace("Z", " UTC")),
         ("took", text.duration(document["seconds"] * 1e6) if "seconds" in document else "-"),
+        ("first row after", text.duration(document["first_row_s"] * 1e6) if "first_row_s" in document else "-"),
+        ("selection", document.get("selection", "-")),
     ]
 
 
@@ -109,7 +111,7 @@ def target_cells(found: list[Row]) -> list[dict[str, Any]]:
             "asked": text.asked(t),
             "ratio": row["ratio"] if row else None,
             "verdict": verdicts[holds],
-            "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row else 0,
+            "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row and t.least else 0,
         }
         for t, row, holds in targets.check(found)
     ]

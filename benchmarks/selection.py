@@ -4,7 +4,26 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.headlines import HEADLINES
+from jepa_kernels.ops import OPS
+
 FIELDS = ("op", "workload", "pass", "dtype")  # of a run's id, in order
+BRIEF = (*OPS, "masks", "encoder", "ijepa", "vjepa2")
+ALSO = (  # the first targets of the project
+    "ema_update/vit_s16/forward/float32",
+    "embed_patches/ijepa_vit_h14_27_b8/backward/float32",
+    "latent_loss/ijepa_vit_h14_b32/backward/float32",
+    "masked_attention/ragged_1572_h16_d64/backward/float32",
+)
+SLOW = ("vjepa2/vit_l_4_layers_packed_per_token",)  # a minute, of the same step
+
+
+def brief(run: str) -> bool:
+    """Part of `make bench`, in six minutes: the README's rows of ops, masks, I-JEPA and V-JEPA 2, and ALSO."""
+    name, workload, stage, dtype = run.split("/")
+    shown = any((name, stage) == (n, s) and workload.startswith(w) for n, w, s, _ in HEADLINES)
+    left_out = name not in BRIEF or run.startswith(SLOW) or dtype == "bfloat16"
+    return run in ALSO or (shown and not left_out)
 
 
 @dataclass(frozen=True)

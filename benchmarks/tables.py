@@ -56,9 +56,10 @@ def commit(git: dict[str, Any]) -> str:
 
 
 def against(target: targets.Target, row: rows.Row) -> str:
-    """The baseline, and the share of its memory that we take where a share is asked for."""
-    share = "" if target.most_memory is None else f"; {text.percent(targets.memory_share(row))} of its memory"
-    return target.what + share
+    """The baseline, and the shares of its memory and of the machine's peak that we take where they are asked for."""
+    what = target.what
+    what += "" if target.most_memory is None else f"; {text.percent(targets.memory_share(row))} of its memory"
+    return what if target.least_share is None else f"{what}; {text.percent(row['share_of_peak'])} of the peak"
 
 
 def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:

@@ -147,11 +147,21 @@ def row_cells(row: Row) -> tuple[str, ...]:
 
 
 def asked(target: targets.Target) -> str:
-    """A ratio, and a time or a share of the baseline's memory where one is asked."""
-    us, memory = target.most_us, target.most_memory
-    more = [] if us is None else [duration(us)]
-    more += [] if memory is None else [f"{percent(memory)} memory"]
-    return ", ".join([f"{target.least:g} x", *more])
+    """A ratio, a time, shares of the baseline's memory and of the machine's peak: what is asked of these."""
+    found = [f"{target.least:g} x"] if target.least else []
+    found += [] if target.most_us is None else [duration(target.most_us)]
+    found += [] if target.most_memory is None else [f"{percent(target.most_memory)} memory"]
+    found += [] if target.least_share is None else [f"{percent(target.least_share)} of the peak"]
+    return ", ".join(found)
+
+
+def reached(target: targets.Target, row: Row) -> str:
+    """What was measured of what is asked."""
+    found = [times(row["ratio"])] if target.least else []
+    found += [] if target.most_us is None else [duration(row[target.timed]["p50"])]
+    found += [] if target.most_memory is None else [percent(targets.memory_share(row))]
+    found += [] if target.least_share is None else [percent(row["share_of_peak"])]
+    return ", ".join(found)
 
 
 def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
@@ -160,9 +170,7 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
     for target, row, holds in targets.check(found):
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
         verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
-        measured = times(row["ratio"] if row else None)
-        if row and target.most_memory is not None:
-            measured += f", {percent(targets.memory_share(row))}"
+        measured = reached(target, row) if row else times(None)
         cells.append((f"{where}: {target.what}", asked(target), measured, verdict))
     return cells
 
@@ -170,6 +178,8 @@ def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
 def terminal(document: dict[str, Any]) -> None:
     """All tables of a document."""
     found = document["rows"]
+    if document.get("selection") == "brief":
+        print("\nThe rows of ops and of two models that README shows; `make bench FULL=1` measures all.")
     show("Rows (backward = forward + backward)", ROW_COLUMNS, [row_cells(r) for r in found], right=(4, 6, 7, 8, 9, 10))
     for row in found:
         if row.get("parts"):

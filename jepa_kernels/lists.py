@@ -70,12 +70,19 @@ def check_stored(op: str, name: str, t: Tensor) -> None:
     """The tensor's storage still holds all of its elements, as they are: kernels are given the address alone."""
     if torch.compiler.is_compiling():
         return
-    size = t.element_size()
-    needed, held = t.numel() * size, t.untyped_storage().nbytes() - t.storage_offset() * size
-    if held < needed:
-        fail(op, name, f"hold its {needed} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
+    check_held(op, name, t)
     if t.is_neg():
         fail(op, name, "be stored as it reads", "a tensor with the negative bit", "call .resolve_neg()", TypeError)
+
+
+def check_held(op: str, name: str, t: Tensor) -> None:
+    """The storage of a strided tensor still reaches to its last element: torch's own copies do not look."""
+    size, reach = t.element_size(), t.numel()
+    if not t.is_contiguous():
+        reach = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) + 1
+    needed, held = reach * size, t.untyped_storage().nbytes() - t.storage_offset() * size
+    if held < needed and reach:
+        fail(op, name, f"hold its {needed} bytes", f"a storage with {max(held, 0)}", "do not free or shrink it")
 
 
 def is_dense(t: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Every test of the project, as `make test` runs them: three pytest processes, one summed line.
+"""Every test of the project, as `make test` runs them: five pytest processes, one summed line.
 
 Triton reads TRITON_INTERPRET when a kernel is decorated, so interpreted and compiled kernels need processes of
-their own. All run side by side: two of them keep one core busy each, and the plain tests seldom more than one.
+their own. All run side by side; plain tests and those that compile are two processes each, so that all end together.
 `python -m tests ARGS` hands ARGS to each process (say, `-k rope`). `python -m tests --gpu ARGS` runs the GPU tests, in
 as many processes as compile kernels side by side.
 """
@@ -16,15 +16,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 SHARDS = min(8, os.cpu_count() or 1)
-PATIENT = {"OMP_WAIT_POLICY": "passive"}  # a thread that waits for another one leaves its core to a third
+# A thread that waits for another one leaves its core to a third; Inductor starts no processes to compile in.
+PATIENT = {"OMP_WAIT_POLICY": "passive", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 ONE_CORE = {"OMP_NUM_THREADS": "1", **PATIENT}
-# Which tests, in which environment, with which arguments more.
+
+
+def without(*patterns: str) -> list[str]:
+    """Arguments that leave out files of tests."""
+    return [f"--ignore-glob={ROOT}/{pattern}" for pattern in patterns]
+
+
+PLAIN, COMPILE = "not interp and not compile and not gpu", "compile and not gpu"
+# Which tests, in which environment, with which arguments more: of two of a kind each has what the other leaves out.
 STAGES = {
-    "plain": ("not interp and not compile and not gpu", PATIENT, []),
+    "plain a to s": (PLAIN, PATIENT, without("*/*", "test_[t-z]*")),
+    "plain folders and t to z": (PLAIN, PATIENT, without("test_[a-s]*")),
     "interpreter": ("interp and not gpu", {"TRITON_INTERPRET": "1", **ONE_CORE}, []),
-    "compile": ("compile and not gpu", ONE_CORE, []),
+    "compile all but t": (COMPILE, ONE_CORE, without("kernels/test_t*")),
+    "compile t": (COMPILE, ONE_CORE, without("test_*", "[!k]*/*", "kernels/test_[!t]*")),
 }
-LIVE = "plain"  # its output is shown as it comes
+LIVE = "plain a to s"  # its output is shown as it comes
 GPU_STAGES = {f"gpu {i + 1} of {SHARDS}": ("gpu", ONE_CORE, [f"--shard={i}/{SHARDS}"]) for i in range(SHARDS)}
 
 

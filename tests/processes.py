@@ -1,6 +1,7 @@
-"""Checks that run in several processes which talk through gloo: one start of Python for all checks of a file."""
+"""Checks that run in several processes which talk through gloo: one import of torch for all checks of all files."""
 
 import gc
+import multiprocessing
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +25,20 @@ def gloo(rank, world, store, minutes=1):
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+def forked():
+    """How processes start that take pickles, as spawned ones do, and need import nothing that takes seconds.
+
+    They fork from one that has done so and has no thread, in the environment of the first start.
+    """
+    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "jepa_kernels"])
+    return "forkserver"
+
+
+def side_by_side(work, given, world):
+    """work(rank, *given) in so many processes."""
+    torch.multiprocessing.start_processes(work, given, nprocs=world, start_method=forked())
 
 
 class Checks:
@@ -50,7 +65,7 @@ class Checks:
     def run(self, folder):
         """All of them: how each failed, or nothing, is left in the folder."""
         most = max(ranks for _, ranks in self.known.values())
-        torch.multiprocessing.spawn(_run, (folder, self.known, self.given), nprocs=most)
+        side_by_side(_run, (folder, self.known, self.given), most)
 
     def passed(self, name, folder):
         """Assert that a check failed on no rank."""

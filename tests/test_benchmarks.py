@@ -405,7 +405,10 @@ def test_targets_of_a_gpu_ask_for_a_ratio_and_a_time():
         measured = {**row(ours_s, 2 * ours_s), "device": "cuda", "workload": workload}
         return {t.workload: found for t, _, found in targets.check([measured]) if t.name == "ema_update"}
 
-    assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, "vit_h14_bf16_shadow": None, "vit_g16": None}
+    others = dict.fromkeys(("vit_h14_bf16_shadow", "vit_g16", "vit_g16_bf16_shadow"))
+    assert holds("vit_h14", 1.9e-3) == {"vit_h14": True, **others}
+    assert holds("vit_g16_bf16_shadow", 3.6e-3)["vit_g16_bf16_shadow"] is True
+    assert holds("vit_g16_bf16_shadow", 3.7e-3)["vit_g16_bf16_shadow"] is False
     assert holds("vit_h14", 2.1e-3)["vit_h14"] is False, "faster than the other, but late"
 
 
@@ -446,6 +449,28 @@ def test_a_rivals_plan_of_fewer_iterations_is_stated_as_a_whole_one(monkeypatch)
     times = timing.Times({"ours": [1.0] * 3, "published": [3.0] * 3})
     found = run.row(run.common({"pass": True, "max_err": 0, "budget": 1, "tensor": "x"}), "published", times, {})
     assert (found["ours_us"]["p50"], found["baseline_us"]["p50"], found["ratio"]) == (1e6, 6e6, 6)
+
+
+def test_a_target_of_the_peak_asks_for_a_share_of_it():
+    asked = targets.Target("ema_update", "vit_s16", "forward", "lerp", 1.0, "lerp", least_share=0.85)
+    assert asked.holds(row(share_of_peak=0.85)) and not asked.holds(row(share_of_peak=0.84))
+    assert not asked.holds(row(share_of_peak=None)), "not measured"
+    assert not asked.holds(row(4e-3, share_of_peak=0.9)), "near the peak, but slow"
+    assert text.asked(asked) == "1 x, 85 % of the peak"
+    assert text.reached(asked, row(share_of_peak=0.84)) == "2.00 x, 84 %"
+
+
+def test_a_row_that_misses_what_is_asked_goes_before_one_of_a_smaller_ratio():
+    quick, near = row(1e-3, 3e-3, share_of_peak=0.5), row(1e-3, 1.5e-3, share_of_peak=0.9)
+    both = [{**r, "workload": "vit_b16"} for r in (quick, near)]
+    found = {(t.workload, t.baseline): (worst, holds) for t, worst, holds in targets.check(both)}
+    assert found["vit_b16", "lerp"] == (both[0], False)
+
+
+def test_a_table_is_held_to_its_own_time():
+    asked = targets.Target("ema_update", "tiny_1000", "forward", "table", 0.0, "", most_us=400, timed="baseline_us")
+    assert asked.holds(row(1e-3, 0.4e-3)) and not asked.holds(row(1e-3, 0.41e-3))
+    assert text.asked(asked) == "400 us" and text.reached(asked, row(1e-3, 0.4e-3)) == "400 us"
 
 
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):
@@ -496,6 +521,7 @@ def test_ctrl_c_keeps_the_rows_so_far(tmp_path, monkeypatch):
     kept = document()
     assert front.watch(child, events, kept, latest) == front.INTERRUPTED
     assert [r["name"] for r in kept["rows"]] == ["ema_update"] and child.returncode == -signal.SIGINT
+    assert 0 < kept["first_row_s"] < 60
 
 
 def test_one_row_end_to_end(tmp_path):
@@ -505,10 +531,12 @@ def test_one_row_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "latest.json").read_text())
-    assert rows.problems(found) == [] and found["status"] == "ok"
+    assert rows.problems(found) == [] and found["status"] == "ok" and found["selection"] == "chosen"
     assert [rows.key(r) for r in found["rows"]] == ["ema_update/vit_s16/forward/float32/lerp"]
     assert {*found["peaks"]} >= {*PEAKS} and all(rate > 0 for rate in found["peaks"]["gemm_gflops"].values())
-    assert "<h1>jepa_kernels benchmarks</h1>" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>jepa_kernels benchmarks</h1>" in page and "<small>first row after</small>" in page
+    assert 0 < found["first_row_s"] <= found["seconds"]
 
 
 def test_a_file_as_output_folder_is_named(tmp_path, capsys):

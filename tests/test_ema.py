@@ -137,6 +137,23 @@ def test_tensors_put_in_the_place_of_others_are_found(change):
     assert equal(weights(ema.module), expected)
 
 
+def test_networks_that_swap_their_parameters_may():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        online = network()
+        ema = EMA(online, 0.5)
+        ema.update()
+        for net in (online, ema.module):
+            net.load_state_dict(network(1).state_dict())
+            net.to(torch.float32, memory_format=torch.channels_last)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    train(online, 1)
+    expected = [halfway(t, q) for t, q in zip(weights(ema.module), online.parameters(), strict=True)]
+    ema.update()
+    assert equal(weights(ema.module), expected)
+
+
 def test_channels_last_networks_move():
     online = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
     ema = EMA(online, 0.5, shadow_dtype=torch.bfloat16)
@@ -350,11 +367,18 @@ BAD = [
     (dict(decay=0.9, min_decay=7), ValueError, r"EMA: min_decay must lie in \[0, 1\], got 7"),
     (dict(shadow_dtype=torch.int8), TypeError, "EMA: shadow_dtype must be bfloat16, float16 or None, got torch.int8"),
     (
-        dict(momentum=0.9998, update_after_step=100),
+        dict(use_warmup=False, final_momentum=1.0, total_steps=4),
         ValueError,
-        "EMA: update_after_step must be left out without decay, got 100; pass timm's decay by its name: decay=0.9998",
+        "EMA: final_momentum must be left out with use_warmup, got 1.0; choose one of final_momentum and use_warmup",
     ),
-    (dict(use_warmup=True), ValueError, "EMA: use_warmup must be left out without decay, got True; pass timm's"),
+    (dict(momentum=1.5, update_after_step=100), ValueError, r"EMA: decay must lie in \[0, 1\], got 1.5"),
+    (
+        dict(dtype=torch.bfloat16),
+        TypeError,
+        "EMA: dtype must be float32 or None, got torch.bfloat16; leave it out: small updates vanish in less, and",
+    ),
+    (dict(dtype=torch.float64), TypeError, "EMA: dtype must be float32 or None, got torch.float64"),
+    (dict(model=nn.Linear(1, 1)), TypeError, "EMA: online must be one module, got two, online and model; pass the net"),
     (
         dict(momentum=0.5, decay=0.9),
         ValueError,
@@ -374,6 +398,12 @@ BAD = [
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match="^" + message):
         EMA(nn.Linear(1, 1), **arguments)
+
+
+@pytest.mark.parametrize("online, kind", [(None, "NoneType"), ([nn.Linear(1, 1)], "list")])
+def test_an_ema_is_of_a_module(online, kind):
+    with pytest.raises(TypeError, match=f"^EMA: online must be one module, got {kind}; pass the network once"):
+        EMA(online)
 
 
 def test_another_network_is_refused_before_the_first_write():

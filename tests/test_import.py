@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -87,17 +88,16 @@ def test_every_public_name_has_a_docstring():
     assert not [name for name in jk.__all__ if not (getattr(jk, name).__doc__ or "").strip()]
 
 
-def test_import_is_quick_starts_no_cuda_and_compiles_nothing(tmp_path):
+def test_import_is_quick_starts_no_cuda_and_compiles_nothing():
     code = (
-        "import torch, time, sys, json; s = time.process_time(); import jepa_kernels; t = time.process_time() - s;"
-        "print(json.dumps([t, torch.cuda.is_initialized(), 'triton' in sys.modules, 'torch._dynamo' in sys.modules]))"
+        "import torch, time, sys, json; late = 'triton', 'torch._dynamo'; before = [n in sys.modules for n in late];"
+        "s = time.process_time(); import jepa_kernels; t = time.process_time() - s;"
+        "print(json.dumps([t, torch.cuda.is_initialized(), before, [n in sys.modules for n in late]]))"
     )
-    before = json.loads(python(code.replace("import jepa_kernels; ", "")))
-    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}  # as where it is installed
-    runs = [json.loads(python(code, **kept)) for _ in range(4)]
-    assert min(r[0] for r in runs) < 0.2  # 0.05 to 0.08 here; what must not be imported takes seconds
-    assert runs[0][1] is False
-    assert runs[0][2:] == before[2:], "triton and the compiler are for first use"
+    runs = [json.loads(python(code, PYTHONDONTWRITEBYTECODE="")) for _ in range(3)]  # the first one may write bytecode
+    assert min(r[0] for r in runs) < 0.08  # 0.03 here, and 0.05 asked for, of a processor's time
+    assert not any(started for _, started, _, _ in runs)
+    assert all(before == after for *_, before, after in runs), "triton and the compiler are for first use"
 
 
 def test_the_extension_imports_without_torch():
@@ -126,7 +126,7 @@ class Chosen(Exception):
 
 def stop(choose):
     def chosen(*args, **options):
-        choose(*args)
+        choose(*args, **options)
         raise Chosen
     return chosen
 
@@ -141,21 +141,22 @@ def best(call):  # of many short runs: others share the machine
         except Chosen:
             return
         raise AssertionError("the call went past its selection")
-    return min(timeit.repeat(once, number=200, repeat=40)) / 200 * 1e6
+    return min(timeit.repeat(once, number=100, repeat=40)) / 100 * 1e6
 
 x, ids, packing = torch.zeros(2, 9, 8), torch.arange(3).repeat(2, 1), jk.Packing.from_lengths([3, 3])
 y = x.clone()
 pixels, weight, bias, pos = (torch.zeros(*s) for s in ((2, 3, 24, 24), (8, 3, 8, 8), (8,), (9, 8)))
 flat, q, dense = ids.flatten(), torch.zeros(6, 2, 8), torch.zeros(2, 2, 9, 8)
 pred, rows, places, heat = torch.zeros(2, 3, 8), torch.zeros(6, 8), torch.zeros(9, 3), torch.tensor(0.1)
+token, each = torch.zeros(1, 8), torch.zeros(2, 3)
 y, m, v, k, step = *(torch.zeros(2, 9, 8) for _ in range(4)), torch.zeros(())
 raising = best(stop(lambda: None))
 both = dict(packing=packing, target_packing=packing)
 packings = dict(context_packing=packing, target_packing=packing, packing=jk.Packing.from_lengths([6, 6]))
-print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
+print(json.dumps({"raising": raising, **{name: round(best(call) - raising, 1) for name, call in {
     "adamw_ema": lambda: jk.adamw_ema([x], [y], [m], [v], [step], [k], lr=1e-3),
-    "assemble_tokens": lambda: jk.assemble_tokens(pred, rows[:1], ids, ids, rows),
-    "assemble_tokens packed": lambda: jk.assemble_tokens(rows, rows[:1], flat, flat, rows, **packings),
+    "assemble_tokens": lambda: jk.assemble_tokens(pred, token, ids, ids, rows),
+    "assemble_tokens packed": lambda: jk.assemble_tokens(rows, token, flat, flat, rows, **packings),
     "collapse_stats": lambda: jk.collapse_stats(x),
     "distance_weights": lambda: jk.distance_weights(ids, ids, (1, 3, 3)),
     "distance_weights packed": lambda: jk.distance_weights(flat, flat, (1, 3, 3), **both),
@@ -169,21 +170,37 @@ print(json.dumps({name: round(best(call) - raising, 1) for name, call in {
     "info_nce learned": lambda: jk.info_nce(rows, rows, heat, duplicates=flat),
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
-    "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=bias[:6].view(2, 3)),
+    "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=each),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
     "rope": lambda: jk.rope(dense, places),
     "rope of both": lambda: jk.rope_qk(dense, dense, places),
     "sigreg": lambda: jk.sigreg(x, slices=4),
-}.items()}))
+}.items()}}))
 """
+# On a processor that takes 0.42 us to raise and catch; an attribute of a tensor costs 0.05 to 0.15.
+CHECK_US = {
+    "adamw_ema": 7.7, "assemble_tokens": 9.4, "assemble_tokens packed": 13.5, "collapse_stats": 1.8,
+    "distance_weights": 8.6, "distance_weights packed": 11.5, "ema_update": 5.3, "embed_patches": 7.6,
+    "embed_patches packed": 8.4, "gather_tokens": 3.8, "gather_tokens packed": 4.6, "grad_norm": 2.8, "info_nce": 3.3,
+    "info_nce learned": 5.8, "latent_loss": 5.8, "latent_loss packed": 6.6, "latent_loss normed": 10.3,
+    "masked_attention": 4.8, "masked_attention packed": 5.1, "rope": 4.8, "rope of both": 7.2, "sigreg": 3.5,
+}  # fmt: skip
 
 
 def test_check_and_select_cost_little():
-    found = json.loads(python(UP_TO_THE_CHOICE))
-    print("check + select, us:", *(f"{name} {us}" for name, us in found.items()), sep="\n  ")
-    assert {name.split()[0] for name in found} == set(jk.ops.OPS)
-    assert max(found.values()) < 60, found  # 3 to 9 on a quiet machine; a shared one at a low clock doubles that
+    """Twice that is the limit, more where raising costs more; of up to three runs the least counts."""
+    least = dict.fromkeys(CHECK_US, math.inf)
+    for _ in range(3):
+        found = json.loads(python(UP_TO_THE_CHOICE))
+        slower = max(1.0, found.pop("raising") / 0.42)
+        least = {name: min(us, found[name] / slower) for name, us in least.items()}
+        slow = {name: us for name, us in least.items() if us > 2 * CHECK_US[name]}
+        if not slow:
+            break
+    print("check + select, us:", *(f"{name} {us:.1f}" for name, us in least.items()), sep="\n  ")
+    assert found.keys() == CHECK_US.keys() and {name.split()[0] for name in found} == set(jk.ops.OPS)
+    assert not slow, slow
 
 
 @pytest.mark.parametrize("verb", [["info"], ["info", "--json"], ["explain", "ema_update"], ["--help"]])

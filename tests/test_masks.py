@@ -13,6 +13,7 @@ import jepa_kernels as jk
 from jepa_kernels._core import extension
 from jepa_kernels.masks import LONG_RANGE, MultiBlock2d, MultiBlock3d
 from jepa_kernels.pairs import Pairs
+from tests.processes import forked
 
 
 def rows(ids, lengths):
@@ -173,13 +174,12 @@ def epochs(sampler, workers, start=None, persistent=False, count=3):
     return [list(loader) for _ in range(count)]
 
 
-@pytest.mark.parametrize("workers, start", [(0, None), (1, "fork"), (2, "fork"), (2, "spawn")])
+@pytest.mark.parametrize("workers, start", [(0, None), (1, "fork"), (2, "fork"), (2, forked())])
 def test_steps_run_on_from_epoch_to_epoch(workers, start):
     sampler = pickle.loads(pickle.dumps(MultiBlock2d(14, upstream=workers == 1)))
     assert epochs(sampler, workers, start, count=2) == [[0, 1, 2], [3, 4, 5]] and sampler.step == 6
-    if start != "spawn":  # slow to start
-        sampler.step = 2
-        assert epochs(sampler, workers, start, count=1) == [[2, 3, 4]]
+    sampler.step = 2
+    assert epochs(sampler, workers, start, count=1) == [[2, 3, 4]]
 
 
 def test_persistent_workers_never_repeat_a_step():

@@ -15,7 +15,7 @@ from jepa_kernels.training.feed import batches
 from jepa_kernels.training.optimizer import groups
 from jepa_kernels.training.ranks import Ranks
 from tests.models.training import failures
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 from tests.test_train import TINY as PHOTOS
 from tests.test_train_clips import TINY as CLIPS
 from tests.videos import stripes
@@ -36,12 +36,12 @@ RUNS = {  # processes, the config and its changes
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes leave what each run came to, or how it failed: one start of Python for each rank."""
+    """Where processes leave what each run came to, or how it failed: one start of processes for all."""
     folder = tmp_path_factory.mktemp("parts")
     for name, tiny, data in (("photos", PHOTOS, {}), ("clips", CLIPS, {"videos": stripes(folder)})):
         tree = {**tiny, "data": {**tiny["data"], **data, "batch_size": 12}, "optimization": {"steps": 3}}
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
-    torch.multiprocessing.spawn(_runs, (folder,), nprocs=max(world for world, *_ in RUNS.values()))
+    side_by_side(_runs, (folder,), max(world for world, *_ in RUNS.values()))
     return folder
 
 

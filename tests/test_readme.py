@@ -125,6 +125,9 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     assert page.count("| raw pixels | 0.300 (0.280 to 0.320) | 0.300 (0.280 to 0.320) |") == 2
     assert "| V-JEPA 2, trained | 0.600 (" in page and "Which way? Chance: 0.050; 5 seeds of 400:" in page
     assert page.count("commit 0123456789") == 2
+    section = headlines.section(tables.load(results))
+    assert "| the plain PyTorch step, packed; step | **2.00 x** (2.00 to 2.00), 1 ms, 500 tokens/s |" in section
+    assert "| 0.200 (0.180 to 0.220) | 0.300 (0.280 to 0.320) |" in section, "raw pixels stand beside them"
 
 
 def test_an_adopted_plan_keeps_where_episodes_ended(tmp_path):
@@ -143,6 +146,7 @@ def test_only_complete_runs_are_adopted(tmp_path, capsys):
     run = tmp_path / "latest.json"
     for spoilt, why in (
         (document(*every_target(), status="partial"), "status is 'partial', not 'ok'"),
+        (document(*every_target(), selection="brief"), "it has the brief selection alone; run make bench FULL=1"),
         (document(row()), "ema_update against the published per-parameter loop was not measured"),
         ({**PROBE, "config": None}, "the README can't show it, TypeError"),
         ({**PROBE, "config": {"architecture": "ajepa"}}, "the README can't show it, KeyError('ajepa')"),

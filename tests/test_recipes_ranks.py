@@ -12,6 +12,7 @@ from jepa_kernels import configs, train
 from jepa_kernels.training.feed import batches
 from jepa_kernels.training.ranks import Ranks, join
 from tests import test_train_lejepa, test_train_pusht, test_train_vl_jepa
+from tests.processes import side_by_side
 from tests.torchrun import free_port
 
 ENGINES, STEPS = ("ddp", "fsdp"), 3
@@ -56,7 +57,7 @@ def runs(rank, port, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where two processes left each run: one start of Python for all."""
+    """Where two processes left each run: one start of processes for all."""
     folder = tmp_path_factory.mktemp("recipes")
     for recipe, (tiny, _) in RECIPES.items():
         tree = {**tiny, "optimization": {"steps": STEPS}}
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
             (folder / "text").mkdir()
             tree["model"] = {**tiny["model"], "text": str(test_train_vl_jepa.write_text(folder / "text"))}
         Path(folder, f"{recipe}.yaml").write_text(yaml.safe_dump(tree))
-    torch.multiprocessing.spawn(runs, (free_port(len(RECIPES) * len(ENGINES)), folder), nprocs=2)
+    side_by_side(runs, (free_port(len(RECIPES) * len(ENGINES)), folder), 2)
     return folder
 
 

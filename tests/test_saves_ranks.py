@@ -35,7 +35,7 @@ on = CHECKS.on
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes that ran all checks left their failures: one start of Python for each rank."""
+    """Where processes that ran all checks left their failures: one start of processes for all."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     CHECKS.run(folder)

@@ -3,8 +3,10 @@
 import pytest
 
 from benchmarks import __main__ as front
+from benchmarks import targets
 from benchmarks.measure import Run, Settings
-from benchmarks.selection import Selection
+from benchmarks.selection import ALSO, Selection, brief
+from jepa_kernels.ops import OPS
 from tests.test_benchmarks import PEAKS, document, rows, small
 
 RUNS = [f"{op}/{workload}/{stage}/{dtype}" for op, workload in (("rope", "clip"), ("rope", "image"), ("sigreg", "clip"))
@@ -43,6 +45,37 @@ def test_names_of_a_field_add_up_and_fields_narrow(selection, count):
 )
 def test_unknown_names_are_refused_with_the_nearest(selection, why):
     assert why in selection.problem(RUNS)
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        ([], "brief"),
+        (["--budget", "1"], "brief"),
+        (["--full"], "full"),
+        (["--smoke"], "smoke"),
+        (["--device", "cuda"], "full"),
+        (["--op", "rope"], "chosen"),
+        (["--smoke", "--row", "rope"], "chosen"),
+        (["--backend", "cpu"], "chosen"),
+        (["--full", "benchmarks/masks"], "chosen"),
+    ],
+)
+def test_a_result_says_which_runs_it_is_of(words, named):
+    args = front.parse(words)
+    assert front.selection(args) == named
+    assert ("--brief" in front.command(args)) == (named == "brief")
+
+
+def test_the_brief_selection_has_every_op_and_the_steps_of_two_models():
+    runs = ["/".join((t.name, t.workload, t.stage, t.dtype)) for t in targets.TARGETS]
+    assert {run.split("/")[0] for run in runs if brief(run)} == {*OPS, "masks", "encoder", "ijepa", "vjepa2"}
+    assert brief("ijepa/vit_small_16_packed/step/float32") and brief("vjepa2/vit_l_4_layers_truncated/step/float32")
+    assert not brief("huggingface/vjepa2_vit_l_4_layers/backward/float32"), "a minute"
+    assert not brief("latent_loss/ijepa_vit_h14_b128/backward/bfloat16")
+    for name, workload, stage, dtype in (run.split("/") for run in ALSO):
+        at = name, stage, dtype
+        assert any((t.name, t.stage, t.dtype) == at and workload.startswith(t.workload) for t in targets.TARGETS)
 
 
 def test_a_refusal_ends_with_2_and_writes_nothing(tmp_path, capsys):

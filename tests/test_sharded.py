@@ -28,7 +28,7 @@ on = CHECKS.on
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where processes that ran all checks left their failures: one start of Python for each rank."""
+    """Where processes that ran all checks left their failures: one start of processes for all."""
     folder = tmp_path_factory.mktemp("sharded")
     CHECKS.run(folder)
     return folder
@@ -111,6 +111,20 @@ def the_targets_distance_of_parts_is_that_of_the_whole(_):
     alone = torch.stack(list(ema_squares(expected.pairs()).values()))
     torch.testing.assert_close(sums, alone, rtol=1e-6, atol=0)
     assert alone[0] > 0
+
+
+@on(ranks=2)
+def freed_shards_are_named_before_the_first_write(_):
+    for side, move in (("online", EMA.set), ("target", EMA.set), ("online", EMA.update)):
+        online, ema = pair(init_device_mesh("cpu", (2,)))
+        train(online, 0)
+        gone = {"online": online, "target": ema.module}[side][0].weight.to_local()
+        kept = [p.to_local() for p in ema.module.parameters()][1:]
+        before, needed = [t.clone() for t in kept], gone.numel() * 4
+        gone.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=rf"^EMA: {side} 0\.weight must hold its {needed} bytes, got a storage"):
+            move(ema, online)
+        assert_equal(kept, before)
 
 
 @on(ranks=2)

@@ -1,7 +1,7 @@
 """Runs of several processes, and what befalls them: killed, hung, asked to end, given what they must refuse, shown what
 is not finite.
 
-JEPA_KILLS sets how often ranks are killed: 5 if unset.
+JEPA_KILLS sets how often ranks are killed: 3 if unset.
 """
 
 import contextlib
@@ -24,11 +24,12 @@ from jepa_kernels.training import log as logs
 from jepa_kernels.training import networks, saves
 from jepa_kernels.training.ranks import Ranks, _slurm, first_node
 from tests import runs, test_train_lejepa, test_train_pusht
+from tests.processes import side_by_side
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
 
-EVERY, KILLS = 5, int(os.environ.get("JEPA_KILLS", 5))
-STEPS = 12 * KILLS  # two saves between two kills
+EVERY, KILLS = 5, int(os.environ.get("JEPA_KILLS", 3))
+STEPS = 12 * max(KILLS, 5)  # two saves between two kills, and time for a signal to arrive
 LOST = r"train: every rank must finish .+ in the \w+ (pass )?of step \d+ within 600 s, got no answer of rank [01] \("
 
 pytestmark = [
@@ -170,9 +171,9 @@ def refuse(rank, port, config, out, folder):
 
 @pytest.fixture(scope="module")
 def refused(config, whole, tmp_path_factory):
-    """The folder in which two ranks left that: one start of Python for all cases."""
+    """The folder in which two ranks left that: one start of processes for all cases."""
     folder = tmp_path_factory.mktemp("refused")
-    torch.multiprocessing.spawn(refuse, (free_port(len(CASES)), config, whole, folder), nprocs=2)
+    side_by_side(refuse, (free_port(len(CASES)), config, whole, folder), 2)
     return folder
 
 

@@ -72,7 +72,8 @@ def deepened(tensors: list[torch.Tensor], depth: int) -> list[torch.Tensor]:
 ON_CPU: dict[str, Any] = dict(reference_timed=True)
 ON_GPU: dict[str, Any] = dict(devices=("cuda",))
 WORKLOADS = (
-    workload("vit_s16", 384, 12, smoke=True, **ON_CPU),
+    workload("smoke_vit_ti16", 192, 12, smoke=True, **ON_CPU),
+    workload("vit_s16", 384, 12, **ON_CPU),
     workload("vit_b16", 768, 12, **ON_CPU),
     workload("vit_b16_bf16_shadows", 768, 12, shadows=True, **ON_CPU),
     workload("vit_h14", 1280, 32, **ON_GPU),

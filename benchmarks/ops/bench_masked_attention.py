@@ -114,13 +114,13 @@ def frames_by_torch(inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def turned_before(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """The rope in plain PyTorch, its table made before, then attention: ours, and SDPA."""
-    q, k, v = (inputs[n] for n in ("q", "k", "v"))
+    """Our rope, then our attention; the rope in plain PyTorch, then SDPA. Tables of turns are made before."""
+    q, k, v, rope = (inputs[n] for n in ("q", "k", "v", "rope"))
 
-    def turned() -> list[torch.Tensor]:
-        return [x.transpose(1, 2) for x in inputs["rope"].turn(q.transpose(1, 2), k.transpose(1, 2))]
+    def by_torch() -> torch.Tensor:
+        return sdpa(*(x.transpose(1, 2) for x in rope.turn(q.transpose(1, 2), k.transpose(1, 2))), v)
 
-    return {"rope_then_ours": lambda: jk.masked_attention(*turned(), v), "rope_then_sdpa": lambda: sdpa(*turned(), v)}
+    return {"rope_qk": lambda: jk.masked_attention(*jk.rope_qk(q, k, rope), v), "rope_then_sdpa": by_torch}
 
 
 def of_views(qkv: torch.Tensor, packing: Packing) -> torch.Tensor:
@@ -172,7 +172,8 @@ PREDICTED = [96 + 11 * i % 33 for i in range(64)]  # 96 to 128: a context and on
 GPU_CONTEXTS = [75 + 37 * i % 73 for i in range(128)]  # 111 on average
 
 WORKLOADS = (
-    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, smoke=True, **FEW),
+    workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop_and_masks, **FEW),
+    workload("smoke_ragged_524", packed([n // 3 for n in RAGGED], 16, 64), rivals=loop_and_masks, smoke=True, **FEW),
     workload("ragged_1572_h16_d64", packed(RAGGED, 16, 64), rivals=loop, dtypes=("bfloat16",), **FEW),
     workload("ijepa_vit_h14_contexts", packed(CONTEXTS, 16, 80), rivals=loop, dtypes=BOTH, **FEW),
     workload("ijepa_vit_h14_predictor", packed(PREDICTED, 16, 24), rivals=loop_and_padded),

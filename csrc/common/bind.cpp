@@ -62,7 +62,8 @@ void bind_common(py::module_& m) {
   m.def("set_isa", &set_isa, py::arg("name"));
   py::class_<TensorLists>(m, "TensorLists")
       .def("__eq__", &TensorLists::operator==, py::is_operator())
-      .def("__hash__", &TensorLists::hash);
+      .def("__hash__", &TensorLists::hash)
+      .def("holds", &TensorLists::holds, py::arg("lists"));
   m.def("read_lists", &TensorLists::read, py::arg("lists"), py::arg("plain"));
   m.def("first_bad_id", &first_bad_id);
   m.def("block_bytes", [] {

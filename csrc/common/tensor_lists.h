@@ -23,6 +23,9 @@ public:
   // has no memory to read.
   static std::optional<TensorLists> read(const std::vector<py::object>& lists, bool plain);
 
+  // Whether a plain read of these lists would tell the same; it makes nothing and stops at what differs.
+  bool holds(const std::vector<py::object>& lists) const;
+
   const std::vector<Entry>& operator[](size_t list) const { return lists_[list]; }
 
   // Of everything read, shapes, strides' order and devices included.

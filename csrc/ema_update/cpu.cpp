@@ -109,7 +109,7 @@ void ema_update_cpu(const EmaUpdateParams& p) {
   }
   const Factors f{set1(static_cast<float>(p.momentum)), set1(static_cast<float>(1.0 - p.momentum))};
   const bool streamed = shadow_bytes > STREAM_BYTES;
-  constexpr int64_t WORTH_A_THREAD = 1 << 14;
+  constexpr int64_t WORTH_A_THREAD = 1 << 17; // 40 us; waking a thread takes 10, and 150 on a busy machine
   const int64_t useful = total / WORTH_A_THREAD + 1;
   const int threads = useful < p.threads ? static_cast<int>(useful) : p.threads;
   parallel_for(total, threads, [&](int64_t begin, int64_t end) {

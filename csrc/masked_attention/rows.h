@@ -57,6 +57,23 @@ template <class T> static void turn(float* x, const float* cos, int64_t channels
   }
 }
 
+// y <- the turned row x of neighbours, as `turn` has it: read and turned at once, whole registers unmasked.
+template <class T>
+static void read_turned(const T* x, const float* cos, int64_t channels, int64_t width, float* y) {
+  const auto turned = [&](vf a, vf cosine, vf sine) {
+    return rounded(T{}, fma(a, cosine, mul(swap_pairs(a), sine)));
+  };
+  const float* sin = cos + channels;
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) store(y + c, turned(load(x + c), load(cos + c), load(sin + c)));
+  for (; c < width; c += W) { // some channels turn, the rest stays
+    const int n = width - c < W ? static_cast<int>(width - c) : W;
+    const int turning = channels < c ? 0 : static_cast<int>(channels - c);
+    const vf a = load(x + c, 1, n);
+    store(y + c, select(first(turning), turned(a, load(cos + c, turning), load(sin + c, turning)), a));
+  }
+}
+
 // The gradient's way back: x <- the transposed turn, not rounded.
 static void turn_back(float* x, const float* cos, int64_t channels, bool half) {
   float sines[128 + W] = {}, other[128 + W];
@@ -82,8 +99,13 @@ static void read_rows(View<const T> in, const Turns& turns, int64_t rows, int64_
       for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T)))
         _mm_prefetch(reinterpret_cast<const char*>(ahead + c), _MM_HINT_T0);
       float* y = out + h * out_head;
+      const float* cos = turns.cos ? turns.cos + i * turns.row : nullptr;
+      if (cos && !turns.half && in.channel == 1) {
+        read_turned(x, cos, turns.channels, width, y);
+        continue;
+      }
       read_row(x, in.channel, width, y);
-      if (turns.cos) turn<T>(y, turns.cos + i * turns.row, turns.channels, turns.half);
+      if (cos) turn<T>(y, cos, turns.channels, turns.half);
     }
   }
 }

@@ -150,7 +150,7 @@ def usable_device(op: str, argument: str, name: str) -> torch.device:
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
     module = extension.load()
     if not isinstance(module, str):
-        return module.first_bad_id(ids, ids.size(-1), count, cu_seqlens)
+        return module.first_bad_id(ids, ids.shape[-1], count, cu_seqlens)
     total = ids.numel()
     if cu_seqlens is None:
         starts = list(range(0, total + 1, ids.shape[-1]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.nn.momentum import check_absent, check_no_options, decayed, scheduled
+from jepa_kernels.nn.momentum import chosen
 from jepa_kernels.nn.pairing import Pair, Pairing, unwrap
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.nn.sync import check_same
@@ -45,10 +45,12 @@ class EMA(nn.Module):
         Writes to the target by others are seen, but for those through `.data`: call `refresh` after them.
     form: the roundings, see `ema_update`.
     decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device, exclude_buffers: as of
-        `timm.utils.ModelEmaV3`. With decay its formulas replace the schedule, the target is in eval mode, and fp32
-        buffers are averaged unless exclude_buffers; else the target keeps online's mode, as upstream's do, and
-        exclude_buffers=False averages them. foreach is accepted and has no effect. decay is passed by name: the
-        second argument is the momentum, with which these options are refused.
+        `timm.utils.ModelEmaV3`, which takes all up to exclude_buffers by position too, in this order; model: online.
+        With any of its own names, all but device, foreach and exclude_buffers, its formulas replace the schedule, with
+        momentum as its decay (default 0.9999), the target is in eval mode, and fp32 buffers are averaged unless
+        exclude_buffers. Else the target keeps online's mode, as upstream's do, and exclude_buffers=False averages them.
+    dtype: None or fp32, which the target of any network is; fp32: its buffers too. What timm does with foreach,
+        stochastic_rounding and its seed is nothing to an fp32 target: accepted, with no effect.
 
     .module: the target, fp32, without gradient; shard it with `fully_shard` as the online network: an update is of
         the local shards, with no communication.
@@ -62,8 +64,19 @@ class EMA(nn.Module):
 
     def __init__(
         self,
-        online: nn.Module,
+        online: nn.Module | None = None,
         momentum: float | None = None,
+        min_decay: float | None = None,
+        update_after_step: int | None = None,
+        use_warmup: bool | None = None,
+        warmup_gamma: float | None = None,
+        warmup_power: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        stochastic_rounding_seed: int | None = None,
+        foreach: bool = True,
+        exclude_buffers: bool | None = None,
         *,
         final_momentum: float | None = None,
         total_steps: int | None = None,
@@ -71,31 +84,20 @@ class EMA(nn.Module):
         shadow_dtype: torch.dtype | None = None,
         form: str = "lerp",
         decay: float | None = None,
-        min_decay: float = 0.0,
-        update_after_step: int = 0,
-        use_warmup: bool = False,
-        warmup_gamma: float = 1.0,
-        warmup_power: float = 2 / 3,
-        device: torch.device | str | None = None,
-        foreach: bool = True,
-        exclude_buffers: bool | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        _check_names(shadow_dtype, form)
-        self.decay, self.form, self.step = decay, form, 0
-        self.average_buffers = decay is not None if exclude_buffers is None else not exclude_buffers
-        timm: dict[str, Any] = dict(min_decay=min_decay, update_after_step=update_after_step, use_warmup=use_warmup)
-        timm |= dict(warmup_gamma=warmup_gamma, warmup_power=warmup_power)
-        if decay is None:
-            check_no_options(timm)
-            self._momentum = scheduled(momentum, final_momentum, total_steps, schedule)
-        else:
-            own = dict(momentum=momentum, final_momentum=final_momentum, total_steps=total_steps, schedule=schedule)
-            check_absent("with decay", **own)
-            self._momentum = decayed(decay, timm)
-        self._followed = Followed(unwrap(online))
-        self.module = _target(self._followed.network, device)
-        if decay is not None:
+        _check_names(shadow_dtype, form, dtype)
+        timm: dict[str, Any] = dict(decay=decay, model=model, min_decay=min_decay, update_after_step=update_after_step)
+        timm |= dict(use_warmup=use_warmup, warmup_gamma=warmup_gamma, warmup_power=warmup_power, dtype=dtype)
+        timm |= dict(stochastic_rounding=stochastic_rounding, stochastic_rounding_seed=stochastic_rounding_seed)
+        own = dict(final_momentum=final_momentum, total_steps=total_steps, schedule=schedule)
+        self._momentum, self.decay = chosen(momentum, own, timm)
+        self.form, self.step = form, 0
+        self.average_buffers = self.decay is not None if exclude_buffers is None else not exclude_buffers
+        self._followed = Followed(unwrap(_given(online, model)))
+        self.module = _target(self._followed.network, device, dtype)
+        if self.decay is not None:
             self.module.eval()
         self._shadow = None if shadow_dtype is None else Shadow(self.module, shadow_dtype)
         self._pairing: Pairing | None = None
@@ -266,19 +268,30 @@ def _after_load(ema: EMA, _: Any) -> None:
     ema.refresh()
 
 
-def _target(online: nn.Module, device: torch.device | str | None) -> nn.Module:
+def _given(online: nn.Module | None, model: nn.Module | None) -> nn.Module:
+    network = online if model is None else model
+    if not isinstance(network, nn.Module) or (online is not None and model is not None):
+        actual = type(network).__name__ if model is None else "two, online and model"
+        fail("EMA", "online", "be one module", actual, "pass the network once", TypeError)
+    return network
+
+
+def _target(online: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
     if any(hasattr(m, "reshard") for m in online.modules()):
         remedy = "build the EMA first, then shard online and the EMA's .module alike"
         fail("EMA", "online", "be a whole network", f"a sharded {type(online).__name__}", remedy)
-    target = copy.deepcopy(online).requires_grad_(False)
+    target = copy.deepcopy(online).requires_grad_(False).to(device, dtype)
     for p in target.parameters():
         if p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
-    return target if device is None else target.to(device)
+    return target
 
 
-def _check_names(dtype: torch.dtype | None, form: str) -> None:
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        fail("EMA", "shadow_dtype", "be bfloat16, float16 or None", dtype, "pass the dtype of autocast", TypeError)
+def _check_names(shadow: torch.dtype | None, form: str, dtype: torch.dtype | None) -> None:
+    if shadow not in (None, torch.bfloat16, torch.float16):
+        fail("EMA", "shadow_dtype", "be bfloat16, float16 or None", shadow, "pass the dtype of autocast", TypeError)
     if form not in FORMS:
         fail("EMA", "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
+    if dtype not in (None, torch.float32):
+        remedy = "leave it out: small updates vanish in less, and shadow_dtype writes low-precision copies"
+        fail("EMA", "dtype", "be float32 or None", dtype, remedy, TypeError)

@@ -11,10 +11,26 @@ from jepa_kernels._core.check import fail, is_number
 
 Momentum = Callable[[int], float]
 TIMM = dict(min_decay=0.0, update_after_step=0, use_warmup=False, warmup_gamma=1.0, warmup_power=2 / 3)
+TIMM_DECAY = 0.9999
 
 
-def scheduled(start: float | None, final: float | None, total: int | None, kind: str | None) -> Momentum:
-    """From `start` to `final`, by the schedule of this name."""
+def chosen(momentum: float | None, own: dict[str, Any], timm: dict[str, Any]) -> tuple[Momentum, float | None]:
+    """timm's formula and its decay where one of timm's arguments is given; else the schedule, and None."""
+    named = [name for name, value in timm.items() if value is not None]
+    if not named:
+        return scheduled(momentum, **own), None
+    check_absent(f"with {named[0]}", **own)
+    if timm["decay"] is not None:
+        check_absent("with decay", momentum=momentum)
+    decay = next(x for x in (timm["decay"], momentum, TIMM_DECAY) if x is not None)
+    return decayed(decay, timm), decay
+
+
+def scheduled(
+    start: float | None, final_momentum: float | None, total_steps: int | None, schedule: str | None
+) -> Momentum:
+    """From `start` to `final_momentum`, by the schedule of this name."""
+    final, total, kind = final_momentum, total_steps, schedule
     start = 0.996 if start is None else start
     moving = final is not None or total is not None
     kind = ("linear" if moving else "constant") if kind is None else kind
@@ -32,24 +48,17 @@ def scheduled(start: float | None, final: float | None, total: int | None, kind:
     return partial(curve, start=start, final=final, total=int(total))
 
 
-def decayed(decay: float, options: dict[str, Any]) -> Momentum:
-    """timm's, with its options."""
+def decayed(decay: float, given: dict[str, Any]) -> Momentum:
+    """timm's, with those of its options that are given."""
+    options = TIMM | {name: given[name] for name in TIMM if given[name] is not None}
     _check_momentum("decay", decay)
     _check_momentum("min_decay", options["min_decay"])
     for name in ("warmup_gamma", "warmup_power"):
         value = options[name]
         if not is_number(value) or not value > 0:
             fail("EMA", name, "be a positive number", repr(value), f"timm's default is {TIMM[name]:.4g}")
-    names = {name: name.removeprefix("warmup_") for name in options}
-    return partial(schedules.momentum_warmup, decay=decay, **{names[name]: value for name, value in options.items()})
-
-
-def check_no_options(options: dict[str, Any]) -> None:
-    """timm's options have a meaning for its decay alone."""
-    for name, value in options.items():
-        if value != TIMM[name]:
-            remedy = "pass timm's decay by its name: decay=0.9998"
-            fail("EMA", name, "be left out without decay", value, remedy)
+    named: dict[str, Any] = {name.removeprefix("warmup_"): value for name, value in options.items()}
+    return partial(schedules.momentum_warmup, decay=decay, **named)
 
 
 def check_absent(beside: str, **arguments: Any) -> None:

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
+from jepa_kernels.chunks import read
+from jepa_kernels.lists import Passed, check_held
 from jepa_kernels.nn.shadow import Shadow
 
 Pair = tuple[Tensor, Tensor]  # target, online
@@ -45,7 +47,7 @@ class Pairing:
         self._onlines = [o for _, o in self.parameters.values()]
         self._trained = [o.requires_grad for o in self._onlines]
         self._low: Mapping[Any, Tensor] = {} if shadow is None else shadow.copies
-        self._averaged = averaged
+        self._averaged, self._passed = averaged, Passed()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -53,7 +55,7 @@ class Pairing:
         moving = self.moving()
         apart = {name: pair for name, pair in moving.items() if pair[0].device != pair[1].device}
         places = {name: torch.empty_like(o, device=t.device) for name, (t, o) in apart.items()}
-        self._staged = [(places[name], o) for name, (_, o) in apart.items()]
+        self._staged = {name: (places[name], o) for name, (_, o) in apart.items()}
         self._table = jk.EmaTable(
             {name: t for name, (t, _) in moving.items()},
             {name: places.get(name, o) for name, (_, o) in moving.items()},
@@ -76,7 +78,7 @@ class Pairing:
     def moving(self) -> dict[str, Pair]:
         """What an update moves: trained parameters, and averaged buffers."""
         trained = zip(self.parameters.items(), self._trained, strict=True)
-        moving = _shaped_alike({name: pair for (name, pair), is_trained in trained if is_trained})
+        moving = self._fitting({name: pair for (name, pair), is_trained in trained if is_trained})
         return moving | self.averaged()
 
     def averaged(self) -> dict[str, Pair]:
@@ -95,12 +97,15 @@ class Pairing:
 
     def update(self, momentum: float | Tensor, form: str) -> None:
         """Move the targets of trained parameters."""
-        for place, online in self._staged:
-            place.copy_(online)
         try:
-            return self._table.update(momentum, form=form)
+            return self._update(momentum, form)
         except ValueError:  # other memory behind the same parameters, after a `.to` or `.data =`: all is checked anew
             self._prepare()
+        self._update(momentum, form)
+
+    def _update(self, momentum: float | Tensor, form: str) -> None:
+        for place, online in self._fitting(self._staged).values():
+            place.copy_(online)
         self._table.update(momentum, form=form)
 
     def copied(self) -> list[Pair]:
@@ -112,7 +117,7 @@ class Pairing:
 
     def all(self) -> list[Pair]:
         """All parameters and buffers, checked."""
-        return list((_shaped_alike(self.parameters) | self.buffers()).values())
+        return list((self._fitting(self.parameters) | self.buffers()).values())
 
     def buffers(self) -> dict[str, Pair]:
         """All buffers of the state dicts."""
@@ -120,7 +125,20 @@ class Pairing:
         if targets.keys() != onlines.keys():
             odd = min(targets.keys() ^ onlines.keys())
             fail("EMA", "online", "have the target's buffers", f"{odd} in one alone", "register it in both")
-        return _shaped_alike({name: (t, onlines[name]) for name, t in targets.items()})
+        return self._fitting({name: (t, onlines[name]) for name, t in targets.items()})
+
+    def _fitting(self, pairs: dict[str, Pair]) -> dict[str, Pair]:
+        """Of one shape, and with the memory that torch's copies take for granted; of a DTensor its local shard's."""
+        known = read([[pair[side] for pair in pairs.values()] for side in (0, 1)], plain=True)
+        if known in self._passed:
+            return pairs
+        for name, pair in _shaped_alike(pairs).items():
+            for side, t in zip(("target", "online"), pair, strict=True):
+                t = getattr(t, "_local_tensor", t)
+                if t.layout is torch.strided and not t.is_meta:
+                    check_held("EMA", f"{side} {name}", t)
+        self._passed.add(known)
+        return pairs
 
     def _found(self) -> Iterator[object]:
         return chain.from_iterable(map(dict.values, self._tables))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from jepa_kernels._core.check import fail
+from jepa_kernels.lists import check_held
 
 # Their forwards hand weight and bias to functions that autocast runs in its low type, and to nothing else.
 LAYERS: tuple[type[nn.Module], ...] = (
@@ -96,9 +97,13 @@ class Shadow:
         seen = self._look()
         if seen == self._seen:
             return
-        for (source, low), now, before in zip_longest(self.copies.items(), seen, self._seen):
-            if now != before:
-                _round(source, low)
+        changed = zip_longest(self.copies.items(), seen, self._seen)
+        stale = dict(pair for pair, now, before in changed if now != before)
+        names = {p: name for name, p in self.module.named_parameters() if p in stale}
+        for source, name in names.items():
+            check_held("EMA", f"target {name}", source)
+        for source, low in stale.items():
+            _round(source, low)
         self._seen = seen
 
     def _look(self) -> list[tuple[int, int]]:

@@ -63,8 +63,9 @@ def main() -> None:
 
     driver.set_active(Target())
     select._availability["triton", "cpu"] = None
+    rows = table(measure(driver.active))
     before, rest = README.read_text().split(MARKS[0])
-    Path(README).write_text(f"{before}{MARKS[0]}\n{table(measure(driver.active))}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    Path(README).write_text(f"{before}{MARKS[0]}\n\n{rows}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 if __name__ == "__main__":

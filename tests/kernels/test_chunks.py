@@ -97,6 +97,35 @@ def test_equal_addresses_of_other_lists_are_another_table():
     assert groups([a, b])[0].table.shape == (2, 2) and groups([a], [b])[0].table.shape == (1, 3)
 
 
+class Own(torch.Tensor):
+    """A class of somebody else's."""
+
+
+CHANGES = {
+    "nothing": lambda lists: lists,
+    "other lists of the same tensors": lambda lists: [tuple(tensors) for tensors in lists],
+    "a tensor more": lambda lists: [[*lists[0], torch.zeros(1)], lists[1]],
+    "a tensor less": lambda lists: [lists[0], lists[1][:-1]],
+    "a list more": lambda lists: [*lists, []],
+    "a list less": lambda lists: lists[:1],
+    "two in each other's places": lambda lists: [lists[0][::-1], lists[1]],
+    "other memory": lambda lists: [lists[0], [lists[1][0], lists[1][1].clone()]],
+    "another shape": lambda lists: [[lists[0][0].view(3, 2), lists[0][1]], lists[1]],
+    "other strides": lambda lists: [[lists[0][0].view(3, 2).t(), lists[0][1]], lists[1]],
+    "another dtype": lambda lists: [[lists[0][0].view(torch.int32), lists[0][1]], lists[1]],
+    "no memory": lambda lists: [lists[0], [lists[1][0], lists[1][1].to("meta")]],
+    "another class": lambda lists: [lists[0], [lists[1][0], lists[1][1].as_subclass(Own)]],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_read_is_what_a_read_would_tell(change):
+    lists = [[torch.zeros(2, 3), torch.zeros(4)], [torch.zeros(2, 3).t(), torch.zeros(4)]]
+    known, now = chunks.read(lists, plain=True), CHANGES[change](lists)
+    same = chunks.unchanged(known, now)
+    assert same == (chunks.read(now, plain=True) == known) and same == (CHANGES[change] in [*CHANGES.values()][:2])
+
+
 def test_lists_that_change_do_not_push_out_those_that_stay():
     stay, lists = [torch.zeros(3)], [[torch.zeros(3)] for _ in range(chunks.KEPT + 1)]
     first = groups(stay)

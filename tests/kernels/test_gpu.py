@@ -1,5 +1,6 @@
 """What only a GPU can show: no sync, other streams, graph capture, and the bits of the CPU kernels."""
 
+import functools
 import timeit
 from contextlib import contextmanager
 
@@ -195,22 +196,22 @@ def test_ema_update_of_more_elements_than_int32_counts(backend):
     assert target.min() == 0.5 == target.max()
 
 
+MOST_US = {"call": 200, "table": 30}  # asked; docs/tuning/memory_bound.md has what was measured
+
+
 @each_backend
-def test_an_update_costs_the_host_little(backend):
-    """Of ViT-H's count of tensors, with the kernel out of the way: 200 us a call, 30 us with a table."""
+@pytest.mark.parametrize("kind", MOST_US)
+def test_an_update_costs_the_host_little(backend, kind):
+    """Of ViT-H's count of tensors, with the kernel out of the way."""
     target, online = ([torch.zeros(64, device="cuda") for _ in range(390)] for _ in range(2))
-    table = jk.EmaTable(target, online)
-    calls = {
-        "call": lambda: jk.ema_update(target, online, 0.996, backend=backend),
-        "table": lambda: table.update(0.996, backend=backend),
-    }
-    us = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        us[name] = min(timeit.repeat(call, number=20, repeat=10)) / 20 * 1e6
-    print({name: round(value, 1) for name, value in us.items()})
-    assert us["call"] < 200 and us["table"] < us["call"]
+    if kind == "table":
+        update = functools.partial(jk.EmaTable(target, online).update, 0.996, backend=backend)
+    else:
+        update = functools.partial(jk.ema_update, target, online, 0.996, backend=backend)
+    update()
+    torch.cuda.synchronize()
+    us = min(timeit.repeat(update, number=20, repeat=10)) / 20 * 1e6
+    assert us <= MOST_US[kind], f"{us:.0f} us"
 
 
 def test_latent_loss_needs_no_sync():
@@ -271,12 +272,21 @@ def attention_inputs(lengths=(70, 3, 0, 130), heads=4, width=80):
     return qkv.requires_grad_(), packing, jk.Rope(torch.rand(packing.tokens, 3, generator=generator).cuda())
 
 
-def attention_step(qkv, packing, rope):
-    out = jk.masked_attention_qkv(qkv, packing, rope=rope, backend="triton")
-    return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+@pytest.fixture(params=["triton", "triton with rope", "cuda"])
+def attention_step(request):
+    """Forward and backward on one backend; the Hopper kernels take no rope."""
+    backend, turned = request.param.split()[0], request.param.endswith("rope")
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("its kernels need a GPU of compute capability 9.0")
+
+    def step(qkv, packing, rope):
+        out = jk.masked_attention_qkv(qkv, packing, rope=rope if turned else None, backend=backend)
+        return out, *torch.autograd.grad(out, qkv, torch.ones_like(out))
+
+    return step
 
 
-def test_masked_attention_needs_no_sync_and_repeats_its_bits():
+def test_masked_attention_needs_no_sync_and_repeats_its_bits(attention_step):
     inputs = attention_inputs()
     expected = attention_step(*inputs)  # compiles
     for _ in range(100):
@@ -285,7 +295,7 @@ def test_masked_attention_needs_no_sync_and_repeats_its_bits():
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_masked_attention_is_captured_with_lengths_padded_to_a_bucket():
+def test_masked_attention_is_captured_with_lengths_padded_to_a_bucket(attention_step):
     bucket = dict(tokens=256, sequences=6, max_seqlen=256)
     qkv, packing, rope = attention_inputs()
     static = packing.padded(**bucket)

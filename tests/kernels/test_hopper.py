@@ -178,6 +178,18 @@ def test_most_of_the_matrix_work_is_useful_and_each_byte_is_fetched_once(emulate
     assert fetched == 2 * sum(inputs[n].numel() for n in GRADS)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (2, 1)])
+@pytest.mark.parametrize("lengths", [(256, 0, 111), (70, 3)])
+def test_a_pass_is_one_launch(emulated, lengths, heads):
+    inputs = draw(packed(lengths, heads, 80))
+    leaves = [inputs[n].requires_grad_() for n in GRADS]
+    emulated.launches()
+    out = public(OP, "cuda")(**inputs)
+    assert emulated.launches() == 1
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert emulated.launches() == 1
+
+
 def refusal(**changes):
     inputs = {**draw(packed((20, 9), (2, 1), 16)), **changes}
     with pytest.raises(jk.BackendError) as caught:

@@ -14,7 +14,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.lejepa import LeJEPA, ViTConfig
 from jepa_kernels.nn import BatchNorm1d
 from jepa_kernels.testing import hold
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 
 CONFIG = ViTConfig(
     embed_dim=32, proj_hidden=48, proj_dim=16, slices=64, crop_size=16, patch_size=8, depth=1, num_heads=2, weight=0.3
@@ -90,10 +90,10 @@ def start(rank, store, results):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank found, of a step and of batch norms: one start of Python for both."""
+    """What each rank found, of a step and of batch norms: one start of processes for both."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(start, (os.fspath(tmp_path_factory.mktemp("ranks") / "store"), results), nprocs=WORLD)
+        side_by_side(start, (os.fspath(tmp_path_factory.mktemp("ranks") / "store"), results), WORLD)
         return [results[rank] for rank in range(WORLD)]
 
 

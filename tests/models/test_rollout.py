@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import jepa_kernels as jk
+from benchmarks.memory import peak_bytes
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
 from jepa_kernels.models.world import Context
 from jepa_kernels.nn import compile_blocks
@@ -64,6 +65,14 @@ def test_imagined_frames_are_those_of_whole_prefixes(kind, frames):
     for steps in (1, 2, 3):  # of another plan, and of the same
         assert torch.equal(imagined(model, context, actions[:, :steps]), found[:, :steps])
         assert torch.equal(imagined(model, context, actions[:, :steps], horizon=4), found[:, :steps])
+
+
+def test_long_rollouts_are_exact_too():
+    """Eight frames seen, sixteen imagined."""
+    model = world(num_frames=48)
+    context, actions = seen(model, 8), chosen(model, samples=1, horizon=16)
+    exact = by_the_equations(model, context, actions)
+    assert (imagined(model, context, actions) - exact).norm() <= 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("frames", [1, 2])
@@ -156,6 +165,17 @@ def test_the_cache_is_allocated_once_and_as_large_as_said(monkeypatch):
     assert cache._kept.numel() == numbers and cache._kept.data_ptr() == place and len(made) == 1
 
 
+@torch.no_grad()
+def test_a_plans_memory_grows_by_the_same_with_every_frame():
+    """Of 8, 16, 24 imagined frames: nothing is as large as all frames' pairs."""
+    model = world(num_frames=64)
+    context = seen(model, 2)
+    calls = [(n, chosen(model, samples=4, horizon=n)) for n in (8, 16, 24)]
+    for _ in range(2):  # the first calls build what later ones find
+        eight, sixteen, more = (peak_bytes(lambda n=n, a=a: model.imagine(context, 4, n)(a)) for n, a in calls)
+    assert abs((more - sixteen) - (sixteen - eight)) <= 0.02 * (sixteen - eight)
+
+
 @pytest.mark.parametrize("function", ["imagine", "unroll"])
 def test_a_step_costs_one_frame_and_its_attention_to_those_before(function):
     """Counted operations of 1..4 steps: their differences grow by the scores and sums of one more frame alone."""
@@ -171,6 +191,27 @@ def test_a_step_costs_one_frame_and_its_attention_to_those_before(function):
     samples, tokens, width, depth = 3, 8, 48, 2
     growth = samples * depth * 4 * tokens * tokens * width
     assert [b - a for a, b in itertools.pairwise(steps)] == [growth] * 2
+
+
+@pytest.mark.parametrize("kind, tokens", [("tokens", 8), ("adaln", 6)])
+def test_what_all_samples_share_is_computed_once(kind, tokens):
+    """Counted operations of a first step: a sample more embeds no patch and no state of the frame seen. With tokens for
+    action and state, all of them but the action's share the first block's product of queries, keys and values too;
+    with AdaLN the action changes them."""
+    model, counts = world(kind), []
+    context, width, depth = seen(model, 2), 48, 2
+    for samples in (2, 3):
+        with torch.no_grad():
+            plan = model.imagine(context, samples, 1)
+            with FlopCounterMode(display=False) as counter:
+                plan(chosen(model, samples, 1))
+        counts.append(counter.get_total_flops())
+    products = 2 * tokens * width * width * depth * (3 + 1 + 8)  # qkv, projection, mlp of four times the width
+    attention = depth * 4 * tokens * 2 * tokens * width  # of one frame's queries to two frames' keys
+    ends = 2 * 6 * width * 24 + 2 * model.config.action_dim * width  # projections of the patches out, of the action in
+    shared = 2 * (tokens - 1) * width * 3 * width if kind == "tokens" else 0
+    modulation = 0 if kind == "tokens" else 2 * width * 6 * width * depth
+    assert counts[1] - counts[0] == products - shared + attention + modulation + ends
 
 
 @pytest.mark.parametrize("kind", ["tokens", "adaln"])

@@ -94,6 +94,10 @@ def test_the_rule_of_frames_is_the_dense_mask_exactly():
     assert torch.equal(weights[0, 0] > 0, mask)
     ranges = torch.stack([torch.zeros(24, dtype=torch.int32), mask.sum(1, dtype=torch.int32)], 1)
     assert torch.equal(weights, jk.masked_attention(q, k, torch.eye(24)[None, None], key_ranges=ranges))
+    v = torch.randn(1, 1, 24, 24, dtype=torch.float64)
+    by_rule = jk.masked_attention(q.double(), k.double(), v, frame_size=tokens, backend="reference")
+    dense = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v, attn_mask=mask)
+    assert (by_rule - dense).abs().max() <= 1e-14
 
 
 def test_frames_are_encoded_alone_as_still_clips_and_normalised():

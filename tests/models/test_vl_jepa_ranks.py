@@ -11,7 +11,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.vl_jepa import Texts
 from jepa_kernels.testing import hold
 from tests.models.test_vl_jepa import inputs, pack, whole
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 
 WORLD = 2
 WORDS = {"a red key": [3, 4], "a ball": [5], "a grey box": [6, 7, 8]}
@@ -58,7 +58,7 @@ def start(rank, store, results):
 def test_ddp_gives_the_loss_and_gradients_of_one_process(tmp_path):
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(start, (os.fspath(tmp_path / "store"), results), nprocs=WORLD)
+        side_by_side(start, (os.fspath(tmp_path / "store"), results), WORLD)
         (first, found), (second, other) = (results[rank] for rank in range(WORLD))
     assert torch.equal(first, second)
     assert not [name for name in found if not torch.equal(found[name], other[name])]

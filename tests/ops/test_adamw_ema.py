@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import jepa_kernels as jk
+from jepa_kernels.ops.adamw_ema import check
 from jepa_kernels.testing import hold
-from tests.ops.conftest import LEVELS
+from tests.ops.conftest import DEVICE, LEVELS, on_a_device
 
 SIZES = (1, 3, 0, 1000, 70_001)
 
@@ -264,7 +265,8 @@ def overlapping(inputs):
 
 THREE = torch.zeros(3)
 BAD = [
-    (dropped("grads"), ValueError, r"grads must hold 2 tensors, got 1; pass one \(or None\) for each of params"),
+    (dropped("grads"), ValueError, r"grads must hold 2 tensors, got 1; pass one \(or None\) for params\[1\], the fir"),
+    (option(grads=[THREE] * 3), ValueError, r"grads must hold 2 tensors, got 3; leave out grads\[2\], which belongs"),
     (dropped("targets"), ValueError, "targets must hold 2 tensors, got 1"),
     (option(grads=None), TypeError, "grads must be a list of tensors, got NoneType; put it into a list"),
     (option(params=THREE), TypeError, "params must be a list of tensors, got Tensor"),
@@ -363,3 +365,13 @@ def test_bad_input_is_named_and_changes_nothing(change, error, message):
 def test_gpu_backends_say_why_they_can_not_take_cpu_tensors():
     with pytest.raises(jk.BackendError, match="adamw_ema: backend 'cuda' must be able to run this call, got: "):
         jk.adamw_ema(**call(), backend="cuda")
+
+
+@pytest.mark.parametrize("argument", ["lr", "weight_decay", "momentum"])
+def test_a_scalar_on_the_device_is_read_when_asked_to(argument, monkeypatch):
+    values = dict(lr=0.1, weight_decay=0.0, momentum=0.9, betas=(0.9, 0.999), eps=1e-8, maximize=False)
+    options = check.Options(**{**values, argument: on_a_device(-1.0)})
+    check.check_options(options, DEVICE)
+    monkeypatch.setattr(check, "CHECK_DEVICE_VALUES", True)
+    with pytest.raises(ValueError, match=f"adamw_ema: {argument} must .+, got -1.0; "):
+        check.check_options(options, DEVICE)

@@ -7,7 +7,7 @@ import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing, Rope
-from tests.ops.attention import equal, with_gradients
+from tests.ops.attention import OURS, equal, with_gradients
 
 
 @pytest.fixture(params=("reference", "cpu", "sdpa"))
@@ -81,12 +81,14 @@ def inputs(queries=70, keys=70, heads=(4, 2), width=24, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_hides_nothing_changes_no_bit(dtype):
-    q, k, v = inputs(dtype=dtype)
-    plain = with_gradients(q, k, v)
-    everything = torch.tensor([[0, 70]], dtype=torch.int32).repeat(70, 1)
-    assert equal(with_gradients(q, k, v, frame_size=70), plain)
-    assert equal(with_gradients(q, k, v, key_ranges=everything), plain)
+@pytest.mark.parametrize("keys", [70, 270])
+@pytest.mark.parametrize("name", OURS)
+def test_what_hides_nothing_changes_no_bit(name, keys, dtype):
+    q, k, v = inputs(70, keys, dtype=dtype)
+    plain = with_gradients(q, k, v, backend=name)
+    everything = torch.tensor([[0, keys]] * 70, dtype=torch.int32)
+    assert equal(with_gradients(q, k, v, frame_size=keys, backend=name), plain)
+    assert equal(with_gradients(q, k, v, key_ranges=everything, backend=name), plain)
 
 
 def turn(x, turns, half):
@@ -205,8 +207,8 @@ def test_masked_and_packed_equals_each_sequence_alone_exactly(option):
         assert equal(alone, pieces), f"sequence {s}"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_masks_and_rope_give_the_same_bits_on_every_run_and_number_of_threads(option):
+@pytest.mark.parametrize("option", ["none", *OPTIONS])
+def test_every_run_and_number_of_threads_gives_the_same_bits(option):
     call = masked(option)
     expected = run(*call)
     for i in range(100):

@@ -5,11 +5,23 @@ import torch
 from torch import nn
 
 import jepa_kernels as jk
+from jepa_kernels.ops.ema_update import check
+from tests.ops.conftest import DEVICE, on_a_device
 
 ONE = torch.zeros(3)
 BAD = [
-    (dict(online=[]), ValueError, "online must hold 2 tensors, got 0; pass one for each target"),
-    (dict(shadow=[ONE]), ValueError, "shadow must hold 2 tensors, got 1"),
+    (
+        dict(online=[]),
+        ValueError,
+        r"online must hold 2 tensors, got 0; pass one for target\[0\], the first without",
+    ),
+    (dict(shadow=[ONE]), ValueError, r"shadow must hold 2 tensors, got 1; pass one for target\[1\], the first without"),
+    (
+        dict(online=[ONE] * 3),
+        ValueError,
+        r"online must hold 2 tensors, got 3; leave out online\[2\], the first without a target",
+    ),
+    (dict(shadow=[None, ONE, ONE]), ValueError, r"shadow must hold 2 tensors, got 3; leave out shadow\[2\]"),
     (
         dict(online=[ONE, torch.zeros(4)]),
         ValueError,
@@ -163,6 +175,25 @@ def test_modules_parameters_are_named():
     with pytest.raises(TypeError, match=r"target 0\.bias must be float32 .+, got float16"):
         target[0].bias.data = target[0].bias.data.half()
         jk.ema_update(target, networks()[1], 0.5)
+
+
+def test_a_parameter_without_a_partner_is_named():
+    target, online = networks()
+    wanted = r"online must hold 4 tensors, got 2; pass one for target 1\.0\.weight, the first without"
+    with pytest.raises(ValueError, match="^ema_update: " + wanted):
+        jk.ema_update(target, online[0], 0.5)
+    wanted = r"online must hold 2 tensors, got 4; leave out online 1\.0\.weight, the first without a target"
+    with pytest.raises(ValueError, match="^ema_update: " + wanted):
+        jk.EmaTable(target[0], online)
+
+
+def test_a_momentum_on_the_device_is_read_when_asked_to(monkeypatch):
+    check.check_options(on_a_device(1.5), "lerp", DEVICE)
+    monkeypatch.setattr(check, "CHECK_DEVICE_VALUES", True)
+    check.check_options(on_a_device(1.0), "lerp", DEVICE)
+    for bad in (1.5, float("nan")):
+        with pytest.raises(ValueError, match=rf"ema_update: momentum must lie in \[0, 1\], got {bad}"):
+            check.check_options(on_a_device(bad), "lerp", DEVICE)
 
 
 def test_shared_parameters_of_two_modules_are_named():

@@ -1,5 +1,7 @@
 """ema_update and EmaTable: published roundings bit for bit, every tensor size, compiled and recorded steps."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -291,6 +293,16 @@ def test_a_table_keeps_its_lists_when_the_caller_changes_theirs():
     online.clear()
     table.update(0.0, form="ijepa")
     assert all(torch.equal(a, b) for a, b in zip(target[:-1], tensors(1), strict=True))
+
+
+def test_a_table_holds_its_tensors_as_long_as_it_lives():
+    target, online = tensors(0), tensors(1)
+    table, seen = jk.EmaTable(target, online), [weakref.ref(t) for t in (*target, *online)]
+    del target, online
+    table.update(0.5)
+    assert all(ref() is not None for ref in seen)
+    del table
+    assert all(ref() is None for ref in seen)
 
 
 def test_the_profiler_sees_the_op():

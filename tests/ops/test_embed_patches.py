@@ -206,6 +206,7 @@ BAD = [
     (dict(ids=IDS[0]), ValueError, r"ids must have shape \[M, K\], got \(2,\)"),
     (dict(ids=IDS + 1), ValueError, r"ids must lie in \[0, 6\) .+, got 6 at position 3; sort"),
     (dict(ids=IDS.flip(1)), ValueError, "ids must .+ increase within each row, got 0 at position 1"),
+    (dict(ids=torch.tensor([[0, 2], [1, 1]])), ValueError, "ids must .+ increase within each row, got 1 at position 3"),
     (dict(ids=IDS[:1]), ValueError, "ids must hold a multiple of the 2 images, got 1; order"),
     (dict(ids=IDS.t()), ValueError, "ids must be contiguous, got strides"),
     (dict(ids=IDS[0], packing=Packing.from_lengths([1, 2])), ValueError, "ids must hold packing.tokens = 3 ids, got 2"),

@@ -5,10 +5,9 @@ import tempfile
 import pytest
 import torch
 from torch import distributed as dist
-from torch import multiprocessing as mp
 
 import jepa_kernels as jk
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 
 SIZES = {2: (5, 8), 3: (4, 0, 30)}  # rows a rank
 E = 24
@@ -147,4 +146,4 @@ def run(rank: int, world: int, store: str) -> None:
 @pytest.mark.parametrize("world", SIZES)
 def test_ranks(world):
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run, (world, f"{folder}/store"), world)
+        side_by_side(run, (world, f"{folder}/store"), world)

@@ -1,17 +1,14 @@
 """masked_attention: values by hand, exact equalities, and messages."""
 
 import math
-from unittest import mock
 
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
-from jepa_kernels._core import select
-from jepa_kernels._core.info import kernels
 from jepa_kernels.testing import poisoned_memory
-from tests.ops.attention import equal, with_gradients
+from tests.ops.attention import OURS, equal, with_gradients
 
 
 @pytest.fixture(params=("reference", "cpu", "sdpa"))
@@ -74,23 +71,10 @@ def test_dense_and_packed_agree(backend):
     torch.testing.assert_close(out, dense.transpose(1, 2).flatten(0, 1))
 
 
-def test_automatic_choice_takes_sdpa_only_without_gradients(monkeypatch):
-    q = torch.randn(1, 1, 3, 8)
-    assert jk.explain("masked_attention", q, q, q).splitlines()[0] == "masked_attention: cpu (automatic)"
-    monkeypatch.setitem(
-        select._ready, ("masked_attention", "cpu", torch.float32), kernels("masked_attention")[-1:]
-    )  # no _C
-    attention = "torch.nn.functional.scaled_dot_product_attention"
-    with mock.patch(attention, wraps=torch.nn.functional.scaled_dot_product_attention) as called:
-        jk.masked_attention(q, q, q)
-        assert called.call_count == 1
-        with pytest.warns(jk.BackendWarning, match="sdpa: not automatic"):
-            jk.masked_attention(*(q.clone().requires_grad_() for _ in range(3)))
-        assert called.call_count == 1
-
-
 LENGTHS = (0, 1, 63, 64, 65, 130, 301)
 KEY_LENGTHS = (3, 130, 0, 64, 1, 65, 70)
+# Of queries and keys. Interpreted: what stays on chip, and a sequence that streams.
+OF_BOTH = {"cpu": (LENGTHS, KEY_LENGTHS), "triton": ((0, 1, 7, 20), (3, 33, 0, 260))}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -101,30 +85,36 @@ def ragged(lengths, heads, width, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 24, 80, 128])
-def test_packed_equals_each_sequence_alone_exactly(width, dtype):
-    q, k, v = ragged(LENGTHS, 4, width, dtype), *(ragged(KEY_LENGTHS, 2, width, dtype, s) for s in (1, 2))
-    packing, keys = Packing.from_lengths(LENGTHS), Packing.from_lengths(KEY_LENGTHS)
-    results = with_gradients(q, k, v, packing, keys)
+@pytest.mark.parametrize("name", OURS)
+def test_packed_equals_each_sequence_alone_exactly(name, width, dtype):
+    lengths, key_lengths = OF_BOTH[name]
+    q, k, v = ragged(lengths, 4, width, dtype), *(ragged(key_lengths, 2, width, dtype, s) for s in (1, 2))
+    packing, keys = Packing.from_lengths(lengths), Packing.from_lengths(key_lengths)
+    results = with_gradients(q, k, v, packing, keys, backend=name)
     split = [p.split(x) for p, x in zip((packing, packing, keys, keys), results, strict=True)]
     inputs = zip(packing.split(q), keys.split(k), keys.split(v), strict=True)
     for s, (one_q, one_k, one_v) in enumerate(inputs):
-        alone = with_gradients(one_q, one_k, one_v, *(Packing.from_lengths([len(x)]) for x in (one_q, one_k)))
+        own = (Packing.from_lengths([len(x)]) for x in (one_q, one_k))
+        alone = with_gradients(one_q, one_k, one_v, *own, backend=name)
         assert equal(alone, [parts[s] for parts in split]), f"sequence {s}"
-        dense = with_gradients(*(x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)))
+        dense = with_gradients(*(x.transpose(0, 1)[None] for x in (one_q, one_k, one_v)), backend=name)
         assert equal(alone, [x[0].transpose(0, 1) for x in dense]), f"sequence {s}, dense"
 
 
-def test_permuted_sequences_give_permuted_results_exactly():
-    order = [4, 0, 6, 2, 1, 5, 3]
-    packing, permuted = Packing.from_lengths(LENGTHS), Packing.from_lengths([LENGTHS[s] for s in order])
-    qkv = [ragged(LENGTHS, 2, 64, seed=s) for s in range(3)]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OURS)
+def test_permuted_sequences_give_permuted_results_exactly(name, dtype):
+    lengths, key_lengths = OF_BOTH[name]
+    q, k, v = ragged(lengths, 2, 64, dtype), *(ragged(key_lengths, 1, 64, dtype, s) for s in (1, 2))
+    packings = [Packing.from_lengths(n) for n in OF_BOTH[name]]
+    turned = [Packing.from_lengths(n[::-1]) for n in OF_BOTH[name]]
 
-    def permute(x):
-        parts = packing.split(x)
-        return torch.cat([parts[s] for s in order])
+    def turn(x, axis):
+        return torch.cat(packings[axis].split(x)[::-1])
 
-    plain = with_gradients(*qkv, packing)
-    assert equal(with_gradients(*map(permute, qkv), permuted), map(permute, plain))
+    out, dq, dk, dv = with_gradients(q, k, v, *packings, backend=name)
+    found = with_gradients(turn(q, 0), turn(k, 1), turn(v, 1), *turned, backend=name)
+    assert equal(found, (turn(out, 0), turn(dq, 0), turn(dk, 1), turn(dv, 1)))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
@@ -151,6 +141,16 @@ def test_views_of_a_qkv_product_are_read_in_place():
     views = qkv.unbind(1)
     assert not views[0].is_contiguous()
     assert equal(with_gradients(*views, packing), with_gradients(*(x.contiguous() for x in views), packing))
+
+
+@pytest.mark.parametrize(
+    "lengths, shape, strides", [((4, 5), (9, 2, 8), (2**28, 8, 1)), (None, (2, 2, 9, 8), (2**31, 8, 16, 1))]
+)
+def test_rows_further_apart_than_32_bits_reach(lengths, shape, strides):
+    memory = torch.empty(2**31 + 1000, dtype=torch.bfloat16)  # reserved; few of its pages are touched
+    packing = None if lengths is None else Packing.from_lengths(lengths)
+    qkv = [memory.as_strided(shape, strides, 200 * i).copy_(torch.randn(shape)) for i in range(3)]
+    assert equal(with_gradients(*qkv, packing), with_gradients(*(x.contiguous() for x in qkv), packing))
 
 
 def test_dense_queries_without_keys_give_0_even_where_they_are_nan(backend):
@@ -262,6 +262,12 @@ BAD = [
         "packing must be given with k_packing, got None",
     ),
 ]
+
+
+def test_there_is_no_dropout():
+    for form in (jk.masked_attention, jk.masked_attention_lse, jk.masked_attention_qkv):
+        with pytest.raises(TypeError, match=rf"{form.__name__}\(\) got an unexpected keyword argument 'dropout_p'"):
+            form(Q, K, K, P, dropout_p=0.1)
 
 
 @pytest.mark.parametrize("change, error, message", BAD, ids=[m[:40] for *_, m in BAD])

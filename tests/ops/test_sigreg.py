@@ -244,6 +244,18 @@ def test_the_module_takes_new_directions_each_step_and_resumes():
     assert module(z) == module(z)
 
 
+def test_the_module_is_the_published_chain_along_its_directions():
+    """lejepa's statistic of the module's default numbers, views and features many, and its gradient."""
+    from benchmarks.ops.bench_sigreg import published
+    from jepa_kernels.nn import SIGReg
+
+    z = (torch.randn(3, 40, 24) * 1.5 + 0.2).requires_grad_()
+    loss, stated = SIGReg()(z), published(z, 1024, reference.directions(24, 1024, 0, 0, z.device))
+    assert loss.item() == pytest.approx(stated.item(), rel=1e-5)
+    (grad,), (wanted,) = torch.autograd.grad(loss, z), torch.autograd.grad(stated, z)
+    assert (grad - wanted).norm() <= 1e-5 * wanted.norm()
+
+
 def test_the_module_compiles_once():
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import jepa_kernels as jk
-from tests.processes import gloo
+from tests.processes import gloo, side_by_side
 
 OPTIONS = dict(slices=40, step=7, seed=3)
 WIDTH = 12
@@ -34,7 +35,7 @@ def spawn(world, work, tmp_path):
     """work(rank, world) on every rank of a group; what each returned."""
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.spawn(start, (world, os.fspath(tmp_path / "store"), work, results), nprocs=world)
+        side_by_side(start, (world, os.fspath(tmp_path / "store"), work, results), world)
         return [results[rank] for rank in range(world)]
 
 
@@ -55,6 +56,10 @@ def loss_and_gradient(rank, world):
         for parameter in layer.parameters():
             dist.all_reduce(parameter.grad)
         found[backend] = loss.item(), [p.grad / world for p in layer.parameters()]
+    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+        jk.sigreg(layer(embeddings(world)[rank]), **OPTIONS, group=dist.group.WORLD).backward()
+    numbers = [call.args[0].numel() for call in reduced.call_args_list]
+    assert numbers == [2 * OPTIONS["slices"] * 17 * 2], numbers  # once, of both views
     return found
 
 

@@ -1,5 +1,8 @@
 """Plans on the models of the library, small and untrained: they find actions whose outcome is known to be possible."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ import jepa_kernels as jk
 from jepa_kernels.models.lewm import LeWMConfig, LeWorldModel
 from jepa_kernels.models.vjepa2_ac import WorldModel, WorldModelConfig
 from jepa_kernels.models.world import Context
-from jepa_kernels.planning import ActionSpace, costs
+from jepa_kernels.planning import ActionSpace, PlanGraph, costs
 from tests.planning.test_waiting import COPIES, WAITS, Names
 
 SMALL = dict(embed_dim=32, depth=1, num_heads=2, predictor_depth=2, predictor_num_heads=2)
@@ -64,3 +67,26 @@ def test_no_operation_of_a_plan_waits(question):
     with Names() as seen:
         jk.planning.cem(world, context, goal, horizon=3, samples=4, iterations=2, elites=2)
     assert "topk" in seen.names and sorted((WAITS | COPIES) & set(seen.names)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("planner", ["cem", "mppi"])
+def test_on_a_gpu_a_plan_is_one_graph_that_waits_for_nothing(question, planner):
+    """An iteration or a whole plan, caches of keys and poses included, with the bits of single launches."""
+    world, context, goal = question
+    world, goal = copy.deepcopy(world).cuda(), goal.cuda()
+    context = Context(*(None if x is None else x.cuda() for x in vars(context).values()))
+    options = dict(elites=8) if planner == "cem" else dict(elites=8, temperature=1e-4)
+    plan = partial(getattr(jk.planning, planner), world, horizon=2, samples=64, iterations=4, **options)
+    graph, goals = PlanGraph(), (goal, goal.flip(0))
+    for n, goal in enumerate(goals):
+        plain, iteration = (plan(context, goal, seed=n, graph=g) for g in (False, True))
+        if n:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            whole = plan(context, goal, seed=n, graph=graph)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for recorded in (iteration, whole):
+            assert torch.equal(recorded.actions, plain.actions) and torch.equal(recorded.energies, plain.energies)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import fail, is_number
+from jepa_kernels._core.check import CHECK_DEVICE_VALUES, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import Passed, check_stored, check_strided, overlap, same_layout, tensors
@@ -80,13 +80,20 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
     count = len(lists["params"])
     for k, v in lists.items():
         if len(v) != count and (v or k not in OPTIONAL):
-            fail(OP, k, f"hold {count} tensors", len(v), "pass one (or None) for each of params, in order")
+            fail(OP, k, f"hold {count} tensors", len(v), _unpaired(k, len(v), count, names))
     if not torch.compiler.is_compiling():
         for role in [k for k in lists if k not in ("params", "steps") and lists[k]]:
             _check_placed(role, given[role], given["params"], names)
     for i in range(count):
         _check_entry(lists, i, f"params[{i}]" if names is None else names[i])
     return lists
+
+
+def _unpaired(role: str, found: int, count: int, names: Sequence[str] | None) -> str:
+    """What to do with the first tensor that has no partner."""
+    if found > count:
+        return f"leave out {role}[{count}], which belongs to no parameter"
+    return f"pass one (or None) for {f'params[{found}]' if names is None else names[found]}, the first without"
 
 
 def _check_placed(role: str, values: Iterable[Any], params: Iterable[Any], names: Sequence[str] | None) -> None:
@@ -176,7 +183,8 @@ def check_options(options: Options, device: torch.device | None) -> None:
 
 
 def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted: str, remedy: str) -> None:
-    """A number, or a 0-dim tensor on the device or the CPU. A tensor elsewhere is not read: that would wait for it."""
+    """A number, or a 0-dim tensor on the device or the CPU. One on the device is read under JEPA_KERNELS_CHECK=1 alone:
+    that waits for it."""
     if type(value) is float and 0.0 <= value <= 1.0:  # most calls end here
         return
     if isinstance(value, Tensor):
@@ -186,7 +194,7 @@ def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted
             fail(OP, argument, kinds, actual, "pass torch.tensor(x)", TypeError)
         if value.device.type != "cpu" and device not in (None, value.device):
             fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or value.is_meta or not (value.is_cpu or CHECK_DEVICE_VALUES):
             return
         value = value.item()
     _check_range(argument, value, wanted, remedy)

@@ -99,6 +99,8 @@ def _check(
 
 
 def _check_given(packings: Packings) -> None:
+    if packings == (None, None, None):
+        return
     names = ("context_packing", "target_packing", "packing")
     for name, packing in zip(names, packings, strict=True):
         check_packing(OP, packing, name)

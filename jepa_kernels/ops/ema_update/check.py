@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from jepa_kernels._core.check import PLAIN, fail, is_number
+from jepa_kernels._core.check import CHECK_DEVICE_VALUES, PLAIN, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import Passed, check_stored, is_dense, local_of, overlap, same_layout
@@ -42,8 +42,9 @@ class Checked(NamedTuple):
 def check(sources: Sources) -> Checked:
     """The lists of these modules or lists; raises the error that names the first tensor at fault."""
     given = tuple(_listed(source, role) for source, role in zip(sources, ROLES, strict=True))
+    _check_lengths(sources, given)
     if any(s is None for s in given[2]):
-        given[2][:] = [t.new_empty(0) if s is None else s for t, s in zip(given[0], given[2], strict=False)]
+        given[2][:] = [t.new_empty(0) if s is None else s for t, s in zip(given[0], given[2], strict=True)]
     checked = reread(given)
     if not torch.compiler.is_compiling() and checked.local is not checked.given:
         check_sharding(OP, given, partial(names, sources, given))
@@ -72,11 +73,13 @@ def reread(given: tuple[list[Any], ...]) -> Checked:
 
 
 def _listed(source: Source | Shadow, role: str) -> list[Any]:
+    if type(source) is list:  # an update of few tensors would spend most of its checks on asking what this is
+        return source.copy()
     if isinstance(source, nn.Module):
         return list(source.parameters())
+    if source is None and role == "shadow":
+        return []
     if not isinstance(source, Iterable):
-        if source is None and role == "shadow":
-            return []
         fail(OP, role, "be tensors or a module", type(source).__name__, "pass a list of tensors", TypeError)
     return list(source.values() if isinstance(source, Mapping) else source)
 
@@ -101,10 +104,21 @@ def _keys(source: nn.Module | Mapping[str, Any]) -> Iterable[str]:
     return source if isinstance(source, Mapping) else [name for name, _ in source.named_parameters()]
 
 
+def _check_lengths(sources: Sources, given: tuple[list[Any], ...]) -> None:
+    """As many of each as targets, or no shadows."""
+    count = len(given[0])
+    for role, others in zip(ROLES[1:], given[1:], strict=True):
+        if len(others) == count or (role == "shadow" and not others):
+            continue
+        name = names(sources, given)
+        if len(others) < count:
+            remedy = f"pass one for {name['target'][len(others)]}, the first without"
+        else:
+            remedy = f"leave out {name[role][count]}, the first without a target"
+        fail(OP, role, f"hold {count} tensors", len(others), remedy)
+
+
 def _check_lists(name: Names, target: list[Tensor], online: list[Tensor], shadow: list[Tensor]) -> None:
-    for role, others in (("online", online), ("shadow", shadow)):
-        if len(others) != len(target) and not (role == "shadow" and not others):
-            fail(OP, role, f"hold {len(target)} tensors", len(others), "pass one for each target, in order")
     device = target[0].device if target else None
     for i, t in enumerate(target):
         if t.dtype is not torch.float32:
@@ -163,7 +177,7 @@ def _common(a: Tensor, b: Tensor) -> int:
 
 
 def check_options(momentum: Any, form: str, device: torch.device | None) -> None:
-    """The momentum, whose value is read where that needs no sync, and the form."""
+    """The momentum, whose value is read where that needs no sync or JEPA_KERNELS_CHECK=1 asks for it, and the form."""
     if form not in FORMS:
         fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
     if isinstance(momentum, Tensor):
@@ -172,7 +186,7 @@ def check_options(momentum: Any, form: str, device: torch.device | None) -> None
         if momentum.device.type != "cpu" and device not in (None, momentum.device):
             wanted = f"be on the CPU or on the targets' device {device}"
             fail(OP, "momentum", wanted, momentum.device, "move it with .to(device)")
-        if momentum.device.type != "cpu" or torch.compiler.is_compiling() or momentum.is_meta:
+        if torch.compiler.is_compiling() or momentum.is_meta or not (momentum.is_cpu or CHECK_DEVICE_VALUES):
             return
         momentum = float(momentum)
     if not is_number(momentum):

@@ -16,13 +16,14 @@ def check_layer(op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, po
     """The number of patches of an image or a clip."""
     clip = getattr(pixels, "ndim", 4) == 5
     check_tensor(op, "pixels", pixels, "B C T H W" if clip else "B C H W", dtypes=PIXELS)
-    layer, device = FLOATING if pixels.dtype == torch.uint8 else (pixels.dtype,), pixels.device
+    kind, shape, device = pixels.dtype, pixels.shape, pixels.device
+    layer = FLOATING if kind == torch.uint8 else (kind,)
     tubes = clip or getattr(weight, "ndim", 4) == 5
     check_tensor(op, "weight", weight, "E C Pt P P" if tubes else "E C P P", dtypes=layer, device=device)
-    if weight.shape[1] != pixels.shape[1]:
-        remedy = "pass images of one kind"
-        fail(op, "weight", f"have {pixels.shape[1]} channels like pixels", weight.shape[1], remedy)
-    count, embed_dim, same = _patches(op, pixels, weight), weight.shape[0], (weight.dtype,)
+    kernel, same = weight.shape, (weight.dtype,)
+    if kernel[1] != shape[1]:
+        fail(op, "weight", f"have {shape[1]} channels like pixels", kernel[1], "pass images of one kind")
+    count, embed_dim = _patches(op, shape, kernel), kernel[0]
     if bias is not None:
         check_tensor(op, "bias", bias, "E", dtypes=same, device=device)
         if bias.shape[0] != embed_dim:
@@ -35,20 +36,20 @@ def check_layer(op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, po
     return count
 
 
-def _patches(op: str, pixels: Tensor, weight: Tensor) -> int:
+def _patches(op: str, shape: torch.Size, kernel: torch.Size) -> int:
     """Pixels are cut into whole square patches, clips into whole tubelets."""
-    (height, width), (size, across) = pixels.shape[-2:], weight.shape[-2:]
-    if size != across or 0 in weight.shape[2:]:
-        kind, actual = "[E, C, Pt, P, P]" if weight.dim() == 5 else "[E, C, P, P]", tuple(weight.shape[2:])
+    height, width, size = shape[-2], shape[-1], kernel[-1]
+    if kernel[-2] != size or not size or not kernel[2]:
+        kind, actual = "[E, C, Pt, P, P]" if len(kernel) == 5 else "[E, C, P, P]", tuple(kernel[2:])
         fail(op, "weight", "have square patches of at least one pixel", actual, f"pass {kind}")
     if height % size or width % size:
         down, right = height - height % size, width - width % size
         remedy = f"crop to {down} x {right}: pixels[..., :{down}, :{right}]"
         fail(op, "pixels", f"have sides divisible by the patch size {size}", f"{height} x {width}", remedy)
     count = (height // size) * (width // size)
-    if pixels.dim() == 4:
+    if len(shape) == 4:
         return count
-    frames, tubelet = pixels.shape[2], weight.shape[2]
+    frames, tubelet = shape[2], kernel[2]
     if frames % tubelet:
         whole = frames - frames % tubelet
         remedy = f"cut the clip: pixels[:, :, :{whole}]" if whole else "pass a lone frame as an image, pixels[:, :, 0]"

@@ -212,9 +212,10 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     given = _Options(*rest)
     shape, longest = _shape(q, k, given.cu_seqlens), max(given.max_queries, given.max_keys)
     whole, gradients = _gradients(q, k, stacked)
-    offsets = lse.new_empty(*lse.shape, 2)
     with device_of(q):
         short = longest_short(q)
+        together = longest <= short and given.max_keys <= tile_for(SHORT_BACKWARD, q).columns
+        offsets = lse if together else lse.new_empty(*lse.shape, 2)  # one pass over all keys reads none
         if short > 0 and (shape.packed or longest <= short):
             _backward_short(grad, q, k, v, out, lse, offsets, gradients, shape, given)
         if longest > short:

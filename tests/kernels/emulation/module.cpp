@@ -2,6 +2,7 @@
 #define JEPA_CUDA 1
 #include "common/blocks.cpp"
 #include "common/dlpack.cpp"
+#include "common/hopper_host.cuh"
 #include "common/tensor.cpp"
 #include "masked_attention/bind_cuda.cpp"
 
@@ -20,4 +21,5 @@ PYBIND11_MODULE(emulated, m) {
   m.def("set_eager", [](bool eager) { jepa::eager = eager; });
   m.def("work",
         [] { return std::pair(std::exchange(jepa::multiplied, 0), std::exchange(jepa::fetched, 0)); });
+  m.def("launches", [] { return std::exchange(jepa::launches, 0); });
 }
