@@ -209,7 +209,7 @@ ON_GPU = (
     on_gpu("masked_attention", "vjepa2_predictor_b24", "forward", "sdpa_cudnn", 1.3, 260),
     on_gpu("masked_attention", "vjepa2_predictor_b24", "backward", "sdpa_cudnn", 1.3),
     on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "forward", "sdpa", 1.0, 1031),  # 400 TFLOP/s
-    on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "forward", "sdpa_cudnn", 1.0, 1031),  # by automatic choice
+    on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "forward", "sdpa_cudnn", 1.0, 1031),
     on_gpu("masked_attention", "vjepa2_vit_l_target_b24", "backward", "sdpa", 1.0, 4467),  # and 300 backward
     on_gpu("rope", "vjepa2_vit_g_clip_b24", "forward", "compile", 1.0, 170),
     on_gpu("embed_patches", "ijepa_vit_h14_27_b128", "forward", "unfold", 1.15, 30),

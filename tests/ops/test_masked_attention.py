@@ -1,12 +1,15 @@
 """masked_attention: values by hand, exact equalities, and messages."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels._core import select
+from jepa_kernels._core.info import kernels
 from jepa_kernels.testing import poisoned_memory
 from tests.ops.attention import OURS, equal, with_gradients
 
@@ -69,6 +72,21 @@ def test_dense_and_packed_agree(backend):
     packed = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
     out = jk.masked_attention(*packed, Packing.uniform(2, 9), backend=backend)
     torch.testing.assert_close(out, dense.transpose(1, 2).flatten(0, 1))
+
+
+def test_automatic_choice_takes_sdpa_only_without_gradients(monkeypatch):
+    q = torch.randn(1, 1, 3, 8)
+    assert jk.explain("masked_attention", q, q, q).splitlines()[0] == "masked_attention: cpu (automatic)"
+    monkeypatch.setitem(
+        select._ready, ("masked_attention", "cpu", torch.float32), kernels("masked_attention")[-1:]
+    )  # no _C
+    attention = "torch.nn.functional.scaled_dot_product_attention"
+    with mock.patch(attention, wraps=torch.nn.functional.scaled_dot_product_attention) as called:
+        jk.masked_attention(q, q, q)
+        assert called.call_count == 1
+        with pytest.warns(jk.BackendWarning, match="sdpa: not automatic"):
+            jk.masked_attention(*(q.clone().requires_grad_() for _ in range(3)))
+        assert called.call_count == 1
 
 
 LENGTHS = (0, 1, 63, 64, 65, 130, 301)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 LONGEST = 256  # queries, and keys, of a sequence: what the Hopper kernels hold in shared memory
-CUDNN_FROM = 512  # queries, and keys: of D 64, measured at 508 and at 2048 (docs/tuning/attention.md)
 _capabilities: dict[int, str] = {}  # by device, found once
 
 
@@ -28,20 +27,6 @@ def only_without_grad(call: Call) -> str | None:
     return "its backward may add in any order: taken only when named" if call.needs_grad else None
 
 
-def slower_than_cudnn(call: Call) -> str | None:
-    """Triton's kernels, where cuDNN's forward was measured faster on Hopper."""
-    q, k, _ = call.tensors
-    if call.needs_grad or call.needs_lse or q.dim() == 3 or q.dtype == torch.float32 or q.shape[-1] != 64:
-        return None
-    if any(given is not None for given in call.masks) or q.shape[1] != k.shape[1] or min(call.lengths) < CUDNN_FROM:
-        return None
-    if any(x.stride(-1) != 1 for x in call.tensors) or _capability(q.get_device()) != "9.0":
-        return None
-    if not torch.compiler.is_compiling() and not torch.backends.cuda.cudnn_sdp_enabled():  # a trace can't ask
-        return None
-    return f"cuDNN, by sdpa, is faster at D 64 and {CUDNN_FROM} tokens or more without gradient: taken only when named"
-
-
 def hopper(call: Call) -> str | None:
     """The Hopper kernels: whole sequences in shared memory, fetched by tensor maps."""
     capability = _capability(call.tensors[0].get_device())
@@ -61,7 +46,7 @@ def hopper(call: Call) -> str | None:
 
 def _capability(device: int) -> str:
     if device not in _capabilities:
-        major, minor = torch.cuda.get_device_capability(device) if device >= 0 else (0, 0)  # -1: Triton interpreted
+        major, minor = torch.cuda.get_device_capability(device)
         _capabilities[device] = f"{major}.{minor}"
     return _capabilities[device]
 

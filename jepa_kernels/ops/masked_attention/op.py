@@ -22,8 +22,7 @@ KERNELS = (
     # Before triton: forward and backward together were faster on an H200 in every workload that this row takes
     # (docs/tuning/attention.md).
     Kernel("cuda", dtypes=(torch.bfloat16, torch.float16), limit=limits.hopper),
-    # Passes on to sdpa the few calls that cuDNN was measured faster at.
-    Kernel("triton", automatic=limits.slower_than_cudnn),
+    Kernel("triton"),
     Kernel("cpu"),
     Kernel("sdpa", limit=limits.gives_no_lse, automatic=limits.only_without_grad),
 )
@@ -148,8 +147,7 @@ def _attend(
     if backend in ("reference", "sdpa"):
         given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
         if backend == "sdpa":
-            cudnn_first = limits.slower_than_cudnn(call) is not None
-            return sdpa.forward(q, k, v, packing, **given, cudnn_first=cudnn_first), q.new_empty(0)
+            return sdpa.forward(q, k, v, packing, **given), q.new_empty(0)
         return reference.forward_lse(q, k, v, packing, **given)
     masks = _masks(q, frame_size, key_ranges, rope, packing is None)
     if qkv is not None:

@@ -1,22 +1,12 @@
 """`masked_attention` by torch's scaled_dot_product_attention, with its own gradient (atomics on some devices)."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jepa_kernels.ops.masked_attention.visible import visible
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
-
-CUDNN_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def forward(
@@ -30,10 +20,8 @@ def forward(
     key_ranges: Tensor | None,
     rope: Rope | None,
     scale: float,
-    cudnn_first: bool = False,
 ) -> Tensor:
-    """Dense as it is; packed through padding, so that compiled code never reads the lengths. cudnn_first: before the
-    kernels that PyTorch would choose."""
+    """Dense as it is; packed through padding, so that compiled code never reads the lengths."""
     seen = visible(q, k, packing, k_packing, frame_size, key_ranges)
     if packing is None:  # token-major, as packed
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -43,8 +31,7 @@ def forward(
         k_packing = packing if k_packing is None else k_packing
         q, k, v = packing.pad(q), k_packing.pad(k), k_packing.pad(v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(CUDNN_FIRST, set_priority=True) if cudnn_first else nullcontext():
-        out = _attend(q, k, v, seen, scale).transpose(1, 2)
+    out = _attend(q, k, v, seen, scale).transpose(1, 2)
     return out.contiguous().transpose(1, 2) if packing is None else packing.unpad(out)
 
 
