@@ -110,6 +110,7 @@ def target_cells(found: list[Row]) -> list[dict[str, Any]]:
             "what": t.what,
             "asked": text.asked(t),
             "ratio": row["ratio"] if row else None,
+            "measured": text.reached(t, row) if row else "",
             "verdict": verdicts[holds],
             "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row and t.least else 0,
         }

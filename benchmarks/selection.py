@@ -19,7 +19,8 @@ SLOW = ("vjepa2/vit_l_4_layers_packed_per_token",)  # a minute, of the same step
 
 
 def brief(run: str) -> bool:
-    """Part of `make bench`, in six minutes: the README's rows of ops, masks, I-JEPA and V-JEPA 2, and ALSO."""
+    """Part of `make bench`, in six minutes: the README's rows of ops, masks, I-JEPA and V-JEPA 2 but those of SLOW
+    and of bf16, and ALSO. What all targets say is a matter of `make bench FULL=1`."""
     name, workload, stage, dtype = run.split("/")
     shown = any((name, stage) == (n, s) and workload.startswith(w) for n, w, s, _ in HEADLINES)
     left_out = name not in BRIEF or run.startswith(SLOW) or dtype == "bfloat16"

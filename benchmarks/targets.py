@@ -175,7 +175,7 @@ TARGETS = (
     *rope("published", 8.0, 6.0, "the eager formula of q and k, masked clips"),
     *rope("compile", 1.0, 1.0, "the formula of q and k, compiled"),
     Target(
-        *("sigreg", "n512_e512_k1024", "backward", "published", 10.0, "the eager chain, 1024 slices, 17 knots"),
+        *("sigreg", "n512_e512_k1024", "backward", "published", 10.0, "the eager chain, 1024 slices drawn a step"),
         most_memory=0.05,
     ),
     Target(

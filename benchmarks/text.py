@@ -187,12 +187,12 @@ def terminal(document: dict[str, Any]) -> None:
                      row["parts"]["ours"]]  # fmt: skip
             show(f"{row['name']} {row['workload']}: the step by part", ("part", "ours", "reference"), cells, (1, 2))
     cells = target_cells(found)
-    reached = [c for c in cells if c[-1] != "not measured"]
-    if not reached:
+    measured = [c for c in cells if c[-1] != "not measured"]
+    if not measured:
         print(f"\nMust reach: none of {len(cells)} was measured")
         return
-    rest = f" (and {len(cells) - len(reached)} that were not measured)" if len(reached) < len(cells) else ""
-    show(f"Must reach{rest}", ("row", "asked", "measured", ""), reached, right=(1, 2))
+    rest = f" (and {len(cells) - len(measured)} that were not measured)" if len(measured) < len(cells) else ""
+    show(f"Must reach{rest}", ("row", "asked", "measured", ""), measured, right=(1, 2))
 
 
 def show(title: str, columns: tuple[str, ...], cells: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> None:

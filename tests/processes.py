@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -15,10 +16,11 @@ import torch.distributed as dist
 def gloo(rank, world, store, minutes=1):
     """A group of single-threaded processes, by the path of its store, new to each group.
 
-    Its threads end with the last reference to it, which tracebacks hold as well. One that is left when Python ends
-    may want to free a tensor then: the process aborts.
+    Its threads end with the last reference to it, which tracebacks hold as well: one that is left when a spawned
+    process ends may want to free a tensor then, and aborts it.
     """
     torch.set_num_threads(1)
+    np.random.seed()  # forked processes begin with the same numbers
     dist.init_process_group("gloo", f"file://{store}", timedelta(minutes=minutes), world, rank)
     try:
         yield
@@ -79,7 +81,7 @@ def _run(rank, folder, known, given):
         if rank < world:
             with gloo(rank, world, Path(folder, f"{name}.store"), minutes=3):
                 failure = _failure(check, folder, *([] if given is None else [given(rank, world)]))
-            Path(folder, f"{name}.{rank}").write_text(failure)
+                Path(folder, f"{name}.{rank}").write_text(failure)
 
 
 def _failure(check, *given):

@@ -154,6 +154,21 @@ def test_networks_that_swap_their_parameters_may():
     assert equal(weights(ema.module), expected)
 
 
+def test_after_an_update_a_load_and_a_move_let_tensors_be_swapped():
+    online = network()
+    ema = EMA(online, 0.5)
+    ema.update()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        ema.load_state_dict(ema.state_dict())
+        online.to(torch.float32, memory_format=torch.channels_last)
+        ema.update()
+        ema.to(torch.float64)
+        online.load_state_dict(network(1).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_channels_last_networks_move():
     online = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
     ema = EMA(online, 0.5, shadow_dtype=torch.bfloat16)
@@ -371,7 +386,9 @@ BAD = [
         ValueError,
         "EMA: final_momentum must be left out with use_warmup, got 1.0; choose one of final_momentum and use_warmup",
     ),
-    (dict(momentum=1.5, update_after_step=100), ValueError, r"EMA: decay must lie in \[0, 1\], got 1.5"),
+    (dict(momentum=1.5, update_after_step=100), ValueError, r"EMA: momentum must lie in \[0, 1\], got 1.5"),
+    (dict(momentum=0.996, min_decay=1.0), ValueError, "EMA: min_decay must be at most the decay 0.996, got 1.0; name"),
+    (dict(decay=0.9, update_after_step="x"), TypeError, "EMA: update_after_step must be an int, got str; pass"),
     (
         dict(dtype=torch.bfloat16),
         TypeError,
@@ -404,6 +421,11 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_an_ema_is_of_a_module(online, kind):
     with pytest.raises(TypeError, match=f"^EMA: online must be one module, got {kind}; pass the network once"):
         EMA(online)
+
+
+def test_a_model_that_is_none_is_named_as_such():
+    with pytest.raises(TypeError, match="^EMA: model must be one module, got int; pass the network once"):
+        EMA(model=3)
 
 
 def test_another_network_is_refused_before_the_first_write():

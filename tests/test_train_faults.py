@@ -1,7 +1,7 @@
 """Runs of several processes, and what befalls them: killed, hung, asked to end, given what they must refuse, shown what
 is not finite.
 
-JEPA_KILLS sets how often ranks are killed: 3 if unset.
+JEPA_KILLS sets how often ranks are killed: 5 if unset.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from tests.processes import side_by_side
 from tests.test_train import TINY, same
 from tests.torchrun import Run, free_port
 
-EVERY, KILLS = 5, int(os.environ.get("JEPA_KILLS", 3))
+EVERY, KILLS = 5, int(os.environ.get("JEPA_KILLS", 5))
 STEPS = 12 * max(KILLS, 5)  # two saves between two kills, and time for a signal to arrive
 LOST = r"train: every rank must finish .+ in the \w+ (pass )?of step \d+ within 600 s, got no answer of rank [01] \("
 

@@ -46,7 +46,8 @@ class EMA(nn.Module):
     form: the roundings, see `ema_update`.
     decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device, exclude_buffers: as of
         `timm.utils.ModelEmaV3`, which takes all up to exclude_buffers by position too, in this order; model: online.
-        With any of its own names, all but device, foreach and exclude_buffers, its formulas replace the schedule, with
+        With any of its own names, dtype and stochastic_rounding among them, all but device, foreach and
+        exclude_buffers, its formulas replace the schedule, with
         momentum as its decay (default 0.9999), the target is in eval mode, and fp32 buffers are averaged unless
         exclude_buffers. Else the target keeps online's mode, as upstream's do, and exclude_buffers=False averages them.
     dtype: None or fp32, which the target of any network is; fp32: its buffers too. What timm does with foreach,
@@ -55,6 +56,10 @@ class EMA(nn.Module):
     .module: the target, fp32, without gradient; shard it with `fully_shard` as the online network: an update is of
         the local shards, with no communication.
     .step: number of updates; part of the state dict.
+
+    From the first update on, until the next `.to` or load of this module, both networks' tensors are held by more than
+    Python: `torch.utils.swap_tensors` refuses them, and with it conversions of the online network under
+    `torch.__future__.set_swap_module_params_on_conversion(True)` that was not set before.
 
     A deep copy follows the same online network, or its copy where both are copied as parts of one object.
     torch.compile leaves `update` out of its graphs: a step with it breaks in two, and is not compiled again.
@@ -230,6 +235,7 @@ class EMA(nn.Module):
         check_same("EMA", self.module, group)
 
     def _apply(self, fn: Any, recurse: bool = True) -> EMA:
+        self._pairing = None  # its table holds on to tensors, which then could not be swapped for others
         super()._apply(fn, recurse)
         self.refresh()
         return self
@@ -242,6 +248,7 @@ class EMA(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A state dict of the target network alone, or timm's, leaves the step as it is."""
+        self._pairing = None  # as `_apply`
         given = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
         names = self.module.state_dict().keys()
         if len(names & set(given)) > len({f"module.{name}" for name in names} & set(given)):
@@ -269,10 +276,11 @@ def _after_load(ema: EMA, _: Any) -> None:
 
 
 def _given(online: nn.Module | None, model: nn.Module | None) -> nn.Module:
-    network = online if model is None else model
-    if not isinstance(network, nn.Module) or (online is not None and model is not None):
-        actual = type(network).__name__ if model is None else "two, online and model"
-        fail("EMA", "online", "be one module", actual, "pass the network once", TypeError)
+    if online is not None and model is not None:
+        fail("EMA", "online", "be one module", "two, online and model", "pass the network once", TypeError)
+    name, network = ("online", online) if model is None else ("model", model)
+    if not isinstance(network, nn.Module):
+        fail("EMA", name, "be one module", type(network).__name__, "pass the network once", TypeError)
     return network
 
 

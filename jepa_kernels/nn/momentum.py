@@ -22,8 +22,9 @@ def chosen(momentum: float | None, own: dict[str, Any], timm: dict[str, Any]) ->
     check_absent(f"with {named[0]}", **own)
     if timm["decay"] is not None:
         check_absent("with decay", momentum=momentum)
+    name = "decay" if momentum is None else "momentum"
     decay = next(x for x in (timm["decay"], momentum, TIMM_DECAY) if x is not None)
-    return decayed(decay, timm), decay
+    return decayed(name, decay, timm), decay
 
 
 def scheduled(
@@ -48,11 +49,17 @@ def scheduled(
     return partial(curve, start=start, final=final, total=int(total))
 
 
-def decayed(decay: float, given: dict[str, Any]) -> Momentum:
-    """timm's, with those of its options that are given."""
+def decayed(argument: str, decay: float, given: dict[str, Any]) -> Momentum:
+    """timm's, with those of its options that are given; argument: what the caller named the decay."""
     options = TIMM | {name: given[name] for name in TIMM if given[name] is not None}
-    _check_momentum("decay", decay)
+    _check_momentum(argument, decay)
     _check_momentum("min_decay", options["min_decay"])
+    if options["min_decay"] > decay:
+        remedy = "name final_momentum= and total_steps= for a schedule"
+        fail("EMA", "min_decay", f"be at most the decay {decay}", options["min_decay"], remedy)
+    if not isinstance(options["update_after_step"], int):
+        actual = type(options["update_after_step"]).__name__
+        fail("EMA", "update_after_step", "be an int", actual, "pass a number of steps", TypeError)
     for name in ("warmup_gamma", "warmup_power"):
         value = options[name]
         if not is_number(value) or not value > 0:

@@ -1,4 +1,4 @@
-"""nn.EMA in the place of timm's own ModelEmaV3: every call that builds one builds the other, with the same values."""
+"""nn.EMA in the place of timm's own ModelEmaV3: calls that name an argument of timm's alone give the same values."""
 
 import inspect
 
@@ -67,6 +67,13 @@ def train(online, seed):
     with torch.no_grad():
         for t in (*online.parameters(), *online.buffers()):
             t.copy_(torch.randn(t.shape, generator=generator) if t.is_floating_point() else torch.tensor(seed))
+
+
+def test_calls_that_name_nothing_of_timms_are_ours():
+    for arguments in ((), (0.9998,)):
+        for named in ({}, {"device": "cpu"}, {"foreach": True}, {"exclude_buffers": True}):
+            ema = EMA(network(), *arguments, **named)
+            assert ema.get_decay() == (arguments or (0.996,))[0] and ema.module.training and not ema.average_buffers
 
 
 def test_its_state_loads(upstream):
