@@ -424,7 +424,7 @@ def test_an_ema_is_of_a_module(online, kind):
 
 
 def test_a_model_that_is_none_is_named_as_such():
-    with pytest.raises(TypeError, match="^EMA: model must be one module, got int; pass the network once"):
+    with pytest.raises(TypeError, match=r"^EMA: model must be one module, got int; pass the network once"):
         EMA(model=3)
 
 
