@@ -113,8 +113,8 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
     const T* all_target = static_cast<const T*>(p.target);
     int64_t run = 0, mask = -1;
     double element = 0.0; // weight of each element of the mask
-    const Place first = place_of(p, begin, run);
-    Place next = first, second = begin + 1 < end ? place_of(p, begin + 1, run) : first;
+    Place next = place_of(p, begin, run), second = next;
+    if (begin + 1 < end) second = place_of(p, begin + 1, run);
     for (int64_t row = begin; row < end; ++row) {
       const Place here = next;
       next = second;

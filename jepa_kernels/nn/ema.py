@@ -46,10 +46,10 @@ class EMA(nn.Module):
     form: the roundings, see `ema_update`.
     decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, device, exclude_buffers: as of
         `timm.utils.ModelEmaV3`, which takes all up to exclude_buffers by position too, in this order; model: online.
-        With any of its own names, dtype and stochastic_rounding among them, all but device, foreach and
-        exclude_buffers, its formulas replace the schedule, with
-        momentum as its decay (default 0.9999), the target is in eval mode, and fp32 buffers are averaged unless
-        exclude_buffers. Else the target keeps online's mode, as upstream's do, and exclude_buffers=False averages them.
+        With any of its own names (dtype and stochastic_rounding too; not device, foreach and exclude_buffers) its
+        formulas replace the schedule, with momentum as its decay (default 0.9999), the target is in eval mode, and
+        fp32 buffers are averaged unless exclude_buffers. Else the target keeps online's mode, as upstream's do, and
+        exclude_buffers=False averages them.
     dtype: None or fp32, which the target of any network is; fp32: its buffers too. What timm does with foreach,
         stochastic_rounding and its seed is nothing to an fp32 target: accepted, with no effect.
 

@@ -99,9 +99,9 @@ class Shadow:
             return
         changed = zip_longest(self.copies.items(), seen, self._seen)
         stale = dict(pair for pair, now, before in changed if now != before)
-        names = {p: name for name, p in self.module.named_parameters() if p in stale}
-        for source, name in names.items():
-            check_held("EMA", f"target {name}", source)
+        for name, source in self.module.named_parameters():
+            if source in stale:
+                check_held("EMA", f"target {name}", source)
         for source, low in stale.items():
             _round(source, low)
         self._seen = seen
