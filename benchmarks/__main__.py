@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="a selection that takes under a minute")
-    size.add_argument("--full", action="store_true", help="every row: twice as long, and what can be committed")
+    size.add_argument("--full", action="store_true", help="every row: three times as long, and what can be committed")
     parser.add_argument("--row", action="append", default=[], metavar="KEY",
                         help="measure only name[/workload[/pass[/dtype[/baseline]]]]; may be repeated")  # fmt: skip
     for name in ("--op", "--workload", "--dtype"):

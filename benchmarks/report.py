@@ -103,7 +103,6 @@ def peaks(measured: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def target_cells(found: list[Row]) -> list[dict[str, Any]]:
     """What must be reached, and how far the measured ratio gets on the way (1 = reached)."""
-    verdicts = {None: "not measured", True: "reached", False: "missed"}
     return [
         {
             "where": f"{t.name} · {row['workload'] if row else t.workload} · {t.stage}",
@@ -111,7 +110,7 @@ def target_cells(found: list[Row]) -> list[dict[str, Any]]:
             "asked": text.asked(t),
             "ratio": row["ratio"] if row else None,
             "measured": text.reached(t, row) if row else "",
-            "verdict": verdicts[holds],
+            "verdict": text.VERDICTS[holds],
             "share": min(row["ratio"] / t.least, 2) / 2 * 100 if row and t.least else 0,
         }
         for t, row, holds in targets.check(found)

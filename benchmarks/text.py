@@ -164,14 +164,16 @@ def reached(target: targets.Target, row: Row) -> str:
     return ", ".join(found)
 
 
+VERDICTS = {None: "not measured", True: "reached", False: "missed"}
+
+
 def target_cells(found: list[Row]) -> list[tuple[str, str, str, str]]:
     """What must be reached: row, asked, measured, verdict."""
     cells = []
     for target, row, holds in targets.check(found):
         where = f"{target.name} {row['workload'] if row else target.workload} {target.stage}"
-        verdict = {None: "not measured", True: "reached", False: "missed"}[holds]
         measured = reached(target, row) if row else times(None)
-        cells.append((f"{where}: {target.what}", asked(target), measured, verdict))
+        cells.append((f"{where}: {target.what}", asked(target), measured, VERDICTS[holds]))
     return cells
 
 
@@ -187,7 +189,7 @@ def terminal(document: dict[str, Any]) -> None:
                      row["parts"]["ours"]]  # fmt: skip
             show(f"{row['name']} {row['workload']}: the step by part", ("part", "ours", "reference"), cells, (1, 2))
     cells = target_cells(found)
-    measured = [c for c in cells if c[-1] != "not measured"]
+    measured = [c for c in cells if c[-1] != VERDICTS[None]]
     if not measured:
         print(f"\nMust reach: none of {len(cells)} was measured")
         return

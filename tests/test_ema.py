@@ -137,38 +137,6 @@ def test_tensors_put_in_the_place_of_others_are_found(change):
     assert equal(weights(ema.module), expected)
 
 
-def test_networks_that_swap_their_parameters_may():
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        online = network()
-        ema = EMA(online, 0.5)
-        ema.update()
-        for net in (online, ema.module):
-            net.load_state_dict(network(1).state_dict())
-            net.to(torch.float32, memory_format=torch.channels_last)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    train(online, 1)
-    expected = [halfway(t, q) for t, q in zip(weights(ema.module), online.parameters(), strict=True)]
-    ema.update()
-    assert equal(weights(ema.module), expected)
-
-
-def test_after_an_update_a_load_and_a_move_let_tensors_be_swapped():
-    online = network()
-    ema = EMA(online, 0.5)
-    ema.update()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        ema.load_state_dict(ema.state_dict())
-        online.to(torch.float32, memory_format=torch.channels_last)
-        ema.update()
-        ema.to(torch.float64)
-        online.load_state_dict(network(1).state_dict())
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-
-
 def test_channels_last_networks_move():
     online = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)).to(memory_format=torch.channels_last)
     ema = EMA(online, 0.5, shadow_dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""nn.EMA of tensors whose memory was freed or shrunk: the first is named, and every other stays as it was."""
+"""nn.EMA of tensors whose memory was freed or shrunk: the first is named, every other stays as it was. And swapped."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import nn
 
 import jepa_kernels as jk
 from jepa_kernels.nn import EMA
+from tests.test_ema import equal, halfway, network, train, weights
 
 NAMES = {"parameter": "0.weight", "buffer": "1.running_mean"}  # of 140 and 28 bytes
 LEFT = {"freed": 0, "shrunk": 8}
@@ -100,3 +101,35 @@ def test_buffers_of_gaps_of_repeats_and_of_no_elements_are_copied():
     ema.update()
     assert torch.equal(ema.module.gaps, torch.arange(6.0)) and ema.module.turned.eq(1.0).all()
     assert torch.equal(ema.module.sparse.to_dense(), torch.eye(3))
+
+
+def test_networks_that_swap_their_parameters_may():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        online = network()
+        ema = EMA(online, 0.5)
+        ema.update()
+        for net in (online, ema.module):
+            net.load_state_dict(network(1).state_dict())
+            net.to(torch.float32, memory_format=torch.channels_last)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    train(online, 1)
+    expected = [halfway(t, q) for t, q in zip(weights(ema.module), online.parameters(), strict=True)]
+    ema.update()
+    assert equal(weights(ema.module), expected)
+
+
+def test_after_an_update_a_load_and_a_move_let_tensors_be_swapped():
+    online = network()
+    ema = EMA(online, 0.5)
+    ema.update()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        ema.load_state_dict(ema.state_dict())
+        online.to(torch.float32, memory_format=torch.channels_last)
+        ema.update()
+        ema.to(torch.float64)
+        online.load_state_dict(network(1).state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
