@@ -56,10 +56,10 @@ def _together(
             slope = products(values, g)
             change = tl.sum(weights * slope, 0)
             slope = (weights * (slope - change[None, :])).to(tile[0].dtype)
-            total_k = add_products(total_k, slope, tile)
-            total_q = add_products(zeros(ROWS, PARTS), tl.trans(slope), block)
+            total_q = add_products(zeros(ROWS, PARTS), tl.trans(slope), block)  # before dk, which needs its registers
             total_q = turn(total_q, turns, start, queries, True, PARTS, TURNING, HALF)
             store(dq + h * D, drow, start, queries, total_q, factor, PARTS, D)
+            total_k = add_products(total_k, slope, tile)
     total_k = turn(total_k, k_turns, 0, keys, True, PARTS, TURNING, HALF)
     store(dk, k_drow, 0, keys, total_k, factor, PARTS, D)
     store(dv, k_drow, 0, keys, total_v, 1.0, PARTS, D)

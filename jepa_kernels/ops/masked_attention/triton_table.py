@@ -39,7 +39,7 @@ BACKWARD_KV = {
     64: Tile(64, 64, 4, 2),
     80: Tile(128, 32, 8, 2),
     96: Tile(128, 64, 8, 2),
-    128: Tile(128, 32, 8, 2),
+    128: Tile(128, 32, 8, 3),
 }
 ELSEWHERE = {128: Tile(64, 32, 4, 2)}  # GPUs other than Hopper: less shared or tensor memory
 # fp32 multiplies on the plain units, from registers.
