@@ -60,6 +60,7 @@ CASES = (
     Case("narrow_input", layer(97, 3, width=100), EVERY),
     Case("odd_sizes", layer(97, 257, width=65), EVERY),
     Case("deep", layer(13, 700, width=17), EVERY),
+    Case("deeper_than_a_chunk", layer(13, 1600, width=17), EVERY),
     Case("blocks", layer(130, 384, width=192), EVERY),
     Case("many_rows", layer(530, 70, width=50), EVERY),
     Case("no_bias", layer(3, 31, 48, width=96, bias=False), NO_BIAS),
