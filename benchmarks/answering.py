@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict, with_backward
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, as_published, verdict, with_backward
 from benchmarks.modelrun import ModelRun
 from jepa_kernels import testing
 from jepa_kernels.models.vl_jepa import Predictor, VLJEPAConfig
@@ -104,6 +104,9 @@ class AnsweringRun(ModelRun):
         question, packing = pack(self.questions)
         return lambda: model(visual.to(model.out_proj.weight.dtype), question, packing, seen=seen)
 
+    def padded(self, model: Predictor) -> Callable[[], Tensor]:
+        return as_published(Padded(model, self.visual, self.questions))
+
     def gradients(self, model: Predictor) -> dict[str, Tensor]:
         out = self.ours(model)()
         found = torch.autograd.grad(out.square().mean(), list(model.parameters()))
@@ -122,14 +125,14 @@ class AnsweringRun(ModelRun):
         """Why the padded form's time would mean nothing: it predicts something else."""
         model = self.model(self.workload.shallow)
         with torch.no_grad():
-            ours, theirs = self.ours(model)(), Padded(model, self.visual, self.questions)()
+            ours, theirs = self.ours(model)(), self.padded(model)()
         error = (theirs - ours).norm() / ours.norm()
         return None if error <= RIVAL_TOLERANCE[ours.dtype] else f"its embeddings differ by {error:.2g} of their norm"
 
     def functions(self) -> dict[str, Callable[[], object]]:
         model = self.model(self.workload.config)
         step = partial(with_backward, leaves=list(model.parameters()))
-        return {OURS: step(self.ours(model)), "padded": step(Padded(model, self.visual, self.questions))}
+        return {OURS: step(self.ours(model)), "padded": step(self.padded(model))}
 
     def counted(self) -> dict[str, Any]:
         lengths = np.array(self.workload.visual) + np.array(self.workload.asked)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import jepa_kernels as jk
 from benchmarks import timing
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, as_published, verdict
 from benchmarks.modelrun import ModelRun
 from benchmarks.rows import Row
 from benchmarks.step import gradients
@@ -81,7 +81,8 @@ class CropsRun(ModelRun):
     def rival_error(self) -> str | None:
         """Why the recipe's time would mean nothing: its loss or a gradient is another than ours."""
         views = self.checked.views()
-        ours, theirs = (gradients(build(), *views) for build in (self.checked.model, self.checked.recipe))
+        ours = gradients(self.checked.model(), *views)
+        theirs = as_published(gradients)(self.checked.recipe(), *views)
         least = max(float(g.norm()) for g in ours.values()) * 1e-4  # biases before batch norms have none but roundings
         for name, wanted in ours.items():
             error = float((theirs[name] - wanted).norm() / wanted.norm().clamp_min(least))
@@ -94,10 +95,11 @@ class CropsRun(ModelRun):
 
     def functions(self) -> dict[str, Callable[[], object]]:
         views = self.workload.views()
-        steppers = {OURS: Stepper(self.workload.model(), views), "recipe": Stepper(self.workload.recipe(), views)}
-        for step in steppers.values():  # makes the optimiser's state
+        ours, recipe = (Stepper(build(), views) for build in (self.workload.model, self.workload.recipe))
+        found = {OURS: ours, "recipe": as_published(recipe)}
+        for step in found.values():  # makes the optimiser's state
             step()
-        return steppers
+        return found
 
     def rates(self, common: Row, name: str, times: timing.Times) -> dict[str, Any]:
         ours, theirs = (common["tokens"] / float(np.median(times.of(n))) for n in (OURS, name))

@@ -5,6 +5,7 @@ from benchmarks.tables import Document
 
 # (name, workload, pass, baseline) of targets, in fp32: the published form, and the best short one
 HEADLINES = (
+    ("linear", "vit_l_fc1", "backward", "mkl"),
     ("masked_attention", "ijepa_vit_h14_contexts", "backward", "loop"),
     ("masked_attention", "vjepa2_ac_frames", "backward", "sdpa_prefixes"),
     ("rope", "vjepa2_vit_l_masked", "forward", "published"),

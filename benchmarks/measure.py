@@ -206,6 +206,16 @@ def verdict(checks: list[testing.Parity]) -> dict[str, Any]:
     }
 
 
+def as_published(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A rival's form on layers of ours: as its authors run it, it multiplies by PyTorch."""
+
+    def call(*args: Any) -> Any:
+        with jk.use_backend("reference"):
+            return function(*args)
+
+    return call
+
+
 def with_backward(function: Callable[[], Any], leaves: list[Tensor], **options: Any) -> Callable[[], Any]:
     """Forward, then the gradients of `leaves` for a fixed gradient of the outputs; 1 for a loss, as in training.
 

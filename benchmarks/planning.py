@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import jepa_kernels as jk
-from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, verdict
+from benchmarks.measure import OURS, RIVAL_TOLERANCE, Settings, as_published, verdict
 from benchmarks.modelrun import ModelRun
 from benchmarks.models.published_vjepa2_ac import Published
 from jepa_kernels import planning, testing
@@ -70,7 +70,7 @@ class Task:
 
     def published(self) -> Callable[[], Tensor]:
         rival, noise = Published(self.model), self.noise[: self.rival_iterations]
-        return lambda: rival.cem(self.context, self.goal, noise, self.options["elites"])
+        return as_published(lambda: rival.cem(self.context, self.goal, noise, self.options["elites"]))
 
     def latents(self, double: bool = False) -> Tensor:
         """What the noise's actions, all small, lead to."""

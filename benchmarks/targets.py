@@ -77,6 +77,11 @@ def ema(workload: str, loop: float, lerp: float, least_share: float | None = Non
     )
 
 
+def layer(workload: str, what: str) -> tuple[Target, Target]:
+    """Of both passes."""
+    return tuple(Target("linear", workload, p, "mkl", 1.1, f"F.linear, {what}") for p in ("forward", "backward"))
+
+
 def embedding(workload: str, baseline: str, least: float, what: str) -> tuple[Target, Target]:
     """Of both passes."""
     return tuple(Target("embed_patches", workload, p, baseline, least, what) for p in ("forward", "backward"))
@@ -153,6 +158,10 @@ TARGETS = (
     *embedding("vjepa2_vit_l_31", "conv", 5.0, "two dense convolutions + gathers, 31 % kept"),
     *embedding("vjepa2_vit_l_31", "unfold", 1.15, "unfold + index + linear, 31 % kept"),
     *embedding("vjepa2_vit_l_31_uint8", "float", 1.0, "our own on float pixels"),
+    *layer("vit_s_fc1", "4096 rows, 384 to 1536"),
+    *layer("vit_l_fc1", "2048 rows, 1024 to 4096"),
+    *layer("vit_l_fc2", "2048 rows, 4096 to 1024"),
+    *layer("planner_qkv", "1056 rows, 384 to 1152"),
     *attention("ragged_1572", "loop", 1.2, 1.2, "a loop of SDPA, four sequences"),
     *attention("ragged_1572", "sdpa_mask", 2.5, 2.5, "SDPA with a block-diagonal mask"),
     *attention("ragged_1572", "loop", 1.8, 2.2, "a loop of SDPA, four sequences", "bfloat16"),

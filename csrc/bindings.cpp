@@ -17,6 +17,7 @@ void bind_gather_tokens(py::module_&);
 void bind_grad_norm(py::module_&);
 void bind_info_nce(py::module_&);
 void bind_latent_loss(py::module_&);
+void bind_linear(py::module_&);
 void bind_masked_attention(py::module_&);
 void bind_masks(py::module_&);
 void bind_peaks(py::module_&);
@@ -37,6 +38,7 @@ PYBIND11_MODULE(_C, m) {
   jepa::bind_grad_norm(m);
   jepa::bind_info_nce(m);
   jepa::bind_latent_loss(m);
+  jepa::bind_linear(m);
   jepa::bind_masked_attention(m);
   jepa::bind_masks(m);
   jepa::bind_peaks(m);

@@ -17,6 +17,7 @@
 #include "grad_norm/grad_norm.h"
 #include "info_nce/info_nce.h"
 #include "latent_loss/latent_loss.h"
+#include "linear/linear.h"
 #include "masked_attention/masked_attention.h"
 #include "peaks/peaks.h"
 #include "rope/rope.h"
@@ -112,6 +113,8 @@ JEPA_DISPATCH(info_nce_forward_cpu, InfoNceForwardParams)
 JEPA_DISPATCH(info_nce_backward_cpu, InfoNceBackwardParams)
 JEPA_DISPATCH(latent_loss_forward_cpu, LatentLossForwardParams)
 JEPA_DISPATCH(latent_loss_backward_cpu, LatentLossBackwardParams)
+JEPA_DISPATCH(linear_multiply_cpu, LinearMultiplyParams)
+JEPA_DISPATCH(linear_sum_cpu, LinearSumParams)
 JEPA_DISPATCH(masked_attention_forward_cpu, MaskedAttentionForwardParams)
 JEPA_DISPATCH(masked_attention_backward_cpu, MaskedAttentionBackwardParams)
 JEPA_DISPATCH(peaks_cpu, PeaksParams)

@@ -17,6 +17,7 @@
 #include "grad_norm/grad_norm.h"
 #include "info_nce/info_nce.h"
 #include "latent_loss/latent_loss.h"
+#include "linear/linear.h"
 #include "masked_attention/masked_attention.h"
 #include "masked_attention/schedule.h"
 #include "masks/masks.h"

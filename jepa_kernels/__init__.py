@@ -18,6 +18,7 @@ from jepa_kernels.ops.gather_tokens.op import gather_tokens
 from jepa_kernels.ops.grad_norm.op import grad_norm
 from jepa_kernels.ops.info_nce.op import info_nce
 from jepa_kernels.ops.latent_loss.op import latent_loss
+from jepa_kernels.ops.linear.op import linear
 from jepa_kernels.ops.masked_attention.merge import merge_attention
 from jepa_kernels.ops.masked_attention.op import masked_attention, masked_attention_lse, masked_attention_qkv
 from jepa_kernels.ops.rope.op import rope, rope_qk
@@ -59,6 +60,7 @@ __all__ = [
     "info",
     "info_nce",
     "latent_loss",
+    "linear",
     "masked_attention",
     "masked_attention_lse",
     "masked_attention_qkv",

@@ -168,6 +168,9 @@ CALLS = {
         torch.randint(255, (2, 3, 64, 64), dtype=torch.uint8), mean=[0.5] * 3, std=[1.0] * 3
     ),
     "embed_patches, gradient of pixels": lambda: embed(leaf(2, 3, 64, 64)),
+    "linear": lambda: jk.linear(leaf(2, 64, 32), leaf(24, 32), leaf(24), backend="cpu"),
+    "linear, frozen weights": lambda: jk.linear(leaf(128, 32), torch.randn(24, 32), backend="cpu"),
+    "linear, frozen rows": lambda: jk.linear(torch.randn(128, 32), leaf(24, 32), leaf(24), backend="cpu"),
     "latent_loss": lambda: jk.latent_loss(leaf(2, 64, 32), torch.randn(2, 64, 32), every(64, 0, 0)) * 2,
     "latent_loss, bf16": lambda: jk.latent_loss(leaf(2, 64, 32, dtype=BF16), torch.randn(2, 64, 32).to(BF16)) * 2,
     "gather_tokens": lambda: jk.gather_tokens(leaf(2, 64, 32, dtype=BF16), every(64, 0, 0)),
@@ -210,7 +213,8 @@ def test_bytes_of_every_pass_are_counted():
 
 def stages(op):
     """Of its torch schemas."""
-    found = {o.split("::")[1].removeprefix(f"{op}_") for o in torch._C._dispatch_get_all_op_names() if f"::{op}_" in o}
+    start = f"jepa_kernels::{op}_"
+    found = {o.removeprefix(start) for o in torch._C._dispatch_get_all_op_names() if o.startswith(start)}
     return found - {"qkv"}  # the twin of a form, which compiled code traces
 
 

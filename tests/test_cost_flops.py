@@ -78,6 +78,15 @@ def test_products_of_patches(wanted):
     assert stated == seen and seen[1] == (1 + wanted) * seen[0] > 0
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_products_of_linear_layers(wanted):
+    """Backward two products, or one where the rows need no gradient."""
+    x, weight, bias = leaf(3, 10, 16).requires_grad_(wanted), leaf(24, 16), leaf(24)
+    ours = lambda *x: jk.linear(*x, backend="cpu")  # noqa: E731
+    stated, seen = both(ours, F.linear, x, weight, bias)
+    assert stated == seen == products(lambda: ours(x, weight, bias)) and seen[1] == (1 + wanted) * seen[0] > 0
+
+
 def test_products_of_pairs():
     plain = op_module("info_nce", "reference").forward
     stated, seen = both(jk.info_nce, plain, leaf(24, 16), leaf(24, 16), 0.1)

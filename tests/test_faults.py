@@ -307,6 +307,23 @@ FAULTS = {
         "gradient of the last row missing": ("backward", result(spoil(LAST_ROW, 0))),
         "gradient truncated": ("backward", result(lambda g: truncate(g).to(g.dtype))),
     },
+    "linear": {
+        "last channel left out": ("forward", argument(0, without_last_channel)),
+        "bias missing": ("forward", argument(2, lambda bias: None)),
+        "weights of the neighbour": ("forward", argument(1, lambda weight: weight.roll(1, 0))),
+        "rows truncated to bf16": ("forward", argument(0, truncate)),
+        "last row left out": ("forward", result(lambda y: spoil(LAST_ROW, 0)(y) if y.dim() > 1 else y)),
+        "gradient of weights misses the last row": (
+            "backward",
+            argument(0, lambda g: spoil(LAST_ROW, 0)(g.clone()) if g.dim() > 1 else g),
+        ),
+        "gradient of rows truncated": ("backward", output(0, lambda g: truncate(g).to(g.dtype))),
+        "bias gradient in bf16": ("backward", output(2, lambda g: truncate(g).to(g.dtype))),
+        "gradient of weights transposed": (
+            "backward",
+            output(1, lambda g: g.t().reshape(g.shape)),
+        ),
+    },
     "embed_patches": {
         "rows and columns of a patch swapped": ("forward", argument(2, lambda w: w.transpose(2, 3).contiguous())),
         "last pixel of a patch left out": ("forward", argument(2, without_last_pixel)),

@@ -56,6 +56,7 @@ PUBLIC = {
         *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
         *("reduction", "backend"),
     ],
+    "linear": ["x", "weight", "bias", "backend"],
     "masked_attention": ATTENTION,
     "masked_attention_lse": ATTENTION,
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
@@ -171,6 +172,7 @@ print(json.dumps({"raising": raising, **{name: round(best(call) - raising, 1) fo
     "latent_loss": lambda: jk.latent_loss(pred, x, ids),
     "latent_loss packed": lambda: jk.latent_loss(rows, x, flat, packing=packing),
     "latent_loss normed": lambda: jk.latent_loss(pred, x, ids, norm=(bias, bias, 1e-6), weight=each),
+    "linear": lambda: jk.linear(x, rows, flat.float()),
     "masked_attention": lambda: jk.masked_attention(dense, dense, dense),
     "masked_attention packed": lambda: jk.masked_attention(q, q, q, packing),
     "rope": lambda: jk.rope(dense, places),
@@ -184,7 +186,8 @@ CHECK_US = {
     "distance_weights": 8.6, "distance_weights packed": 11.5, "ema_update": 5.3, "embed_patches": 7.6,
     "embed_patches packed": 8.4, "gather_tokens": 3.8, "gather_tokens packed": 4.6, "grad_norm": 2.8, "info_nce": 3.3,
     "info_nce learned": 5.8, "latent_loss": 5.8, "latent_loss packed": 6.6, "latent_loss normed": 10.3,
-    "masked_attention": 4.8, "masked_attention packed": 5.1, "rope": 4.8, "rope of both": 7.2, "sigreg": 3.5,
+    "linear": 7.0, "masked_attention": 4.8, "masked_attention packed": 5.1, "rope": 4.8, "rope of both": 7.2,
+    "sigreg": 3.5,
 }  # fmt: skip
 
 

@@ -71,6 +71,8 @@ EACH = [
     *large(
         "latent_loss", "levels", ("pred",), "packed", 4, 300, 264, LENGTHS, levels=2, kind="l1", power=3.0, dtypes=LOW
     ),
+    *large("linear", "layer", ("x", "weight", "bias"), "layer", 1_030, 330, width=290, dtypes=LOW[:1]),
+    *large("linear", "deep", ("x", "weight", "bias"), "layer", 3, 40, 1_700, width=130, dtypes=LOW[:1]),
     *large("masked_attention", "packed", ("q", "k", "v"), "packed", (0, 300, 1, 241, 64), (4, 2), 24, unused=5),
     *large("sigreg", "tiles", ("z",), "embeddings", 2, 700, 130, slices=300),
     *large("rope", "packed", ("x",), "packed", 700, 3, 64, pairing="tiled"),

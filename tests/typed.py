@@ -24,7 +24,8 @@ def tokens(x: Tensor, ids: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
     sequences: Tensor = jk.assemble_tokens(kept, weight, ids, ids, None)
     near: Tensor = jk.distance_weights(ids, ids, (1, 3, 3), scale=2.0)
     places: Tensor = jk.patch_positions(ids, (1, 3, 3), pretrained_grid=16)
-    return embedded.sum() + sequences.sum() + near.sum() + places.sum()
+    mixed: Tensor = jk.linear(sequences, weight, None, backend="cpu")
+    return embedded.sum() + mixed.sum() + near.sum() + places.sum()
 
 
 def losses(x: Tensor, ids: Tensor) -> Tensor:

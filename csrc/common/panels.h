@@ -9,10 +9,15 @@ namespace jepa::JEPA_ISA {
 
 // LANES rows of the operand, `width` apart, become one panel [depth, LANES].
 template <int LANES> static void interleave(const float* rows, int64_t width, int64_t depth, float* panel) {
-  const int64_t whole = LANES % 8 == 0 ? depth / 8 * 8 : 0;
-  if (whole > 0) transpose(rows, width, LANES, whole, panel, LANES);
-  for (int64_t k = whole; k < depth; ++k)
-    for (int lane = 0; lane < LANES; ++lane) panel[k * LANES + lane] = rows[lane * width + k];
+  constexpr int EIGHTS = LANES / 8 * 8, FOURS = LANES / 4 * 4;
+  const int64_t eights = depth / 8 * 8, fours = depth / 4 * 4;
+  transpose(rows, width, EIGHTS, eights, panel, LANES);
+  for (int lane = EIGHTS; lane < FOURS; lane += 4)
+    for (int64_t k = 0; k < fours; k += 4)
+      transpose_4x4(rows + lane * width + k, width, panel + k * LANES + lane, LANES);
+  for (int lane = 0; lane < LANES; ++lane)
+    for (int64_t k = lane < EIGHTS ? eights : lane < FOURS ? fours : 0; k < depth; ++k)
+      panel[k * LANES + lane] = rows[lane * width + k];
 }
 
 // Row k of the operand is cut: LANES of its columns to each panel, zeros behind the last one.

@@ -1,4 +1,4 @@
-// Rows to columns, eight by eight.
+// Rows to columns, eight by eight or four by four.
 #pragma once
 #include <cstdint>
 #include <immintrin.h>
@@ -23,6 +23,17 @@ static inline void transpose_8x8(const float* in, int64_t in_row, float* out, in
     _mm256_storeu_ps(out + r * out_row, _mm256_permute2f128_ps(x[r], x[r + 4], 0x20));
     _mm256_storeu_ps(out + (r + 4) * out_row, _mm256_permute2f128_ps(x[r], x[r + 4], 0x31));
   }
+}
+
+// The same for 4 rows and 4 columns.
+static inline void transpose_4x4(const float* in, int64_t in_row, float* out, int64_t out_row) {
+  __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + in_row), c = _mm_loadu_ps(in + 2 * in_row),
+         d = _mm_loadu_ps(in + 3 * in_row);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, a);
+  _mm_storeu_ps(out + out_row, b);
+  _mm_storeu_ps(out + 2 * out_row, c);
+  _mm_storeu_ps(out + 3 * out_row, d);
 }
 
 // [rows][width] -> [width][out_row]; rows and width are multiples of 8.

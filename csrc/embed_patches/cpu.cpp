@@ -4,9 +4,9 @@
 #include "embed_patches/embed_patches.h"
 
 #include "common/floats.h"
+#include "common/multiply.h"
 #include "common/parallel.h"
 #include "common/sort_rows.h"
-#include "embed_patches/multiply.h"
 #include "embed_patches/patch.h"
 
 namespace jepa::JEPA_ISA {
@@ -14,8 +14,11 @@ namespace jepa::JEPA_ISA {
 using Layer = EmbedPatchesLayer;
 using Forward = EmbedPatchesForwardParams;
 using Backward = EmbedPatchesBackwardParams;
+using embed_patches::padded;
 using embed_patches::row_size;
+using embed_patches::TILE_ROWS;
 using embed_patches::TOKENS;
+static_assert(TILE_ROWS % ROWS == 0 && embed_patches::MAX_COLUMNS % COLUMNS == 0);
 
 static int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
 

@@ -36,13 +36,15 @@ class Kernel:
     """One row of an op's table: where it runs, for which dtypes, and its limits.
 
     `limit` gets the op's description of the call and returns the reason why this row can't run it, or None.
-    `automatic` likewise returns the reason why it is taken only when named.
+    `automatic` likewise returns the reason why it is taken only when named. `silent`: the reference is PyTorch's own
+    op and the right choice where this row is none: it draws no warning.
     """
 
     backend: str
     dtypes: tuple[torch.dtype, ...] = FLOATS
     limit: Callable[[Any], str | None] | None = None
     automatic: Callable[[Any], str | None] | None = None
+    silent: bool = False
 
 
 class Explained(Exception):
@@ -125,7 +127,7 @@ def select(
             _told.add((op, kernel.backend))
             log.info("%s: %s", op, kernel.backend)
         return kernel.backend
-    if not compiling:
+    if not compiling and not any(k.silent for k in kernels):
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
 

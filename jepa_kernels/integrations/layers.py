@@ -1,11 +1,14 @@
 """What patches of several libraries have in common: layers that the kernels can stand for, and why they can't."""
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
-from jepa_kernels.integrations.patching import own_forward
+from jepa_kernels.integrations.patching import Replacement, own_forward, within
+from jepa_kernels.nn.linear import product
 
 EMBEDS = "patches embedded by one product over pixels read in place"
 
@@ -41,3 +44,29 @@ def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor, ids: Tensor | None = None
         side = pixels.shape[dim]
         pixels = pixels.narrow(dim, 0, side - side % size)
     return jk.embed_patches(pixels, ids, conv.weight, conv.bias)
+
+
+def linear(self: Any, input: Tensor) -> Tensor:
+    """torch.nn.Linear."""
+    return product(input, self.weight, self.bias)
+
+
+LINEAR = Replacement(linear, "large products by linear", ("input",))
+
+
+def linear_layers(model: nn.Module, attention: Iterable[str]) -> dict[str, Replacement]:
+    """Plain linear layers with fp32 weights on the CPU, in the blocks that hold the modules `attention`, by name.
+
+    Those of adapters, and what these wrap, stay as they are.
+    """
+    blocks = {name.rpartition(".")[0] for name in attention}
+    adapters = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    layers = (name for name, module in model.named_modules() if _is_plain(module))
+    inside = (name for name in layers if any(within(name, block) for block in blocks))
+    return {name: LINEAR for name in inside if not any(within(name, adapter) for adapter in adapters)}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or own_forward(module, "Linear"):
+        return False
+    return module.weight.is_cpu and module.weight.dtype == torch.float32

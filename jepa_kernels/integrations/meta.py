@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
-from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers
 from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 from jepa_kernels.integrations.ropes import Ropes
 from jepa_kernels.rotary import Rope
@@ -39,7 +39,8 @@ def patch(
     With rotary positions (d_dim, h_dim, w_dim, grid_size) they turn on the way in, by a table made once for all layers
     of a forward; the pairing is that of the `rotate_queries_or_keys` beside the class. Where attention gives its
     weights too (I-JEPA, V-JEPA), they are None, except to a block called with return_attention=True. `PatchEmbed` and
-    `PatchEmbed3D` become one product over pixels read in place. Encoders and predictors, wrappers of several masks and
+    `PatchEmbed3D` become one product over pixels read in place. Linear layers of blocks, fp32 on the CPU, multiply by
+    `linear` where that leads. Encoders and predictors, wrappers of several masks and
     probes keep their own forward; calls with attn_mask run attention's own.
 
     model: a network, or a module that holds several. only: names of modules; None: all that can be.
@@ -55,6 +56,7 @@ def patch(
     found = {name: _found(module, ropes) for name, module in model.named_modules()}
     replacements = {name: r for name, r in found.items() if isinstance(r, Replacement)}
     skipped = {name: why for name, why in found.items() if isinstance(why, str)}
+    replacements |= linear_layers(model, [name for name, m in model.named_modules() if _has(m, *ATTENTION)])
     run = partial(_each_alone, names=tuple(replacements)) if verify else None
     return apply(model, replacements, skipped, source=f"module {type(model).__module__}", only=only, run=run)
 
@@ -196,7 +198,7 @@ def _patch_embed(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
 
 
 def _each_alone(model: nn.Module, names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Outputs of every attention and patch embedding among `names`, of drawn inputs, side by side."""
+    """Outputs of every attention, patch embedding and linear layer among `names`, of drawn inputs, side by side."""
     found: dict[str, list[Tensor]] = {}
     for module in map(model.get_submodule, names):
         for what, out in _outputs(module).items():
@@ -207,6 +209,8 @@ def _each_alone(model: nn.Module, names: Sequence[str]) -> Mapping[str, Tensor]:
 def _outputs(module: Any) -> dict[str, Tensor]:
     if _has(module, "attn"):  # a block: of what it holds
         return {}
+    if isinstance(module, nn.Linear):
+        return {"products": module(seeded_input(module, 2, 12, module.in_features))}
     if isinstance(module.proj, nn.Conv2d | nn.Conv3d):
         sides = (2 * size for size in module.proj.kernel_size)
         return {"patches": module(seeded_input(module, 2, module.proj.in_channels, *sides))}

@@ -63,7 +63,7 @@ class Patch:
 
         Raises RuntimeError, and changes nothing, where something else has replaced a forward since.
         """
-        modules = {name: self.model.get_submodule(name) for name in self._forwards}
+        modules = {name: forward.args[0] for name, forward in self._forwards.items()}  # which an adapter may wrap now
         for name, module in modules.items():
             if vars(module).get("forward") is not self._forwards[name]:
                 what, remedy = "the forward that the patch put there", "undo what replaced it first"
@@ -157,15 +157,16 @@ def _selected(
     asked = (only,) if isinstance(only, str) else tuple(only)
     known = [*replacements, *skipped]
     for part in asked:
-        if not any(_within(name, part) for name in known):
+        if not any(within(name, part) for name in known):
             remedy = f"choose from {_brief([_shown(name) for name in replacements])}"
             fail("patch", "only", "name modules that can be patched, or what contains them", repr(part), remedy)
-    wanted = {name: r for name, r in replacements.items() if any(_within(name, part) for part in asked)}
+    wanted = {name: r for name, r in replacements.items() if any(within(name, part) for part in asked)}
     left = {name: "not among `only`" for name in replacements if name not in wanted}
     return wanted, {**skipped, **left}
 
 
-def _within(name: str, part: str) -> bool:
+def within(name: str, part: str) -> bool:
+    """Whether a module is this part of the model, or in it."""
     return part == "" or name == part or name.startswith(f"{part}.")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers
 from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 
 
@@ -18,7 +18,8 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
     """Run attention and patch embedding of a timm ViT on the kernels, in this instance alone.
 
     `Attention` reads queries, keys and values where the qkv product left them (or after q_norm and k_norm);
-    `PatchEmbed` is one product over pixels read in place. All else stays timm's: norms, scales, gates, dropout.
+    `PatchEmbed` is one product over pixels read in place; blocks whose weights are fp32 on the CPU multiply by `linear`
+    where that leads. All else stays timm's: norms, scales, gates, dropout.
     Calls with attn_mask or is_causal run timm's own forward. Left alone, with the reason: attention of another form
     (rotary, differential, pooling), with attn_drop or with heads that no kernel takes; a patch embedding that pads,
     overlaps or keeps the grid.
@@ -31,12 +32,13 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
     attention, patch_embed = _classes()
     replacements: dict[str, Replacement] = {}
     skipped: dict[str, str] = {}
+    attentions = [name for name, module in model.named_modules() if hasattr(module, "fused_attn")]  # timm's mark
     for name, module in model.named_modules():
         if type(module) is attention:
             why, replacement = _against_attention(module), ATTENTION
         elif type(module) is patch_embed:
             why, replacement = _against_patch_embed(module), PATCH_EMBED
-        elif hasattr(module, "fused_attn"):  # timm's mark of attention
+        elif name in attentions:
             why = f"{type(module).__name__} is attention of another form"
         else:
             continue
@@ -44,6 +46,7 @@ def patch(model: nn.Module, *, only: str | Sequence[str] | None = None, verify: 
             replacements[name] = replacement
         else:
             skipped[name] = why
+    replacements |= linear_layers(model, attentions)
     run = _features if verify else None
     return apply(model, replacements, skipped, source=f"timm {version('timm')}", only=only, run=run)
 

@@ -20,6 +20,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.nn import BatchNorm1d, Encoder, SIGReg
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
 Pixels = Sequence[Tensor] | Tensor
@@ -105,13 +106,13 @@ class LeJEPA(nn.Module):
         self.backbone = backbone
         hidden = c.proj_hidden
         self.projector = nn.Sequential(
-            nn.Linear(c.embed_dim, hidden),
+            Linear(c.embed_dim, hidden),
             BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(hidden, hidden),
+            Linear(hidden, hidden),
             BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(hidden, c.proj_dim),
+            Linear(hidden, c.proj_dim),
         )
         self.sigreg = SIGReg(c.slices, c.knots)
 

@@ -27,6 +27,7 @@ from jepa_kernels.nn import BatchNorm1d, SIGReg
 from jepa_kernels.nn.actions import ActionEncoder, InverseDynamics
 from jepa_kernels.nn.class_encoder import ClassEncoder
 from jepa_kernels.nn.conditional import ConditionalPredictor, Net
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.patch_embed import IMAGENET_MEAN, IMAGENET_STD
 
 NETWORKS = ("encoder", "projector", "action_encoder", "predictor", "pred_proj")
@@ -76,7 +77,7 @@ SIZES: dict[str, Callable[..., LeWMConfig]] = {f.__name__: f for f in (vit_tiny,
 
 
 def _projector(width: int, hidden: int) -> Net:
-    return Net(nn.Linear(width, hidden), BatchNorm1d(hidden), nn.GELU(), nn.Linear(hidden, width))
+    return Net(Linear(width, hidden), BatchNorm1d(hidden), nn.GELU(), Linear(hidden, width))
 
 
 def _check_config(c: LeWMConfig) -> None:

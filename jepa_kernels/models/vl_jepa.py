@@ -22,6 +22,7 @@ from jepa_kernels._core.check import INT64, check_tensor, fail
 from jepa_kernels.models import checkpoints
 from jepa_kernels.models.checkpoints import LoadReport, Source
 from jepa_kernels.nn.decoder import NORM_EPS, DecoderBlock, llama_frequencies
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.sync import one_batch
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
@@ -80,13 +81,13 @@ class Predictor(nn.Module):
     def __init__(self, config: VLJEPAConfig) -> None:
         super().__init__()
         c = config
-        self.visual_proj = nn.Linear(c.vision_embed_dim, c.embed_dim)
+        self.visual_proj = Linear(c.vision_embed_dim, c.embed_dim)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.embed_dim)
         self.layers = nn.ModuleList(
             DecoderBlock(c.embed_dim, c.num_heads, c.num_kv_heads, c.hidden) for _ in range(c.depth)
         )
         self.norm = nn.RMSNorm(c.embed_dim, eps=NORM_EPS)
-        self.out_proj = nn.Linear(c.embed_dim, c.out_dim)
+        self.out_proj = Linear(c.embed_dim, c.out_dim)
         frequencies = llama_frequencies(c.embed_dim // c.num_heads, c.rope_theta, c.rope_scaling)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.apply(_init_weights)
@@ -203,7 +204,7 @@ class VLJEPA(nn.Module):
         if not config.text_scale:
             text.requires_grad_(False).eval()
         self.predictor = Predictor(config)
-        self.text_proj = nn.Linear(config.text_embed_dim, config.out_dim)
+        self.text_proj = Linear(config.text_embed_dim, config.out_dim)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.temperature).log(), requires_grad=config.learn_temperature
         )

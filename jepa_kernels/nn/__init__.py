@@ -6,6 +6,7 @@ from jepa_kernels.nn.batch_norm import BatchNorm1d
 from jepa_kernels.nn.block import MLP, Block, compile_blocks
 from jepa_kernels.nn.ema import EMA
 from jepa_kernels.nn.encoder import Encoder
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.modulation import Modulation, modulate
 from jepa_kernels.nn.patch_embed import PatchEmbed
 from jepa_kernels.nn.pooler import AttentiveClassifier, AttentivePooler
@@ -22,6 +23,7 @@ __all__ = [
     "BatchNorm1d",
     "Block",
     "Encoder",
+    "Linear",
     "Modulation",
     "PatchEmbed",
     "Predictor",

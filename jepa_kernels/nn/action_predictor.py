@@ -10,6 +10,7 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.block import NORM_EPS, ActionBlock, init_weights, rescale_blocks
 from jepa_kernels.nn.encoder import check_rope
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.rotary import Rope
 
 CONDITIONINGS = ("tokens", "adaln")
@@ -58,14 +59,14 @@ class ActionPredictor(nn.Module):
             found = f"depth {depth}, extrinsics_dim {extrinsics_dim}, use_extrinsics {use_extrinsics}"
             fail("ActionPredictor", "sizes", "be at least 1, and known where used", found, "V-JEPA 2-AC has 24 blocks")
         self.grid, self.rope, self.rope_grid, self.use_extrinsics = grid, rope, rope_grid, use_extrinsics
-        self.predictor_embed = nn.Linear(embed_dim, dim)
-        self.action_encoder = nn.Linear(action_dim, dim)
-        self.state_encoder = None if state_dim is None else nn.Linear(state_dim, dim)
-        self.extrinsics_encoder = None if extrinsics_dim is None else nn.Linear(extrinsics_dim, dim)
+        self.predictor_embed = Linear(embed_dim, dim)
+        self.action_encoder = Linear(action_dim, dim)
+        self.state_encoder = None if state_dim is None else Linear(state_dim, dim)
+        self.extrinsics_encoder = None if extrinsics_dim is None else Linear(extrinsics_dim, dim)
         blocks = [ActionBlock(dim, num_heads, mlp_ratio, not tokens) for _ in range(depth)]
         self.predictor_blocks = nn.ModuleList(blocks)
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.predictor_proj = nn.Linear(dim, embed_dim)
+        self.predictor_proj = Linear(dim, embed_dim)
         modulations = [block.adaLN_modulation for block in blocks if block.adaLN_modulation is not None]
         started = [parameter.clone() for m in modulations for parameter in m.parameters()]
         self.apply(init_weights)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from jepa_kernels.nn.linear import Linear, product
 
 
 class ActionEncoder(nn.Module):
@@ -16,11 +17,11 @@ class ActionEncoder(nn.Module):
     def __init__(self, action_dim: int, hidden: int, embed_dim: int) -> None:
         super().__init__()
         self.patch_embed = nn.Conv1d(action_dim, hidden, 1)
-        self.embed = nn.Sequential(nn.Linear(hidden, 4 * embed_dim), nn.SiLU(), nn.Linear(4 * embed_dim, embed_dim))
+        self.embed = nn.Sequential(Linear(hidden, 4 * embed_dim), nn.SiLU(), Linear(4 * embed_dim, embed_dim))
 
     def forward(self, actions: Tensor) -> Tensor:
         weight = self.patch_embed.weight[..., 0]
-        return self.embed(F.linear(actions.to(weight.dtype), weight, self.patch_embed.bias))
+        return self.embed(product(actions.to(weight.dtype), weight, self.patch_embed.bias))
 
 
 class InverseDynamics(nn.Module):
@@ -32,7 +33,7 @@ class InverseDynamics(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int, action_dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(2 * embed_dim, hidden), nn.GELU(), nn.Linear(hidden, action_dim))
+        self.net = nn.Sequential(Linear(2 * embed_dim, hidden), nn.GELU(), Linear(hidden, action_dim))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         return self.net(torch.cat([embeddings[..., :-1, :], embeddings[..., 1:, :]], -1))

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
+from jepa_kernels.nn.linear import Linear, product
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
@@ -22,8 +22,8 @@ class Attention(nn.Module):
         if embed_dim % num_heads:
             fail("Attention", "num_heads", f"divide embed_dim {embed_dim}", num_heads, "change either")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.qkv = Linear(embed_dim, 3 * embed_dim)
+        self.proj = Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, packing: Packing | None = None, rope: Rope | None = None, **sight: Any) -> Tensor:
         """x [B, N, E], or packed [T, E] with `packing` -> the same shape.
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         """Queries of x alone, keys and values of context: x [..., E] -> the same shape."""
         parts = [x.shape[-1], 2 * x.shape[-1]]
         (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
-        q, kv = F.linear(x, q_weight, q_bias), F.linear(context, kv_weight, kv_bias)
+        q, kv = product(x, q_weight, q_bias), product(context, kv_weight, kv_bias)
         return self.proj(cross_attention(q, kv, self.num_heads, packing, context_packing, rope))
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kernels.nn.attention import Attention
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.modulation import Modulation, modulate
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
@@ -23,8 +24,8 @@ class MLP(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, embed_dim)
+        self.fc1 = Linear(embed_dim, hidden)
+        self.fc2 = Linear(hidden, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels.nn.block import NORM_EPS
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.modulation import Modulation, modulate
 
 
@@ -34,8 +35,8 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.num_heads, inner = num_heads, num_heads * head_dim
         self.norm = nn.LayerNorm(embed_dim)
-        self.to_qkv = nn.Linear(embed_dim, 3 * inner, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(inner, embed_dim), nn.Dropout(dropout))
+        self.to_qkv = Linear(embed_dim, 3 * inner, bias=False)
+        self.to_out = nn.Sequential(Linear(inner, embed_dim), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, E] -> the same shape."""
@@ -54,7 +55,7 @@ class ConditionalBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=NORM_EPS, elementwise_affine=False)
         self.attn = CausalAttention(embed_dim, num_heads, head_dim, dropout)
         self.norm2 = nn.LayerNorm(embed_dim, eps=NORM_EPS, elementwise_affine=False)
-        widen, narrow = nn.Linear(embed_dim, hidden), nn.Linear(hidden, embed_dim)
+        widen, narrow = Linear(embed_dim, hidden), Linear(hidden, embed_dim)
         self.mlp = Net(nn.LayerNorm(embed_dim), widen, nn.GELU(), nn.Dropout(dropout), narrow, nn.Dropout(dropout))
         self.adaLN_modulation = Modulation(embed_dim)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
@@ -29,10 +30,10 @@ class GroupedAttention(nn.Module):
             fail("GroupedAttention", "num_kv_heads", f"divide num_heads {num_heads}", num_kv_heads, "change either")
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         keys = embed_dim // num_heads * num_kv_heads
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias=False)
-        self.k_proj = nn.Linear(embed_dim, keys, bias=False)
-        self.v_proj = nn.Linear(embed_dim, keys, bias=False)
-        self.o_proj = nn.Linear(embed_dim, embed_dim, bias=False)
+        self.q_proj = Linear(embed_dim, embed_dim, bias=False)
+        self.k_proj = Linear(embed_dim, keys, bias=False)
+        self.v_proj = Linear(embed_dim, keys, bias=False)
+        self.o_proj = Linear(embed_dim, embed_dim, bias=False)
 
     def forward(self, x: Tensor, packing: Packing, rope: Rope) -> Tensor:
         """Packed [T, E] -> the same shape."""
@@ -46,9 +47,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, embed_dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(embed_dim, hidden, bias=False)
-        self.up_proj = nn.Linear(embed_dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, embed_dim, bias=False)
+        self.gate_proj = Linear(embed_dim, hidden, bias=False)
+        self.up_proj = Linear(embed_dim, hidden, bias=False)
+        self.down_proj = Linear(hidden, embed_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

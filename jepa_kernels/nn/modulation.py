@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from jepa_kernels.nn.linear import Linear
+
 
 class Modulation(nn.Sequential):
     """W silu(c) + b, split into `parts` vectors as wide as c; parameters `1.weight` and `1.bias`, as upstream's.
@@ -16,7 +18,7 @@ class Modulation(nn.Sequential):
     """
 
     def __init__(self, dim: int, parts: int = 6, *, std: float = 0.0) -> None:
-        linear = nn.Linear(dim, parts * dim)
+        linear = Linear(dim, parts * dim)
         nn.init.normal_(linear.weight, std=std) if std else nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
         super().__init__(nn.SiLU(), linear)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from jepa_kernels._core.check import fail
 from jepa_kernels.nn.attention import cross_attention
 from jepa_kernels.nn.block import MLP, Block, init_weights, rescale_blocks
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.packing import Packing
 
 PROBE_EPS = 1e-5  # of every norm in published probes; Hugging Face's have their encoder's, 1e-6
@@ -26,10 +27,10 @@ class CrossAttention(nn.Module):
         if embed_dim % num_heads:
             fail("CrossAttention", "num_heads", f"divide embed_dim {embed_dim}", num_heads, "change either")
         self.num_heads = num_heads
-        self.q = nn.Linear(embed_dim, embed_dim)
-        self.kv = nn.Linear(embed_dim, 2 * embed_dim)
+        self.q = Linear(embed_dim, embed_dim)
+        self.kv = Linear(embed_dim, 2 * embed_dim)
         if unused_proj:
-            self.proj = nn.Linear(embed_dim, embed_dim).requires_grad_(False)
+            self.proj = Linear(embed_dim, embed_dim).requires_grad_(False)
 
     def forward(
         self, queries: Tensor, x: Tensor, packing: Packing | None = None, x_packing: Packing | None = None
@@ -130,7 +131,7 @@ class AttentiveClassifier(nn.Module):
         self.names = None if isinstance(num_classes, int) else tuple(num_classes)
         self.pooler = AttentivePooler(embed_dim, num_queries=len(heads), **options)
         for name, classes in heads.items():
-            self.add_module(name, nn.Linear(embed_dim, classes))
+            self.add_module(name, Linear(embed_dim, classes))
 
     def forward(
         self, x: Tensor, packing: Packing | None = None, query_packing: Packing | None = None

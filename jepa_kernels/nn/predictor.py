@@ -11,6 +11,7 @@ import jepa_kernels as jk
 from jepa_kernels._core.check import INT64, check_ids, check_tensor, fail
 from jepa_kernels.nn.block import NORM_EPS, Block, init_weights
 from jepa_kernels.nn.encoder import check_rope, modality_embeddings, rounding
+from jepa_kernels.nn.linear import Linear
 from jepa_kernels.nn.patch_embed import frozen_table
 from jepa_kernels.packing import Packing
 from jepa_kernels.pairs import Pairs
@@ -66,9 +67,9 @@ class Predictor(nn.Module):
                 fail("Predictor", name, "be at least 1", count, "the published predictors have 12 blocks")
         self.grid, self.rope, self.pretrained_grid = tuple(grid), rope, pretrained_grid
         self.rope_precision, self.head_dim = rope_precision, dim // num_heads
-        self.predictor_embed: nn.Module = nn.Linear(embed_dim, dim)
+        self.predictor_embed: nn.Module = Linear(embed_dim, dim)
         if levels > 1:
-            wide = nn.Linear(levels * embed_dim, embed_dim)
+            wide = Linear(levels * embed_dim, embed_dim)
             self.predictor_embed = nn.Sequential(wide, nn.GELU(), self.predictor_embed)
         self.img_mod_embed, self.video_mod_embed = modality_embeddings(dim, modality_embedding)
         if num_mask_tokens is None:
@@ -82,8 +83,8 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         out_dim = levels * embed_dim if out_dim is None else out_dim
-        self.predictor_proj = nn.Linear(dim, out_dim)
-        self.predictor_proj_context = nn.Linear(dim, out_dim) if context_proj else None
+        self.predictor_proj = Linear(dim, out_dim)
+        self.predictor_proj_context = Linear(dim, out_dim) if context_proj else None
         self.apply(init_weights)
 
     def forward(

@@ -12,10 +12,12 @@ from torch import nn
 
 from jepa_kernels._core.check import fail
 from jepa_kernels.lists import check_held
+from jepa_kernels.nn.linear import Linear
 
 # Their forwards hand weight and bias to functions that autocast runs in its low type, and to nothing else.
 LAYERS: tuple[type[nn.Module], ...] = (
     nn.Linear,
+    Linear,
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,

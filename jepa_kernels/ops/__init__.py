@@ -13,6 +13,7 @@ OPS = (
     "grad_norm",
     "info_nce",
     "latent_loss",
+    "linear",
     "masked_attention",
     "rope",
     "sigreg",

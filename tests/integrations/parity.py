@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from jepa_kernels.integrations.layers import LINEAR
 from jepa_kernels.testing import hold, poisoned_memory
 
 
@@ -57,3 +58,8 @@ def far_from_its_start(model):
 def drawn(*shape):
     """Numbers that every type holds exactly."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).mul(16).round().div(16)
+
+
+def but_for_products(done):
+    """Names of what a patch replaced, linear layers left out."""
+    return [name for name, what in done.patched.items() if what != LINEAR.what]

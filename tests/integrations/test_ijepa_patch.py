@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from jepa_kernels.integrations.huggingface import patch
-from tests.integrations.parity import drawn, failures, far_from_its_start
+from tests.integrations.parity import but_for_products, drawn, failures, far_from_its_start
 
 transformers = pytest.importorskip("transformers")
 SIZES = dict(
@@ -68,12 +68,14 @@ def test_its_attention_compiles_where_tensors_are_laid_out_anew(make):
 
 def test_a_report_names_what_was_replaced(make):
     lines = str(patch(make())).split("\n")
-    assert lines[:3] == [
-        "IJepaModel: 3 modules patched, 0 left alone",
+    assert lines[:4] == [
+        "IJepaModel: 15 modules patched, 0 left alone",
         "  patched: patches embedded by one product over pixels read in place: embeddings.patch_embeddings",
         "  patched: masked_attention: layers.0.attention, layers.1.attention",
+        "  patched: large products by linear: layers.0.attention.q_proj, layers.0.attention.k_proj ... "
+        "layers.1.mlp.fc2 (12)",
     ]
-    assert [line.split(":")[1].strip() for line in lines[3:]] == ["embeddings", "features"]
+    assert [line.split(":")[1].strip() for line in lines[4:]] == ["embeddings", "features"]
 
 
 def test_mask_tokens_and_positions_of_larger_images_stay(make):
@@ -134,7 +136,7 @@ def test_dropout_of_hidden_states_stays(make):
 def test_other_attention_is_left_alone(make, changes, why):
     done = patch(make(**changes))
     assert done.skipped == {"layers.0.attention": why, "layers.1.attention": why}
-    assert list(done.patched) == ["embeddings.patch_embeddings"]
+    assert but_for_products(done) == ["embeddings.patch_embeddings"]
 
 
 def test_a_convolution_with_hooks_is_left_alone(make):

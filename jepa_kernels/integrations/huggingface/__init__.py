@@ -43,8 +43,9 @@ def patch(
     waits for the device, so that torch.compile(fullgraph=True) works, and takes several masks (lists of ids [B, K],
     all of one K), with which the model alone fails: rows are mask-major then; its last layer computes the rows of the
     target alone, which hooks in it see. IJepaModel, IJepaForImageClassification: attention, and patches as above; calls
-    with attention_mask run transformers' attention. All else stays the model's own: norms, MLPs, drop path, gradient
-    checkpointing, hidden states, adapters in its linear layers. Attention weights are not formed.
+    with attention_mask run transformers' attention. Blocks and poolers of both, where fp32 on the CPU, multiply by
+    `linear` where that leads. All else stays the model's own: norms, activations, drop path, gradient checkpointing,
+    hidden states, adapters in its linear layers. Attention weights are not formed.
 
     only: names of modules to patch, with what they contain: "encoder", ["predictor", "encoder.layer.0"]. None: all.
     verify: compare a small forward before and after (see `patching.apply`); costs a float64 copy of the weights for

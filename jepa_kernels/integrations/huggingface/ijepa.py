@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.integrations.huggingface.implementations import against_attention
-from jepa_kernels.integrations.layers import EMBEDS, against_product, embed
+from jepa_kernels.integrations.layers import EMBEDS, against_product, embed, linear_layers
 from jepa_kernels.integrations.patching import Replacement, Run, kind_of, own_forward, seeded_input
 
 
@@ -43,7 +43,8 @@ def plan(model: nn.Module, **options: Any) -> tuple[dict[str, Replacement], dict
     modules = {name: module for name, module in model.named_modules() if kind_of(module, PARTS)}
     skipped = {name: why for name, module in modules.items() if (why := _reason(module))}
     wanted = {name: PARTS[str(kind_of(m, PARTS))] for name, m in modules.items() if name not in skipped}
-    return wanted, skipped, run
+    attentions = [name for name, module in modules.items() if kind_of(module, ("IJepaAttention",))]
+    return wanted | linear_layers(model, attentions), skipped, run
 
 
 def _reason(module: Any) -> str | None:

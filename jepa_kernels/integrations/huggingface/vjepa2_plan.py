@@ -13,7 +13,7 @@ from jepa_kernels._core.check import fail
 from jepa_kernels._core.select import FLOATS
 from jepa_kernels.integrations.huggingface import vjepa2
 from jepa_kernels.integrations.huggingface.implementations import against_attention
-from jepa_kernels.integrations.layers import EMBEDS, against_product
+from jepa_kernels.integrations.layers import EMBEDS, against_product, linear_layers
 from jepa_kernels.integrations.patching import Replacement, Run, is_patched, kind_of, own_forward, seeded_input
 
 ROPE, CONTEXT = "one table of cosines for all layers", "patches outside context_mask are dropped first"
@@ -43,6 +43,7 @@ PARTS = {
         vjepa2.pooler_cross_attention, "masked_attention", ("queries", "keys", "values", "attention_mask")
     ),
 }
+ATTENTION = ("VJEPA2RopeAttention", "VJEPA2PoolerSelfAttention", "VJEPA2PoolerCrossAttention")
 MASKED = {
     "VJEPA2Model": Replacement(
         vjepa2.masked_model,
@@ -83,7 +84,8 @@ def plan(
             "change that, or leave it out",
         )
     wanted = {n: _bound(m, parts[str(kind_of(m, parts))], angle_dtype) for n, m in modules.items() if n not in skipped}
-    return wanted, skipped, partial(run, masked=masked_encoder)
+    attentions = [name for name, module in modules.items() if kind_of(module, ATTENTION)]
+    return wanted | linear_layers(model, attentions), skipped, partial(run, masked=masked_encoder)
 
 
 def _check(model: Any, angle_dtype: torch.dtype | None) -> None:
@@ -117,7 +119,7 @@ def _reason(module: Any) -> str | None:
         return why
     if kind == "VJEPA2RopeAttention":
         return against_attention(module, module.attention_head_size, module.dropout_prob)
-    if kind in ("VJEPA2PoolerSelfAttention", "VJEPA2PoolerCrossAttention"):
+    if kind in ATTENTION:
         return against_attention(module, module.head_dim, module.dropout)
     if kind == "VJEPA2PatchEmbeddings3D":
         return against_product(module.proj)

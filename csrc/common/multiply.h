@@ -8,24 +8,16 @@
 
 #include "common/panels.h"
 #include "common/simd.h"
-#include "embed_patches/embed_patches.h"
 
 namespace jepa::JEPA_ISA {
 
-using embed_patches::padded;
-using embed_patches::TILE_ROWS;
-
 // A register tile of ROWS x COLUMNS sums leaves room for a row of the right panel and one broadcast.
-#if defined(__AVX512F__)
-constexpr int ROWS = 12;
-#else
-constexpr int ROWS = 6;
-#endif
+constexpr int ROWS = W == 16 ? 12 : 6;
 constexpr int COLUMNS = 2 * W;
-constexpr int64_t DEPTH = 320; // a slice of a right panel stays in L1 while the tile's left panels pass
-static_assert(TILE_ROWS % ROWS == 0 && embed_patches::MAX_COLUMNS % COLUMNS == 0);
+constexpr int64_t DEPTH = 192; // a slice of a right panel stays in L1 while the tile's left panels pass
 
-// c [ROWS, COLUMNS] += a [depth, ROWS]^T b [depth, COLUMNS]. What lies `ahead` of b comes next.
+// c [ROWS, COLUMNS] = a [depth, ROWS]^T b [depth, COLUMNS], or += it. What lies `ahead` of b comes next.
+template <bool add_to>
 static void multiply(const float* a, const float* b, int64_t depth, int64_t ahead, float* c) {
   vf sum[ROWS][2];
 #pragma GCC unroll 12
@@ -42,19 +34,21 @@ static void multiply(const float* a, const float* b, int64_t depth, int64_t ahea
   }
 #pragma GCC unroll 12
   for (int r = 0; r < ROWS; ++r, c += COLUMNS) {
-    store(c, add(load(c), sum[r][0]));
-    store(c + W, add(load(c + W), sum[r][1]));
+    store(c, add_to ? add(load(c), sum[r][0]) : sum[r][0]);
+    store(c + W, add_to ? add(load(c + W), sum[r][1]) : sum[r][1]);
   }
 }
 
 // c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
 static void multiply_tile(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
-  std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
+  if (depth == 0) std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
   const int64_t slices = (depth + DEPTH - 1) / DEPTH, slice = slices ? (depth + slices - 1) / slices : 0;
-  for (int64_t k = 0; k < depth; k += slice)
+  for (int64_t k = 0; k < depth; k += slice) {
+    const auto product = k == 0 ? multiply<false> : multiply<true>;
     for (int64_t i = 0; i < panels; ++i)
-      multiply(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < slice ? depth - k : slice,
-               slice * COLUMNS, c + i * ROWS * COLUMNS);
+      product(a + (i * depth + k) * ROWS, b + k * COLUMNS, depth - k < slice ? depth - k : slice,
+              slice * COLUMNS, c + i * ROWS * COLUMNS);
+  }
 }
 
 } // namespace jepa::JEPA_ISA

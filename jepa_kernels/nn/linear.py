@@ -1,0 +1,44 @@
+"""A linear layer whose large fp32 products on CPUs are those of `jepa_kernels.linear`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import jepa_kernels as jk
+from jepa_kernels.ops.linear.op import slower
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b, as `torch.nn.Linear`, of which it is one: parameters, start and state dict are the same.
+
+    By `jepa_kernels.linear` where that takes its kernel by itself, by torch.nn.functional.linear everywhere else: off
+    the CPU, in other dtypes, under autocast, torch.compile and torch.func, for small products, of sharded weights.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return product(input, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N], as of `Linear`."""
+    return jk.linear(x, weight, bias) if _leads(x, weight) else F.linear(x, weight, bias)
+
+
+def _leads(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` would take its kernel; on a GPU the first question is the last, of small products the fourth."""
+    return (
+        x.is_cpu
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and slower((x, weight)) is None
+        and x.dtype == weight.dtype == torch.float32
+        and x.layout == weight.layout == torch.strided
+        and not x.is_nested
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0  # type: ignore[attr-defined]
+    )

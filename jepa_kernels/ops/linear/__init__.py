@@ -1,0 +1,1 @@
+"""Linear layers: one product of rows and weights."""

@@ -1,0 +1,27 @@
+"""Bytes and FLOPs of `linear`."""
+
+from typing import Any
+
+from jepa_kernels.cost import Cost, elements, nbytes
+
+
+def forward(x: Any, weight: Any, bias: Any) -> Cost:
+    """Rows and the layer read once, the result written. One product."""
+    rows = x.shape[:-1].numel()
+    return Cost(nbytes(x, weight, bias) + rows * weight.shape[0] * x.dtype.itemsize, _products(x, weight))
+
+
+def backward(grad: Any, x: Any, weight: Any, wanted: Any) -> Cost:
+    """The gradient of the rows read; with it for the rows' own the weight, for the weight's the rows, and each written,
+    which is as large as what it is of, and a product."""
+    size, moved = x.dtype.itemsize, nbytes(grad)
+    if wanted[0]:
+        moved += nbytes(weight) + x.shape.numel() * size
+    if wanted[1]:
+        moved += nbytes(x) + elements(weight) * size
+    moved += weight.shape[0] * size if wanted[2] else 0
+    return Cost(moved, (wanted[0] + wanted[1]) * _products(x, weight))
+
+
+def _products(x: Any, weight: Any) -> int:
+    return 2 * x.shape.numel() * weight.shape[0]

@@ -1,0 +1,123 @@
+"""Public face of `linear`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jepa_kernels._core import extension
+from jepa_kernels._core.autocast import autocast
+from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.define import define, differentiable
+from jepa_kernels._core.flops import flop_formula
+from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.cost import Cost
+from jepa_kernels.ops.linear import cost, reference
+
+OP = "linear"
+
+LEAST = 2**24  # multiply-adds: a tenth of a millisecond of two cores
+SMALL = f"has no lead below {LEAST:,} multiply-adds"
+ROWS = 64  # of each thread
+
+
+def slower(call: tuple[Tensor, Tensor]) -> str | None:
+    """Why PyTorch's product of x and weight, fp32 on a CPU, is the better one; None where the kernel is ahead.
+
+    Asked of every layer: a product that is too small must not wait for the answer.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return "is for eager code: what is compiled or transformed must name it"
+    x, weight = call
+    if x.numel() * len(weight) < LEAST:
+        return SMALL
+    threads = torch.get_num_threads()
+    if x.numel() < ROWS * threads * weight.shape[1]:
+        return f"has no lead below {ROWS} rows for each of {threads} threads"
+    module = extension.load()
+    if isinstance(module, str) or not module.isa().startswith("avx512"):
+        return "has a lead on processors with AVX-512 alone"
+    return None
+
+
+KERNELS = (Kernel("cpu", (torch.float32,), automatic=slower, silent=True),)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Multiply every row by a layer's weights: torch.nn.functional.linear, large fp32 products on CPUs faster.
+
+    y = x W^T + b, accumulated in fp32
+
+    x: [..., K] of one axis or more; fp32, bf16 or fp16, any strides.
+    weight: [N, K]; bias: [N]; both of x's dtype, any strides. Autocast casts all three to its own.
+
+    Returns [..., N], contiguous, in that dtype. Gradient: of all three, summed over rows in fp32. On the kernel each
+    row has the same bits whatever its neighbours, and all results the same bits on every run and for any number of
+    threads.
+    The kernel is for fp32 on CPUs. By itself it takes products of 2^24 multiply-adds or more, of 64 rows a thread or
+    more, on processors with AVX-512, outside torch.compile and torch.func. All other calls are PyTorch's, which is no
+    slower there: no warning is drawn, and `explain` says why.
+    Raises ValueError and TypeError for arguments that do not fit.
+    """
+    x, weight, bias = autocast(x, weight, bias)
+    _check(x, weight, bias)
+    backend = select(OP, KERNELS, backend, x, (x, weight))
+    if backend == "reference":
+        return reference.forward(x, weight, bias)
+    return _linear(x, weight, bias, backend)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor(OP, "x", x, "M " * (getattr(x, "ndim", 1) - 1) + "K")
+    depth, device, same = x.shape[-1], x.device, (x.dtype,)
+    check_tensor(OP, "weight", weight, "N K", dtypes=same, device=device)
+    if weight.shape[1] != depth:
+        fail(OP, "weight", f"have K = {depth} like x", weight.shape[1], "weight is [N, K], as of torch.nn.Linear")
+    if bias is None:
+        return
+    check_tensor(OP, "bias", bias, "N", dtypes=same, device=device)
+    if bias.shape[0] != weight.shape[0]:
+        fail(OP, "bias", f"have N = {weight.shape[0]} like weight", bias.shape[0], "pass one value a row of weight")
+
+
+FORWARD = "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor"
+BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor weight, bool[3] wanted, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], _: str) -> tuple[Tensor, ...]:
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    return tuple(grad.new_empty(shape if asked else (0,)) for shape, asked in zip(shapes, wanted, strict=True))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.backend = inputs
+    if not ctx.needs_input_grad[1]:
+        x = x.new_empty(1).expand(x.shape)  # a frozen layer keeps no activations: only their shape is asked for
+    ctx.save_for_backward(x, weight)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    found = _backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    return *(g if asked else None for g, asked in zip(found, wanted, strict=True)), None
+
+
+_forward = define(OP, "forward", FORWARD, _fake)
+_backward = define(OP, "backward", BACKWARD, _backward_fake)
+_linear = differentiable(OP, _forward, FORWARD, _fake, _setup, _gradient)
+
+
+def _flops(formula: Callable[..., Cost]) -> Callable[..., int]:
+    return lambda *args: int(formula(*args[:-1]).flops)
+
+
+flop_formula(OP, _flops(cost.forward))
+flop_formula(f"{OP}_forward", _flops(cost.forward))
+flop_formula(f"{OP}_backward", _flops(cost.backward))

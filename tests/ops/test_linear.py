@@ -1,0 +1,234 @@
+"""linear: values by hand, what is exact, when the kernel is chosen, and messages."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import jepa_kernels as jk
+from jepa_kernels import _C
+from jepa_kernels.ops.linear import op as linear_op
+from jepa_kernels.testing import hold
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    return request.param
+
+
+def whole_numbers(*shape):
+    """Small integers: sums of their products are exact in fp32, whatever the order."""
+    return torch.randint(-4, 5, shape).float()
+
+
+def leaves_of(rows, depth, width, make=torch.randn):
+    return [make(*shape).requires_grad_() for shape in ((*rows, depth), (width, depth), (width,))]
+
+
+def gradients(leaves, grad, backend="cpu"):
+    out = jk.linear(*leaves, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, grad)
+
+
+def test_by_hand(backend):
+    x = torch.tensor([[1.0, 2], [3, 4], [5, 6]]).requires_grad_()
+    weight, bias = torch.tensor([[1.0, 10], [0, -1]]).requires_grad_(), torch.tensor([0.5, 0.25]).requires_grad_()
+    grad = torch.tensor([[1.0, 0], [0, 2], [1, 1]])
+    out, dx, dweight, dbias = gradients([x, weight, bias], grad, backend)
+    assert out.tolist() == [[21.5, -1.75], [43.5, -3.75], [65.5, -5.75]]
+    assert dx.tolist() == [[1, 10], [0, -2], [1, 9]]
+    assert dweight.tolist() == [[1 + 5, 2 + 6], [2 * 3 + 5, 2 * 4 + 6]]
+    assert dbias.tolist() == [2, 3]
+
+
+def test_a_lone_row_and_no_bias(backend):
+    out = jk.linear(torch.tensor([2.0, 3]), torch.tensor([[1.0, 0], [1, 1], [0, 5]]), backend=backend)
+    assert out.tolist() == [2, 5, 15]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 13, 97])
+@pytest.mark.parametrize("depth, width", [(1, 1), (7, 100), (64, 33), (385, 17), (700, 96)])
+def test_equals_torch_exactly_where_sums_are_exact(rows, depth, width):
+    leaves = leaves_of((rows,), depth, width, whole_numbers)
+    grad = whole_numbers(rows, width)
+    expected = F.linear(*leaves)
+    for found, wanted in zip(
+        gradients(leaves, grad), (expected, *torch.autograd.grad(expected, leaves, grad)), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+VIEWS = {
+    "a slice of channels": lambda: (whole_numbers(40, 90)[:, 7:68], whole_numbers(20, 61)),
+    "every other row": lambda: (whole_numbers(60, 61)[::2], whole_numbers(20, 61)),
+    "transposed": lambda: (whole_numbers(61, 33).t(), whole_numbers(20, 61)),
+    "axes swapped": lambda: (whole_numbers(5, 3, 7, 61).permute(2, 0, 1, 3), whole_numbers(20, 61)),
+    "weight transposed": lambda: (whole_numbers(33, 61), whole_numbers(61, 20).t()),
+    "part of a weight": lambda: (whole_numbers(33, 61), whole_numbers(60, 70)[20:40, 9:]),
+    "one row for all": lambda: (whole_numbers(61).expand(2, 9, 61), whole_numbers(20, 61)),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_read_in_place_exactly(name):
+    x, weight = VIEWS[name]()
+    leaves, grad = [x.requires_grad_(), weight.requires_grad_()], whole_numbers(*x.shape[:-1], 20)
+    ours, theirs = jk.linear(*leaves, backend="cpu"), F.linear(*leaves)
+    assert torch.equal(ours, theirs) and ours.is_contiguous()
+    for of in (grad, grad.transpose(0, -1).contiguous().transpose(0, -1), grad[..., :1].expand(grad.shape)):
+        found, wanted = (torch.autograd.grad(out, leaves, of, retain_graph=True) for out in (ours, theirs))
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("rows, depth, width", [(2_100, 384, 200), (1_030, 1_700, 70), (97, 100, 700)])
+def test_large_products_do_not_depend_on_the_thread_count_and_keep_the_budget(rows, depth, width):
+    leaves, grad, before = leaves_of((rows,), depth, width), torch.randn(rows, width), torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(gradients(leaves, grad))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+    exact = gradients([x.detach().double().requires_grad_() for x in leaves], grad.double(), "reference")
+    for name, *values in zip(
+        ("y", "dx", "dweight", "dbias"), runs[0], exact, gradients(leaves, grad, "reference"), strict=True
+    ):
+        parity = hold(name, *values)
+        assert parity.ok, parity
+
+
+@pytest.mark.parametrize("rows, depth, width", [(97, 129, 65), (300, 700, 33)])
+def test_a_row_among_others_is_that_row_alone_exactly(rows, depth, width):
+    leaves, grad = leaves_of((rows,), depth, width), torch.randn(rows, width)
+    out, dx, *_ = gradients(leaves, grad)
+    for chosen in (slice(0, 1), slice(rows - 1, rows), slice(13, 14), slice(7, 60)):
+        x = leaves[0].detach()[chosen].requires_grad_()
+        alone, dalone, *_ = gradients([x, *leaves[1:]], grad[chosen])
+        assert torch.equal(alone, out[chosen]) and torch.equal(dalone, dx[chosen]), chosen
+    order = torch.randperm(rows)
+    assert torch.equal(jk.linear(leaves[0][order], *leaves[1:], backend="cpu"), out[order])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row_and_column(value):
+    x, weight, bias = (leaf.detach() for leaf in leaves_of((97,), 129, 65))
+    clean = jk.linear(x, weight, bias, backend="cpu")
+    x[13, 128] = value
+    rows = jk.linear(x, weight, bias, backend="cpu")
+    assert not rows[13].isfinite().any() and torch.equal(rows[:13], clean[:13]) and torch.equal(rows[14:], clean[14:])
+    weight[64, 0], x[13, 128] = value, 0.0
+    found = jk.linear(x, weight, bias, backend="cpu")
+    others = torch.arange(97) != 13
+    assert not found[:, 64].isfinite().any() and torch.equal(found[others, :64], clean[others, :64])
+
+
+def test_gradients_that_are_not_wanted_are_empty_and_share_no_tensor():
+    x, weight, grad = torch.randn(4, 6), torch.randn(3, 6), torch.randn(4, 3)
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        found = torch.ops.jepa_kernels.linear_backward(grad, x, weight, wanted, "cpu")
+        assert [g.numel() > 0 for g in found] == wanted
+        assert len({g.untyped_storage()._cdata for g in found}) == 3
+
+
+def test_a_frozen_layer_keeps_no_activations():
+    x, weight, kept = torch.randn(64, 32, requires_grad=True), torch.randn(16, 32), []
+
+    def keep(t):
+        kept.append(t.untyped_storage().nbytes())
+        return t
+
+    for frozen, most in ((True, weight.nbytes + 4), (False, weight.nbytes + x.nbytes)):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = jk.linear(x, weight.requires_grad_(not frozen), backend="cpu")
+        assert sum(kept) == most
+        assert torch.allclose(torch.autograd.grad(out.sum(), x)[0], weight.sum(0).expand(64, 32), atol=1e-5)
+
+
+AHEAD, FEW, SMALL = (1024, 128, 128), (120, 2048, 2048), (1024, 128, 127)  # rows, K, N
+
+
+@pytest.fixture
+def on_two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not _C.isa().startswith("avx512"), reason="needs a processor with AVX-512")
+@pytest.mark.parametrize(
+    "sizes, chosen, why",
+    [
+        (AHEAD, "cpu", "can run this call"),
+        (FEW, "reference", "has no lead below 64 rows for each of 2 threads"),
+        (SMALL, "reference", "has no lead below 16,777,216 multiply-adds"),
+        ((0, 4, 4), "reference", "has no lead below 16,777,216 multiply-adds"),
+    ],
+)
+def test_the_automatic_choice_and_its_reasons(sizes, chosen, why, on_two_threads):
+    rows, depth, width = sizes
+    first, own, last = jk.explain("linear", torch.zeros(rows, depth), torch.zeros(width, depth)).splitlines()
+    assert first == f"linear: {chosen} (automatic)" and own.split(maxsplit=1) == ["cpu", why]
+    assert last.split(maxsplit=1) == ["reference", "can run this call"]
+
+
+def test_processors_without_avx512_and_other_dtypes_run_torchs_product(on_two_threads):
+    x, weight = torch.zeros(AHEAD[:2]), torch.zeros(AHEAD[2], AHEAD[1])
+    assert _C.set_isa("avx2")
+    try:
+        assert "has a lead on processors with AVX-512 alone" in jk.explain("linear", x, weight)
+        assert linear_op.slower((x, weight)) is not None
+    finally:
+        _C.set_isa("best")
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float64, "float64")):
+        assert f"takes float32, got {name}" in jk.explain("linear", x.to(dtype), weight.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_reference_is_torchs_product_and_draws_no_warning(dtype):
+    x, weight, bias = torch.randn(3, 5, 8).to(dtype), torch.randn(4, 8).to(dtype), torch.randn(4).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(jk.linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_torch_func_and_compiled_code_run_torchs_product(on_two_threads):
+    x, weight = torch.randn(2, *AHEAD[:2]), torch.randn(2, AHEAD[2], AHEAD[1])
+    mapped = torch.func.vmap(jk.linear)(x, weight)
+    assert torch.allclose(mapped[1], F.linear(x[1], weight[1]), atol=1e-4)
+    compiled = torch.compile(jk.linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x[0], weight[0]), F.linear(x[0], weight[0]))
+
+
+def test_autocast_casts_all_three():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = jk.linear(torch.randn(5, 8), torch.randn(4, 8), torch.randn(4).bfloat16())
+    assert out.dtype == torch.bfloat16
+
+
+X, WEIGHT = torch.randn(2, 5, 8), torch.randn(4, 8)
+BAD = [
+    (dict(x=[1.0]), TypeError, "x must be a tensor, got list; convert"),
+    (dict(x=torch.tensor(1.0)), ValueError, r"x must have shape \[K\], got \(\); reshape it"),
+    (dict(x=X.int()), TypeError, "x must be of dtype .+, got int32; convert"),
+    (dict(x=X.to_sparse()), TypeError, "x must be a strided tensor, got .+; convert"),
+    (dict(weight=None), TypeError, "weight must be a tensor, got NoneType; convert"),
+    (dict(weight=WEIGHT[0]), ValueError, r"weight must have shape \[N, K\], got \(8,\); reshape it"),
+    (dict(weight=WEIGHT.bfloat16()), TypeError, "weight must be of dtype float32, got bfloat16; convert"),
+    (dict(weight=WEIGHT.t()), ValueError, r"weight must have K = 8 like x, got 4; weight is \[N, K\], as of torch"),
+    (dict(weight=WEIGHT.to("meta")), ValueError, "weight must be on cpu, got meta; move"),
+    (dict(bias=torch.randn(4, 1)), ValueError, r"bias must have shape \[N\], got \(4, 1\); reshape it"),
+    (dict(bias=torch.randn(8)), ValueError, "bias must have N = 4 like weight, got 8; pass one value a row of weight"),
+    (dict(bias=torch.randn(4).double()), TypeError, "bias must be of dtype float32, got float64; convert"),
+    (dict(bias=torch.randn(4).to("meta")), ValueError, "bias must be on cpu, got meta; move"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD, ids=[m[:44] for *_, m in BAD])
+def test_bad_input_is_named(change, error, message):
+    with pytest.raises(error, match="linear: " + message):
+        jk.linear(**{**dict(x=X, weight=WEIGHT), **change})

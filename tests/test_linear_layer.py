@@ -1,0 +1,154 @@
+"""nn.Linear: torch's layer in everything but who multiplies, and when that is the kernel."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.func import functional_call, grad, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import jepa_kernels as jk
+from jepa_kernels import _C, nn
+from jepa_kernels._core import define
+from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.nn.linear import product
+from jepa_kernels.ops.linear import op
+
+ROWS, K, N = 1024, 128, 128  # 2^24 multiply-adds, more than 64 rows a thread
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The backend of every product that the kernel computes."""
+    found = []
+    for stage in ("forward", "backward"):
+        real = define.implementation("linear", stage, "cpu")
+
+        def run(*args, real=real, stage=stage):
+            found.append(stage)
+            return real(*args)
+
+        monkeypatch.setitem(define._implementations, ("linear", stage, "cpu"), run)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield found
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def ahead(monkeypatch):
+    """As on a processor with AVX-512, whatever this one has."""
+    if not _C.isa().startswith("avx512"):
+        monkeypatch.setattr(_C, "isa", lambda: "avx512")
+
+
+def test_it_is_torchs_layer(calls):
+    torch.manual_seed(0)
+    ours = nn.Linear(K, N)
+    torch.manual_seed(0)
+    theirs = torch.nn.Linear(K, N)
+    assert isinstance(ours, torch.nn.Linear) and repr(ours) == repr(theirs)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    copies = copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))
+    x = torch.randn(2, ROWS // 2, K)
+    wanted = ours(x)
+    assert torch.allclose(wanted, theirs(x), atol=1e-5)
+    assert all(type(other) is nn.Linear and torch.equal(other(x), wanted) for other in copies)
+    assert calls == ["forward"] * 3
+
+
+def test_large_products_are_the_kernels_and_their_gradients_too(calls):
+    layer, x = nn.Linear(K, N), torch.randn(ROWS, K, requires_grad=True)
+    layer(x).sum().backward()
+    assert calls == ["forward", "backward"]
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(ROWS, K), atol=1e-4)
+    assert layer.bias.grad.eq(ROWS).all()
+
+
+def of(rows=ROWS, dtype=torch.float32):
+    return torch.randn(rows, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+
+
+class Tagged(torch.Tensor):
+    """A tensor that another library knows better than we do."""
+
+
+def under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        return product(*of())
+
+
+def in_forward_mode():
+    x, weight = of()
+    with torch.autograd.forward_ad.dual_level():
+        return product(torch.autograd.forward_ad.make_dual(x, x), weight)
+
+
+def of_fakes():
+    with FakeTensorMode():
+        return product(*of())
+
+
+def by_reference():
+    with jk.use_backend("reference"):
+        return product(*of())
+
+
+OTHERS = {
+    "few rows": lambda: product(*of(100)),
+    "bf16": lambda: product(*of(dtype=torch.bfloat16)),
+    "float64": lambda: product(*of(dtype=torch.float64)),
+    "meta": lambda: product(*(x.to("meta") for x in of())),
+    "autocast": under_autocast,
+    "compiled": lambda: torch.compile(product, fullgraph=True, backend="aot_eager")(*of()),
+    "fake tensors": of_fakes,
+    "nested tensors": lambda: product(torch.nested.nested_tensor([of()[0], of(5)[0]]), of()[1]),
+    "sparse rows": lambda: product(of()[0].to_sparse(), of()[1]),
+    "a subclass": lambda: product(of()[0], of()[1].as_subclass(Tagged)),
+    "torch.func": lambda: grad(lambda w: product(of()[0], w).sum())(of()[1]),
+    "vmap": lambda: vmap(product)(torch.randn(2, ROWS, K), torch.randn(2, N, K)),
+    "forward mode": in_forward_mode,
+    "the reference": by_reference,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_all_else_is_torchs(name, calls, recwarn):
+    OTHERS[name]()
+    assert not calls and not [w for w in recwarn if issubclass(w.category, jk.BackendWarning)]
+
+
+def test_a_processor_without_avx512_multiplies_by_torch(calls, monkeypatch):
+    monkeypatch.setattr(_C, "isa", lambda: "avx2")
+    product(*of())
+    assert not calls
+
+
+def test_without_the_extension_it_is_torchs(calls, monkeypatch):
+    monkeypatch.setattr(op.extension, "load", lambda: "not built")
+    x, weight = of()
+    assert torch.equal(product(x, weight), F.linear(x, weight)) and not calls
+
+
+def test_functional_calls_take_other_weights(calls):
+    layer, (x, weight) = nn.Linear(K, N, bias=False), of()
+    assert torch.allclose(functional_call(layer, {"weight": weight}, (x,)), F.linear(x, weight), atol=1e-4)
+    assert calls == ["forward"]
+
+
+def test_every_large_product_of_a_model_is_the_kernels(calls):
+    """FLOPs of torch's own products are those of small ones alone; all in all they are the plain model's."""
+    sizes = dict(crop_size=64, patch_size=8, embed_dim=128, depth=2, num_heads=2)
+    model = IJEPA(IJEPAConfig(**sizes, predictor_embed_dim=96, predictor_depth=1))
+    pixels = torch.randn(16, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter:
+        model.context_encoder(pixels)
+    with jk.use_backend(linear="reference"), FlopCounterMode(display=False) as plain:
+        model.context_encoder(pixels)
+    found = counter.get_flop_counts()["Global"]
+    assert not [o for o in found if o in (torch.ops.aten.addmm, torch.ops.aten.mm)] and len(calls) == 8
+    assert sum(found.values()) == plain.get_total_flops()
