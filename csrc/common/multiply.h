@@ -1,4 +1,5 @@
-// The matrix product of tiles that lie in the workspace: left rows as they are, the right operand in panels.
+// The matrix product of tiles that lie in the workspace: left rows as they are, the right operand in panels
+// of PANEL columns, a multiple of COLUMNS.
 //
 // Each element of the result is one chain of multiply-adds in the order of k, cut into equal slices of at
 // most DEPTH terms: it does not depend on the rows beside it, nor on the number of threads.
@@ -14,13 +15,13 @@ constexpr int COLUMNS = 2 * W;
 constexpr int64_t DEPTH = 320; // a slice of a right panel stays in L1 while the left rows pass
 
 // c [rows, COLUMNS] += a [rows, depth] b [depth, COLUMNS]. What lies `ahead` of b comes next.
-template <int rows>
+template <int rows, int PANEL>
 static void multiply(const float* a, int64_t a_row, const float* b, int64_t depth, int64_t ahead, float* c,
                      int64_t c_row) {
   vf sum[rows][2];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = zero();
-  for (int64_t k = 0; k < depth; ++k, ++a, b += COLUMNS) {
+  for (int64_t k = 0; k < depth; ++k, ++a, b += PANEL) {
     _mm_prefetch(reinterpret_cast<const char*>(b + ahead), _MM_HINT_T1);
     const vf b0 = load(b), b1 = load(b + W);
 #pragma GCC unroll 12
@@ -37,24 +38,28 @@ static void multiply(const float* a, int64_t a_row, const float* b, int64_t dept
   }
 }
 
-template <int most>
+template <int most, int PANEL>
 static void multiply_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t depth,
                           int64_t ahead, float* c, int64_t c_row) {
   if constexpr (most > 1)
-    if (rows < most) return multiply_rows<most - 1>(rows, a, a_row, b, depth, ahead, c, c_row);
-  multiply<most>(a, a_row, b, depth, ahead, c, c_row);
+    if (rows < most) return multiply_rows<most - 1, PANEL>(rows, a, a_row, b, depth, ahead, c, c_row);
+  multiply<most, PANEL>(a, a_row, b, depth, ahead, c, c_row);
 }
 
-// c [rows, columns] += A B; columns are rounded up to whole panels, in b and in c.
+// c [rows, columns] += A B; columns are rounded up to a multiple of COLUMNS, in b to whole panels.
+template <int PANEL = COLUMNS>
 static void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                           const float* b, float* c, int64_t c_row) {
+  static_assert(PANEL % COLUMNS == 0);
   const int64_t slices = (depth + DEPTH - 1) / DEPTH, slice = slices ? (depth + slices - 1) / slices : 1;
   for (int64_t k = 0; k < depth; k += slice)
-    for (int64_t j = 0; j < columns; j += COLUMNS)
+    for (int64_t j = 0; j < columns; j += COLUMNS) {
+      const float* const right = b + j / PANEL * PANEL * depth + k * PANEL + j % PANEL;
       for (int64_t i = 0; i < rows; i += ROWS)
-        multiply_rows<ROWS>(rows - i < ROWS ? rows - i : ROWS, a + i * a_row + k, a_row,
-                            b + j * depth + k * COLUMNS, depth - k < slice ? depth - k : slice,
-                            slice * COLUMNS, c + i * c_row + j, c_row);
+        multiply_rows<ROWS, PANEL>(rows - i < ROWS ? rows - i : ROWS, a + i * a_row + k, a_row, right,
+                                   depth - k < slice ? depth - k : slice, slice * PANEL, c + i * c_row + j,
+                                   c_row);
+    }
 }
 
 } // namespace jepa::JEPA_ISA
