@@ -54,7 +54,8 @@ def sigreg(
     Returns an fp32 scalar, also under autocast: nothing is lowered. No embeddings: 0. About 1.0525 for embeddings from
     N(0, I), 0.4020 N where all have collapsed to 0. Gradient: of z, in its dtype; with a group, world times that of the
     joint statistic by the rank's own rows, so that DDP's mean over ranks is the gradient of a single process. Sums
-    have a fixed order: the same bits on every run and for any number of threads.
+    have a fixed order: the same bits on every run and for any number of threads. For a gradient the CPU keeps
+    4 (V N + E) bytes a slice.
     Raises ValueError and TypeError for arguments that do not fit, on every rank of a group where one's do not.
     Source: LeJEPA (arXiv:2511.08544) section 4; Epps and Pulley, Biometrika 70 (1983).
     """
