@@ -13,12 +13,12 @@ static void directions(const Tensor& out, int64_t first, int64_t step, int64_t s
   sigreg_directions_cpu(p);
 }
 
-// z [V, N, E], moments [V, 2, T, K].
+// z [V, N, E], moments [V, 2, T, K]. Small calls stay on one thread.
 static sigreg::Shape shape_of(const Tensor& z, const Tensor& moments, double t_max) {
-  const int64_t knots = moments.size(2);
-  return {z.size(0),       z.size(1), z.size(2),
-          moments.size(3), knots,     t_max / static_cast<double>(knots - 1),
-          torch_threads()};
+  const int64_t knots = moments.size(2), slices = moments.size(3);
+  const bool small = slices * (z.size(0) * z.size(1) + 1) * z.size(2) < (1 << 18);
+  const double delta = t_max / static_cast<double>(knots - 1);
+  return {z.size(0), z.size(1), z.size(2), slices, knots, delta, small ? 1 : torch_threads()};
 }
 
 // z fp32, contiguous; what backward needs, or an empty tensor.
@@ -26,7 +26,7 @@ static Tensor moments(const Tensor& z, const Tensor& out, double t_max, int64_t 
                       bool keep) {
   const sigreg::Shape at = shape_of(z, out, t_max);
   const Tensor kept = out.new_empty({keep ? at.kept() : 0});
-  const Tensor scratch = out.new_empty({at.threads * sigreg::forward_scratch(at)});
+  const Tensor scratch = out.new_empty({sigreg::forward_scratch(at)});
   const SigregMomentsParams p{at,
                               z.data<float>(),
                               static_cast<uint64_t>(seed),
@@ -56,8 +56,7 @@ static void forward(const Tensor& moments, const Tensor& loss, double t_max) {
 static void backward(const Tensor& dz, const Tensor& moments, const Tensor& kept, double t_max,
                      double scale) {
   const sigreg::Shape at = shape_of(dz, moments, t_max);
-  const Tensor scratch =
-      moments.new_empty({at.views * sigreg::factors_size(at) + at.threads * sigreg::backward_scratch(at)});
+  const Tensor scratch = moments.new_empty({sigreg::backward_scratch(at)});
   const SigregBackwardParams p{at,       moments.data<float>(), kept.data<float>(), scale, dz.data(),
                                dz.dtype, scratch.data<float>()};
   py::gil_scoped_release nogil;

@@ -12,6 +12,7 @@ namespace jepa::JEPA_ISA {
 
 using sigreg::BACKWARD_ROWS;
 using sigreg::FORWARD_ROWS;
+using sigreg::least;
 using sigreg::padded;
 static_assert(FORWARD_ROWS % ROWS == 0 && BACKWARD_ROWS % ROWS == 0 && PANEL % COLUMNS == 0);
 
@@ -20,13 +21,6 @@ void sigreg_directions_cpu(const SigregDirectionsParams& p) {
     const Directions draw(p.width, p.step, p.seed);
     for (int64_t slice = begin; slice < end; ++slice) draw(p.first + slice, p.out + slice * p.width);
   });
-}
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Small calls stay on one thread.
-static int threads_of(const Shape& at) {
-  return at.slices * (at.total() + 1) * at.width < (1 << 18) ? 1 : at.threads;
 }
 
 // Directions of a panel, zeros behind the last: turned for projections, and in panels of features where
@@ -45,8 +39,8 @@ static void bring_directions(const SigregMomentsParams& p, const Directions& dra
 
 void sigreg_moments_cpu(const SigregMomentsParams& p) {
   const Shape& at = p.at;
-  const int64_t width = at.width, each = sigreg::forward_scratch(at);
-  parallel_for(padded(at.slices) / PANEL, threads_of(at), [&](int64_t begin, int64_t end) {
+  const int64_t width = at.width, each = sigreg::forward_each(at);
+  parallel_for(padded(at.slices) / PANEL, at.threads, [&](int64_t begin, int64_t end) {
     const Directions draw(width, p.step, p.seed);
     Sums sums(at);
     float* const rows = p.scratch + thread_rank() * each;
@@ -112,8 +106,9 @@ template <class T> static void put_rows(const float* in, int64_t rows, int64_t w
 
 void sigreg_backward_cpu(const SigregBackwardParams& p) {
   const Shape& at = p.at;
-  const int64_t panels = padded(at.slices) / PANEL, wide = padded(at.width), row = sigreg::row_of(at.slices);
-  parallel_for(at.views * panels, threads_of(at), [&](int64_t begin, int64_t end) {
+  const int64_t panels = padded(at.slices) / PANEL, wide = padded(at.width), row = sigreg::row_of(at.slices),
+                rows = sigreg::backward_rows(at);
+  parallel_for(at.views * panels, at.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t view = i / panels, first = i % panels * PANEL;
       factors_of(at, p.moments + view * 2 * at.knots * at.slices + first, least(PANEL, at.slices - first),
@@ -121,11 +116,11 @@ void sigreg_backward_cpu(const SigregBackwardParams& p) {
     }
   });
   float* const threads = p.scratch + at.views * sigreg::factors_size(at);
-  parallel_for(at.total(), threads_of(at), [&](int64_t begin, int64_t end) {
-    float* const dy = threads + thread_rank() * sigreg::backward_scratch(at);
-    float* const dz = dy + BACKWARD_ROWS * row;
-    for (int64_t n = begin; n < end; n += BACKWARD_ROWS) {
-      const int64_t count = least(BACKWARD_ROWS, end - n);
+  parallel_for(at.total(), at.threads, [&](int64_t begin, int64_t end) {
+    float* const dy = threads + thread_rank() * sigreg::backward_each(at);
+    float* const dz = dy + rows * row;
+    for (int64_t n = begin; n < end; n += rows) {
+      const int64_t count = least(rows, end - n);
       derivatives(p, n, count, dy);
       std::memset(dz, 0, count * wide * sizeof(float));
       multiply_tile<PANEL>(count, wide, padded(at.slices), dy, row, p.kept, dz, wide);

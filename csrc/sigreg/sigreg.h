@@ -21,6 +21,7 @@ namespace sigreg {
 
 // Columns of a panel of a matrix product, on any processor: what forward keeps, backward reads.
 constexpr int64_t PANEL = 32;
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t padded(int64_t count) { return (count + PANEL - 1) / PANEL * PANEL; }
 
 // Embeddings [views, rows, width], and knots t_k = k * delta for k < knots.
@@ -40,14 +41,24 @@ struct Shape {
 static inline int64_t row_of(int64_t count) { return padded(count) + PANEL / 2; }
 constexpr int64_t FORWARD_ROWS = 60, BACKWARD_ROWS = 48; // at a time, multiples of a tile's rows
 
-// Floats of each thread: directions of a panel, as rows and turned, and projections.
-static inline int64_t forward_scratch(const Shape& at) {
+// Floats of each thread that has a panel: its directions, as rows and turned, and projections.
+static inline int64_t forward_each(const Shape& at) {
   return PANEL * (row_of(at.width) + padded(at.width) + FORWARD_ROWS);
 }
-// Floats: factors of each view, and of each thread derivatives and the gradient of its rows.
+static inline int64_t forward_scratch(const Shape& at) {
+  return least(at.threads, padded(at.slices) / PANEL) * forward_each(at);
+}
+// Floats: factors of each view, and of each thread that has rows derivatives and the gradient of a block of
+// them.
 static inline int64_t factors_size(const Shape& at) { return 2 * at.knots * padded(at.slices); }
+static inline int64_t backward_rows(const Shape& at) {
+  return least(BACKWARD_ROWS, (at.total() + at.threads - 1) / at.threads);
+}
+static inline int64_t backward_each(const Shape& at) {
+  return backward_rows(at) * (row_of(at.slices) + padded(at.width));
+}
 static inline int64_t backward_scratch(const Shape& at) {
-  return BACKWARD_ROWS * (row_of(at.slices) + padded(at.width));
+  return at.views * factors_size(at) + least(at.threads, at.total()) * backward_each(at);
 }
 
 } // namespace sigreg
@@ -60,7 +71,7 @@ struct SigregMomentsParams {
   uint64_t seed, step;
   float* moments; // [views, 2, knots, slices]
   float* kept;    // null: nothing is
-  float* scratch; // [threads, forward_scratch]
+  float* scratch; // [forward_scratch]
 };
 
 JEPA_DECLARE_CPU(sigreg_moments_cpu, SigregMomentsParams)
@@ -80,7 +91,7 @@ struct SigregBackwardParams {
   double scale;
   void* dz; // [views, rows, width]
   DType dtype;
-  float* scratch; // [views, factors_size], then [threads, backward_scratch]
+  float* scratch; // [backward_scratch]: [views, factors_size], then each thread's
 };
 
 JEPA_DECLARE_CPU(sigreg_backward_cpu, SigregBackwardParams)
