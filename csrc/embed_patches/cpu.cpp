@@ -133,7 +133,7 @@ static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int6
   for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
     if (p.pos)
       for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, ids[i - begin]) + e);
-    multiply_tile(scratch, panels, p.weights + e * depth, depth, sums);
+    multiply_panels(scratch, panels, p.weights + e * depth, depth, sums);
     for (int64_t i = begin; i < end; ++i) finish<T>(p, i, ids[i - begin], e, sums + (i - begin) * COLUMNS);
   }
 }
@@ -229,7 +229,7 @@ static void multiply_tokens(const Backward& p, int64_t tokens, bool add_to) {
       for (int64_t k = 0; k < depth; k += COLUMNS) {
         float* out = p.dweight_sum + panel * ROWS * depth + k;
         for (int64_t i = 0; i < rows; ++i) prefetch(out + i * depth);
-        multiply_tile(p.left + panel * tokens * ROWS, panels, p.right + k * tokens, tokens, sums);
+        multiply_panels(p.left + panel * tokens * ROWS, panels, p.right + k * tokens, tokens, sums);
         const int64_t n = depth - k < COLUMNS ? depth - k : COLUMNS;
         for (int64_t i = 0; i < rows; ++i, out += depth) {
           if (add_to) add_line(out, 1, n, sums + i * COLUMNS);
@@ -277,7 +277,7 @@ template <class T> static void pixel_tile(const Backward& p, int64_t begin, int6
   }
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t k = 0; k < depth; k += COLUMNS) {
-    multiply_tile(left, panels, p.right + k * at.embed_dim, at.embed_dim, sums);
+    multiply_panels(left, panels, p.right + k * at.embed_dim, at.embed_dim, sums);
     for (int64_t i = 0; i < end - begin; ++i)
       std::memcpy(patches + i * width + k, sums + i * COLUMNS, COLUMNS * sizeof(float));
   }

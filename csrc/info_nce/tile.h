@@ -3,9 +3,9 @@
 #include <cmath>
 
 #include "common/floats.h"
+#include "common/multiply.h"
 #include "common/parallel.h"
 #include "info_nce/info_nce.h"
-#include "info_nce/multiply.h"
 
 namespace jepa::JEPA_ISA {
 

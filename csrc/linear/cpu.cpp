@@ -54,7 +54,7 @@ static void multiply_rows(const Params& p, int64_t row, int64_t end, int64_t beg
     pack<ROWS>(p.left, row + i * ROWS, p.rows, begin, depth, left + i * ROWS * depth);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t column = 0; column < p.columns; column += COLUMNS) {
-    multiply_tile(left, panels, p.panels + column * depth, depth, sums);
+    multiply_panels(left, panels, p.panels + column * depth, depth, sums);
     for (int64_t i = row; i < end; ++i) finish(p, i, column, begin == 0, sums + (i - row) * COLUMNS);
   }
 }

@@ -13,33 +13,52 @@ static void directions(const Tensor& out, int64_t first, int64_t step, int64_t s
   sigreg_directions_cpu(p);
 }
 
-// Of `slices` slices from `first` on; moments [V, 2, T, K].
-static SigregKnots knots_of(const Tensor& moments, int64_t slices, double t_max) {
-  const int64_t knots = moments.size(2);
-  return {moments.size(0), slices, knots, moments.size(3), t_max / static_cast<double>(knots - 1)};
+// z [V, N, E], moments [V, 2, T, K]. Small calls stay on one thread.
+static sigreg::Shape shape_of(const Tensor& z, const Tensor& moments, double t_max) {
+  const int64_t knots = moments.size(2), slices = moments.size(3);
+  const bool small = slices * (z.size(0) * z.size(1) + 1) * z.size(2) < (1 << 18);
+  const double delta = t_max / static_cast<double>(knots - 1);
+  return {z.size(0), z.size(1), z.size(2), slices, knots, delta, small ? 1 : torch_threads()};
 }
 
-// y [V * N, slices of the tile]
-static void moments(const Tensor& y, const Tensor& out, int64_t first, double t_max) {
-  const SigregKnots at = knots_of(out, y.size(1), t_max);
-  const int64_t rows = at.views ? y.size(0) / at.views : 0;
-  const SigregMomentsParams p{at, y.data<float>(), out.data<float>() + first, rows, torch_threads()};
-  py::gil_scoped_release nogil;
-  sigreg_moments_cpu(p);
+// z fp32, contiguous; what backward needs, or an empty tensor.
+static Tensor moments(const Tensor& z, const Tensor& out, double t_max, int64_t step, int64_t seed,
+                      bool keep) {
+  const sigreg::Shape at = shape_of(z, out, t_max);
+  const Tensor kept = out.new_empty({keep ? at.kept() : 0});
+  const Tensor scratch = out.new_empty({sigreg::forward_scratch(at)});
+  const SigregMomentsParams p{at,
+                              z.data<float>(),
+                              static_cast<uint64_t>(seed),
+                              static_cast<uint64_t>(step),
+                              out.data<float>(),
+                              keep ? kept.data<float>() : nullptr,
+                              scratch.data<float>()};
+  {
+    py::gil_scoped_release nogil;
+    sigreg_moments_cpu(p);
+  }
+  return kept;
 }
 
 static void forward(const Tensor& moments, const Tensor& loss, double t_max) {
-  const SigregForwardParams p{knots_of(moments, moments.size(3), t_max), moments.data<float>(),
-                              loss.data<float>()};
+  sigreg::Shape at{};
+  at.views = moments.size(0);
+  at.knots = moments.size(2);
+  at.slices = moments.size(3);
+  at.delta = t_max / static_cast<double>(at.knots - 1);
+  const SigregForwardParams p{at, moments.data<float>(), loss.data<float>()};
   py::gil_scoped_release nogil;
   sigreg_forward_cpu(p);
 }
 
-static void backward(const Tensor& y, const Tensor& moments, int64_t first, double t_max, double scale) {
-  const SigregKnots at = knots_of(moments, y.size(1), t_max);
-  const int64_t rows = at.views ? y.size(0) / at.views : 0;
-  const SigregBackwardParams p{
-      at, moments.data<float>() + first, y.data<float>(), rows, scale, torch_threads()};
+// dz contiguous, of any type.
+static void backward(const Tensor& dz, const Tensor& moments, const Tensor& kept, double t_max,
+                     double scale) {
+  const sigreg::Shape at = shape_of(dz, moments, t_max);
+  const Tensor scratch = moments.new_empty({sigreg::backward_scratch(at)});
+  const SigregBackwardParams p{at,       moments.data<float>(), kept.data<float>(), scale, dz.data(),
+                               dz.dtype, scratch.data<float>()};
   py::gil_scoped_release nogil;
   sigreg_backward_cpu(p);
 }

@@ -35,7 +35,7 @@ class SIGReg(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [..., N, E], views first -> the statistic, an fp32 scalar."""
-        step = self.global_step.clone()  # backward draws these directions again
+        step = self.global_step.clone()  # backward may draw these directions again
         if self.training:
             self.global_step.add_(1)
         group = one_batch(self.group)

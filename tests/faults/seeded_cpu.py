@@ -117,9 +117,13 @@ CPU = [
        "const vf g = turned(a, swap_pairs(a), load(t.cos + c), sines(load(t.sin + c)));\n"
        "store(y + c, std::is_same<T, bf16>::value && t.back ? " + CUT.format("g") + " : g);"),
     of("sigreg", "wrong weight", "the trapezoid's last knot counts twice",
-       "(k == 0 || k == at.knots - 1 ? 1 : 2)", "(k == 0 ? 1 : 2)"),
-    of("sigreg", "last row", "of an odd number of rows the last is left out",
-       "if (n < end) add_rows<1>", "if (n + 1 < end) add_rows<1>"),
+       "(k == 0 || k == at.knots - 1 ? 1 : 2)", "(k == 0 ? 1 : 2)", "knots.h"),
+    of("sigreg", "last row", "of rows that do not fill their turns the last is left out",
+       "for (; n < rows; ++n) add_rows<1>", "for (; n + 1 < rows; ++n) add_rows<1>", "knots.h"),
     of("sigreg", "unscaled gradient", "the derivative of a square lacks its 2",
-       "slope[k] = 2.0 * p.scale", "slope[k] = p.scale"),
+       "slope = 2.0 * scale", "slope = scale", "knots.h"),
+    of("sigreg", "wrong index", "every panel of directions is kept in the first one's place",
+       "(first + i) * PANEL, rows", "i * PANEL, rows"),
+    of("sigreg", "stale accumulator", "sums go on from view to view",
+       "sums.clear();", "if (view == 0) sums.clear();"),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 import jepa_kernels as jk
 from benchmarks.memory import peak_bytes
+from jepa_kernels import _C
 from jepa_kernels._core import define
 from jepa_kernels.ops.sigreg import reference
 
@@ -126,8 +127,9 @@ def test_turns_do_not_drift(knots):
     a = reference.directions(1, 2, 0, 0, torch.device("cpu"))
     delta, limit = 3.0 / (knots - 1), knots * 2**-23
     for y in (0.0, 1e-3, 0.3, 2.9, 17.1, 1234.5, 1e4):
-        z = torch.tensor([[y]])
-        moments = define.implementation("sigreg", "moments", "cpu")(z, 2, knots, 3.0, torch.tensor(0), 0).double()
+        z = torch.tensor([[[y]]])
+        moments, _ = define.implementation("sigreg", "moments", "cpu")(z, 2, knots, 3.0, torch.tensor(0), 0, False)
+        moments = moments.double()
         t = torch.arange(knots, dtype=torch.float64) * delta
         first = (torch.tensor(y) * delta).double() * a[0, 0].double()  # the rounding of y delta is not the turns'
         angle = torch.arange(knots, dtype=torch.float64) * first
@@ -226,6 +228,51 @@ def test_peak_memory_beyond_the_gradient_is_a_twentieth_of_the_eager_chains():
         < peak(lambda *inputs, **options: jk.sigreg(*inputs, **options, backend="cpu"))
         <= 0.05 * peak(reference.forward)
     )
+
+
+def test_peak_memory_without_a_gradient_has_no_projections():
+    z = torch.randn(4096, 64)  # projections: 16.8 MB
+    assert 0 < peak_bytes(lambda: jk.sigreg(z, slices=1024, backend="cpu")) <= 1.2e6
+
+
+def test_what_the_forward_pass_keeps():
+    """Directions [features / 32, slices, 32], projections [slices / 32, rows, 32]; of unit vectors the directions."""
+    width, slices = 70, 40
+    a = reference.directions(width, slices, 3, 5, torch.device("cpu"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        jk.sigreg(torch.eye(width, requires_grad=True), slices=slices, step=3, seed=5, backend="cpu")
+    moments, kept = [x for x in saved if x.dim() in (1, 4)]
+    assert len(saved) == 4 and moments.shape == (1, 2, 17, 40) and kept.shape == (64 * (96 + 70),)
+    directions, projections = kept.split([64 * 96, 64 * 70])
+    directions = directions.view(3, 64, 32).transpose(0, 1).reshape(64, 96)
+    assert torch.equal(directions[:slices, :width], a) and directions[slices:].count_nonzero() == 0
+    assert torch.equal(projections.view(2, width, 32).transpose(1, 2).reshape(64, width)[:slices], a)
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        jk.sigreg(torch.eye(width, requires_grad=True), slices=slices, backend="cpu")
+
+
+@pytest.mark.parametrize("shape, slices", [((1, 70, 33), 130), ((2, 64, 12), 40), ((3, 7, 70), 5)])
+def test_a_gradient_of_what_was_not_kept_has_the_same_bits(shape, slices):
+    """As of a program that was exported without a gradient; and a second one, of a graph that is retained."""
+    z = torch.randn(shape, requires_grad=True)
+    loss = jk.sigreg(z, slices=slices, step=2, seed=1, backend="cpu")
+    first, second = (torch.autograd.grad(loss, z, retain_graph=True)[0] for _ in range(2))
+    step, stage = torch.tensor(2), lambda name: define.implementation("sigreg", name, "cpu")
+    moments, none = stage("moments")(z.detach(), slices, 17, 3.0, step, 1, False)
+    again = stage("backward")(torch.ones(()), z.detach(), moments, 3.0, step, 1, 1, none)
+    assert len(none) == 0 and torch.equal(second, first) and torch.equal(again, first)
+
+
+def test_one_instruction_set_reads_what_another_kept():
+    z = torch.randn(2, 50, 45, requires_grad=True)
+    whole = value_and_grad(z, slices=70, backend="cpu")[1]
+    try:
+        assert _C.set_isa("avx2")
+        loss = jk.sigreg(z, slices=70, backend="cpu")
+    finally:
+        _C.set_isa("best")
+    assert (torch.autograd.grad(loss, z)[0] - whole).norm() <= 1e-6 * whole.norm()
 
 
 def test_the_module_takes_new_directions_each_step_and_resumes():

@@ -1,9 +1,9 @@
-"""`sigreg` on the CPU: torch.mm on tiles of slices, C++ before and after.
+"""`sigreg` on the CPU: C++ on fp32 embeddings, whatever autocast says.
 
-A product that writes to `out=` stays in fp32 under autocast.
+For a gradient the forward pass keeps projections and directions: 4 bytes where the eager chain has some 400, and one
+product of three that backward does without.
 """
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -11,30 +11,13 @@ from torch import Tensor
 
 from jepa_kernels._core import extension
 
-TILE = 2**18  # projections at a time: what the caches hold
-LEAST = 64  # slices at a time
+PANEL = 32  # columns of what is kept: csrc/sigreg/sigreg.h
 
 
 def _kernels() -> ModuleType:
     module = extension.load()
     assert not isinstance(module, str)  # selection has asked
     return module
-
-
-def _rows(z: Tensor) -> Tensor:
-    """z as fp32 rows side by side: a BLAS may round otherwise for other strides."""
-    return z.reshape(-1, z.shape[-1]).to(torch.float32).contiguous()
-
-
-def _tiles(rows: Tensor, slices: int, step: Tensor, seed: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first slice, directions [slices of the tile, E], projections [rows, slices of the tile]), buffers used again."""
-    count = min(max(TILE // max(len(rows), 1) // LEAST, 1) * LEAST, slices)
-    at, directions, y = int(step), rows.new_empty(count, rows.shape[1]), rows.new_empty(len(rows) * count)
-    for first in range(0, slices, count):
-        a = directions[: slices - first]
-        _kernels().sigreg_directions(a, first, at, seed)
-        tile = y[: len(rows) * len(a)].view(len(rows), len(a))
-        yield first, a, torch.mm(rows, a.T, out=tile)
 
 
 def directions(like: Tensor, slices: int, step: Tensor, seed: int) -> Tensor:
@@ -44,30 +27,47 @@ def directions(like: Tensor, slices: int, step: Tensor, seed: int) -> Tensor:
     return out
 
 
-def moments(z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int) -> Tensor:
+def kept_size(z: Tensor, slices: int) -> int:
+    """Numbers that forward keeps of z [V, N, E], in fp32: projections and directions, in whole panels."""
+    views, rows, width = z.shape
+    return _padded(slices) * (views * rows + _padded(width))
+
+
+def _padded(count: int) -> int:
+    return (count + PANEL - 1) // PANEL * PANEL
+
+
+def moments(
+    z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Sums of cosines less their expectation, and of sines, over the rows: fp32 [V, 2, knots, slices].
 
-    Those at the first knot are 0; in their place stands the number of rows.
+    Those at the first knot are 0; in their place stands the number of rows. And what backward reads, where kept.
     """
     out = z.new_empty((len(z), 2, knots, slices), dtype=torch.float32)
-    for first, _, y in _tiles(_rows(z), slices, step, seed):
-        _kernels().sigreg_moments(y, out, first, t_max)
-    return out
+    z = z.to(torch.float32).contiguous()
+    return out, _kernels().sigreg_moments(z, out, t_max, int(step), seed, keep)
 
 
-def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int) -> Tensor:
+def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int, kept: Tensor) -> Tensor:
     """The statistic, from the moments alone."""
     loss = moments.new_empty(())
     _kernels().sigreg_forward(moments, loss, t_max)
     return loss
 
 
-def backward(grad: Tensor, z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int) -> Tensor:
-    """dz: projections again, their derivative in place, and back along the directions."""
-    slices, rows = moments.shape[-1], _rows(z)
-    dz = torch.zeros_like(rows)
-    scale = float(grad) * world / max(len(z) * slices, 1)
-    for first, a, y in _tiles(rows, slices, step, seed):
-        _kernels().sigreg_backward(y, moments, first, t_max, scale)
-        torch.addmm(dz, y, a, out=dz)
-    return dz.view(z.shape).to(z.dtype)
+def backward(
+    grad: Tensor, z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int, kept: Tensor
+) -> Tensor:
+    """dz: the derivative of the kept projections, and back along the directions."""
+    slices, dz = moments.shape[-1], z.new_empty(z.shape)
+    if len(kept) != kept_size(z, slices):  # a program that was exported without a gradient
+        kept = _project_again(z, moments, t_max, step, seed)
+    _kernels().sigreg_backward(dz, moments, kept, t_max, float(grad) * world / max(len(z) * slices, 1))
+    return dz
+
+
+def _project_again(z: Tensor, like: Tensor, t_max: float, step: Tensor, seed: int) -> Tensor:
+    """What a forward pass would have kept."""
+    _, _, knots, slices = like.shape
+    return moments(z, slices, knots, t_max, step, seed, True)[1]

@@ -15,6 +15,7 @@ from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import BACKENDS, Kernel, select, short
 from jepa_kernels.agreement import agree, bits, check_group
 from jepa_kernels.ops.sigreg import reference
+from jepa_kernels.ops.sigreg.cpu import kept_size
 
 OP = "sigreg"
 MOST = 2**63  # seeds and steps lie below
@@ -53,7 +54,8 @@ def sigreg(
     Returns an fp32 scalar, also under autocast: nothing is lowered. No embeddings: 0. About 1.0525 for embeddings from
     N(0, I), 0.4020 N where all have collapsed to 0. Gradient: of z, in its dtype; with a group, world times that of the
     joint statistic by the rank's own rows, so that DDP's mean over ranks is the gradient of a single process. Sums
-    have a fixed order: the same bits on every run and for any number of threads.
+    have a fixed order: the same bits on every run and for any number of threads. For a gradient the CPU keeps
+    4 (V N + E) bytes a slice.
     Raises ValueError and TypeError for arguments that do not fit, on every rank of a group where one's do not.
     Source: LeJEPA (arXiv:2511.08544) section 4; Epps and Pulley, Biometrika 70 (1983).
     """
@@ -69,11 +71,12 @@ def sigreg(
     if not isinstance(step, Tensor):
         step = torch.scalar_tensor(step, dtype=torch.int64)
     z = z[None] if z.dim() == 2 else z.flatten(0, -3)
-    moments = _moments(z.detach(), slices, knots, t_max, step, seed, backend)
+    keep = backend == "cpu" and torch.is_grad_enabled() and z.requires_grad
+    moments, kept = _moments(z.detach(), slices, knots, t_max, step, seed, keep, backend)
     if group is not None:
         dist.all_reduce(moments, group=group)
     world = 1 if group is None else group.size()
-    return _loss(z, moments, t_max, step, seed, world, backend)
+    return _loss(z, moments, t_max, step, seed, world, kept, backend)
 
 
 def _over_ranks(arguments: tuple[Any, ...], group: dist.ProcessGroup, backend: str | None) -> str:
@@ -149,13 +152,21 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, torch.SymInt)) else int(value)
 
 
-MOMENTS = "(Tensor z, SymInt slices, SymInt knots, float t_max, Tensor step, SymInt seed, str backend) -> Tensor"
-FORWARD = "(Tensor z, Tensor moments, float t_max, Tensor step, SymInt seed, SymInt world, str backend) -> Tensor"
+MOMENTS = (
+    "(Tensor z, SymInt slices, SymInt knots, float t_max, Tensor step, SymInt seed, bool keep, str backend)"
+    " -> (Tensor moments, Tensor kept)"
+)
+FORWARD = (
+    "(Tensor z, Tensor moments, float t_max, Tensor step, SymInt seed, SymInt world, Tensor kept, str backend)"
+    " -> Tensor"
+)
 BACKWARD = "(Tensor grad, " + FORWARD.removeprefix("(")
 
 
-def _moments_fake(z: Tensor, slices: int, knots: int, *rest: Any) -> Tensor:
-    return z.new_empty((z.shape[0], 2, knots, slices), dtype=torch.float32)
+def _moments_fake(z: Tensor, slices: int, knots: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    moments = z.new_empty((z.shape[0], 2, knots, slices), dtype=torch.float32)
+    *_, keep, backend = rest
+    return moments, moments.new_empty(kept_size(z, slices) if keep and backend == "cpu" else 0)
 
 
 def _forward_fake(z: Tensor, *rest: Any) -> Tensor:
@@ -167,15 +178,15 @@ def _backward_fake(grad: Tensor, z: Tensor, *rest: Any) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, moments, ctx.t_max, step, ctx.seed, ctx.world, ctx.backend = inputs
-    ctx.save_for_backward(z, moments, step)
+    z, moments, ctx.t_max, step, ctx.seed, ctx.world, kept, ctx.backend = inputs
+    ctx.save_for_backward(z, moments, step, kept)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    z, moments, step = ctx.saved_tensors
-    return (_backward(grad, z, moments, ctx.t_max, step, ctx.seed, ctx.world, ctx.backend), *(None,) * 6)
+        return (None,) * 8
+    z, moments, step, kept = ctx.saved_tensors
+    return (_backward(grad, z, moments, ctx.t_max, step, ctx.seed, ctx.world, kept, ctx.backend), *(None,) * 7)
 
 
 _moments = define(OP, "moments", MOMENTS, _moments_fake)

@@ -69,16 +69,19 @@ def _up(size: int, tile: int) -> int:
     return triton.cdiv(size, tile) * tile
 
 
-def moments(z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int) -> Tensor:
+def moments(
+    z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Sums of cosines less their expectation, and of sines, over the rows: fp32 [V, 2, knots, slices].
 
-    Those at the first knot are 0; in their place stands the number of rows.
+    Those at the first knot are 0; in their place stands the number of rows. Nothing else is kept.
     """
     views, rows, _ = z.shape
     blocks, delta = triton.cdiv(rows, ROWS), t_max / (knots - 1)
     out = z.new_empty((views, 2, knots, slices), dtype=torch.float32)
+    kept = out.new_empty(0)
     if views == 0:
-        return out
+        return out, kept
     parts = z.new_empty((views * blocks * 2, 2, knots, slices), dtype=torch.float32)
     if rows:
         x, scales, a = _halves(z, slices, step, seed)
@@ -91,10 +94,10 @@ def moments(z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed
         _sigreg_sum_kernel[(triton.cdiv(slices, 32), knots, views)](
             parts, out, rows, blocks * 2, slices, knots, delta, BLOCKS=16, LANES=32, num_warps=4
         )
-    return out
+    return out, kept
 
 
-def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int) -> Tensor:
+def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int, kept: Tensor) -> Tensor:
     """The statistic, from the moments alone."""
     views, _, knots, slices = moments.shape
     loss, block = moments.new_empty(()), max(triton.next_power_of_2(knots), 16)
@@ -106,7 +109,9 @@ def forward(z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, w
     return loss
 
 
-def backward(grad: Tensor, z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int) -> Tensor:
+def backward(
+    grad: Tensor, z: Tensor, moments: Tensor, t_max: float, step: Tensor, seed: int, world: int, kept: Tensor
+) -> Tensor:
     """dz: projections again, halves of their derivative [2, slices, V rows], and back along the directions."""
     (views, rows, width), (_, _, knots, slices) = z.shape, moments.shape
     blocks, delta = triton.cdiv(rows, ROWS), t_max / (knots - 1)
