@@ -15,6 +15,7 @@ from jepa_kernels import _C, nn
 from jepa_kernels._core import define
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.nn.linear import product
+from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.ops.linear import op
 
 ROWS, K, N = 1024, 256, 256  # 2^26 multiply-adds, more than 64 rows a thread
@@ -138,6 +139,14 @@ def test_functional_calls_take_other_weights(calls):
     layer, (x, weight) = nn.Linear(K, N, bias=False), of()
     assert torch.allclose(functional_call(layer, {"weight": weight}, (x,)), F.linear(x, weight), atol=1e-4)
     assert calls == ["forward"]
+
+
+def test_shadows_copy_its_weights():
+    layer = nn.Linear(4, 3)
+    shadow = Shadow(layer, torch.bfloat16)
+    assert set(shadow.copies) == set(layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16), shadow.lent():
+        assert layer.weight.dtype == torch.bfloat16 and layer(torch.randn(2, 4)).dtype == torch.bfloat16
 
 
 def test_every_large_product_of_a_model_is_the_kernels(calls):
