@@ -14,6 +14,7 @@ import torch
 import jepa_kernels as jk
 from jepa_kernels.nn import Encoder
 from jepa_kernels.testing import check_case, op_module
+from jepa_kernels.verify.checks import dtypes_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,7 +25,7 @@ def parity(only: str | None) -> tuple[int, list[str]]:
     for op in jk.ops.OPS:
         case = op_module(op, "cases").CASES[0]
         for backend in (b for b in jk.available_backends(op) if only in (None, b)):
-            for dtype in DTYPES:
+            for dtype in DTYPES if backend == "reference" else set(DTYPES) & set(dtypes_of(op, backend, case)):
                 found = check_case(op, backend, case, dtype, "cpu")
                 count += len(found)
                 off += [f"{op} {backend} {dtype} {p}" for p in found if not p.ok]

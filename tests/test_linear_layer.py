@@ -15,9 +15,10 @@ from jepa_kernels import _C, nn
 from jepa_kernels._core import define
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.nn.linear import product
+from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.ops.linear import op
 
-ROWS, K, N = 1024, 128, 128  # 2^24 multiply-adds, more than 64 rows a thread
+ROWS, K, N = 1024, 256, 256  # 2^26 multiply-adds, more than 64 rows a thread
 
 
 @pytest.fixture
@@ -140,9 +141,17 @@ def test_functional_calls_take_other_weights(calls):
     assert calls == ["forward"]
 
 
+def test_shadows_copy_its_weights():
+    layer = nn.Linear(4, 3)
+    shadow = Shadow(layer, torch.bfloat16)
+    assert set(shadow.copies) == set(layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16), shadow.lent():
+        assert layer.weight.dtype == torch.bfloat16 and layer(torch.randn(2, 4)).dtype == torch.bfloat16
+
+
 def test_every_large_product_of_a_model_is_the_kernels(calls):
     """FLOPs of torch's own products are those of small ones alone; all in all they are the plain model's."""
-    sizes = dict(crop_size=64, patch_size=8, embed_dim=128, depth=2, num_heads=2)
+    sizes = dict(crop_size=64, patch_size=8, embed_dim=256, depth=2, num_heads=4)
     model = IJEPA(IJEPAConfig(**sizes, predictor_embed_dim=96, predictor_depth=1))
     pixels = torch.randn(16, 3, 64, 64)
     with FlopCounterMode(display=False) as counter:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from jepa_kernels._core.info import kernels
 from jepa_kernels.ops import OPS
 from jepa_kernels.verify.rows import rows
 from tests.faults import copy, page
@@ -31,7 +32,8 @@ def test_a_fault_whose_text_is_gone_is_an_error():
 
 
 def test_every_op_and_both_backends_have_faults_of_many_kinds():
-    assert len(CPU + TRITON) >= 40 and {f.op for f in CPU} == {f.op for f in TRITON} == set(OPS)
+    with_triton = {op for op in OPS if any(k.backend == "triton" for k in kernels(op))}
+    assert len(CPU + TRITON) >= 40 and {f.op for f in CPU} == set(OPS) and {f.op for f in TRITON} == with_triton
     assert len({f.kind for f in CPU + TRITON}) >= 15
     assert len({(f.op, f.backend, f.what) for f in CPU + TRITON}) == len(CPU + TRITON)
 

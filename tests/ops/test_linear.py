@@ -148,7 +148,7 @@ def test_a_frozen_layer_keeps_no_activations():
         assert torch.allclose(torch.autograd.grad(out.sum(), x)[0], weight.sum(0).expand(64, 32), atol=1e-5)
 
 
-AHEAD, FEW, SMALL = (1024, 128, 128), (120, 2048, 2048), (1024, 128, 127)  # rows, K, N
+AHEAD, FEW, SMALL = (1024, 256, 256), (120, 2048, 2048), (1024, 256, 255)  # rows, K, N
 
 
 @pytest.fixture
@@ -165,8 +165,8 @@ def on_two_threads():
     [
         (AHEAD, "cpu", "can run this call"),
         (FEW, "reference", "has no lead below 64 rows for each of 2 threads"),
-        (SMALL, "reference", "has no lead below 16,777,216 multiply-adds"),
-        ((0, 4, 4), "reference", "has no lead below 16,777,216 multiply-adds"),
+        (SMALL, "reference", "has no lead below 67,108,864 multiply-adds"),
+        ((0, 4, 4), "reference", "has no lead below 67,108,864 multiply-adds"),
     ],
 )
 def test_the_automatic_choice_and_its_reasons(sizes, chosen, why, on_two_threads):

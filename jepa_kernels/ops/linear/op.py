@@ -17,7 +17,7 @@ from jepa_kernels.ops.linear import cost, reference
 
 OP = "linear"
 
-LEAST = 2**24  # multiply-adds: a tenth of a millisecond of two cores
+LEAST = 2**26  # multiply-adds: a millisecond of two cores
 SMALL = f"has no lead below {LEAST:,} multiply-adds"
 ROWS = 64  # of each thread
 
@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Returns [..., N], contiguous, in that dtype. Gradient: of all three, summed over rows in fp32. On the kernel each
     row has the same bits whatever its neighbours, and all results the same bits on every run and for any number of
     threads.
-    The kernel is for fp32 on CPUs. By itself it takes products of 2^24 multiply-adds or more, of 64 rows a thread or
+    The kernel is for fp32 on CPUs. By itself it takes products of 2^26 multiply-adds or more, of 64 rows a thread or
     more, on processors with AVX-512, outside torch.compile and torch.func. All other calls are PyTorch's, which is no
     slower there: no warning is drawn, and `explain` says why.
     Raises ValueError and TypeError for arguments that do not fit.
