@@ -23,13 +23,12 @@ class Places {
 public:
   Places(py::handle state, uint64_t seed, uint64_t step) : seed_(seed), step_(step) {
     if (state.is_none()) return;
-    dlpack::Tensor bytes;
-    if (dlpack::exchange().read(state.ptr(), &bytes)) throw py::error_already_set();
-    const int64_t size = bytes.dims == 1 ? bytes.shape[0] : 0;
+    const dlpack::Tensor bytes = dlpack::read(state);
+    const int64_t size = dlpack::numel_of(bytes);
     if (size != sizeof *state_)
       throw std::invalid_argument("jepa_kernels: a generator's state must be 5056 bytes, got " +
                                   std::to_string(size) + "; pass that of torch's CPU generator");
-    state_ = static_cast<TorchGenerator::State*>(bytes.data);
+    state_ = static_cast<TorchGenerator::State*>(dlpack::address_of(bytes));
     generator_.emplace(*state_);
     sizes_.emplace(seed + step);
   }
