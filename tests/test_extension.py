@@ -75,13 +75,13 @@ def test_isa_levels_can_be_chosen_and_restored():
 
 def test_first_bad_id():
     ids = torch.tensor([[0, 3, 7], [1, 2, 9]])
-    assert _C.first_bad_id(ids, 3, 10, None) == -1
-    assert _C.first_bad_id(ids, 3, 9, None) == 5
-    assert _C.first_bad_id(torch.tensor([[0, 3, 3]]), 3, 9, None) == 2
-    assert _C.first_bad_id(torch.tensor([[2, -1, 3]]), 3, 9, None) == 1
+    assert _C.first_bad_id(ids, 10, None) == -1
+    assert _C.first_bad_id(ids, 9, None) == 5
+    assert _C.first_bad_id(torch.tensor([[0, 3, 3]]), 9, None) == 2
+    assert _C.first_bad_id(torch.tensor([[2, -1, 3]]), 9, None) == 1
     packed, cu = torch.tensor([5, 6, 1, 2, 99]), torch.tensor([0, 2, 2, 4], dtype=torch.int32)
-    assert _C.first_bad_id(packed, len(packed), 7, cu) == -1, "rows past the last sequence are not read"
-    assert _C.first_bad_id(packed, len(packed), 6, cu) == 1
+    assert _C.first_bad_id(packed, 7, cu) == -1, "rows past the last sequence are not read"
+    assert _C.first_bad_id(packed, 6, cu) == 1
 
 
 def test_only_a_backend_file_that_is_not_there_leads_to_the_extension(monkeypatch):

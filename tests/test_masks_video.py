@@ -219,9 +219,11 @@ def test_errors(grid, specs, error, message):
 
 def test_blocks_that_leave_nothing_are_named():
     many = Spec3d(num_blocks=999, spatial_scale=(0.8, 0.8), aspect_ratio=(1.0, 1.0))
-    sampler = MultiBlock3d((1, 8, 8), (SHORT_RANGE, many))
+    sampler, generator = MultiBlock3d((1, 8, 8), (SHORT_RANGE, many), upstream=True), torch.Generator()
+    before = generator.get_state()
     with pytest.raises(ValueError) as error:
-        sampler(2)
+        sampler(2, generator=generator)
+    assert torch.equal(generator.get_state(), before), "nothing was drawn"
     assert str(error.value) == (
         "MultiBlock3d: specs must leave patches for every context, got none in 10000 draws of a clip; "
         "lower num_blocks or spatial_scale"

@@ -1,6 +1,7 @@
 // What the build holds, the ISA level in use, and the check of patch ids.
 #include "common/blocks.h"
 #include "common/dispatch.h"
+#include "common/dlpack.h"
 #include "common/tensor.h"
 #include "common/tensor_lists.h"
 
@@ -36,9 +37,12 @@ static py::dict build_info() {
 }
 
 // The first place in [0, n) where ids leave [0, count) or do not increase within their row; -1: none.
-// Rows are `length` long, or packed runs; ids past the last one are not read. ids is int64 and contiguous.
-static int64_t first_bad_id(py::handle ids, int64_t length, int64_t count, const std::optional<Tensor>& cu) {
-  const int64_t *p = static_cast<const int64_t*>(address_of(ids)), total = numel_of(ids);
+// Rows are those of the last dimension, or packed runs; ids past the last one are not read. ids is int64 and
+// contiguous.
+static int64_t first_bad_id(py::handle ids, int64_t count, const std::optional<Tensor>& cu) {
+  const dlpack::Tensor seen = dlpack::read(ids);
+  const int64_t *p = static_cast<const int64_t*>(dlpack::address_of(seen)), total = dlpack::numel_of(seen);
+  const int64_t length = seen.dims ? seen.shape[seen.dims - 1] : 1;
   const Runs runs(cu, total);
   const int64_t rows = cu ? runs.count() : total / std::max<int64_t>(length, 1);
   for (int64_t r = 0; r < rows; ++r) {

@@ -1,7 +1,8 @@
 #include "common/dlpack.h"
 
 #include <array>
-#include <pybind11/pybind11.h>
+#include <functional>
+#include <numeric>
 
 namespace jepa::dlpack {
 
@@ -19,6 +20,16 @@ const Exchange& exchange() {
     return api;
   }();
   return *found;
+}
+
+Tensor read(py::handle tensor) {
+  Tensor found;
+  if (exchange().read(tensor.ptr(), &found)) throw py::error_already_set();
+  return found;
+}
+
+int64_t numel_of(const Tensor& t) {
+  return std::accumulate(t.shape, t.shape + t.dims, int64_t{1}, std::multiplies<>());
 }
 
 struct Kind {

@@ -2,6 +2,7 @@
 // up to the last function called, in the standard's order.
 #pragma once
 #include <cstdint>
+#include <pybind11/pybind11.h>
 
 #include "common/dtype.h"
 
@@ -39,6 +40,11 @@ struct Exchange {
 // torch's; needs the GIL.
 const Exchange& exchange();
 
+// What a torch tensor is, in a tenth of the time that its attributes take; throws what torch raises.
+Tensor read(pybind11::handle tensor);
+
+inline void* address_of(const Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
+int64_t numel_of(const Tensor& t);
 DType dtype_of(const Tensor& t);
 void set_dtype(Tensor& t, DType type);
 

@@ -71,18 +71,15 @@ void* Tensor::stream() const {
 }
 
 Tensor Tensor::from(py::handle h) {
-  static const py::handle shape = interned("shape"), stride = interned("stride"), dtype = interned("dtype");
+  const dlpack::Tensor seen = dlpack::read(h);
+  if (seen.dims > MAX_DIM) throw py::value_error("jepa_kernels: tensors must have at most 6 dimensions");
   Tensor t;
   t.obj = py::reinterpret_borrow<py::object>(h);
-  t.address = address_of(h);
-  const py::tuple shapes = h.attr(shape), steps = call(h, stride);
-  t.dims = static_cast<int>(shapes.size());
-  if (t.dims > MAX_DIM) throw py::value_error("jepa_kernels: tensors must have at most 6 dimensions");
-  for (int i = 0; i < t.dims; ++i) {
-    t.sizes[i] = shapes[i].cast<int64_t>();
-    t.strides[i] = steps[i].cast<int64_t>();
-  }
-  t.dtype = dtype_of(h.attr(dtype));
+  t.address = dlpack::address_of(seen);
+  t.dims = seen.dims;
+  std::copy_n(seen.shape, seen.dims, t.sizes.begin());
+  std::copy_n(seen.strides, seen.dims, t.strides.begin());
+  t.dtype = dlpack::dtype_of(seen);
   return t;
 }
 

@@ -1,4 +1,5 @@
-// torch tensors as bind.cpp sees them: read by attribute, so nothing of torch is needed to build or to link.
+// torch tensors as bind.cpp sees them: read by DLPack's table, so that torch is needed neither to build nor
+// to link.
 #pragma once
 #include <array>
 #include <optional>

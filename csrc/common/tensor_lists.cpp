@@ -27,11 +27,9 @@ static size_t count_of_facts(const dlpack::Tensor& t, bool dense) {
   return 4 + static_cast<size_t>(t.dims) * (dense ? 1 : 2);
 }
 
-static void* address_of(const dlpack::Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-
 // Where and what the tensor is: that many numbers.
 static void write_facts(const dlpack::Tensor& t, bool dense, int64_t* fact) {
-  *fact++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(address_of(t)));
+  *fact++ = static_cast<int64_t>(reinterpret_cast<uintptr_t>(dlpack::address_of(t)));
   *fact++ = int64_t{t.device_type} << 32 | t.device_index;
   *fact++ = int64_t{t.code} << 32 | int64_t{t.bits} << 16 | t.lanes;
   *fact++ = int64_t{t.dims} << 1 | dense;
@@ -42,9 +40,7 @@ static void write_facts(const dlpack::Tensor& t, bool dense, int64_t* fact) {
 bool TensorLists::add(py::handle object) {
   dlpack::Tensor t;
   if (dlpack::exchange().read(object.ptr(), &t)) return false;
-  int64_t numel = 1;
-  for (int d = 0; d < t.dims; ++d) numel *= t.shape[d];
-  lists_.back().push_back({address_of(t), numel, dlpack::dtype_of(t)});
+  lists_.back().push_back({dlpack::address_of(t), dlpack::numel_of(t), dlpack::dtype_of(t)});
   const bool dense = contiguous(t);
   const size_t begin = facts_.size();
   facts_.resize(begin + count_of_facts(t, dense)); // one growth for a tensor

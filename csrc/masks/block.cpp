@@ -15,14 +15,13 @@ BlockSize block_size(int64_t patches, double aspect, BlockSize most) {
 
 void MaskRows::truncate() {
   const int64_t length = *std::min_element(lengths.begin(), lengths.end());
-  const int64_t* from = ids.data();
-  int64_t* to = ids.data();
+  const int64_t* from = ids.get();
+  int64_t* to = ids.get();
   for (int64_t& row : lengths) {
     to = std::copy(from, from + length, to);
     from += row;
     row = length;
   }
-  ids.resize(to - ids.data());
 }
 
 } // namespace jepa

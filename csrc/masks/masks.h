@@ -1,6 +1,8 @@
 // Samplers of block masks, for data-loader workers: one thread, since a forked worker must not enter OpenMP.
 #pragma once
 #include <cstdint>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 #include "random.h"
@@ -14,12 +16,12 @@ struct Range {
 
 // Rows of ids, one after another.
 struct MaskRows {
-  std::vector<int64_t> ids, lengths;
+  std::unique_ptr<int64_t[]> ids; // room that is not cleared: every id in use is written
+  std::vector<int64_t> lengths;
 
-  void add(const std::vector<int64_t>& row, int64_t length) {
-    ids.insert(ids.end(), row.begin(), row.begin() + length);
-    lengths.push_back(length);
-  }
+  void make_room(int64_t count) { ids.reset(new int64_t[count]); }
+
+  int64_t total() const { return std::accumulate(lengths.begin(), lengths.end(), int64_t{0}); }
 
   // Keeps the first ids of each row, as many as the shortest row has.
   void truncate();
@@ -63,17 +65,15 @@ struct MultiBlock3dParams {
   bool truncate, full_complement, pred_full_complement, inv_block;
 };
 
-// What each patch of some clips is part of.
-struct Roles {
-  static constexpr uint8_t NEITHER = 0, CONTEXT = 1, TARGET = 2;
+// A set of patches of each of some clips: a bit a patch, and a frame begins with a word of its own.
+struct PatchSets {
+  int64_t clips, frames, words; // words: of a frame
+  std::vector<uint64_t> bits;   // [clips, frames, words]
+  std::vector<int64_t> counts;  // [clips], of patches
 
-  int64_t clips, frames, frame; // frame: patches in it
-  std::vector<uint8_t> roles;   // [clips, frames, frame]
-
-  explicit Roles(const MultiBlock3dParams&);
-  int64_t patches() const { return frames * frame; }
-  uint8_t* clip(int64_t i) { return roles.data() + i * patches(); }
-  const uint8_t* clip(int64_t i) const { return roles.data() + i * patches(); }
+  explicit PatchSets(const MultiBlock3dParams&);
+  uint64_t* clip(int64_t i) { return bits.data() + i * frames * words; }
+  const uint64_t* clip(int64_t i) const { return bits.data() + i * frames * words; }
 };
 
 // The masks of one spec after another; then the rows of all, contexts [specs * B] and targets [specs * B].
@@ -86,7 +86,8 @@ public:
 private:
   static constexpr int MAX_TRIES = 10'000;
 
-  std::vector<Roles> specs_;
+  int64_t frame_ = 0; // patches in it
+  std::vector<PatchSets> contexts_, targets_;
 };
 
 } // namespace jepa

@@ -32,27 +32,25 @@ namespace {
 // One image at a time.
 class Sampler {
 public:
-  Sampler(const MultiBlock2dParams& p, BlockSize target, BlockSize context)
+  Sampler(const MultiBlock2dParams& p, BlockSize target, BlockSize context, Masks& out)
       : p_(p), target_(target), context_(context), first_(p.grid.height * p.grid.width),
-        corners_(p.num_targets), row_(context.height * context.width) {}
+        corners_(p.num_targets), out_(out), row_(out.context.ids.get()) {}
 
-  void draw(int64_t image, Random& random, Masks& out) {
+  void draw(int64_t image, Random& random) {
     for (Corner& corner : corners_) corner = draw_corner(p_, target_, random);
-    std::fill(first_.begin(), first_.end(), p_.num_targets);
+    std::fill(first_.begin(), first_.end(), static_cast<int32_t>(p_.num_targets));
     for (int64_t mask = p_.num_targets - 1; mask >= 0; --mask)
-      draw_target(mask, &out.target.ids[(mask * p_.batch + image) * target_.height * target_.width]);
-    out.context.add(row_, draw_context(random));
+      draw_target(mask, &out_.target.ids[(mask * p_.batch + image) * target_.height * target_.width]);
+    row_ += out_.context.lengths.emplace_back(draw_context(random));
   }
 
 private:
   void draw_target(int64_t mask, int64_t* ids) {
     const auto [top, left] = corners_[mask];
     for (int64_t y = top; y < top + target_.height; ++y) {
-      for (int64_t x = left; x < left + target_.width; ++x) {
-        const int64_t id = y * p_.grid.width + x;
-        first_[id] = mask;
-        *ids++ = id;
-      }
+      const int64_t begin = y * p_.grid.width + left;
+      std::fill_n(&first_[begin], target_.width, static_cast<int32_t>(mask));
+      for (int64_t x = 0; x < target_.width; ++x) *ids++ = begin + x;
     }
   }
 
@@ -68,11 +66,11 @@ private:
 
   // The ids of a context block that lie in none of the first `respected` targets.
   int64_t keep_outside(int64_t respected, Corner corner) {
-    int64_t kept = 0;
+    int64_t *const row = row_, kept = 0;
     for (int64_t y = corner.top; y < corner.top + context_.height; ++y) {
-      for (int64_t x = corner.left; x < corner.left + context_.width; ++x) {
-        const int64_t id = y * p_.grid.width + x;
-        row_[kept] = id;
+      const int64_t begin = y * p_.grid.width + corner.left, end = begin + context_.width;
+      for (int64_t id = begin; id < end; ++id) {
+        row[kept] = id;
         kept += first_[id] >= respected;
       }
     }
@@ -81,9 +79,10 @@ private:
 
   const MultiBlock2dParams& p_;
   const BlockSize target_, context_;
-  std::vector<int64_t> first_; // of each patch, the first target that holds it
+  std::vector<int32_t> first_; // of each patch, the first target that holds it
   std::vector<Corner> corners_;
-  std::vector<int64_t> row_;
+  Masks& out_;
+  int64_t* row_; // the image's context
 };
 
 } // namespace
@@ -92,10 +91,11 @@ Masks multiblock2d(const MultiBlock2dParams& p, Random& sizes, Random& places) {
   const BlockSize target = p.target_size(sizes.uniform()), context = p.context_size(sizes.uniform());
   const int64_t length = target.height * target.width;
   Masks out;
-  out.target.ids.resize(p.num_targets * p.batch * length);
+  out.target.make_room(p.num_targets * p.batch * length);
   out.target.lengths.assign(p.num_targets * p.batch, length);
-  Sampler sampler(p, target, context);
-  for (int64_t image = 0; image < p.batch; ++image) sampler.draw(image, places, out);
+  out.context.make_room(p.batch * context.height * context.width);
+  Sampler sampler(p, target, context, out);
+  for (int64_t image = 0; image < p.batch; ++image) sampler.draw(image, places);
   if (p.truncate) out.context.truncate();
   return out;
 }

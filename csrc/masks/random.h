@@ -62,16 +62,7 @@ public:
 
   explicit TorchGenerator(const State& state) : state_(state) {}
 
-  explicit TorchGenerator(uint64_t seed) { // torch.manual_seed
-    state_ = {};
-    state_.seed = seed;
-    state_.seeded = state_.left = 1;
-    uint32_t word = static_cast<uint32_t>(seed);
-    for (uint32_t i = 0; i < N; ++i) {
-      if (i > 0) word = 1812433253u * (word ^ (word >> 30)) + i;
-      state_.words[i] = word;
-    }
-  }
+  explicit TorchGenerator(uint64_t seed); // torch.manual_seed
 
   const State& state() const { return state_; }
 
@@ -91,15 +82,7 @@ private:
     return y ^ (y >> 18);
   }
 
-  void twist() {
-    uint64_t* const w = state_.words;
-    for (uint32_t i = 0; i < N; ++i) {
-      const uint32_t joined = (w[i] & 0x80000000) | (w[(i + 1) % N] & 0x7FFFFFFF);
-      w[i] = w[(i + M) % N] ^ (joined >> 1) ^ (joined & 1 ? 0x9908B0DF : 0);
-    }
-    state_.left = N;
-    state_.next = 0;
-  }
+  void twist();
 
   State state_;
 };

@@ -121,14 +121,16 @@ def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None
     Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
     JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
     """
-    if torch.compiler.is_compiling() or ids.numel() == 0:
+    if torch.compiler.is_compiling():
         return
     if not ids.is_cpu:
         if not CHECK_DEVICE_VALUES or ids.is_meta:
             return
         ids = ids.cpu()
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
-    place = _first_bad_id(ids, count, cu_seqlens)
+    module = extension.load()
+    find = _first_bad_id if isinstance(module, str) else module.first_bad_id
+    place = find(ids, count, cu_seqlens)
     if place >= 0:
         value = ids.reshape(-1)[place].item()
         fail(op, argument, f"lie in [0, {count}) and increase within each row", f"{value} at position {place}",
@@ -148,12 +150,10 @@ def usable_device(op: str, argument: str, name: str) -> torch.device:
 
 
 def _first_bad_id(ids: Tensor, count: int, cu_seqlens: Tensor | None) -> int:
-    module = extension.load()
-    if not isinstance(module, str):
-        return module.first_bad_id(ids, ids.shape[-1], count, cu_seqlens)
+    """What the compiled module finds, without it."""
     total = ids.numel()
     if cu_seqlens is None:
-        starts = list(range(0, total + 1, ids.shape[-1]))
+        starts = list(range(0, total + 1, max(ids.shape[-1], 1)))
     else:  # as the kernels take them: never falling, never past the ids
         starts = [0, *cu_seqlens[1:].clamp(0, total).cummax(0).values.tolist()]
     for begin, end in pairwise(starts):

@@ -118,7 +118,13 @@ def select(
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
     compiling = torch.compiler.is_compiling()
-    for kernel in _able(op, kernels, device_type, dtype, compiling):
+    key = (op, device_type, dtype)
+    able = None if compiling else _ready.get(key)  # availability does not change within a process
+    if able is None:
+        able = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
+        if not compiling:  # a memo that a trace fills would fail its own guard on the next call
+            _ready[key] = able
+    for kernel in able:
         if kernel.limit is not None and kernel.limit(call) is not None:
             continue
         if kernel.automatic is not None and kernel.automatic(call) is not None:
@@ -130,19 +136,6 @@ def select(
     if not compiling and not any(k.silent for k in kernels):
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
-
-
-def _able(
-    op: str, kernels: tuple[Kernel, ...], device_type: str, dtype: torch.dtype, compiling: bool
-) -> tuple[Kernel, ...]:
-    """The rows whose limits are asked on every call: availability does not change within a process."""
-    key = (op, device_type, dtype)
-    if not compiling and key in _ready:
-        return _ready[key]
-    able = tuple(k for k in kernels if _static_refusal(k, device_type, dtype) is None)
-    if not compiling:  # a memo that a trace fills would fail its own guard on the next call
-        _ready[key] = able
-    return able
 
 
 def _named(op: str, kernels: tuple[Kernel, ...], wanted: str, device_type: str, dtype: torch.dtype, call: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from jepa_kernels._core.check import fail
 from jepa_kernels.masks.batch import MaskBatch
 from jepa_kernels.masks.sampler import MAX_ASPECT, Range, Sampler, check_count, check_range, native, sides
@@ -77,6 +79,5 @@ class MultiBlock2d(Sampler):
                 "lower it, or raise context_scale or the image size",
             )
 
-    def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
-        *arrays, state = native(self.name).multiblock2d(self._drawn(), batch, step, state)
-        return self._finished(MaskBatch(batch, *arrays)), state
+    def _draw(self, batch: int, step: int, state: Tensor | None) -> MaskBatch:
+        return self._finished(MaskBatch(batch, *native(self.name).multiblock2d(vars(self), batch, step, state)))

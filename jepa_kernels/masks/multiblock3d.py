@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from jepa_kernels._core.check import check_number, fail
 from jepa_kernels.masks.batch import MaskBatch
 from jepa_kernels.masks.sampler import MAX_ASPECT, Range, Sampler, check_count, check_range, native, sides
@@ -117,11 +119,9 @@ class MultiBlock3d(Sampler):
         if int(frames * spec.temporal_scale[1]) >= frames and max(narrowest, least) <= min(widest, most):
             fail(self.name, "spatial_scale", "leave patches beside a block", spec.spatial_scale, "lower it")
 
-    def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
-        specs = [vars(spec) for spec in self.specs]
-        *arrays, state = native(self.name).multiblock3d(self._drawn(), specs, batch, step, state)
-        masks = self._finished(MaskBatch(batch, *arrays))
-        if not len(masks.context_lengths):
+    def _draw(self, batch: int, step: int, state: Tensor | None) -> MaskBatch:
+        drawn = MaskBatch(batch, *native(self.name).multiblock3d(vars(self), batch, step, state))
+        if not len(drawn.context_lengths):
             remedy = "lower num_blocks or spatial_scale"
             fail(self.name, "specs", "leave patches for every context", "none in 10000 draws of a clip", remedy)
-        return masks, state
+        return self._finished(drawn)

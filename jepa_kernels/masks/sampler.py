@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jepa_kernels._core import extension
 from jepa_kernels._core.check import fail
@@ -18,6 +19,7 @@ from jepa_kernels.masks.steps import Steps
 MAX_ASPECT = 1000.0  # far beyond any grid
 MAX_COUNT = 2**20  # of images, blocks and patches per side or block: products of three fit into 64 bits
 MAX_SEED = 2**63 - 1
+CPU = torch.device("cpu")
 
 Range = tuple[float, float]
 
@@ -70,14 +72,15 @@ class Sampler:
             return self._draw_with(torch.default_generator if generator is None else generator, batch, step)
         if generator is not None:
             fail(self.name, "generator", "be None without upstream=True", "a generator", "set seed and step instead")
-        return self._draw(batch, step, None)[0]
+        return self._draw(batch, step, None)
 
     def _draw_with(self, generator: torch.Generator, batch: int, step: int) -> MaskBatch:
-        if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        if not isinstance(generator, torch.Generator) or generator.device != CPU:
             actual = getattr(generator, "device", repr(generator))
             fail(self.name, "generator", "be a torch.Generator of the CPU", actual, "pass torch.Generator()", TypeError)
-        masks, state = self._draw(batch, step, generator.get_state().numpy().tobytes())
-        generator.set_state(torch.frombuffer(bytearray(state or b""), dtype=torch.uint8))
+        state = generator.get_state()
+        masks = self._draw(batch, step, state)
+        generator.set_state(state)
         return masks
 
     def _finished(self, masks: MaskBatch) -> MaskBatch:
@@ -85,12 +88,8 @@ class Sampler:
         cut = masks.truncated(self.truncate_group) if self.truncate_group else masks
         return cut.padded(self.bucket)
 
-    def _drawn(self) -> dict[str, Any]:
-        """Options of the native sampler, which cuts whole batches alone."""
-        return vars(self) | {"truncate": self.truncate and not self.truncate_group}
-
-    def _draw(self, batch: int, step: int, state: bytes | None) -> tuple[MaskBatch, bytes | None]:
-        """The masks, and the state of torch's generator after they were drawn from it."""
+    def _draw(self, batch: int, step: int, state: Tensor | None) -> MaskBatch:
+        """The masks; with a state of torch's generator drawn from it, which then is the one after."""
         raise NotImplementedError
 
 
@@ -116,6 +115,8 @@ def sides(name: str, grid: Any, axes: str) -> tuple[int, ...]:
 
 
 def check_count(name: str, argument: str, value: Any, least: int, remedy: str, most: int = MAX_COUNT) -> None:
+    if type(value) is int and least <= value <= most:
+        return
     if not _whole(value):
         fail(name, argument, "be an int", repr(value), remedy, TypeError)
     if value < least:

@@ -59,7 +59,7 @@ def check_call(**given: Any) -> tuple[Checked, Any]:
     Those that passed before and lie as they lay pass at once.
     """
     lists = {k: [] if v is None and k in OPTIONAL else v for k, v in given.items()}
-    usual = not torch.compiler.is_compiling() and all(type(v) is list for v in lists.values())
+    usual = not torch.compiler.is_compiling() and {*map(type, lists.values())} == {list}
     known = read(list(lists.values()), plain=True) if usual else None
     if known in _passed:
         return lists, known
@@ -174,7 +174,7 @@ def check_options(options: Options, device: torch.device | None) -> None:
     _check_scalar("momentum", options.momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
     _check_scalar("eps", options.eps, None, "be at least 0", "1e-8 is usual")
     betas = options.betas
-    if type(betas) is tuple and len(betas) == 2 and all(type(b) is float and 0.0 <= b < 1.0 for b in betas):
+    if type(betas) is tuple and [*map(type, betas)] == [float, float] and 0.0 <= min(betas) <= max(betas) < 1.0:
         return
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
         fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)

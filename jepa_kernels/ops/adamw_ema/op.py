@@ -74,13 +74,15 @@ def adamw_ema(
     No gradient. Raises ValueError and TypeError, naming the tensor, before the first write.
     Source: AdamW (arXiv:1711.05101) algorithm 2; I-JEPA (arXiv:2301.08243) section 3.
     """
-    given: dict[str, Any] = dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps)
-    given |= dict(targets=targets, online_shadow=online_shadow, target_shadow=target_shadow)
+    given: dict[str, Any] = dict(
+        params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps, targets=targets,
+        online_shadow=online_shadow, target_shadow=target_shadow,
+    )  # fmt: skip
     tensors, known = check_call(**given)
     options = Options(lr, weight_decay, momentum, betas, eps, maximize)
     device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
     check_options(options, device)
-    scale, inf = (check_factor(n, x, device) for n, x in (("grad_scale", grad_scale), ("found_inf", found_inf)))
+    scale, inf = check_factor("grad_scale", grad_scale, device), check_factor("found_inf", found_inf, device)
     if device is None:
         return
     update(tensors, options, scale, inf, backend, known=known)

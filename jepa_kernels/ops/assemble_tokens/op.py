@@ -93,7 +93,7 @@ def _check(
         _check_table("pos_embed", pos_embed, "N E", context)
         if pos_embed.requires_grad:
             fail(OP, "pos_embed", "be frozen", "requires_grad=True", "detach it: positions get no gradient here")
-        _check_positions("context_ids", context_ids, context.shape[:-1], pos_embed, packings[0])
+        _check_positions("context_ids", context_ids, tuple(context.shape)[:-1], pos_embed, packings[0])
         _check_positions("target_ids", target_ids, targets, pos_embed, packings[1])
     return rows
 
@@ -104,9 +104,9 @@ def _check_given(packings: Packings) -> None:
     names = ("context_packing", "target_packing", "packing")
     for name, packing in zip(names, packings, strict=True):
         check_packing(OP, packing, name)
-    missing = [name for name, packing in zip(names, packings, strict=True) if packing is None]
-    if len(missing) in (1, 2):
-        fail(OP, missing[0], "be given with the other packings", "None", "pass all three or none", TypeError)
+    if None in packings:
+        missing = names[packings.index(None)]
+        fail(OP, missing, "be given with the other packings", "None", "pass all three or none", TypeError)
 
 
 def _check_table(name: str, table: Tensor, shape: str, context: Tensor) -> None:
@@ -132,19 +132,20 @@ def _rectangular_sizes(context: Tensor, target_ids: Tensor | None) -> Sizes:
 
 
 def _packed_sizes(context: Tensor, contexts: Any, targets: Any, packing: Any) -> Sizes:
+    device, rows, sequences = context.device, context.shape[0], targets.sequences
     named = (("context_packing", contexts), ("target_packing", targets), ("packing", packing))
     for name, p in named:
-        if p.cu_seqlens.device != context.device:
-            fail(OP, name, f"be on {context.device}", p.cu_seqlens.device, "build it there, or use .to(device)")
-    if context.shape[0] != contexts.tokens:
+        if p.cu_seqlens.device != device:
+            fail(OP, name, f"be on {device}", p.cu_seqlens.device, "build it there, or use .to(device)")
+    if rows != contexts.tokens:
         remedy = "pack it with the same lengths"
-        fail(OP, "context", f"hold context_packing.tokens = {contexts.tokens} rows", context.shape[0], remedy)
-    if packing.sequences != targets.sequences:
+        fail(OP, "context", f"hold context_packing.tokens = {contexts.tokens} rows", rows, remedy)
+    if packing.sequences != sequences:
         remedy = "give each target its sequence"
-        fail(OP, "packing", f"hold {targets.sequences} sequences like target_packing", packing.sequences, remedy)
+        fail(OP, "packing", f"hold {sequences} sequences like target_packing", packing.sequences, remedy)
     if not torch.compiler.is_compiling():
         _check_lengths(contexts.lengths, targets.lengths, packing.lengths)
-    return contexts.sequences, targets.sequences, (targets.tokens,), [packing.tokens]
+    return contexts.sequences, sequences, (targets.tokens,), [packing.tokens]
 
 
 def _check_lengths(contexts: tuple[int, ...], targets: tuple[int, ...], assembled: tuple[int, ...]) -> None:
@@ -164,7 +165,7 @@ def _check_positions(
         fail(OP, name, "be given with pos_embed", "None", "pass the patch index of every token", TypeError)
     check_tensor(OP, name, ids, "S K" if packing is None else "T", dtypes=INT64, device=pos_embed.device)
     if ids.shape != shape:
-        fail(OP, name, f"have shape {tuple(shape)}", tuple(ids.shape), "pass the patch index of every token")
+        fail(OP, name, f"have shape {shape}", tuple(ids.shape), "pass the patch index of every token")
     if not ids.is_contiguous():
         fail(OP, name, "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
     check_ids(OP, ids, pos_embed.shape[0], None if packing is None else packing.cu_seqlens, name)

@@ -79,7 +79,8 @@ def _check(context_ids: Tensor, target_ids: Tensor, grid: Any, scale: float) -> 
 
 
 def _is_side(n: Any) -> bool:
-    return isinstance(n, Integral) and not isinstance(n, bool) and 1 <= int(n) <= MAX_SIDE
+    whole = type(n) is int or (isinstance(n, Integral) and not isinstance(n, bool))
+    return whole and 1 <= int(n) <= MAX_SIDE
 
 
 def _check_sequences(

@@ -41,9 +41,9 @@ class Checked(NamedTuple):
 
 def check(sources: Sources) -> Checked:
     """The lists of these modules or lists; raises the error that names the first tensor at fault."""
-    given = tuple(_listed(source, role) for source, role in zip(sources, ROLES, strict=True))
+    given = tuple([_listed(source, role) for source, role in zip(sources, ROLES, strict=True)])
     _check_lengths(sources, given)
-    if any(s is None for s in given[2]):
+    if given[2] and any(s is None for s in given[2]):
         given[2][:] = [t.new_empty(0) if s is None else s for t, s in zip(given[0], given[2], strict=True)]
     checked = reread(given)
     if not torch.compiler.is_compiling() and checked.local is not checked.given:
@@ -106,7 +106,9 @@ def _keys(source: nn.Module | Mapping[str, Any]) -> Iterable[str]:
 
 def _check_lengths(sources: Sources, given: tuple[list[Any], ...]) -> None:
     """As many of each as targets, or no shadows."""
-    count = len(given[0])
+    count, online, shadow = map(len, given)
+    if online == count and shadow in (0, count):
+        return
     for role, others in zip(ROLES[1:], given[1:], strict=True):
         if len(others) == count or (role == "shadow" and not others):
             continue
@@ -180,6 +182,8 @@ def check_options(momentum: Any, form: str, device: torch.device | None) -> None
     """The momentum, whose value is read where that needs no sync or JEPA_KERNELS_CHECK=1 asks for it, and the form."""
     if form not in FORMS:
         fail(OP, "form", f"be one of {', '.join(FORMS)}", repr(form), "leave it out for lerp")
+    if type(momentum) is float and 0.0 <= momentum <= 1.0:
+        return
     if isinstance(momentum, Tensor):
         if momentum.dim() != 0 or momentum.dtype not in (torch.float64, torch.float32):
             _refuse_momentum(f"{short(momentum.dtype)} {tuple(momentum.shape)}")

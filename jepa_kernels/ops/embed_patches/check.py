@@ -61,6 +61,8 @@ def normalisation(
     op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[list[float], list[float]]:
     """scale and shift of each channel: (pixel / unit - mean) / std = scale * pixel + shift. None: two empty lists."""
+    if mean is None and std is None and pixels.dtype != torch.uint8:
+        return [], []
     for name, values, other in (("mean", mean, std), ("std", std, mean)):
         if values is None and pixels.dtype == torch.uint8:
             fail(op, name, "be given with uint8 pixels", "None", PASS_STATISTICS, TypeError)

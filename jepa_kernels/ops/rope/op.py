@@ -97,11 +97,11 @@ def rope_qk(
 def _check_rows(op: str, name: str, x: Tensor, positions: Tensor) -> None:
     dense = getattr(x, "ndim", 0) == 4
     check_tensor(op, name, x, "B H N D" if dense else "T H D")
-    shape, axes = x.shape, positions.shape[-1]
-    tokens = (shape[0], shape[2])[3 - positions.dim() :] if dense else (shape[0],)
-    if tuple(positions.shape[:-1]) != tokens:
-        fail(op, "positions" if name != "k" else "k_positions", f"be of {name}'s tokens {tokens}",
-             tuple(positions.shape[:-1]), "pass a position for every token")  # fmt: skip
+    shape, (*places, axes) = x.shape, positions.shape
+    tokens = [shape[0], shape[2]][2 - len(places) :] if dense else [shape[0]]
+    if places != tokens:
+        fail(op, "positions" if name != "k" else "k_positions", f"be of {name}'s tokens {tuple(tokens)}",
+             tuple(places), "pass a position for every token")  # fmt: skip
     if positions.device != x.device:
         fail(op, "positions", f"be on {x.device} like {name}", positions.device, "move it with .to(device)")
     if not 2 * axes <= shape[-1] <= MAX_WIDTH:
@@ -112,8 +112,9 @@ def _check_rows(op: str, name: str, x: Tensor, positions: Tensor) -> None:
 def _check_pair(op: str, q: Tensor, k: Tensor) -> None:
     if k.dtype != q.dtype:
         fail(op, "k", f"be of dtype {short(q.dtype)} like q", short(k.dtype), "cast both alike", TypeError)
-    if k.dim() != q.dim() or k.shape[-1] != q.shape[-1] or (q.dim() == 4 and k.shape[0] != q.shape[0]):
-        fail(op, "k", f"fit q's shape {tuple(q.shape)} but for tokens and heads", tuple(k.shape), "reshape it")
+    shape, own = q.shape, k.shape
+    if len(own) != len(shape) or own[-1] != shape[-1] or (len(shape) == 4 and own[0] != shape[0]):
+        fail(op, "k", f"fit q's shape {tuple(shape)} but for tokens and heads", tuple(own), "reshape it")
 
 
 def _of_rows(turns: Tensor, x: Tensor) -> Tensor:
