@@ -1,6 +1,7 @@
 // The right operand is cut into panels once, the left one a tile at a time by the thread that multiplies it.
 #include "linear/linear.h"
 
+#include "common/copy.h"
 #include "common/multiply.h"
 #include "common/parallel.h"
 
@@ -15,68 +16,90 @@ static_assert(TILE_ROWS % ROWS == 0 && linear::MAX_COLUMNS % COLUMNS == 0);
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
 
-// Lanes first, first + 1, ..., of `all`, and `depth` steps become one panel; those past the last lane are 0.
+// Lanes [first, last), LANES of them or fewer, become one panel of `depth` steps; those that lack are 0.
 template <int LANES>
-static void pack(const Operand& from, int64_t first, int64_t all, int64_t begin, int64_t depth,
-                 float* panel) {
+static void pack_panel(const Operand& from, int64_t first, int64_t last, int64_t begin, int64_t depth,
+                       float* panel) {
   const float* x = from.x + first * from.lane + begin * from.step;
-  const int64_t lanes = least(all - first, LANES);
-  if (lanes < LANES) std::memset(panel, 0, depth * LANES * sizeof(float));
+  const int64_t lanes = last - first;
   if (lanes == LANES && from.step == 1) return interleave<LANES>(x, from.lane, depth, panel);
-  if (from.lane == 1) {
-    for (int64_t k = 0; k < depth; ++k, x += from.step, panel += LANES)
-      std::memcpy(panel, x, (lanes == LANES ? LANES : lanes) * sizeof(float));
-    return;
-  }
-  for (int64_t lane = 0; lane < lanes; ++lane)
-    for (int64_t k = 0; k < depth; ++k) panel[k * LANES + lane] = x[lane * from.lane + k * from.step];
+  if (lanes < LANES) std::memset(panel, 0, depth * LANES * sizeof(float));
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      panel[k * LANES + lane] = x[lane * from.lane + k * from.step];
 }
 
+// Lanes [first, last) become panels. Those side by side in memory are read GROUP panels at a time: a panel
+// alone would come back to the lines and pages of every step.
+template <int LANES>
+static void pack(const Operand& from, int64_t first, int64_t last, int64_t begin, int64_t depth,
+                 float* panels) {
+  constexpr int64_t GROUP = 8 * LANES;
+  const int64_t whole = from.lane == 1 ? (last - first) / LANES * LANES : 0;
+  for (int64_t group = 0; group < whole; group += GROUP) {
+    const float* x = from.x + first + begin * from.step;
+    for (int64_t k = 0; k < depth; ++k, x += from.step)
+      for (int64_t lane = group; lane < least(group + GROUP, whole); lane += LANES)
+        std::memcpy(panels + lane * depth + k * LANES, x + lane, LANES * sizeof(float));
+  }
+  for (int64_t lane = first + whole; lane < last; lane += LANES)
+    pack_panel<LANES>(from, lane, least(lane + LANES, last), begin, depth, panels + (lane - first) * depth);
+}
+
+// Which part of the depth is added to the result, and how it is written.
+struct Chunk {
+  int64_t begin, depth;
+  bool streamed;
+};
+
 // A row of sums to columns column, column + 1, ... of the result; later chunks of the depth add to it.
-static void finish(const Params& p, int64_t row, int64_t column, bool first, const float* sums) {
+static void finish(const Params& p, int64_t row, int64_t column, const Chunk& chunk, const float* sums) {
   float* out = p.out + row * p.columns;
   for (const int64_t end = least(column + COLUMNS, p.columns); column < end; column += W, sums += W) {
     const int n = static_cast<int>(least(end - column, W));
     vf x = load(sums);
-    if (!first)
+    if (chunk.begin > 0)
       x = add(x, load(out + column, 1, n));
     else if (p.bias)
       x = add(x, load(p.bias + column * p.bias_stride, p.bias_stride, n));
-    store_first(out + column, x, n);
+    if (chunk.streamed)
+      stream(out + column, x);
+    else
+      store_first(out + column, x, n);
   }
 }
 
-// Steps [begin, begin + depth) of rows [row, end), at most TILE_ROWS.
-static void multiply_rows(const Params& p, int64_t row, int64_t end, int64_t begin, int64_t depth,
-                          float* left) {
-  const int64_t panels = panels_of(end - row, ROWS);
-  for (int64_t i = 0; i < panels; ++i)
-    pack<ROWS>(p.left, row + i * ROWS, p.rows, begin, depth, left + i * ROWS * depth);
+// A chunk of rows [row, end), at most TILE_ROWS.
+static void multiply_rows(const Params& p, int64_t row, int64_t end, const Chunk& chunk, float* left) {
+  pack<ROWS>(p.left, row, end, chunk.begin, chunk.depth, left);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t column = 0; column < p.columns; column += COLUMNS) {
-    multiply_panels(left, panels, p.panels + column * depth, depth, sums);
-    for (int64_t i = row; i < end; ++i) finish(p, i, column, begin == 0, sums + (i - row) * COLUMNS);
+    multiply_panels(left, panels_of(end - row, ROWS), p.panels + column * chunk.depth, chunk.depth, sums);
+    for (int64_t i = row; i < end; ++i) finish(p, i, column, chunk, sums + (i - row) * COLUMNS);
   }
 }
 
-static void multiply_chunk(const Params& p, int64_t begin, int64_t depth) {
+static void multiply_chunk(const Params& p, const Chunk& chunk) {
+  const int64_t depth = chunk.depth;
   parallel_for(panels_of(p.columns, COLUMNS), p.threads, [&](int64_t from, int64_t to) {
-    for (int64_t column = from * COLUMNS; column < to * COLUMNS; column += COLUMNS)
-      pack<COLUMNS>(p.right, column, p.columns, begin, depth, p.panels + column * depth);
+    pack<COLUMNS>(p.right, from * COLUMNS, least(to * COLUMNS, p.columns), chunk.begin, depth,
+                  p.panels + from * COLUMNS * depth);
   });
   parallel_for(panels_of(p.rows, ROWS), p.threads, [&](int64_t from, int64_t to) {
     float* left = p.scratch + thread_rank() * TILE_ROWS * depth;
     const int64_t last = least(to * ROWS, p.rows);
     for (int64_t row = from * ROWS; row < last; row += TILE_ROWS)
-      multiply_rows(p, row, least(row + TILE_ROWS, last), begin, depth, left);
+      multiply_rows(p, row, least(row + TILE_ROWS, last), chunk, left);
+    if (chunk.streamed) _mm_sfence();
   });
 }
 
 void linear_multiply_cpu(const Params& p) {
   const int64_t chunks = p.depth > CHUNK ? panels_of(p.depth, CHUNK) : 1;
+  const bool streamed = chunks == 1 && worth_streaming(p.out, p.rows, p.columns * sizeof(float));
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = p.depth * i / chunks;
-    multiply_chunk(p, begin, p.depth * (i + 1) / chunks - begin);
+    multiply_chunk(p, {begin, p.depth * (i + 1) / chunks - begin, streamed});
   }
 }
 

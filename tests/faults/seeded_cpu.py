@@ -80,7 +80,7 @@ CPU = [
     of("latent_loss", "sign", "the slope of a power has no sign",
        "return select(less(d, zero()), sub(zero(), size), size);", "return size;", "row.h"),
     of("linear", "stale accumulator", "later chunks of the depth take the place of the earlier ones",
-       "  if (!first)", "  if (false)"),
+       "if (chunk.begin > 0)", "if (false)"),
     of("linear", "wrong stride", "a bias is read as if it were contiguous",
        "load(p.bias + column * p.bias_stride, p.bias_stride, n)", "load(p.bias + column, 1, n)"),
     of("linear", "stale accumulator", "the bias gradient's group is not cleared for the next one",
