@@ -69,6 +69,8 @@ static void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const fl
 
 // Gradients of weights sum thousands of terms: in longer chains they round worse than MKL's.
 constexpr int64_t CHAIN = 192;
+
+// c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
 static inline void multiply_panels(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
   if (depth == 0) std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
   const int64_t slices = (depth + CHAIN - 1) / CHAIN, slice = slices ? (depth + slices - 1) / slices : 1;
