@@ -16,8 +16,16 @@ struct Matrix {
   LinearOperand by_column() const { return {data(), column_stride, row_stride}; }
 };
 
+static int64_t rows_of(const Tensor& x) {
+  int64_t rows = 1;
+  for (int i = 0; i < x.dim() - 1; ++i) rows *= x.size(i);
+  return rows;
+}
+
 // A tensor [..., columns] as a matrix; one whose leading axes don't follow one another is copied.
 static Matrix matrix(const Tensor& x) {
+  const int64_t columns = x.size(-1);
+  if (x.numel() == 0) return {x, columns ? 0 : rows_of(x), columns, 0, x.stride(-1)};
   int64_t rows = 1, stride = 0;
   for (int i = x.dim() - 2; i >= 0; --i) {
     if (x.size(i) == 1) continue;
@@ -27,13 +35,14 @@ static Matrix matrix(const Tensor& x) {
       return matrix(Tensor::from(x.obj.attr("contiguous")()));
     rows *= x.size(i);
   }
-  return {x, rows, x.size(-1), stride, x.stride(-1)};
+  return {x, rows, columns, stride, x.stride(-1)};
 }
 
 static void multiply(const Tensor& like, const LinearOperand& left, const LinearOperand& right, int64_t rows,
                      int64_t columns, int64_t depth, const std::optional<Tensor>& bias, const Tensor& out) {
   const int64_t chunk = std::min(depth, CHUNK), whole = (columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
-  const int threads = torch_threads();
+  const int threads =
+      static_cast<int>(std::min<int64_t>(torch_threads(), std::max<int64_t>(rows / LEAST_ROWS, 1)));
   const Tensor panels = like.new_empty({whole * MAX_COLUMNS * chunk});
   const Tensor scratch = like.new_empty({threads * TILE_ROWS * chunk});
   const LinearMultiplyParams params{left,

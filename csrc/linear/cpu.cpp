@@ -70,7 +70,7 @@ static void finish(const Params& p, int64_t row, int64_t column, const Chunk& ch
 }
 
 // A chunk of rows [row, end), at most TILE_ROWS.
-static void multiply_rows(const Params& p, int64_t row, int64_t end, const Chunk& chunk, float* left) {
+static void compute_rows(const Params& p, int64_t row, int64_t end, const Chunk& chunk, float* left) {
   pack<ROWS>(p.left, row, end, chunk.begin, chunk.depth, left);
   alignas(64) float sums[TILE_ROWS * COLUMNS];
   for (int64_t column = 0; column < p.columns; column += COLUMNS) {
@@ -89,7 +89,7 @@ static void multiply_chunk(const Params& p, const Chunk& chunk) {
     float* left = p.scratch + thread_rank() * TILE_ROWS * depth;
     const int64_t last = least(to * ROWS, p.rows);
     for (int64_t row = from * ROWS; row < last; row += TILE_ROWS)
-      multiply_rows(p, row, least(row + TILE_ROWS, last), chunk, left);
+      compute_rows(p, row, least(row + TILE_ROWS, last), chunk, left);
     if (chunk.streamed) _mm_sfence();
   });
 }

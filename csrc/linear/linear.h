@@ -10,6 +10,7 @@ namespace jepa {
 namespace linear {
 constexpr int64_t TILE_ROWS = 96;   // rows of the result that are computed together
 constexpr int64_t MAX_COLUMNS = 32; // the widest right panel
+constexpr int64_t LEAST_ROWS = 12;  // of a thread
 constexpr int64_t CHUNK = 1536;     // the most of the depth that is multiplied at a time: a tile stays in L2
 } // namespace linear
 

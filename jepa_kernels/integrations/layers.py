@@ -59,7 +59,7 @@ def linear_layers(model: nn.Module, attention: Iterable[str]) -> dict[str, Repla
 
     Those of adapters, and what these wrap, stay as they are.
     """
-    blocks = {name.rpartition(".")[0] for name in attention}
+    blocks = {name.rpartition(".")[0] or name for name in attention}  # attention of the model itself is its own block
     adapters = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
     layers = (name for name, module in model.named_modules() if _is_plain(module))
     inside = (name for name in layers if any(within(name, block) for block in blocks))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import jepa_kernels as jk
 from jepa_kernels.ops.linear.op import slower
@@ -17,7 +16,8 @@ class Linear(nn.Linear):
     """y = x W^T + b, as `torch.nn.Linear`, of which it is one: parameters, start and state dict are the same.
 
     By `jepa_kernels.linear` where that takes its kernel by itself, by torch.nn.functional.linear everywhere else: off
-    the CPU, in other dtypes, under autocast, torch.compile and torch.func, for small products, of sharded weights.
+    the CPU, in other dtypes, under autocast, torch.compile, traces and torch.func, for small products, of sharded
+    weights. What the kernel computes has no second derivative: `use_backend(linear="reference")` gives PyTorch's.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -30,15 +30,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _leads(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` would take its kernel; on a GPU the first question is the last, of small products the fourth."""
+    """Whether `linear` would take its kernel; on a GPU the second question is last, of small products the fourth."""
     return (
-        x.is_cpu
-        and type(x) in PLAIN
+        type(x) in PLAIN
+        and x.is_cpu
         and type(weight) in PLAIN
         and slower((x, weight)) is None
         and x.dtype == weight.dtype == torch.float32
         and x.layout == weight.layout == torch.strided
         and not x.is_nested
         and not torch.is_autocast_enabled("cpu")
-        and forward_ad._current_level < 0  # type: ignore[attr-defined]
     )

@@ -60,6 +60,11 @@ def test_layers_outside_blocks_and_in_other_types_stay():
     assert not replaced(meta.patch(network("vjepa2").to("meta"), verify=False))
 
 
+def test_a_head_beside_attention_at_the_top_is_in_no_block():
+    model = nn.ModuleDict(dict(attn=network("vjepa2").blocks[0].attn, head=nn.Linear(64, 1000)))
+    assert replaced(meta.patch(model)) == ["attn.qkv", "attn.proj"]
+
+
 LAYERS_OF_PREDICTOR = [name.replace("blocks", "predictor_blocks") for name in LAYERS]
 
 

@@ -338,6 +338,7 @@ BAD = [
     (option(momentum=1.5), ValueError, r"momentum must lie in \[0, 1\], got 1.5"),
     (option(momentum=torch.tensor(float("nan"))), ValueError, r"momentum must lie in \[0, 1\], got nan"),
     (option(betas=(0.9, 1.0)), ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+    (option(betas=(0.9, float("nan"))), ValueError, r"betas must lie in \[0, 1\), got \(0.9, nan\)"),
     (option(betas=0.9), TypeError, "betas must be two numbers, got 0.9"),
     (option(eps=-1e-8), ValueError, "eps must be at least 0, got -1e-08"),
     (

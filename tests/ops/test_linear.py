@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import jepa_kernels as jk
 from jepa_kernels import _C
@@ -71,7 +72,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_views_are_read_in_place_exactly(name):
+def test_views_of_any_strides_are_read_exactly(name):
     x, weight = VIEWS[name]()
     leaves, grad = [x.requires_grad_(), weight.requires_grad_()], whole_numbers(*x.shape[:-1], 20)
     ours, theirs = jk.linear(*leaves, backend="cpu"), F.linear(*leaves)
@@ -167,7 +168,15 @@ def test_a_frozen_layer_keeps_no_activations():
         assert torch.allclose(torch.autograd.grad(out.sum(), x)[0], weight.sum(0).expand(64, 32), atol=1e-5)
 
 
-AHEAD, FEW, SMALL = (1024, 256, 256), (120, 2048, 2048), (1024, 256, 255)  # rows, K, N
+def test_a_layer_of_data_keeps_no_weights_which_may_change_before_backward():
+    x, weight = torch.randn(64, 32), torch.randn(16, 32, requires_grad=True)
+    out = jk.linear(x, weight, backend="cpu").sum()
+    with torch.no_grad():
+        weight.zero_()
+    assert torch.allclose(torch.autograd.grad(out, weight)[0], x.sum(0).expand(16, 32), atol=1e-5)
+
+
+AHEAD, FEW, SMALL = (2048, 256, 256), (120, 2048, 2048), (2048, 256, 255)  # rows, K, N
 
 
 @pytest.fixture
@@ -184,15 +193,26 @@ def on_two_threads():
     [
         (AHEAD, "cpu", "can run this call"),
         (FEW, "reference", "has no lead below 64 rows for each of 2 threads"),
-        (SMALL, "reference", "has no lead below 67,108,864 multiply-adds"),
-        ((0, 4, 4), "reference", "has no lead below 67,108,864 multiply-adds"),
+        (SMALL, "reference", "has no lead below 67,108,864 multiply-adds a thread"),
+        ((0, 4, 4), "reference", "has no lead below 67,108,864 multiply-adds a thread"),
+        ((150_000, 512, 2), "reference", "has no lead below 64 inputs and outputs"),
+        ((70_000, 7, 512), "reference", "has no lead below 64 inputs and outputs"),
     ],
 )
 def test_the_automatic_choice_and_its_reasons(sizes, chosen, why, on_two_threads):
     rows, depth, width = sizes
-    first, own, last = jk.explain("linear", torch.zeros(rows, depth), torch.zeros(width, depth)).splitlines()
+    x = torch.zeros(1, depth).expand(rows, depth)
+    first, own, last = jk.explain("linear", x, torch.zeros(width, depth)).splitlines()
     assert first == f"linear: {chosen} (automatic)" and own.split(maxsplit=1) == ["cpu", why]
     assert last.split(maxsplit=1) == ["reference", "can run this call"]
+
+
+def test_more_axes_than_a_kernel_reads_and_forward_mode_are_torchs(on_two_threads):
+    x, weight = torch.randn(AHEAD[:2]), torch.randn(AHEAD[2], AHEAD[1])
+    assert torch.equal(jk.linear(x.view(1, 1, 1, 1, 1, *x.shape), weight).view(-1, AHEAD[2]), F.linear(x, weight))
+    with forward_ad.dual_level():
+        out = jk.linear(forward_ad.make_dual(x, x), weight)
+        assert torch.equal(forward_ad.unpack_dual(out).tangent, F.linear(x, weight))
 
 
 def test_processors_without_avx512_and_other_dtypes_run_torchs_product(on_two_threads):

@@ -174,7 +174,8 @@ def check_options(options: Options, device: torch.device | None) -> None:
     _check_scalar("momentum", options.momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
     _check_scalar("eps", options.eps, None, "be at least 0", "1e-8 is usual")
     betas = options.betas
-    if type(betas) is tuple and [*map(type, betas)] == [float, float] and 0.0 <= min(betas) <= max(betas) < 1.0:
+    floats = type(betas) is tuple and [*map(type, betas)] == [float, float]
+    if floats and 0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0:
         return
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
         fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)

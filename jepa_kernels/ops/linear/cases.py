@@ -72,5 +72,6 @@ CASES = (
     Case("frozen_weight", layer(40, 56, width=72), ("x",)),
     Case("frozen_rows", layer(40, 56, width=72), ("weight", "bias")),
     Case("empty_batch", layer(0, 4, 24, width=16), EVERY),
+    Case("empty_middle", layer(2, 0, 3, 24, width=16), EVERY),
     Case("empty_rows", layer(6, 0, width=5), EVERY),
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jepa_kernels._core import extension
 from jepa_kernels._core.autocast import autocast
@@ -17,24 +18,31 @@ from jepa_kernels.ops.linear import cost, reference
 
 OP = "linear"
 
-LEAST = 2**26  # multiply-adds: a millisecond of two cores
-SMALL = f"has no lead below {LEAST:,} multiply-adds"
+LEAST = 2**26  # multiply-adds of each thread: about a millisecond
+SMALL = f"has no lead below {LEAST:,} multiply-adds a thread"
 ROWS = 64  # of each thread
+NARROW = 64  # columns are computed 32 at a time, however few there are
+AXES = 6  # that a kernel reads
 
 
 def slower(call: tuple[Tensor, Tensor]) -> str | None:
-    """Why PyTorch's product of x and weight, fp32 on a CPU, is the better one; None where the kernel is ahead.
+    """Why PyTorch's product of x and weight, fp32 on a CPU, is the better one; None where the kernel is level or ahead.
 
     Asked of every layer: a product that is too small must not wait for the answer.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "is for eager code: what is compiled or transformed must name it"
-    x, weight = call
-    if x.numel() * len(weight) < LEAST:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
+        return "is for eager code: what is compiled, traced or transformed must name it"
+    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return "has no forward-mode derivative"
+    (x, weight), threads = call, torch.get_num_threads()
+    if x.numel() * len(weight) < LEAST * threads:
         return SMALL
-    threads = torch.get_num_threads()
+    if min(weight.shape) < NARROW:
+        return f"has no lead below {NARROW} inputs and outputs"
     if x.numel() < ROWS * threads * weight.shape[1]:
         return f"has no lead below {ROWS} rows for each of {threads} threads"
+    if x.dim() > AXES:
+        return f"reads at most {AXES} axes"
     module = extension.load()
     if isinstance(module, str) or not module.isa().startswith("avx512"):
         return "has a lead on processors with AVX-512 alone"
@@ -45,19 +53,19 @@ KERNELS = (Kernel("cpu", (torch.float32,), automatic=slower, silent=True),)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """Multiply every row by a layer's weights: torch.nn.functional.linear, large fp32 products on CPUs faster.
+    """Multiply every row by a layer's weights: PyTorch's linear, with a kernel for large fp32 products on CPUs.
 
     y = x W^T + b, accumulated in fp32
 
     x: [..., K] of one axis or more; fp32, bf16 or fp16, any strides.
     weight: [N, K]; bias: [N]; both of x's dtype, any strides. Autocast casts all three to its own.
 
-    Returns [..., N], contiguous, in that dtype. Gradient: of all three, summed over rows in fp32. On the kernel each
-    row has the same bits whatever its neighbours, and all results the same bits on every run and for any number of
-    threads.
-    The kernel is for fp32 on CPUs. By itself it takes products of 2^26 multiply-adds or more, of 64 rows a thread or
-    more, on processors with AVX-512, outside torch.compile and torch.func. All other calls are PyTorch's, which is no
-    slower there: no warning is drawn, and `explain` says why.
+    Returns [..., N], contiguous, in that dtype. Gradient: of all three, sums in fp32. On the kernel each row has the
+    same bits whatever its neighbours, and all results the same bits on every run and for any number of threads.
+    The kernel is for fp32 on CPUs. By itself it takes products of 2^26 multiply-adds and 64 rows for each thread or
+    more, of 64 inputs and outputs or more, on processors with AVX-512 (measured on Zen 4), outside torch.compile,
+    traces, torch.func and forward mode. All other calls are PyTorch's: no warning is drawn, and `explain` says why.
+    Double backward is PyTorch's alone: name backend="reference".
     Raises ValueError and TypeError for arguments that do not fit.
     """
     x, weight, bias = autocast(x, weight, bias)
@@ -100,6 +108,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, ctx.backend = inputs
     if not ctx.needs_input_grad[1]:
         x = x.new_empty(1).expand(x.shape)  # a frozen layer keeps no activations: only their shape is asked for
+    if not ctx.needs_input_grad[0]:
+        weight = weight.new_empty(1).expand(weight.shape)  # nor a first layer its weights
     ctx.save_for_backward(x, weight)
 
 
