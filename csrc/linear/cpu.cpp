@@ -23,7 +23,7 @@ static void pack_panel(const Operand& from, int64_t first, int64_t last, int64_t
   const float* x = from.x + first * from.lane + begin * from.step;
   const int64_t lanes = last - first;
   if (lanes == LANES && from.step == 1) return interleave<LANES>(x, from.lane, depth, panel);
-  if (lanes < LANES) std::memset(panel, 0, depth * LANES * sizeof(float));
+  if (lanes < LANES && depth > 0) std::memset(panel, 0, depth * LANES * sizeof(float));
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t lane = 0; lane < lanes; ++lane)
       panel[k * LANES + lane] = x[lane * from.lane + k * from.step];
