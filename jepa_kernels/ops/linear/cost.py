@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jepa_kernels.cost import Cost, elements, nbytes
+from jepa_kernels.cost import Cost, nbytes
 
 
 def forward(x: Any, weight: Any, bias: Any) -> Cost:
@@ -18,7 +18,7 @@ def backward(grad: Any, x: Any, weight: Any, wanted: Any) -> Cost:
     if wanted[0]:
         moved += nbytes(weight) + x.shape.numel() * size
     if wanted[1]:
-        moved += nbytes(x) + elements(weight) * size
+        moved += nbytes(x) + weight.shape.numel() * size
     moved += weight.shape[0] * size if wanted[2] else 0
     return Cost(moved, (wanted[0] + wanted[1]) * _products(x, weight))
 
