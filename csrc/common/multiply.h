@@ -43,6 +43,12 @@ static void multiply(const float* a, int64_t a_row, const float* b, int64_t dept
   }
 }
 
+// Terms of each slice of a chain, all but the last of which are as long.
+static inline int64_t slice_of(int64_t depth, int64_t most) {
+  const int64_t slices = panels_of(depth, most);
+  return slices ? panels_of(depth, slices) : 1;
+}
+
 template <int most, int PANEL>
 static void multiply_rows(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t depth,
                           int64_t ahead, float* c, int64_t c_row) {
@@ -56,7 +62,7 @@ template <int PANEL = COLUMNS>
 static void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t a_row,
                           const float* b, float* c, int64_t c_row) {
   static_assert(PANEL % COLUMNS == 0);
-  const int64_t slices = (depth + DEPTH - 1) / DEPTH, slice = slices ? (depth + slices - 1) / slices : 1;
+  const int64_t slice = slice_of(depth, DEPTH);
   for (int64_t k = 0; k < depth; k += slice)
     for (int64_t j = 0; j < columns; j += COLUMNS) {
       const float* const right = b + j / PANEL * PANEL * depth + k * PANEL + j % PANEL;
@@ -73,7 +79,7 @@ constexpr int64_t CHAIN = 192;
 // c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
 static inline void multiply_panels(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
   if (depth == 0) std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
-  const int64_t slices = (depth + CHAIN - 1) / CHAIN, slice = slices ? (depth + slices - 1) / slices : 1;
+  const int64_t slice = slice_of(depth, CHAIN);
   for (int64_t k = 0; k < depth; k += slice) {
     const auto product = k ? multiply<ROWS, COLUMNS, ROWS, true> : multiply<ROWS, COLUMNS, ROWS, false>;
     for (int64_t i = 0; i < panels; ++i)

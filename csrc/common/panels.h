@@ -7,6 +7,8 @@
 
 namespace jepa::JEPA_ISA {
 
+static inline int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
+
 // LANES rows of the operand, `width` apart, become one panel [depth, LANES].
 template <int LANES> static void interleave(const float* rows, int64_t width, int64_t depth, float* panel) {
   constexpr int EIGHTS = LANES / 8 * 8, FOURS = LANES / 4 * 4;

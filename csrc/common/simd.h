@@ -203,6 +203,9 @@ static inline void add_squares(vf x, vd (&sums)[2]) {
 }
 #endif
 
+// Lanes that a register holds of `left` elements.
+static inline int part(int64_t left) { return left < W ? static_cast<int>(left) : W; }
+
 // n <= W elements, `stride` apart.
 template <class T> static inline vf load(const T* p, int64_t stride, int n) {
   if (stride == 1) return n == W ? load(p) : load(p, n);

@@ -20,8 +20,6 @@ using embed_patches::TILE_ROWS;
 using embed_patches::TOKENS;
 static_assert(TILE_ROWS % ROWS == 0 && embed_patches::MAX_COLUMNS % COLUMNS == 0);
 
-static int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
-
 // Where a token's patch begins.
 struct Place {
   int64_t image, frame, line, column;

@@ -1,11 +1,9 @@
 // A patch in its image or clip, or the weights of one output: channels of frames of lines of pixels, read to
 // and written from one row.
 #pragma once
-#include "common/simd.h"
+#include "common/lines.h"
 
 namespace jepa::JEPA_ISA {
-
-static inline int part(int64_t left) { return left < W ? static_cast<int>(left) : W; }
 
 template <class T> static inline void prefetch(const T* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
@@ -51,11 +49,6 @@ static inline void read_line(const T* p, int64_t step, int64_t length, float* ro
   for (; x < length; x += W) store(row + x, map(load(p + x * step, step, part(length - x))));
 }
 
-template <class T> static void add_line(const T* p, int64_t step, int64_t length, float* row) {
-  for (int64_t x = 0; x < length; x += W)
-    store(row + x, add(load(row + x), load(p + x * step, step, part(length - x))));
-}
-
 // body(first element of the line, channel) in the order of a row.
 template <class T, class Body> static inline void each_line(T* p, const Patch& shape, Body body) {
   for (int64_t c = 0; c < shape.channels; ++c)
@@ -85,13 +78,6 @@ static void read_patch(const T* p, const Patch& shape, const float* scale, const
     read_line(line, shape.step, shape.length, row, Affine{set1(scale[c]), set1(shift[c])});
     row += shape.length;
   });
-}
-
-template <class T> static void write_line(const float* row, int64_t length, T* p) {
-  int64_t x = 0;
-  for (; x + W <= length; x += W) store(p + x, load(row + x));
-  const int rest = static_cast<int>(length - x);
-  if (rest) store(p + x, load(row + x, rest), rest); // nothing may lie behind the row
 }
 
 // To memory whose lines are contiguous, each channel times its scale; `row` is readable to W elements past

@@ -230,13 +230,13 @@ static double write_gradient(const T* row, int64_t stride, float norm, bool norm
   vf sum = zero();
   const vf divisor = set1(norm);
   for (int64_t c = 0; c < channels; c += W) {
-    const int lanes = lanes_of(channels - c);
+    const int lanes = part(channels - c);
     sum = fma(div(load(row + c * stride, stride, lanes), divisor), load(gradient + c, lanes), sum);
   }
   const float dot = hsum(sum);
   const vf along = set1(normalize && norm > LEAST_NORM ? -dot : 0.f), scale = set1(factor / norm);
   for (int64_t c = 0; c < channels; c += W) {
-    const int lanes = lanes_of(channels - c);
+    const int lanes = part(channels - c);
     const vf direction = div(load(row + c * stride, stride, lanes), divisor);
     store_first(out + c, mul(scale, fma(direction, along, load(gradient + c, lanes))), lanes);
   }

@@ -25,14 +25,12 @@ static inline Range tile_at(int64_t i, int64_t count) {
 }
 static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
 
-static inline int lanes_of(int64_t left) { return left < W ? static_cast<int>(left) : W; }
-
 // In double: of rows whose squares, or their sum, are beyond fp32.
 template <class T> static float norm_of_huge(const T* row, int64_t stride, int64_t channels) {
   double sum = 0.0;
   for (int64_t c = 0; c < channels; c += W) {
     float lanes[W];
-    store(lanes, load(row + c * stride, stride, lanes_of(channels - c)));
+    store(lanes, load(row + c * stride, stride, part(channels - c)));
     for (float v : lanes) sum += static_cast<double>(v) * v;
   }
   return static_cast<float>(std::sqrt(sum));
@@ -47,7 +45,7 @@ static void norms(const Side& side, int64_t channels, bool normalize, int thread
         const T* row = static_cast<const T*>(side.rows) + i * side.row;
         vf sum = zero();
         for (int64_t c = 0; c < channels && normalize; c += W) {
-          const vf v = load(row + c * side.channel, side.channel, lanes_of(channels - c));
+          const vf v = load(row + c * side.channel, side.channel, part(channels - c));
           sum = fma(v, v, sum);
         }
         const float square = hsum(sum);
@@ -68,7 +66,7 @@ static void bring(const Side& side, Range at, int64_t channels, const float* nor
       const T* row = static_cast<const T*>(side.rows) + (at.first + r) * side.row;
       const vf divisor = set1(static_cast<float>(norm[at.first + r] * temperature));
       for (int64_t c = 0; c < channels; c += W) {
-        const int lanes = lanes_of(channels - c);
+        const int lanes = part(channels - c);
         store(out + c, div(load(row + c * side.channel, side.channel, lanes), divisor));
       }
       for (int64_t c = (channels + W - 1) / W * W; c < width; ++c) out[c] = 0.f;
@@ -104,7 +102,7 @@ struct Tile {
       const float pair = holds_pair(r) ? row(r)[pair_of(r)] : 0.f;
       for (int64_t c = 0; row_items && c < columns.count; c += W) {
         const vf own = set1(row_items[rows.first + r]),
-                 other = load(col_items + columns.first + c, lanes_of(columns.count - c));
+                 other = load(col_items + columns.first + c, part(columns.count - c));
         const vf v = load(row(r) + c);
         store(row(r) + c, select(less(own, other), v, select(less(other, own), v, lowest)));
       }

@@ -25,7 +25,7 @@ static int64_t rows_of(const Tensor& x) {
 // A tensor [..., columns] as a matrix; one whose leading axes don't follow one another is copied.
 static Matrix matrix(const Tensor& x) {
   const int64_t columns = x.size(-1);
-  if (x.numel() == 0) return {x, columns ? 0 : rows_of(x), columns, 0, x.stride(-1)};
+  if (x.numel() == 0) return {x, rows_of(x), columns, 0, x.stride(-1)};
   int64_t rows = 1, stride = 0;
   for (int i = x.dim() - 2; i >= 0; --i) {
     if (x.size(i) == 1) continue;
@@ -38,13 +38,13 @@ static Matrix matrix(const Tensor& x) {
   return {x, rows, columns, stride, x.stride(-1)};
 }
 
-static void multiply(const Tensor& like, const LinearOperand& left, const LinearOperand& right, int64_t rows,
-                     int64_t columns, int64_t depth, const std::optional<Tensor>& bias, const Tensor& out) {
+static void multiply(const LinearOperand& left, const LinearOperand& right, int64_t rows, int64_t columns,
+                     int64_t depth, const std::optional<Tensor>& bias, const Tensor& out) {
   const int64_t chunk = std::min(depth, CHUNK), whole = (columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
   const int threads =
       static_cast<int>(std::min<int64_t>(torch_threads(), std::max<int64_t>(rows / LEAST_ROWS, 1)));
-  const Tensor panels = like.new_empty({whole * MAX_COLUMNS * chunk});
-  const Tensor scratch = like.new_empty({threads * TILE_ROWS * chunk});
+  const Tensor panels = out.new_empty({whole * MAX_COLUMNS * chunk});
+  const Tensor scratch = out.new_empty({threads * TILE_ROWS * chunk});
   const LinearMultiplyParams params{left,
                                     right,
                                     bias ? bias->data<float>() : nullptr,
@@ -65,7 +65,7 @@ static Tensor forward_cpu(const Tensor& x, const Tensor& weight, const std::opti
   std::vector<int64_t> shape = x.shape();
   shape.back() = layer.rows;
   const Tensor out = x.new_empty(shape);
-  multiply(x, rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns, bias, out);
+  multiply(rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns, bias, out);
   return out;
 }
 
@@ -77,8 +77,8 @@ static std::array<Tensor, 3> backward_cpu(const Tensor& grad, const Tensor& x, c
                                     wanted[1] ? grad.new_empty(weight.shape()) : none(),
                                     wanted[2] ? grad.new_empty({layer.rows}) : none()};
   const int64_t tokens = rows.rows, outputs = layer.rows, inputs = layer.columns;
-  if (wanted[0]) multiply(grad, slopes.by_row(), layer.by_column(), tokens, inputs, outputs, {}, found[0]);
-  if (wanted[1]) multiply(grad, slopes.by_column(), rows.by_column(), outputs, inputs, tokens, {}, found[1]);
+  if (wanted[0]) multiply(slopes.by_row(), layer.by_column(), tokens, inputs, outputs, {}, found[0]);
+  if (wanted[1]) multiply(slopes.by_column(), rows.by_column(), outputs, inputs, tokens, {}, found[1]);
   if (wanted[2]) {
     const LinearSumParams params{slopes.data(), slopes.row_stride,      slopes.column_stride, tokens,
                                  outputs,       found[2].data<float>(), torch_threads()};

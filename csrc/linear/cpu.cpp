@@ -2,6 +2,7 @@
 #include "linear/linear.h"
 
 #include "common/copy.h"
+#include "common/lines.h"
 #include "common/multiply.h"
 #include "common/parallel.h"
 
@@ -14,7 +15,6 @@ using Params = LinearMultiplyParams;
 static_assert(TILE_ROWS % ROWS == 0 && linear::MAX_COLUMNS % COLUMNS == 0);
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t panels_of(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes; }
 
 // Lanes [first, last), LANES of them or fewer, become one panel of `depth` steps; those that lack are 0.
 template <int LANES>
@@ -56,7 +56,7 @@ struct Chunk {
 static void finish(const Params& p, int64_t row, int64_t column, const Chunk& chunk, const float* sums) {
   float* out = p.out + row * p.columns;
   for (const int64_t end = least(column + COLUMNS, p.columns); column < end; column += W, sums += W) {
-    const int n = static_cast<int>(least(end - column, W));
+    const int n = part(end - column);
     vf x = load(sums);
     if (chunk.begin > 0)
       x = add(x, load(out + column, 1, n));
@@ -105,14 +105,6 @@ void linear_multiply_cpu(const Params& p) {
 
 constexpr int64_t BLOCK = 1024; // columns that are summed together: lines of memory in a row, sums in L1
 
-// sums += the columns of a row.
-static void add_row(const float* x, int64_t step, int64_t n, float* sums) {
-  for (int64_t i = 0; i < n; i += W) {
-    const int part = static_cast<int>(least(n - i, W));
-    store(sums + i, add(load(sums + i), load(x + i * step, step, part)));
-  }
-}
-
 // Columns from `column` on, n <= BLOCK of them; GROUP rows at a time, since one long chain rounds worse.
 static void sum_columns(const LinearSumParams& p, int64_t column, int64_t n) {
   constexpr int64_t GROUP = 64;
@@ -120,8 +112,8 @@ static void sum_columns(const LinearSumParams& p, int64_t column, int64_t n) {
   for (int64_t begin = 0; begin < p.rows; begin += GROUP) {
     std::memset(sums, 0, sizeof sums);
     for (int64_t row = begin; row < least(begin + GROUP, p.rows); ++row)
-      add_row(p.x + row * p.row_stride + column * p.column_stride, p.column_stride, n, sums);
-    add_row(sums, 1, n, total);
+      add_line(p.x + row * p.row_stride + column * p.column_stride, p.column_stride, n, sums);
+    add_line(sums, 1, n, total);
   }
   std::memcpy(p.out + column, total, n * sizeof(float));
 }

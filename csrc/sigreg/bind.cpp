@@ -5,9 +5,9 @@
 namespace jepa {
 namespace sigreg_bindings {
 
-static void directions(const Tensor& out, int64_t first, int64_t step, int64_t seed) {
+static void directions(const Tensor& out, int64_t step, int64_t seed) {
   const SigregDirectionsParams p{
-      out.data<float>(),           out.size(0),    out.size(1), first, static_cast<uint64_t>(seed),
+      out.data<float>(),           out.size(0),    out.size(1), static_cast<uint64_t>(seed),
       static_cast<uint64_t>(step), torch_threads()};
   py::gil_scoped_release nogil;
   sigreg_directions_cpu(p);

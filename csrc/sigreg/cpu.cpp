@@ -19,7 +19,7 @@ static_assert(FORWARD_ROWS % ROWS == 0 && BACKWARD_ROWS % ROWS == 0 && PANEL % C
 void sigreg_directions_cpu(const SigregDirectionsParams& p) {
   parallel_for(p.slices, p.slices * p.width < 4096 ? 1 : p.threads, [&](int64_t begin, int64_t end) {
     const Directions draw(p.width, p.step, p.seed);
-    for (int64_t slice = begin; slice < end; ++slice) draw(p.first + slice, p.out + slice * p.width);
+    for (int64_t slice = begin; slice < end; ++slice) draw(slice, p.out + slice * p.width);
   });
 }
 
@@ -100,8 +100,7 @@ static void derivatives(const SigregBackwardParams& p, int64_t first, int64_t co
 
 template <class T> static void put_rows(const float* in, int64_t rows, int64_t width, T* out) {
   for (int64_t r = 0; r < rows; ++r, in += padded(width), out += width)
-    for (int64_t e = 0; e < width; e += W)
-      store_first(out + e, load(in + e), static_cast<int>(least(W, width - e)));
+    for (int64_t e = 0; e < width; e += W) store_first(out + e, load(in + e), part(width - e));
 }
 
 void sigreg_backward_cpu(const SigregBackwardParams& p) {

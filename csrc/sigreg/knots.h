@@ -12,8 +12,8 @@ namespace jepa::JEPA_ISA {
 using sigreg::PANEL;
 using sigreg::Shape;
 
-constexpr int TURNS =
-    W == 16 ? 4 : 2; // rows at a time: chains that do not wait for one another, in registers
+// Rows at a time: chains that do not wait for one another, in registers.
+constexpr int TURNS = W == 16 ? 4 : 2;
 
 static double knot(const Shape& at, int64_t k) { return static_cast<double>(k) * at.delta; }
 static double normal_at(double t) { return std::exp(-0.5 * t * t); } // its characteristic function
@@ -80,8 +80,8 @@ public:
 
   // to [2, knots, slices], of `count` slices of the panel.
   void write(float* to, int64_t count) const {
-    for (int64_t k = 0; k < at_.knots;
-         ++k) { // what rounding the expectations took away, or the number of rows
+    // more: what rounding the expectations took away, or the number of rows
+    for (int64_t k = 0; k < at_.knots; ++k) {
       const double lost = static_cast<double>(normal_[k]) - normal_at(knot(at_, k));
       const double more = static_cast<double>(at_.rows) * (k ? lost : 1.0);
       for (int64_t i = 0; i < count; ++i) {

@@ -7,10 +7,10 @@
 
 namespace jepa {
 
-// Unit vectors of slices first, first + 1, ...: functions of (seed, step, slice) alone.
+// Unit vectors of slices 0, 1, ...: functions of (seed, step, slice) alone.
 struct SigregDirectionsParams {
   float* out; // [slices, width]
-  int64_t slices, width, first;
+  int64_t slices, width;
   uint64_t seed, step;
   int threads;
 };

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels.integrations.patching import Replacement, own_forward, within
-from jepa_kernels.nn.linear import product
+from jepa_kernels.nn.linear import Linear
 
 EMBEDS = "patches embedded by one product over pixels read in place"
 
@@ -46,12 +46,7 @@ def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor, ids: Tensor | None = None
     return jk.embed_patches(pixels, ids, conv.weight, conv.bias)
 
 
-def linear(self: Any, input: Tensor) -> Tensor:
-    """torch.nn.Linear."""
-    return product(input, self.weight, self.bias)
-
-
-LINEAR = Replacement(linear, "large products by linear", ("input",))
+LINEAR = Replacement(Linear.forward, "large products by linear", ("input",))
 
 
 def linear_layers(model: nn.Module, attention: Iterable[str]) -> dict[str, Replacement]:

@@ -40,8 +40,8 @@ def patch(
     of a forward; the pairing is that of the `rotate_queries_or_keys` beside the class. Where attention gives its
     weights too (I-JEPA, V-JEPA), they are None, except to a block called with return_attention=True. `PatchEmbed` and
     `PatchEmbed3D` become one product over pixels read in place. Linear layers of blocks, fp32 on the CPU, multiply by
-    `linear` where that leads. Encoders and predictors, wrappers of several masks and
-    probes keep their own forward; calls with attn_mask run attention's own.
+    `linear` where that leads. Encoders and predictors, wrappers of several masks and probes keep their own forward;
+    calls with attn_mask run attention's own.
 
     model: a network, or a module that holds several. only: names of modules; None: all that can be.
     angle_dtype: of the products of positions and frequencies; None: as the unpatched model rounds them, which in bf16

@@ -68,8 +68,7 @@ def normalisation(
             fail(op, name, "be given with uint8 pixels", "None", PASS_STATISTICS, TypeError)
         if values is None and other is not None:
             fail(op, name, f"be given with {'std' if name == 'mean' else 'mean'}", "None", "pass both", TypeError)
-    if mean is None or std is None:
-        return [], []
+    assert mean is not None and std is not None
     _check_statistics(op, "mean", mean, pixels.shape[1])
     _check_statistics(op, "std", std, pixels.shape[1])
     if min(std, default=1.0) <= 0:

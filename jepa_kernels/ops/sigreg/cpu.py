@@ -23,7 +23,7 @@ def _kernels() -> ModuleType:
 def directions(like: Tensor, slices: int, step: Tensor, seed: int) -> Tensor:
     """Unit vectors fp32 [slices, E] on the device of `like` [.., E]: the bits of the reference."""
     out = like.new_empty((slices, like.shape[-1]), dtype=torch.float32)
-    _kernels().sigreg_directions(out, 0, int(step), seed)
+    _kernels().sigreg_directions(out, int(step), seed)
     return out
 
 
