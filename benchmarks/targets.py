@@ -159,6 +159,7 @@ TARGETS = (
     *embedding("vjepa2_vit_l_31", "unfold", 1.15, "unfold + index + linear, 31 % kept"),
     *embedding("vjepa2_vit_l_31_uint8", "float", 1.0, "our own on float pixels"),
     *layer("vit_s_fc1", "4096 rows, 384 to 1536"),
+    *layer("vit_s_gelu", "4096 rows, 384 to 1536, GELU"),
     *layer("vit_l_fc1", "2048 rows, 1024 to 4096"),
     *layer("vit_l_fc2", "2048 rows, 4096 to 1024"),
     *layer("planner_qkv", "1056 rows, 384 to 1152"),

@@ -171,6 +171,7 @@ CALLS = {
     "linear": lambda: jk.linear(leaf(2, 64, 32), leaf(24, 32), leaf(24), backend="cpu"),
     "linear, frozen weights": lambda: jk.linear(leaf(128, 32), torch.randn(24, 32), backend="cpu"),
     "linear, frozen rows": lambda: jk.linear(torch.randn(128, 32), leaf(24, 32), leaf(24), backend="cpu"),
+    "linear, GELU": lambda: jk.linear(leaf(128, 32), leaf(24, 32), activation="gelu", backend="cpu"),
     "latent_loss": lambda: jk.latent_loss(leaf(2, 64, 32), torch.randn(2, 64, 32), every(64, 0, 0)) * 2,
     "latent_loss, bf16": lambda: jk.latent_loss(leaf(2, 64, 32, dtype=BF16), torch.randn(2, 64, 32).to(BF16)) * 2,
     "gather_tokens": lambda: jk.gather_tokens(leaf(2, 64, 32, dtype=BF16), every(64, 0, 0)),

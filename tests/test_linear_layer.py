@@ -15,6 +15,7 @@ from jepa_kernels import _C, nn
 from jepa_kernels._core import define
 from jepa_kernels.models import lejepa, lewm, vjepa2, vjepa2_ac
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.nn.block import MLP
 from jepa_kernels.nn.linear import product
 from jepa_kernels.nn.shadow import Shadow
 from jepa_kernels.ops.linear import op
@@ -122,6 +123,39 @@ OTHERS = {
 def test_all_else_is_torchs(name, calls, recwarn):
     OTHERS[name]()
     assert not calls and not [w for w in recwarn if issubclass(w.category, jk.BackendWarning)]
+
+
+class Other(nn.Linear):
+    """One that may do more than multiply."""
+
+
+def test_an_mlps_gelu_is_its_first_products(calls, monkeypatch):
+    mlp, x = MLP(K, N), torch.randn(ROWS, K)
+    wanted = mlp.fc2(F.gelu(mlp.fc1(x)))
+    monkeypatch.setattr(F, "gelu", None)
+    calls.clear()
+    assert torch.allclose(mlp(x), wanted, atol=1e-6) and calls == ["forward"] * 2
+
+
+@pytest.mark.parametrize("kind", ["hook", "global hook", "another class", "few rows", "reference"])
+def test_what_waits_for_a_layers_own_output_gets_it(kind, calls):
+    mlp, x, seen = MLP(K, N), torch.randn(8 if kind == "few rows" else ROWS, K), []
+    wanted, own = mlp.fc2(F.gelu(mlp.fc1(x))), mlp.fc1(x)
+    if kind == "hook":
+        mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(out))
+    if kind == "another class":
+        mlp.fc1.__class__ = Other
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(out) if kind == "global hook" and module is mlp.fc1 else None
+    )
+    if kind != "global hook":
+        handle.remove()
+    try:
+        with jk.use_backend(**({"linear": "reference"} if kind == "reference" else {})):
+            assert torch.allclose(mlp(x), wanted, atol=1e-6)
+    finally:
+        handle.remove()
+    assert all(torch.equal(out, own) for out in seen) and len(seen) == ("hook" in kind)
 
 
 def test_a_processor_without_avx512_multiplies_by_torch(calls, monkeypatch):

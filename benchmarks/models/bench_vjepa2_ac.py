@@ -38,7 +38,8 @@ def workload(name: str, config: WorldModelConfig, *counts: int, **options: Any) 
 
 CHECKED = workload("checked", TINY, 12, 3, 2)
 WORKLOADS = (
-    workload("predictor_384_6_layers_64_samples_4_steps", SMALL, 64, 4, 1, small=CHECKED),
+    # Of 2 iterations: behind the last the plan itself is imagined, and plans have ten.
+    workload("predictor_384_6_layers_64_samples_4_steps", SMALL, 64, 4, 2, rival_iterations=1, small=CHECKED),
     workload(
         "vit_giant_400_samples_2_steps",
         vit_giant(depth=1),

@@ -11,22 +11,28 @@ from jepa_kernels.ops.linear.cases import EVERY, layer
 
 
 def rivals(inputs: Inputs) -> dict[str, Callable[[], Any]]:
-    """PyTorch's layer, MKL's product on CPUs, and forward oneDNN's, which PyTorch holds too and has no gradient of."""
+    """PyTorch's layer, MKL's product on CPUs, and forward oneDNN's, which PyTorch holds too and has no gradient of.
+
+    Both with the GELU behind it: PyTorch's own, and oneDNN's in the product's pass.
+    """
     x, weight, bias = (inputs[name] for name in EVERY)
-    found = {"mkl": lambda: F.linear(x, weight, bias)}
+    gelu = "activation" in inputs
+    found = {"mkl": (lambda: F.gelu(F.linear(x, weight, bias))) if gelu else lambda: F.linear(x, weight, bias)}
     if not weight.requires_grad:
-        found["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        behind = ("gelu", [], "none") if gelu else ("none", [], "")
+        found["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(x, weight, bias, *behind)
     return found
 
 
-def workload(name: str, rows: int, depth: int, width: int, **options: Any) -> Workload:
+def workload(name: str, rows: int, depth: int, width: int, gelu: bool = False, **options: Any) -> Workload:
     """reference_timed: it is MKL's product."""
-    make = layer(rows, depth, width=width)
+    make = layer(rows, depth, width=width, **({"activation": "gelu"} if gelu else {}))
     return Workload(name, make, rivals=rivals, grads=EVERY, reference_timed=False, **options)
 
 
 WORKLOADS = (
     workload("vit_s_fc1", 4096, 384, 1536, smoke=True),
+    workload("vit_s_gelu", 4096, 384, 1536, gelu=True),
     workload("vit_l_fc1", 2048, 1024, 4096),
     workload("vit_l_fc2", 2048, 4096, 1024),
     workload("planner_qkv", 1056, 384, 1152),

@@ -76,15 +76,21 @@ static void multiply_tile(int64_t rows, int64_t columns, int64_t depth, const fl
 // Gradients of weights sum thousands of terms: in longer chains they round worse than MKL's.
 constexpr int64_t CHAIN = 192;
 
-// c [panels * ROWS, COLUMNS] = A B for `panels` left panels and one right panel.
-static inline void multiply_panels(const float* a, int64_t panels, const float* b, int64_t depth, float* c) {
-  if (depth == 0) std::memset(c, 0, panels * ROWS * COLUMNS * sizeof(float));
+// A block of a result comes while it is multiplied: its lines must be there to be written. `columns` of them,
+// COLUMNS at most.
+template <class T> static inline void fetch_block(const T* out, int64_t rows, int64_t columns, int64_t row) {
+  for (int64_t i = 0; i < rows; ++i, out += row)
+    for (int64_t j = 0; j < columns; j += 64 / sizeof(T)) __builtin_prefetch(out + j, 1);
+}
+
+// c [ROWS, COLUMNS] = A B for a left and a right panel. The next right panel is fetched beside.
+static inline void multiply_panel(const float* a, const float* b, int64_t depth, float* c) {
+  if (depth == 0) std::memset(c, 0, ROWS * COLUMNS * sizeof(float));
   const int64_t slice = slice_of(depth, CHAIN);
   for (int64_t k = 0; k < depth; k += slice) {
     const auto product = k ? multiply<ROWS, COLUMNS, ROWS, true> : multiply<ROWS, COLUMNS, ROWS, false>;
-    for (int64_t i = 0; i < panels; ++i)
-      product(a + (i * depth + k) * ROWS, 1, b + k * COLUMNS, depth - k < slice ? depth - k : slice,
-              slice * COLUMNS, c + i * ROWS * COLUMNS, COLUMNS);
+    product(a + k * ROWS, 1, b + k * COLUMNS, depth - k < slice ? depth - k : slice, depth * COLUMNS, c,
+            COLUMNS);
   }
 }
 

@@ -123,17 +123,21 @@ static void pack_patches(const Forward& p, const Patch& shape, int64_t begin, in
 
 template <class T, class X>
 static void embed_tile(const Forward& p, const Patch& shape, int64_t begin, int64_t end, float* scratch) {
-  const int64_t depth = p.layer.depth(), panels = panels_of(end - begin, ROWS);
+  const int64_t depth = p.layer.depth(), embed_dim = p.layer.embed_dim;
   pack_patches<X>(p, shape, begin, end, scratch, scratch + TILE_ROWS * depth);
-  alignas(64) float sums[TILE_ROWS * COLUMNS];
+  alignas(64) float sums[ROWS * COLUMNS];
   int64_t ids[TILE_ROWS];
   for (int64_t i = begin; i < end; ++i) ids[i - begin] = p.token[i] < 0 ? -1 : p.token[i] % p.layer.at.count;
-  for (int64_t e = 0; e < p.layer.embed_dim; e += COLUMNS) {
-    if (p.pos)
-      for (int64_t i = begin; i < end; ++i) prefetch(position<T>(p, ids[i - begin]) + e);
-    multiply_panels(scratch, panels, p.weights + e * depth, depth, sums);
-    for (int64_t i = begin; i < end; ++i) finish<T>(p, i, ids[i - begin], e, sums + (i - begin) * COLUMNS);
-  }
+  for (int64_t e = 0; e < embed_dim; e += COLUMNS)
+    for (int64_t row = begin; row < end; row += ROWS) {
+      const int64_t rows = end - row < ROWS ? end - row : ROWS;
+      const int64_t* id = ids + (row - begin);
+      if (p.pos)
+        for (int64_t i = 0; i < rows; ++i) prefetch(position<T>(p, id[i]) + e);
+      fetch_block(static_cast<T*>(p.out) + row * embed_dim + e, rows, COLUMNS, embed_dim);
+      multiply_panel(scratch + (row - begin) * depth, p.weights + e * depth, depth, sums);
+      for (int64_t i = 0; i < rows; ++i) finish<T>(p, row + i, id[i], e, sums + i * COLUMNS);
+    }
 }
 
 template <class T, class X> static void forward(const Forward& p) {
@@ -219,22 +223,21 @@ template <class T, class X> static void pack_tokens(const Backward& p, int64_t b
 static void multiply_tokens(const Backward& p, int64_t tokens, bool add_to) {
   const int64_t depth = p.layer.depth(), embed_dim = p.layer.embed_dim;
   parallel_for(panels_of(embed_dim, ROWS), p.layer.threads, [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[TILE_ROWS * COLUMNS];
-    for (int64_t panel = begin; panel < end; panel += TILE_ROWS / ROWS) {
-      const int64_t panels = end - panel < TILE_ROWS / ROWS ? end - panel : TILE_ROWS / ROWS;
-      const int64_t rows =
-          panels * ROWS < embed_dim - panel * ROWS ? panels * ROWS : embed_dim - panel * ROWS;
-      for (int64_t k = 0; k < depth; k += COLUMNS) {
-        float* out = p.dweight_sum + panel * ROWS * depth + k;
-        for (int64_t i = 0; i < rows; ++i) prefetch(out + i * depth);
-        multiply_panels(p.left + panel * tokens * ROWS, panels, p.right + k * tokens, tokens, sums);
-        const int64_t n = depth - k < COLUMNS ? depth - k : COLUMNS;
-        for (int64_t i = 0; i < rows; ++i, out += depth) {
-          if (add_to) add_line(out, 1, n, sums + i * COLUMNS);
-          write_line(sums + i * COLUMNS, n, out);
+    alignas(64) float sums[ROWS * COLUMNS];
+    const int64_t last = end * ROWS < embed_dim ? end * ROWS : embed_dim;
+    for (int64_t first = begin * ROWS; first < last; first += TILE_ROWS)
+      for (int64_t k = 0; k < depth; k += COLUMNS)
+        for (int64_t e = first; e < first + TILE_ROWS && e < last; e += ROWS) {
+          const int64_t rows = last - e < ROWS ? last - e : ROWS,
+                        n = depth - k < COLUMNS ? depth - k : COLUMNS;
+          float* out = p.dweight_sum + e * depth + k;
+          fetch_block(out, rows, n, depth);
+          multiply_panel(p.left + e * tokens, p.right + k * tokens, tokens, sums);
+          for (int64_t i = 0; i < rows; ++i, out += depth) {
+            if (add_to) add_line(out, 1, n, sums + i * COLUMNS);
+            write_line(sums + i * COLUMNS, n, out);
+          }
         }
-      }
-    }
   });
 }
 
@@ -273,12 +276,13 @@ template <class T> static void pixel_tile(const Backward& p, int64_t begin, int6
         std::memset(rows + lane * row_size(at.embed_dim), 0, at.embed_dim * sizeof(float));
     interleave<ROWS>(rows, row_size(at.embed_dim), at.embed_dim, left + i * at.embed_dim);
   }
-  alignas(64) float sums[TILE_ROWS * COLUMNS];
-  for (int64_t k = 0; k < depth; k += COLUMNS) {
-    multiply_panels(left, panels, p.right + k * at.embed_dim, at.embed_dim, sums);
-    for (int64_t i = 0; i < end - begin; ++i)
-      std::memcpy(patches + i * width + k, sums + i * COLUMNS, COLUMNS * sizeof(float));
-  }
+  alignas(64) float sums[ROWS * COLUMNS];
+  for (int64_t k = 0; k < depth; k += COLUMNS)
+    for (int64_t i = 0; i < panels * ROWS; i += ROWS) {
+      multiply_panel(left + i * at.embed_dim, p.right + k * at.embed_dim, at.embed_dim, sums);
+      for (int64_t r = i; r < i + ROWS && r < end - begin; ++r)
+        std::memcpy(patches + r * width + k, sums + (r - i) * COLUMNS, COLUMNS * sizeof(float));
+    }
   const int64_t line = at.grid_w * at.patch, frame = at.grid_h * at.patch * line;
   const int64_t channel = at.at.count / (at.grid_h * at.grid_w) * at.tubelet * frame;
   const int64_t strides[4] = {channel, frame, line, 1};

@@ -38,53 +38,71 @@ static Matrix matrix(const Tensor& x) {
   return {x, rows, columns, stride, x.stride(-1)};
 }
 
-static void multiply(const LinearOperand& left, const LinearOperand& right, int64_t rows, int64_t columns,
-                     int64_t depth, const std::optional<Tensor>& bias, const Tensor& out) {
-  const int64_t chunk = std::min(depth, CHUNK), whole = (columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
-  const int threads =
-      static_cast<int>(std::min<int64_t>(torch_threads(), std::max<int64_t>(rows / LEAST_ROWS, 1)));
-  const Tensor panels = out.new_empty({whole * MAX_COLUMNS * chunk});
-  const Tensor scratch = out.new_empty({threads * TILE_ROWS * chunk});
-  const LinearMultiplyParams params{left,
-                                    right,
-                                    bias ? bias->data<float>() : nullptr,
-                                    bias ? bias->stride(0) : 0,
-                                    rows,
-                                    columns,
-                                    depth,
-                                    panels.data<float>(),
-                                    scratch.data<float>(),
-                                    out.data<float>(),
-                                    threads};
-  py::gil_scoped_release nogil;
-  linear_multiply_cpu(params);
+static LinearMultiplyParams product(const LinearOperand& left, const LinearOperand& right, int64_t rows,
+                                    int64_t columns, int64_t depth) {
+  LinearMultiplyParams p{};
+  p.left = left, p.right = right;
+  p.rows = rows, p.columns = columns, p.depth = depth;
+  return p;
 }
 
-static Tensor forward_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+// With what the caller of `p` left out: workspace and threads.
+static void multiply(LinearMultiplyParams p, const Tensor& out) {
+  const int64_t chunk = std::min(p.depth, CHUNK), whole = (p.columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
+  p.threads = static_cast<int>(std::min<int64_t>(torch_threads(), std::max<int64_t>(p.rows / LEAST_ROWS, 1)));
+  const Tensor panels = out.new_empty({whole * MAX_COLUMNS * chunk});
+  const Tensor scratch = out.new_empty({p.threads * TILE_ROWS * chunk});
+  p.panels = panels.data<float>();
+  p.scratch = scratch.data<float>();
+  p.out = out.data<float>();
+  py::gil_scoped_release nogil;
+  linear_multiply_cpu(p);
+}
+
+static std::array<Tensor, 2> forward_cpu(const Tensor& x, const Tensor& weight,
+                                         const std::optional<Tensor>& bias, bool gelu, bool keep) {
   const Matrix rows = matrix(x), layer = matrix(weight);
   std::vector<int64_t> shape = x.shape();
   shape.back() = layer.rows;
-  const Tensor out = x.new_empty(shape);
-  multiply(rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns, bias, out);
-  return out;
+  const Tensor out = x.new_empty(shape), kept = keep ? x.new_empty(shape) : x.new_empty({0});
+  LinearMultiplyParams p = product(rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns);
+  p.bias = bias ? bias->data<float>() : nullptr;
+  p.bias_stride = bias ? bias->stride(0) : 0;
+  p.gelu = gelu;
+  p.kept = keep ? kept.data<float>() : nullptr;
+  multiply(p, out);
+  return {out, kept};
+}
+
+// Sums of the rows of `grad` to `sums`; with `kept` what grad is before the GELU, to `slopes`, and its sums.
+static void sum(const Matrix& grad, const std::optional<Tensor>& kept, const Tensor& slopes, float* sums) {
+  LinearSumParams p{};
+  p.x = grad.by_row();
+  p.rows = grad.rows, p.columns = grad.columns;
+  p.kept = kept ? kept->data<float>() : nullptr;
+  p.slopes = slopes.data<float>();
+  p.out = sums;
+  p.threads = torch_threads();
+  py::gil_scoped_release nogil;
+  linear_sum_cpu(p);
 }
 
 static std::array<Tensor, 3> backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                          std::array<bool, 3> wanted) {
-  const Matrix slopes = matrix(grad), rows = matrix(x), layer = matrix(weight);
+                                          const std::optional<Tensor>& kept, std::array<bool, 3> wanted) {
   const auto none = [&] { return grad.new_empty({0}); }; // a new one each time: outputs must not alias
+  Matrix slopes = matrix(grad);
+  const Matrix rows = matrix(x), layer = matrix(weight);
   const std::array<Tensor, 3> found{wanted[0] ? grad.new_empty(x.shape()) : none(),
                                     wanted[1] ? grad.new_empty(weight.shape()) : none(),
                                     wanted[2] ? grad.new_empty({layer.rows}) : none()};
   const int64_t tokens = rows.rows, outputs = layer.rows, inputs = layer.columns;
-  if (wanted[0]) multiply(slopes.by_row(), layer.by_column(), tokens, inputs, outputs, {}, found[0]);
-  if (wanted[1]) multiply(slopes.by_column(), rows.by_column(), outputs, inputs, tokens, {}, found[1]);
-  if (wanted[2]) {
-    const LinearSumParams params{slopes.data(), slopes.row_stride,      slopes.column_stride, tokens,
-                                 outputs,       found[2].data<float>(), torch_threads()};
-    py::gil_scoped_release nogil;
-    linear_sum_cpu(params);
+  if (kept || wanted[2]) {
+    const Tensor before = kept ? grad.new_empty(grad.shape()) : none();
+    sum(slopes, kept, before, wanted[2] ? found[2].data<float>() : nullptr);
+    if (kept) slopes = matrix(before);
   }
+  if (wanted[0]) multiply(product(slopes.by_row(), layer.by_column(), tokens, inputs, outputs), found[0]);
+  if (wanted[1]) multiply(product(slopes.by_column(), rows.by_column(), outputs, inputs, tokens), found[1]);
   return found;
 }
 

@@ -2,6 +2,7 @@
 #include "linear/linear.h"
 
 #include "common/copy.h"
+#include "common/gelu.h"
 #include "common/lines.h"
 #include "common/multiply.h"
 #include "common/parallel.h"
@@ -49,12 +50,20 @@ static void pack(const Operand& from, int64_t first, int64_t last, int64_t begin
 // Which part of the depth is added to the result, and how it is written.
 struct Chunk {
   int64_t begin, depth;
-  bool streamed;
+  bool last, streamed;
 };
 
-// A row of sums to columns column, column + 1, ... of the result; later chunks of the depth add to it.
-static void finish(const Params& p, int64_t row, int64_t column, const Chunk& chunk, const float* sums) {
-  float* out = p.out + row * p.columns;
+static void write(float* p, vf x, int n, bool streamed) {
+  if (streamed)
+    stream(p, x);
+  else
+    store_first(p, x, n);
+}
+
+// A row of sums, with the bias or the earlier chunks of the depth, to columns column, column + 1, ...
+static void finish(const Params& p, int64_t row, int64_t column, const Chunk& chunk, float* sums) {
+  const bool activated = p.gelu && chunk.last;
+  float* const out = (p.kept ? p.kept : p.out) + row * p.columns;
   for (const int64_t end = least(column + COLUMNS, p.columns); column < end; column += W, sums += W) {
     const int n = part(end - column);
     vf x = load(sums);
@@ -62,21 +71,34 @@ static void finish(const Params& p, int64_t row, int64_t column, const Chunk& ch
       x = add(x, load(out + column, 1, n));
     else if (p.bias)
       x = add(x, load(p.bias + column * p.bias_stride, p.bias_stride, n));
-    if (chunk.streamed)
-      stream(out + column, x);
-    else
-      store_first(out + column, x, n);
+    if (activated) store(sums, x);
+    if (!activated || p.kept) write(out + column, x, n, chunk.streamed);
   }
+}
+
+// What GELU makes of the row that was finished.
+static void activate(const Params& p, int64_t row, int64_t column, const Chunk& chunk, const float* sums) {
+  float* const out = p.out + row * p.columns;
+  for (const int64_t end = least(column + COLUMNS, p.columns); column < end; column += W, sums += W)
+    write(out + column, gelu(load(sums)), part(end - column), chunk.streamed);
 }
 
 // A chunk of rows [row, end), at most TILE_ROWS.
 static void compute_rows(const Params& p, int64_t row, int64_t end, const Chunk& chunk, float* left) {
-  pack<ROWS>(p.left, row, end, chunk.begin, chunk.depth, left);
-  alignas(64) float sums[TILE_ROWS * COLUMNS];
-  for (int64_t column = 0; column < p.columns; column += COLUMNS) {
-    multiply_panels(left, panels_of(end - row, ROWS), p.panels + column * chunk.depth, chunk.depth, sums);
-    for (int64_t i = row; i < end; ++i) finish(p, i, column, chunk, sums + (i - row) * COLUMNS);
-  }
+  const int64_t depth = chunk.depth, width = p.columns;
+  pack<ROWS>(p.left, row, end, chunk.begin, depth, left);
+  alignas(64) float sums[ROWS * COLUMNS];
+  for (int64_t column = 0; column < width; column += COLUMNS)
+    for (int64_t i = row; i < end; i += ROWS) {
+      const int64_t rows = least(end - i, ROWS), columns = least(width - column, COLUMNS);
+      const int64_t place = i * width + column;
+      if (!chunk.streamed) fetch_block(p.out + place, rows, columns, width);
+      if (!chunk.streamed && p.kept) fetch_block(p.kept + place, rows, columns, width);
+      multiply_panel(left + (i - row) * depth, p.panels + column * depth, depth, sums);
+      for (int64_t r = 0; r < rows; ++r) finish(p, i + r, column, chunk, sums + r * COLUMNS);
+      if (!p.gelu || !chunk.last) continue;
+      for (int64_t r = 0; r < rows; ++r) activate(p, i + r, column, chunk, sums + r * COLUMNS);
+    }
 }
 
 static void multiply_chunk(const Params& p, const Chunk& chunk) {
@@ -96,14 +118,31 @@ static void multiply_chunk(const Params& p, const Chunk& chunk) {
 
 void linear_multiply_cpu(const Params& p) {
   const int64_t chunks = p.depth > CHUNK ? panels_of(p.depth, CHUNK) : 1;
-  const bool streamed = chunks == 1 && worth_streaming(p.out, p.rows, p.columns * sizeof(float));
+  const auto worth = [&](const float* out) {
+    return worth_streaming(out, p.rows, p.columns * sizeof(float));
+  };
+  const bool streamed = chunks == 1 && worth(p.out) && (!p.kept || worth(p.kept));
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = p.depth * i / chunks;
-    multiply_chunk(p, {begin, p.depth * (i + 1) / chunks - begin, streamed});
+    multiply_chunk(p, {begin, p.depth * (i + 1) / chunks - begin, i + 1 == chunks, streamed});
   }
 }
 
 constexpr int64_t BLOCK = 1024; // columns that are summed together: lines of memory in a row, sums in L1
+
+// Of columns from `column` on, n <= BLOCK, of a row.
+static LinearOperand slopes_of(const LinearSumParams& p, int64_t row, int64_t column, int64_t n) {
+  const LinearOperand x{p.x.x + row * p.x.lane + column * p.x.step, 0, p.x.step};
+  if (!p.kept) return x;
+  const float* kept = p.kept + row * p.columns + column;
+  float* slopes = p.slopes + row * p.columns + column;
+  for (int64_t i = 0; i < n; i += W) {
+    const int count = part(n - i);
+    store_first(slopes + i, mul(load(x.x + i * x.step, x.step, count), gelu_slope(load(kept + i, 1, count))),
+                count);
+  }
+  return {slopes, 0, 1};
+}
 
 // Columns from `column` on, n <= BLOCK of them; GROUP rows at a time, since one long chain rounds worse.
 static void sum_columns(const LinearSumParams& p, int64_t column, int64_t n) {
@@ -111,11 +150,13 @@ static void sum_columns(const LinearSumParams& p, int64_t column, int64_t n) {
   alignas(64) float sums[BLOCK], total[BLOCK] = {};
   for (int64_t begin = 0; begin < p.rows; begin += GROUP) {
     std::memset(sums, 0, sizeof sums);
-    for (int64_t row = begin; row < least(begin + GROUP, p.rows); ++row)
-      add_line(p.x + row * p.row_stride + column * p.column_stride, p.column_stride, n, sums);
+    for (int64_t row = begin; row < least(begin + GROUP, p.rows); ++row) {
+      const LinearOperand slopes = slopes_of(p, row, column, n);
+      add_line(slopes.x, slopes.step, n, sums);
+    }
     add_line(sums, 1, n, total);
   }
-  std::memcpy(p.out + column, total, n * sizeof(float));
+  if (p.out) std::memcpy(p.out + column, total, n * sizeof(float));
 }
 
 void linear_sum_cpu(const LinearSumParams& p) {

@@ -1,4 +1,4 @@
-// Dense products of fp32 matrices: y = x W^T + b, and its gradients.
+// Dense products of fp32 matrices: y = f(x W^T + b), f the identity or the exact GELU, and its gradients.
 #pragma once
 #include <cstdint>
 
@@ -20,11 +20,13 @@ struct LinearOperand {
   int64_t lane, step; // strides
 };
 
-// out [rows, columns] = left right^T + bias, contiguous.
+// out [rows, columns] = f(left right^T + bias), contiguous.
 struct LinearMultiplyParams {
   LinearOperand left, right;
   const float* bias; // may be null
   int64_t bias_stride;
+  bool gelu;
+  float* kept; // what f is of, as out; may be null
   int64_t rows, columns, depth;
   float* panels;  // workspace [columns rounded up to MAX_COLUMNS, min(depth, CHUNK)]
   float* scratch; // workspace [threads, TILE_ROWS * min(depth, CHUNK)]
@@ -32,11 +34,13 @@ struct LinearMultiplyParams {
   int threads;
 };
 
-// out [columns] = the sum over rows of x [rows, columns].
+// out [columns] = the sum over rows of x [rows, columns], or of slopes = x gelu'(kept).
 struct LinearSumParams {
-  const float* x;
-  int64_t row_stride, column_stride, rows, columns;
-  float* out;
+  LinearOperand x;
+  int64_t rows, columns;
+  const float* kept; // contiguous; may be null
+  float* slopes;     // as kept
+  float* out;        // may be null
   int threads;
 };
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels.integrations.patching import Replacement, own_forward, within
-from jepa_kernels.nn.linear import Linear
+from jepa_kernels.nn.linear import Linear, hooked
 
 EMBEDS = "patches embedded by one product over pixels read in place"
 
@@ -28,7 +28,7 @@ def against_product(conv: Any) -> str | None:
         return f"{type(conv).__name__} is no plain convolution"
     if own := own_forward(conv, type(conv).__name__):
         return f"{type(conv).__name__} {own}"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if hooked(conv):
         return f"hooks on {type(conv).__name__} would not run"
     *_, height, width = conv.kernel_size
     plain = conv.groups == 1 and set(conv.dilation) == {1} and not any(conv.padding)

@@ -6,6 +6,7 @@ Source: Assran et al., V-JEPA 2 (arXiv:2506.09985), section 3; the predictor wit
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +31,7 @@ from jepa_kernels.nn.rollout import Rollout, Seen, WindowRollout, begin
 NextState = Callable[[Tensor, Tensor], Tensor]  # (state [S, Ds], action [S, A]) -> [S, Ds]
 STEERING = "conditioning", "action_dim", "state_dim", "extrinsics_dim", "use_extrinsics", "rope", "rope_grid"
 NAME = "WorldModel"
-CPU_TURN = 16  # samples that are imagined together
+CPU_TOKENS = 2048  # about so many, of a frame of several samples, go through the predictor together
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,8 @@ class WorldModel(nn.Module):
         """
         refuse_grad(NAME)
         self._check_context(context, horizon)
-        turn = min(samples, CPU_TURN) if context.latents.is_cpu else samples
+        turns = max(1, round(samples * self.predictor.frame_tokens / CPU_TOKENS)) if context.latents.is_cpu else 1
+        turn = math.ceil(samples / turns)
         rollout = self._rollout(context, horizon, turn)
 
         def imagined(actions: Tensor) -> Tensor:

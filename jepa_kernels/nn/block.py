@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jepa_kernels.nn.attention import Attention
-from jepa_kernels.nn.linear import Linear
+from jepa_kernels.nn.linear import Linear, gelu_of
 from jepa_kernels.nn.modulation import Modulation, modulate
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
@@ -28,7 +27,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(gelu_of(self.fc1, x))
 
 
 class Block(nn.Module):

@@ -147,8 +147,11 @@ def test_on_a_cpu_samples_take_turns(monkeypatch):
     model = world()
     context, actions = seen(model, 2), chosen(model, samples=5)
     whole = imagined(model, context, actions)
-    monkeypatch.setattr("jepa_kernels.models.vjepa2_ac.CPU_TURN", 2)
+    monkeypatch.setattr("jepa_kernels.models.vjepa2_ac.CPU_TOKENS", 2 * model.predictor.frame_tokens)
+    turns, futures = [], model._futures
+    monkeypatch.setattr(model, "_futures", lambda *args: turns.append(len(args[-1])) or futures(*args))
     assert (imagined(model, context, actions) - whole).norm() <= 1e-5 * whole.norm()
+    assert turns == [3, 2]
 
 
 def test_the_cache_is_allocated_once_and_as_large_as_said(monkeypatch):

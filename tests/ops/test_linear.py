@@ -1,5 +1,6 @@
 """linear: values by hand, what is exact, when the kernel is chosen, and messages."""
 
+import math
 import warnings
 
 import pytest
@@ -27,8 +28,8 @@ def leaves_of(rows, depth, width, make=torch.randn):
     return [make(*shape).requires_grad_() for shape in ((*rows, depth), (width, depth), (width,))]
 
 
-def gradients(leaves, grad, backend="cpu"):
-    out = jk.linear(*leaves, backend=backend)
+def gradients(leaves, grad, backend="cpu", **options):
+    out = jk.linear(*leaves, backend=backend, **options)
     return out, *torch.autograd.grad(out, leaves, grad)
 
 
@@ -46,6 +47,59 @@ def test_by_hand(backend):
 def test_a_lone_row_and_no_bias(backend):
     out = jk.linear(torch.tensor([2.0, 3]), torch.tensor([[1.0, 0], [1, 1], [0, 5]]), backend=backend)
     assert out.tolist() == [2, 5, 15]
+
+
+def test_gelu_by_hand(backend):
+    """Of z = 1, -1, 0: Phi(1) = 0.841344746, the density there 0.241970725."""
+    x = torch.tensor([[1.0], [-1], [0]]).requires_grad_()
+    weight, bias = torch.tensor([[1.0]]).requires_grad_(), torch.zeros(1).requires_grad_()
+    grad = torch.tensor([[1.0], [1], [2]])
+    found = gradients([x, weight, bias], grad, backend, activation="gelu")
+    up, down = 0.841344746 + 0.241970725, 0.158655254 - 0.241970725
+    wanted = [0.841344746, -0.158655254, 0], [up, down, 2 * 0.5], [up - down], [up + down + 1]
+    for actual, values in zip(found, wanted, strict=True):
+        assert actual.flatten().tolist() == pytest.approx(values, rel=3e-7, abs=6e-8)
+
+
+def through_identity(z):
+    """gelu(z) and its slope."""
+    z = z[:, None].clone().requires_grad_()
+    out = jk.linear(z, torch.ones(1, 1), activation="gelu", backend="cpu")
+    out.sum().backward()
+    return out.detach()[:, 0], z.grad[:, 0]
+
+
+def test_gelu_is_accurate_in_the_tails_where_torchs_cancels():
+    z = torch.cat([torch.linspace(-8, 8, 20_001), torch.randn(20_000)])
+    found, slope = (x.double() for x in through_identity(z))
+    z = z.double()
+    exact = z * torch.special.log_ndtr(z).exp()
+    assert ((found - exact).abs() <= 4e-7 * exact.abs() * (1 + z.abs())).all()
+    steep = torch.special.log_ndtr(z).exp() + z * (-z * z / 2).exp() / math.tau**0.5
+    assert (slope - steep).abs().max() <= 2.5e-7
+    theirs = F.gelu(z.float()).double()
+    assert (found - exact).norm() <= 0.7 * (theirs - exact).norm()
+
+
+def test_gelu_of_what_is_huge_or_not_finite():
+    inf, nan = float("inf"), float("nan")
+    found, slope = through_identity(torch.tensor([1e30, -1e30, 13.5, -13.5, inf, nan]))
+    assert found[[0, 2, 4]].tolist() == [torch.tensor(1e30).item(), 13.5, inf]
+    assert found[1] == 0 and abs(found[3]) < 1e-38 and found[5].isnan() and slope[5].isnan()
+    assert slope[:4].tolist() == [1, 0, 1, pytest.approx(0, abs=1e-36)]
+
+
+@pytest.mark.parametrize("rows, depth, width", [(97, 129, 65), (300, 3_200, 33), (2_100, 70, 1_040)])
+def test_gelu_is_of_the_same_product_and_its_gradients_of_the_same_slopes_exactly(rows, depth, width):
+    """One chunk of the depth and three, in the cache and past it; a column is as good as alone."""
+    leaves, grad = leaves_of((rows,), depth, width), torch.randn(rows, width)
+    found = gradients(leaves, grad, activation="gelu")
+    z = jk.linear(*leaves, backend="cpu").detach()
+    out, slope = (x.view(rows, width) for x in through_identity(z.flatten()))
+    wanted = out, *gradients(leaves, grad * slope)[1:]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    with torch.no_grad():
+        assert torch.equal(jk.linear(*leaves, activation="gelu", backend="cpu"), out)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 13, 97])
@@ -148,7 +202,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(value):
 def test_gradients_that_are_not_wanted_are_empty_and_share_no_tensor():
     x, weight, grad = torch.randn(4, 6), torch.randn(3, 6), torch.randn(4, 3)
     for wanted in ([True, False, False], [False, True, False], [False, False, True]):
-        found = torch.ops.jepa_kernels.linear_backward(grad, x, weight, wanted, "cpu")
+        found = torch.ops.jepa_kernels.linear_backward(grad, x, weight, None, wanted, "cpu")
         assert [g.numel() > 0 for g in found] == wanted
         assert len({g.untyped_storage()._cdata for g in found}) == 3
 
@@ -166,6 +220,22 @@ def test_a_frozen_layer_keeps_no_activations():
             out = jk.linear(x, weight.requires_grad_(not frozen), backend="cpu")
         assert sum(kept) == most
         assert torch.allclose(torch.autograd.grad(out.sum(), x)[0], weight.sum(0).expand(64, 32), atol=1e-5)
+
+
+def test_gelu_keeps_its_argument_for_a_gradient_alone():
+    x, weight, kept = torch.randn(64, 32), torch.randn(16, 32), []
+
+    def keep(t):
+        kept.append(t.untyped_storage().nbytes())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        jk.linear(x, weight, activation="gelu", backend="cpu")
+        assert not kept
+        jk.linear(x, weight.requires_grad_(), activation="gelu", backend="cpu")
+    assert sum(kept) == x.nbytes + 4 + 64 * 16 * 4
+    made = torch.ops.jepa_kernels.linear_forward(x, weight.detach(), None, True, False, "cpu")
+    assert [t.numel() for t in made] == [64 * 16, 0]
 
 
 def test_a_layer_of_data_keeps_no_weights_which_may_change_before_backward():
@@ -264,6 +334,7 @@ BAD = [
     (dict(bias=torch.randn(8)), ValueError, "bias must have N = 4 like weight, got 8; pass one value a row of weight"),
     (dict(bias=torch.randn(4).double()), TypeError, "bias must be of dtype float32, got float64; convert"),
     (dict(bias=torch.randn(4).to("meta")), ValueError, "bias must be on cpu, got meta; move"),
+    (dict(activation="relu"), ValueError, "activation must be None or gelu, got 'relu'; apply it to the result"),
 ]
 
 

@@ -11,7 +11,9 @@ from jepa_kernels._core.case import Case
 Make = Callable[[torch.Generator], dict[str, Any]]
 
 
-def layer(*shape: int, width: int, bias: bool = True, change: Callable[[Tensor], Tensor] | None = None) -> Make:
+def layer(
+    *shape: int, width: int, bias: bool = True, change: Callable[[Tensor], Tensor] | None = None, **options: Any
+) -> Make:
     """x of `shape` and weights of the layer's initial size, N = `width`; `change` is made to a fresh x."""
 
     def make(generator: torch.Generator) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def layer(*shape: int, width: int, bias: bool = True, change: Callable[[Tensor],
         x = x if change is None else change(x)
         depth = x.shape[-1]
         weight = randn(width, depth) / max(depth, 1) ** 0.5
-        return dict(x=x, weight=weight, bias=randn(width) if bias else None)
+        return dict(x=x, weight=weight, bias=randn(width) if bias else None, **options)
 
     return make
 
@@ -48,6 +50,12 @@ def alone(inputs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], slice]]:
         yield inputs | dict(x=x[i : i + 1]), slice(i, i + 1)
 
 
+def tails(generator: torch.Generator) -> dict[str, Any]:
+    """Products down to -14 and up to 14 through an identity: both tails of the GELU."""
+    x = torch.linspace(-14, 14, 40 * 24, dtype=torch.float64).view(40, 24)
+    return dict(x=x, weight=torch.eye(24, dtype=torch.float64), bias=torch.zeros(24).double(), activation="gelu")
+
+
 EVERY, NO_BIAS = ("x", "weight", "bias"), ("x", "weight")
 DIFFERENTIABLE = (0, 1, 2)
 AUTOCAST = EVERY
@@ -69,6 +77,14 @@ CASES = (
     Case("tokens_of_slices", layer(3, 20, 80, width=24, change=lambda x: x[:, 4:, 16:56]), EVERY),
     Case("expanded_rows", layer(1, 52, width=21, change=lambda x: x.expand(29, 52)), ("weight", "bias")),
     Case("transposed_weight", transposed_weight(45, 77, width=40), EVERY),
+    Case("gelu", layer(2, 9, 12, width=7, activation="gelu"), EVERY, gradcheck=True),
+    Case("gelu_blocks", layer(130, 100, width=80, activation="gelu"), EVERY),
+    Case("gelu_deeper_than_a_chunk", layer(13, 1600, width=17, activation="gelu"), EVERY),
+    Case("gelu_no_bias", layer(3, 31, 48, width=96, bias=False, activation="gelu"), NO_BIAS),
+    Case("gelu_tails", tails, EVERY),
+    Case("gelu_frozen_weight", layer(40, 56, width=72, activation="gelu"), ("x",)),
+    Case("gelu_frozen_rows", layer(40, 56, width=72, activation="gelu"), ("weight", "bias")),
+    Case("gelu_empty_batch", layer(0, 4, 24, width=16, activation="gelu"), EVERY),
     Case("frozen_weight", layer(40, 56, width=72), ("x",)),
     Case("frozen_rows", layer(40, 56, width=72), ("weight", "bias")),
     Case("empty_batch", layer(0, 4, 24, width=16), EVERY),

@@ -5,16 +5,16 @@ from typing import Any
 from jepa_kernels.cost import Cost, nbytes
 
 
-def forward(x: Any, weight: Any, bias: Any) -> Cost:
-    """Rows and the layer read once, the result written. One product."""
-    rows = x.shape[:-1].numel()
-    return Cost(nbytes(x, weight, bias) + rows * weight.shape[0] * x.dtype.itemsize, _products(x, weight))
+def forward(x: Any, weight: Any, bias: Any, gelu: bool = False, keep: bool = False) -> Cost:
+    """Rows and the layer read once, the result written, and what GELU was of where that is kept. One product."""
+    written = (2 if keep else 1) * x.shape[:-1].numel() * weight.shape[0] * x.dtype.itemsize
+    return Cost(nbytes(x, weight, bias) + written, _products(x, weight))
 
 
-def backward(grad: Any, x: Any, weight: Any, wanted: Any) -> Cost:
-    """The gradient of the rows read; with it for the rows' own the weight, for the weight's the rows, and each written,
-    which is as large as what it is of, and a product."""
-    size, moved = x.dtype.itemsize, nbytes(grad)
+def backward(grad: Any, x: Any, weight: Any, kept: Any, wanted: Any) -> Cost:
+    """The gradient of the rows read, and what GELU was of; with it for the rows' own the weight, for the weight's the
+    rows, and each written, which is as large as what it is of, and a product."""
+    size, moved = x.dtype.itemsize, nbytes(grad, kept)
     if wanted[0]:
         moved += nbytes(weight) + x.shape.numel() * size
     if wanted[1]:

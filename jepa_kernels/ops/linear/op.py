@@ -52,13 +52,21 @@ def slower(call: tuple[Tensor, Tensor]) -> str | None:
 KERNELS = (Kernel("cpu", (torch.float32,), automatic=slower, silent=True),)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Multiply every row by a layer's weights: PyTorch's linear, with a kernel for large fp32 products on CPUs.
 
-    y = x W^T + b, accumulated in fp32
+    y = f(x W^T + b), accumulated in fp32; f is the identity or the exact GELU, f(z) = z Phi(z)
 
     x: [..., K] of one axis or more; fp32, bf16 or fp16, any strides.
     weight: [N, K]; bias: [N]; both of x's dtype, any strides. Autocast casts all three to its own.
+    activation: f, None or "gelu". Under grad what it is of is kept for backward, as by PyTorch.
 
     Returns [..., N], contiguous, in that dtype. Gradient: of all three, sums in fp32. On the kernel each row has the
     same bits whatever its neighbours, and all results the same bits on every run and for any number of threads.
@@ -69,54 +77,62 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises ValueError and TypeError for arguments that do not fit.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias)
+    _check(x, weight, bias, activation)
     backend = select(OP, KERNELS, backend, x, (x, weight))
     if backend == "reference":
-        return reference.forward(x, weight, bias)
-    return _linear(x, weight, bias, backend)
+        return reference.forward(x, weight, bias, activation)
+    gelu = activation == "gelu"
+    keep = gelu and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _linear(x, weight, bias, gelu, keep, backend)[0]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
     check_tensor(OP, "x", x, "M " * (getattr(x, "ndim", 1) - 1) + "K")
     depth, device, same = x.shape[-1], x.device, (x.dtype,)
     check_tensor(OP, "weight", weight, "N K", dtypes=same, device=device)
     if weight.shape[1] != depth:
         fail(OP, "weight", f"have K = {depth} like x", weight.shape[1], "weight is [N, K], as of torch.nn.Linear")
-    if bias is None:
-        return
-    check_tensor(OP, "bias", bias, "N", dtypes=same, device=device)
-    if bias.shape[0] != weight.shape[0]:
-        fail(OP, "bias", f"have N = {weight.shape[0]} like weight", bias.shape[0], "pass one value a row of weight")
+    if bias is not None:
+        check_tensor(OP, "bias", bias, "N", dtypes=same, device=device)
+        if bias.shape[0] != weight.shape[0]:
+            fail(OP, "bias", f"have N = {weight.shape[0]} like weight", bias.shape[0], "pass one value a row of weight")
+    if activation not in (None, "gelu"):
+        fail(OP, "activation", "be None or gelu", repr(activation), "apply it to the result")
 
 
-FORWARD = "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor"
+FORWARD = "(Tensor x, Tensor weight, Tensor? bias, bool gelu, bool keep, str backend) -> (Tensor out, Tensor kept)"
 BACKWARD = (
-    "(Tensor grad, Tensor x, Tensor weight, bool[3] wanted, str backend) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    "(Tensor grad, Tensor x, Tensor weight, Tensor? kept, bool[3] wanted, str backend)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)"
 )
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape, keep = (*x.shape[:-1], weight.shape[0]), rest[-2]
+    return x.new_empty(shape), x.new_empty(shape if keep else 0)
 
 
-def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], _: str) -> tuple[Tensor, ...]:
+def _backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, kept: Tensor | None, wanted: list[bool], _: str
+) -> tuple[Tensor, ...]:
     shapes = x.shape, weight.shape, weight.shape[:1]
     return tuple(grad.new_empty(shape if asked else (0,)) for shape, asked in zip(shapes, wanted, strict=True))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.backend = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, *_, keep, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
     if not ctx.needs_input_grad[1]:
         x = x.new_empty(1).expand(x.shape)  # a frozen layer keeps no activations: only their shape is asked for
     if not ctx.needs_input_grad[0]:
         weight = weight.new_empty(1).expand(weight.shape)  # nor a first layer its weights
-    ctx.save_for_backward(x, weight)
+    ctx.save_for_backward(x, weight, output[1] if keep else None)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    found = _backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
-    return *(g if asked else None for g, asked in zip(found, wanted, strict=True)), None
+    found = (None,) * 3 if grad is None else _backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    return *(g if asked else None for g, asked in zip(found, wanted, strict=True)), None, None, None
 
 
 _forward = define(OP, "forward", FORWARD, _fake)
