@@ -46,8 +46,9 @@ class Rope:
         frequencies: Tensor | None = None,
         angle_dtype: torch.dtype = torch.float32,
     ) -> None:
-        for name, x in (("positions", positions), ("k_positions", k_positions)):
-            _check_positions(name, x, positions)
+        _check_positions("positions", positions, positions)
+        if k_positions is not None:
+            _check_positions("k_positions", k_positions, positions)
         if pairing not in PAIRINGS:
             fail("Rope", "pairing", f"be one of {', '.join(PAIRINGS)}", repr(pairing), "leave it out for interleaved")
         if pairing == "half" and positions.shape[-1] != 1:
@@ -212,8 +213,6 @@ def turn(x: Tensor, turns: Tensor, half: bool) -> Tensor:
 
 
 def _check_positions(name: str, x: Any, positions: Tensor) -> None:
-    if x is None:
-        return
     if not isinstance(x, Tensor):
         fail("Rope", name, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if x.dim() not in (2, 3) or not 1 <= x.shape[-1] <= 3:

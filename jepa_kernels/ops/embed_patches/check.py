@@ -6,19 +6,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import FLOATING, check_tensor, fail, is_number
+from jepa_kernels._core.check import FLOATING, check_tensor, fail, is_number, sizes_of
 
 PIXELS = (*FLOATING, torch.uint8)
 PASS_STATISTICS = "pass mean and std, a number a channel in units of 0..1, ImageNet's (0.485, ...) and (0.229, ...)"
 
 
+IMAGES = sizes_of("B C H W f|uint8", "E C P Q f", "E f|None", "N E f|None")
+CLIPS = sizes_of("B C T H W f|uint8", "E C D P Q f", "E f|None", "N E f|None")
+FRAMES = sizes_of("B C H W f|uint8", "E C D P Q f", "E f|None", "N E f|None")  # images as clips of one frame
+
+
 def check_layer(op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> int:
     """The number of patches of an image or a clip."""
-    clip = getattr(pixels, "ndim", 4) == 5
+    clip, tubes = getattr(pixels, "ndim", 4) == 5, getattr(weight, "ndim", 4) == 5
+    sizes = (CLIPS if clip else FRAMES if tubes else IMAGES)(pixels, weight, bias, pos_embed)
+    count = -1 if sizes is None else _patches(op, pixels.shape, weight.shape)
+    usual = sizes is not None and sizes[-1] in (None, count)
+    return count if usual else _check_each(op, pixels, weight, bias, pos_embed, clip, clip or tubes)
+
+
+def _check_each(
+    op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, clip: bool, tubes: bool
+) -> int:
     check_tensor(op, "pixels", pixels, "B C T H W" if clip else "B C H W", dtypes=PIXELS)
     kind, shape, device = pixels.dtype, pixels.shape, pixels.device
     layer = FLOATING if kind == torch.uint8 else (kind,)
-    tubes = clip or getattr(weight, "ndim", 4) == 5
     check_tensor(op, "weight", weight, "E C Pt P P" if tubes else "E C P P", dtypes=layer, device=device)
     kernel, same = weight.shape, (weight.dtype,)
     if kernel[1] != shape[1]:

@@ -8,44 +8,47 @@ from torch import Tensor
 
 from jepa_kernels._core.check import (
     CHECK_DEVICE_VALUES,
-    FLOATING,
-    PLAIN,
-    STRIDED,
     check_number,
     check_packing,
+    check_placed,
     check_tensor,
     fail,
+    sizes_of,
 )
 from jepa_kernels._core.select import short
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
+
+DENSE = sizes_of("B H N D f", "B G M D f", "B G M D f")
+PACKED = sizes_of("N H D f", "M G D f", "M G D f", "S+1 int32", "S+1 int32")
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
     """q, k and v fit each other and their packings."""
     check_packing(op, packing)
     check_packing(op, k_packing, "k_packing")
-    if not _usual(q, k, v, 4 if packing is None else 3):
+    if not _usual(q, k, v, packing, k_packing):
         _check_each(op, q, k, v, packing is None)
-    if packing is not None:
-        _check_rows(op, "packing", "q", q, packing)
-        _check_rows(op, "packing" if k_packing is None else "k_packing", "k", k, k_packing or packing)
-    if k_packing is not None:
-        _check_pair(op, packing, k_packing)
+        if packing is not None:
+            _check_rows(op, "packing", "q", q, packing)
+            _check_rows(op, "packing" if k_packing is None else "k_packing", "k", k, k_packing or packing)
+        if k_packing is not None:
+            _check_pair(op, packing, k_packing)
 
 
-def _usual(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
-    """Plain tensors whose types, places and shapes agree: few attributes tell, and most calls end here."""
-    for x in (q, k, v):
-        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_nested or x.dim() != rank:
+def _usual(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> bool:
+    if packing is None:
+        sizes = DENSE(q, k, v)
+        if sizes is None or k_packing is not None:
             return False
-    if not ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and q.device == k.device == v.device)):
-        return False
-    queries, keys, dtype = q.shape, k.shape, q.dtype
-    width, heads = keys[-1], keys[1]
-    alike = k.dtype is dtype and v.dtype is dtype and dtype in FLOATING and keys == v.shape and queries[-1] == width
-    batched = rank == 3 or queries[0] == keys[0]
-    return alike and batched and _served(width) and heads > 0 and queries[1] % heads == 0
+        _, heads, _, width, key_heads, _ = sizes
+    else:
+        keys = packing if k_packing is None else k_packing
+        sizes = PACKED(q, k, v, packing.cu_seqlens, keys.cu_seqlens)
+        if sizes is None or sizes[0] != packing.tokens or sizes[3] != keys.tokens:
+            return False
+        _, heads, width, _, key_heads, _ = sizes
+    return _served(width) and key_heads > 0 and heads % key_heads == 0
 
 
 def _served(width: int) -> bool:
@@ -77,8 +80,7 @@ def _check_rows(op: str, argument: str, name: str, x: Tensor, packing: Packing) 
     if packing.tokens != x.shape[0]:
         remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
         fail(op, name, f"hold {packing.tokens} rows like its packing", x.shape[0], remedy)
-    if packing.cu_seqlens.device != x.device:
-        fail(op, argument, f"be on {x.device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
+    check_placed(op, argument, packing, x.device)
 
 
 def _check_pair(op: str, packing: Packing | None, k_packing: Packing) -> None:
