@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_number, check_tensor, fail
+from jepa_kernels._core.check import check_number, check_tensor, fail, sizes_of
 from jepa_kernels._core.define import define
 from jepa_kernels._core.select import FLOATS, unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
+
+# Positions of queries and of keys, and both, by the dimensions of queries and of positions.
+LOOKS = {
+    (3, 2): sizes_of("N A", "M A", "N H D f", "M G D f"),
+    (4, 2): sizes_of("N A", "M A", "B H N D f", "B G M D f"),
+    (4, 3): sizes_of("B N A", "B M A", "B H N D f", "B G M D f"),
+}
 
 
 class Rope:
@@ -163,6 +170,13 @@ def rope_of(
         if not left_out:
             fail(op, name, "be left out where positions is a Rope", "one", f"give it to Rope({name}=...)")
     return positions
+
+
+def width_of(q: Tensor, k: Tensor, positions: Tensor, k_positions: Tensor) -> int | None:
+    """Channels of a head, where the positions are of the tokens of q and of k; None where a look does not tell."""
+    look = LOOKS.get((getattr(q, "ndim", 0), positions.ndim))
+    sizes = None if look is None else look(positions, k_positions, q, k)
+    return None if sizes is None else sizes[-2]
 
 
 def patch_positions(ids: Tensor, grid: tuple[int, int, int], *, pretrained_grid: int | None = None) -> Tensor:

@@ -134,7 +134,7 @@ def select(
             _told.add((op, kernel.backend))
             log.info("%s: %s", op, kernel.backend)
         return kernel.backend
-    if not is_compiling() and not any(k.silent for k in kernels):
+    if not any([k.silent for k in kernels]) and not is_compiling():
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +71,18 @@ def _patches(op: str, shape: torch.Size, kernel: torch.Size) -> int:
     return frames // tubelet * count
 
 
-def normalisation(
-    op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[list[float], list[float]]:
+def normalisation(op: str, pixels: Tensor, mean: Any, std: Any) -> tuple[list[float], list[float]]:
     """scale and shift of each channel: (pixel / unit - mean) / std = scale * pixel + shift. None: two empty lists."""
-    if mean is None and std is None and pixels.dtype != torch.uint8:
+    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
+    if mean is None and std is None and unit == 1.0:
         return [], []
+    floats = type(mean) is type(std) is tuple and {*map(type, mean), *map(type, std)} == {float}
+    if not (floats and len(mean) == len(std) == pixels.shape[1] and min(std) > 0 and math.isfinite(sum(mean + std))):
+        _check_each_statistic(op, pixels, mean, std)
+    return [1.0 / (unit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+def _check_each_statistic(op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     for name, values, other in (("mean", mean, std), ("std", std, mean)):
         if values is None and pixels.dtype == torch.uint8:
             fail(op, name, "be given with uint8 pixels", "None", PASS_STATISTICS, TypeError)
@@ -86,8 +93,6 @@ def normalisation(
     _check_statistics(op, "std", std, pixels.shape[1])
     if min(std, default=1.0) <= 0:
         fail(op, "std", "be positive", tuple(std), "leave out channels that never vary")
-    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
-    return [1.0 / (unit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def _check_statistics(op: str, name: str, values: Sequence[float], channels: int) -> None:

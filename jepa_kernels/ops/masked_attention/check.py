@@ -16,11 +16,13 @@ from jepa_kernels._core.check import (
     sizes_of,
 )
 from jepa_kernels._core.select import short
+from jepa_kernels.ops.masked_attention.layout import views
 from jepa_kernels.packing import Packing
-from jepa_kernels.rotary import Rope
+from jepa_kernels.rotary import Rope, width_of
 
 DENSE = sizes_of("B H N D f", "B G M D f", "B G M D f")
 PACKED = sizes_of("N H D f", "M G D f", "M G D f", "S+1 int32", "S+1 int32")
+STACKED, STACKED_PACKED = sizes_of("B N 3 H D f"), sizes_of("S+1 int32", "T 3 H D f")
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
@@ -49,6 +51,20 @@ def _usual(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: 
             return False
         _, heads, width, _, key_heads, _ = sizes
     return _served(width) and key_heads > 0 and heads % key_heads == 0
+
+
+def views_of(op: str, qkv: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:
+    """q, k and v of one tensor, that fit each other and the packing."""
+    check_packing(op, packing)
+    _, tokens, heads, width = (STACKED(qkv) if packing is None else STACKED_PACKED(packing.cu_seqlens, qkv)) or (0,) * 4
+    if heads > 0 and _served(width) and (packing is None or packing.tokens == tokens):
+        return views(qkv)
+    check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
+    if qkv.shape[-3] != 3:
+        fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
+    q, k, v = views(qkv)
+    check_qkv(op, q, k, v, packing, None)
+    return q, k, v
 
 
 def _served(width: int) -> bool:
@@ -117,7 +133,7 @@ def check_options(
 
 
 def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> None:
-    if not isinstance(frame_size, Integral) or isinstance(frame_size, bool):
+    if type(frame_size) is not int and (not isinstance(frame_size, Integral) or isinstance(frame_size, bool)):
         fail(op, "frame_size", "be an int", type(frame_size).__name__, "pass the tokens of one frame", TypeError)
     if frame_size < 1:
         fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")
@@ -159,8 +175,10 @@ def _check_ranges(
 def _check_rope(op: str, rope: Any, q: Tensor, k: Tensor, dense: bool) -> None:
     if not isinstance(rope, Rope):
         fail(op, "rope", "be a Rope", type(rope).__name__, "build one with Rope(positions)", TypeError)
-    pairs = ((q, "q", rope.positions), (k, "k", rope.positions if rope.k_positions is None else rope.k_positions))
-    for x, name, positions in pairs:
+    places = rope.positions if rope.k_positions is None else rope.k_positions
+    if width_of(q, k, rope.positions, places) is not None:
+        return
+    for x, name, positions in ((q, "q", rope.positions), (k, "k", places)):
         tokens = (x.shape[0], x.shape[2])[3 - positions.dim() :] if dense else (x.shape[0],)
         if tuple(positions.shape[:-1]) != tokens:
             fail(op, "rope", f"hold positions for {name}'s tokens {tokens}", tuple(positions.shape[:-1]),

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.flops import flop_formula
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.masked_attention import limits, reference, sdpa
-from jepa_kernels.ops.masked_attention.check import check_options, check_qkv
+from jepa_kernels.ops.masked_attention.check import check_options, check_qkv, views_of
 from jepa_kernels.ops.masked_attention.layout import empty_like, empty_lse, empty_qkv, views
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
@@ -111,13 +110,7 @@ def masked_attention_qkv(
     with which autograd stacks three gradients. Other arguments, gradient and errors: as of `masked_attention`.
     """
     (qkv,) = autocast(qkv)
-    op = "masked_attention_qkv"
-    check_packing(op, packing)
-    check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
-    if qkv.shape[-3] != 3:
-        fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
-    q, k, v = views(qkv)
-    check_qkv(op, q, k, v, packing, None)
+    q, k, v = views_of("masked_attention_qkv", qkv, packing)
     return _attend(q, k, v, packing, None, frame_size, key_ranges, rope, scale, backend, qkv=qkv)[0]
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_tensor, fail, sizes_of
+from jepa_kernels._core.check import check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select, short
 from jepa_kernels.ops.rope import reference
 from jepa_kernels.ops.rope.reference import tokens_first
-from jepa_kernels.rotary import Rope, rope_of
+from jepa_kernels.rotary import Rope, rope_of, width_of
 
 OP = "rope"
 MAX_WIDTH = 256
@@ -97,18 +97,9 @@ def rope_qk(
     return tokens_first(turned), tokens_first(k_turned)
 
 
-# By the dimensions of q and of positions.
-USUAL = {
-    (3, 2): sizes_of("N A", "M A", "N H D f", "M G D f"),
-    (4, 2): sizes_of("N A", "M A", "B H N D f", "B G M D f"),
-    (4, 3): sizes_of("B N A", "B M A", "B H N D f", "B G M D f"),
-}
-
-
 def _usual(q: Tensor, k: Tensor, positions: Tensor, k_positions: Tensor) -> bool:
-    described = USUAL.get((getattr(q, "ndim", 0), positions.ndim))
-    sizes = None if described is None else described(positions, k_positions, q, k)
-    return sizes is not None and 2 * positions.shape[-1] <= sizes[-2] <= MAX_WIDTH
+    width = width_of(q, k, positions, k_positions)
+    return width is not None and 2 * positions.shape[-1] <= width <= MAX_WIDTH
 
 
 def _check_rows(op: str, name: str, x: Tensor, positions: Tensor) -> None:
