@@ -1,12 +1,14 @@
 #include "common/sizes_of.h"
 
+#include <algorithm>
 #include <array>
 #include <cctype>
 #include <sstream>
+#include <string_view>
 
 namespace jepa {
 
-constexpr std::array<const char*, 7> TYPES = {
+constexpr std::array<std::string_view, 7> TYPES = {
     {"float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8"}}; // in the order of DType
 constexpr unsigned FLOATING = 0b1111;
 constexpr int LETTERS = 26;
@@ -47,10 +49,15 @@ void SizesOf::add(Told& told, const std::string& word) {
     told.any_type = false;
     std::istringstream types(word);
     for (std::string type; std::getline(types, type, '|');) {
-      if (type == "None") told.optional = true;
-      if (type.size() == 1) told.like = type[0] - 'a';
-      for (size_t i = 0; i < TYPES.size(); ++i)
-        if (type == TYPES[i]) told.types |= 1U << i;
+      const size_t known = std::find(TYPES.begin(), TYPES.end(), type) - TYPES.begin();
+      if (known < TYPES.size())
+        told.types |= 1U << known;
+      else if (type.size() == 1 && std::islower(type[0]))
+        told.like = type[0] - 'a';
+      else if (type == "None")
+        told.optional = true;
+      else
+        throw py::value_error("sizes_of: no type is called " + type);
     }
   }
 }
@@ -80,7 +87,8 @@ bool SizesOf::fits(const Told& told, const dlpack::Tensor& t, Found& found) {
 }
 
 py::object SizesOf::sizes(const py::args& tensors) const {
-  if (tensors.size() != tensors_.size()) throw py::type_error("SizesOf: as many tensors as were told of");
+  if (tensors.size() != tensors_.size())
+    throw py::type_error("sizes_of: as many tensors must be given as were told of");
   Found found;
   for (size_t i = 0; i < tensors_.size(); ++i) {
     const py::handle tensor = PyTuple_GET_ITEM(tensors.ptr(), i);

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from jepa_kernels._core import extension
@@ -39,14 +40,14 @@ def sizes_of(*tensors: str) -> Callable[..., Any]:
     sizes (`S+1`: one more) and types are among those named, small letters being floating types. `...` is any shape; a
     size that only a tensor left out would tell is None.
 
-    Else it returns None, as while compiling and without the compiled module: then each argument is looked at, and what
-    is wrong is said, if anything is.
+    Else it returns None, as while compiling or tracing, and without the compiled module: then each argument is looked
+    at, and what is wrong is said, if anything is.
     """
     sizes: Callable[..., Any] | None = None
 
     def of(*given: Any) -> Any:
         nonlocal sizes
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or _get_tracing_state() is not None:  # sizes would be constants
             return None
         if sizes is None:
             module = extension.load()
