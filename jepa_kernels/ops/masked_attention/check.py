@@ -138,7 +138,8 @@ def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> 
     if frame_size < 1:
         fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")
     if keys is None:
-        uneven = k.shape[2] if k.shape[2] % frame_size else None
+        count = k.shape[2]
+        uneven = count if count % frame_size else None
     elif torch.compiler.is_compiling():  # compiled code never reads the lengths
         return
     else:
