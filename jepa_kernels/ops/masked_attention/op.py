@@ -132,11 +132,11 @@ def _attend(
     """(out, lse) of checked q, k and v; `qkv`: what they are views of, where one gradient is wanted."""
     if not (frame_size is None and key_ranges is None and rope is None and scale is None):
         check_options(OP, q, k, packing, k_packing, frame_size, key_ranges, rope, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lengths = _lengths(q, k, packing, k_packing)
     call = limits.Call(needs_grad, needs_lse, (q, k, v), lengths[-2:], (frame_size, key_ranges, rope))
     backend = select(OP, KERNELS, backend, q, call)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("reference", "sdpa"):
         given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
         if backend == "sdpa":
