@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import check_number, check_tensor, fail
+from jepa_kernels._core.check import check_number, check_tensor, fail, sizes_of
 from jepa_kernels._core.define import define
 from jepa_kernels._core.select import FLOATS, unavailable
 
 PAIRINGS = ("interleaved", "tiled", "half")
+
+# Positions of queries and of keys, and both, by the dimensions of queries and of positions.
+LOOKS = {
+    (3, 2): sizes_of("N A", "M A", "N H D f", "M G D f"),
+    (4, 2): sizes_of("N A", "M A", "B H N D f", "B G M D f"),
+    (4, 3): sizes_of("B N A", "B M A", "B H N D f", "B G M D f"),
+}
 
 
 class Rope:
@@ -46,8 +53,9 @@ class Rope:
         frequencies: Tensor | None = None,
         angle_dtype: torch.dtype = torch.float32,
     ) -> None:
-        for name, x in (("positions", positions), ("k_positions", k_positions)):
-            _check_positions(name, x, positions)
+        _check_positions("positions", positions, positions)
+        if k_positions is not None:
+            _check_positions("k_positions", k_positions, positions)
         if pairing not in PAIRINGS:
             fail("Rope", "pairing", f"be one of {', '.join(PAIRINGS)}", repr(pairing), "leave it out for interleaved")
         if pairing == "half" and positions.shape[-1] != 1:
@@ -164,6 +172,13 @@ def rope_of(
     return positions
 
 
+def width_of(q: Tensor, k: Tensor, positions: Tensor, k_positions: Tensor) -> int | None:
+    """Channels of a head, where the positions are of the tokens of q and of k; None where a look does not tell."""
+    look = LOOKS.get((getattr(q, "ndim", 0), positions.ndim))
+    sizes = None if look is None else look(positions, k_positions, q, k)
+    return None if sizes is None else sizes[-2]
+
+
 def patch_positions(ids: Tensor, grid: tuple[int, int, int], *, pretrained_grid: int | None = None) -> Tensor:
     """Frame, row and column of patches: int64 ids [..., K] -> float32 [..., K, 3], in patches, for `Rope`.
 
@@ -212,8 +227,6 @@ def turn(x: Tensor, turns: Tensor, half: bool) -> Tensor:
 
 
 def _check_positions(name: str, x: Any, positions: Tensor) -> None:
-    if x is None:
-        return
     if not isinstance(x, Tensor):
         fail("Rope", name, "be a tensor", type(x).__name__, "convert it with torch.as_tensor", TypeError)
     if x.dim() not in (2, 3) or not 1 <= x.shape[-1] <= 3:

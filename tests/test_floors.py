@@ -14,6 +14,7 @@ FLOORS = {
     "chunks": 1,
     "cost": 1,
     "files": 1,
+    "kept": 1,
     "lists": 1,
     "packing": 1,
     "pairs": 1,

@@ -86,6 +86,7 @@ def test_tables_are_computed_once_for_all_layers():
     "arguments, error, message",
     [
         (dict(positions=[1]), TypeError, "positions must be a tensor, got list; convert it with torch.as_tensor"),
+        (dict(positions=None), TypeError, "positions must be a tensor, got NoneType; convert it with torch.as_tensor"),
         (dict(positions=torch.zeros(3)), ValueError, r"positions must have shape .+, got \(3,\); reshape it"),
         (dict(positions=torch.zeros(3, 4)), ValueError, r"positions must have shape .+ 1 to 3 axes, got \(3, 4\)"),
         (dict(positions=torch.ones(3, 1).bool()), TypeError, "positions must be integers or floats, got torch.bool"),

@@ -2,6 +2,7 @@
 #include "common/blocks.h"
 #include "common/dispatch.h"
 #include "common/dlpack.h"
+#include "common/sizes_of.h"
 #include "common/tensor.h"
 #include "common/tensor_lists.h"
 
@@ -39,14 +40,16 @@ static py::dict build_info() {
 // The first place in [0, n) where ids leave [0, count) or do not increase within their row; -1: none.
 // Rows are those of the last dimension, or packed runs; ids past the last one are not read. ids is int64 and
 // contiguous.
-static int64_t first_bad_id(py::handle ids, int64_t count, const std::optional<Tensor>& cu) {
+static int64_t first_bad_id(py::handle ids, int64_t count, py::handle cu_seqlens) {
   const dlpack::Tensor seen = dlpack::read(ids);
   const int64_t *p = static_cast<const int64_t*>(dlpack::address_of(seen)), total = dlpack::numel_of(seen);
   const int64_t length = seen.dims ? seen.shape[seen.dims - 1] : 1;
-  const Runs runs(cu, total);
-  const int64_t rows = cu ? runs.count() : total / std::max<int64_t>(length, 1);
+  const bool packed = !cu_seqlens.is_none();
+  const Runs runs(packed ? std::optional(Tensor::from(cu_seqlens)) : std::nullopt, total);
+  const int64_t rows = packed ? runs.count() : total / std::max<int64_t>(length, 1);
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t begin = cu ? runs.starts()[r] : r * length, end = begin + (cu ? runs.length(r) : length);
+    const int64_t begin = packed ? runs.starts()[r] : r * length,
+                  end = begin + (packed ? runs.length(r) : length);
     int64_t before = -1;
     for (int64_t i = begin; i < end; ++i) {
       if (p[i] <= before || p[i] >= count) return i;
@@ -70,6 +73,9 @@ void bind_common(py::module_& m) {
       .def("holds", &TensorLists::holds, py::arg("lists"));
   m.def("read_lists", &TensorLists::read, py::arg("lists"), py::arg("plain"));
   m.def("first_bad_id", &first_bad_id);
+  m.def("sizes_of", [](const std::vector<std::string>& tensors) {
+    return py::cpp_function([of = SizesOf(tensors)](const py::args& given) { return of.sizes(given); });
+  });
   m.def("block_bytes", [] {
     const BlockBytes found = block_bytes();
     return py::dict(py::arg("held") = found.held, py::arg("most_held") = found.most_held,

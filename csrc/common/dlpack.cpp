@@ -28,8 +28,25 @@ Tensor read(py::handle tensor) {
   return found;
 }
 
+bool is_plain(py::handle object) {
+  static const py::handle tensor = py::object(py::module_::import("torch").attr("Tensor")).release();
+  static const py::handle parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release();
+  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
+  return type == tensor.ptr() || type == parameter.ptr();
+}
+
 int64_t numel_of(const Tensor& t) {
   return std::accumulate(t.shape, t.shape + t.dims, int64_t{1}, std::multiplies<>());
+}
+
+bool is_contiguous(const Tensor& t) {
+  int64_t expected = 1;
+  for (int d = t.dims - 1; d >= 0; --d) {
+    if (t.shape[d] == 0) return true;
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
 }
 
 struct Kind {

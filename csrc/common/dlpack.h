@@ -8,7 +8,7 @@
 
 namespace jepa::dlpack {
 
-enum Device : int32_t { CPU = 1 };
+enum Device : int32_t { CPU = 1, CUDA = 2 };
 enum Code : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4 };
 
 struct Tensor {
@@ -43,8 +43,12 @@ const Exchange& exchange();
 // What a torch tensor is, in a tenth of the time that its attributes take; throws what torch raises.
 Tensor read(pybind11::handle tensor);
 
+// Of torch.Tensor or Parameter itself: another class may be more than what is read of it.
+bool is_plain(pybind11::handle object);
+
 inline void* address_of(const Tensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
 int64_t numel_of(const Tensor& t);
+bool is_contiguous(const Tensor& t);
 DType dtype_of(const Tensor& t);
 void set_dtype(Tensor& t, DType type);
 

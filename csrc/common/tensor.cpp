@@ -94,6 +94,7 @@ Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {
     throw py::type_error("jepa_kernels: cu_seqlens must be int32 [S + 1], got " +
                          py::repr(cu_seqlens->obj.attr("dtype")).cast<std::string>() + " with " +
                          std::to_string(cu_seqlens->dim()) + " dimensions; build a Packing");
+  starts_.reserve(cu_seqlens->size(0));
   starts_.push_back(0);
   for (int64_t s = 1; s < cu_seqlens->size(0); ++s) {
     const int64_t end = cu_seqlens->data<const int32_t>()[s * cu_seqlens->stride(0)];

@@ -6,23 +6,6 @@
 
 namespace jepa {
 
-static bool contiguous(const dlpack::Tensor& t) {
-  int64_t expected = 1;
-  for (int d = t.dims - 1; d >= 0; --d) {
-    if (t.shape[d] == 0) return true;
-    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
-    expected *= t.shape[d];
-  }
-  return true;
-}
-
-static bool is_plain(py::handle object) {
-  static const py::handle tensor = py::object(py::module_::import("torch").attr("Tensor")).release();
-  static const py::handle parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release();
-  const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  return type == tensor.ptr() || type == parameter.ptr();
-}
-
 static size_t count_of_facts(const dlpack::Tensor& t, bool dense) {
   return 4 + static_cast<size_t>(t.dims) * (dense ? 1 : 2);
 }
@@ -40,42 +23,50 @@ static void write_facts(const dlpack::Tensor& t, bool dense, int64_t* fact) {
 bool TensorLists::add(py::handle object) {
   dlpack::Tensor t;
   if (dlpack::exchange().read(object.ptr(), &t)) return false;
-  lists_.back().push_back({dlpack::address_of(t), dlpack::numel_of(t), dlpack::dtype_of(t)});
-  const bool dense = contiguous(t);
+  entries_.push_back({dlpack::address_of(t), dlpack::numel_of(t), dlpack::dtype_of(t)});
+  const bool dense = dlpack::is_contiguous(t);
   const size_t begin = facts_.size();
   facts_.resize(begin + count_of_facts(t, dense)); // one growth for a tensor
   write_facts(t, dense, facts_.data() + begin);
   return true;
 }
 
-static py::object items_of(const py::object& list) {
-  const auto items =
-      py::reinterpret_steal<py::object>(PySequence_Fast(list.ptr(), "lists must be lists or tuples"));
-  if (!items) throw py::error_already_set();
-  return items;
-}
+// What a list or a tuple holds; it must stay.
+struct Items {
+  explicit Items(py::handle list)
+      : list(
+            py::reinterpret_steal<py::object>(PySequence_Fast(list.ptr(), "lists must be lists or tuples"))) {
+    if (!this->list) throw py::error_already_set();
+  }
+  PyObject** begin() const { return PySequence_Fast_ITEMS(list.ptr()); }
+  PyObject** end() const { return begin() + count(); }
+  int64_t count() const { return PySequence_Fast_GET_SIZE(list.ptr()); }
 
-std::optional<TensorLists> TensorLists::read(const std::vector<py::object>& lists, bool plain) {
+  py::object list;
+};
+
+std::optional<TensorLists> TensorLists::read(const py::object& lists, bool plain) {
   TensorLists found;
-  for (const py::object& list : lists) {
-    const py::object items = items_of(list);
-    const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
-    found.facts_.push_back(static_cast<int64_t>(count));
-    found.facts_.reserve(found.facts_.size() + count * 6);
-    found.lists_.emplace_back().reserve(count);
-    for (size_t i = 0; i < count; ++i) {
-      const py::handle tensor = PySequence_Fast_GET_ITEM(items.ptr(), i);
-      if (plain && !is_plain(tensor)) return {};
+  const Items all(lists);
+  found.ends_.reserve(all.count());
+  found.entries_.reserve(all.count());
+  found.facts_.reserve(all.count() * 8); // of a tensor each; more double it
+  for (const py::handle list : all) {
+    const Items items(list);
+    found.facts_.push_back(items.count());
+    for (const py::handle tensor : items) {
+      if (plain && !dlpack::is_plain(tensor)) return {};
       if (found.add(tensor)) continue;
       if (!plain) throw py::error_already_set();
       PyErr_Clear();
       return {};
     }
+    found.ends_.push_back(found.entries_.size());
   }
   return found;
 }
 
-bool TensorLists::holds(const std::vector<py::object>& lists) const {
+bool TensorLists::holds(const py::object& lists) const {
   std::vector<int64_t> now;
   size_t at = 0;
   const auto same = [&](const int64_t* facts, size_t count) {
@@ -83,19 +74,18 @@ bool TensorLists::holds(const std::vector<py::object>& lists) const {
     at += count;
     return found;
   };
-  for (const py::object& list : lists) {
-    const py::object items = items_of(list);
-    const int64_t count = PySequence_Fast_GET_SIZE(items.ptr());
+  for (const py::handle list : Items(lists)) {
+    const Items items(list);
+    const int64_t count = items.count();
     if (!same(&count, 1)) return false;
-    for (int64_t i = 0; i < count; ++i) {
-      const py::handle tensor = PySequence_Fast_GET_ITEM(items.ptr(), i);
+    for (const py::handle tensor : items) {
       dlpack::Tensor t;
-      if (!is_plain(tensor)) return false;
+      if (!dlpack::is_plain(tensor)) return false;
       if (dlpack::exchange().read(tensor.ptr(), &t)) {
         PyErr_Clear();
         return false;
       }
-      const bool dense = contiguous(t);
+      const bool dense = dlpack::is_contiguous(t);
       const size_t facts = count_of_facts(t, dense);
       if (now.size() < facts) now.resize(facts);
       write_facts(t, dense, now.data());
@@ -108,7 +98,7 @@ bool TensorLists::holds(const std::vector<py::object>& lists) const {
 // Of the first tensors alone: equality reads the rest.
 size_t TensorLists::hash() const {
   size_t mixed = facts_.size();
-  const size_t n = std::min<size_t>(facts_.size(), 64);
+  const size_t n = std::min<size_t>(facts_.size(), 16);
   for (size_t i = 0; i < n; ++i) mixed = (mixed ^ static_cast<size_t>(facts_[i])) * 0x9E3779B97F4A7C15u;
   return mixed ^ mixed >> 29;
 }

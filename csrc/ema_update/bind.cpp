@@ -18,7 +18,7 @@ static std::vector<EmaTensor> rows_of(const TensorLists& lists) {
   std::vector<EmaTensor> rows;
   rows.reserve(lists[0].size());
   for (size_t i = 0; i < lists[0].size(); ++i) {
-    const auto &t = lists[0][i], &o = lists[1].at(i);
+    const auto &t = lists[0].at(i), &o = lists[1].at(i);
     rows.push_back({static_cast<float*>(t.address), o.address, nullptr, t.numel, o.dtype, DType::f32});
     if (lists[2].empty()) continue;
     const auto& s = lists[2].at(i);

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from jepa_kernels._core import extension, triton
 
@@ -117,7 +118,7 @@ def select(
         raise Explained([*rows, ("reference", None, None)], wanted)
     if wanted is not None:
         return _named(op, kernels, wanted, device_type, dtype, call)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_dynamo_compiling()
     key = (op, device_type, dtype)
     able = None if compiling else _ready.get(key)  # availability does not change within a process
     if able is None:
@@ -133,7 +134,7 @@ def select(
             _told.add((op, kernel.backend))
             log.info("%s: %s", op, kernel.backend)
         return kernel.backend
-    if not compiling and not any(k.silent for k in kernels):
+    if not any([k.silent for k in kernels]) and not is_compiling():
         _tell_reference(op, kernels, device_type, dtype, call)
     return "reference"
 

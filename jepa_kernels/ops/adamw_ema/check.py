@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from jepa_kernels._core.check import CHECK_DEVICE_VALUES, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
@@ -50,21 +51,22 @@ STATE = ("exp_avgs", "exp_avg_sqs", "steps")
 OPTIONAL = ("targets", "online_shadow", "target_shadow")
 
 
+ALL_LISTS = [list] * len(Lists._fields)
 _passed = Passed()
 
 
-def check_call(**given: Any) -> tuple[Checked, Any]:
+def check_call(given: dict[str, Any]) -> tuple[Checked, Any]:
     """`checked` and `check_overlap`, and what `chunks.read` told of lists of plain tensors, none of which is missing.
 
     Those that passed before and lie as they lay pass at once.
     """
-    lists = {k: [] if v is None and k in OPTIONAL else v for k, v in given.items()}
-    usual = not torch.compiler.is_compiling() and {*map(type, lists.values())} == {list}
-    known = read(list(lists.values()), plain=True) if usual else None
+    values = [*given.values()]
+    usual = [*map(type, values)] == ALL_LISTS and not is_compiling()
+    known = read(values, plain=True) if usual else None
     if known in _passed:
-        return lists, known
+        return given, known
     lists = checked(**given)
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         check_overlap(lists)
     _passed.add(known)
     return lists, known
@@ -81,7 +83,7 @@ def checked(names: Sequence[str] | None = None, **given: Any) -> Checked:
     for k, v in lists.items():
         if len(v) != count and (v or k not in OPTIONAL):
             fail(OP, k, f"hold {count} tensors", len(v), _unpaired(k, len(v), count, names))
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         for role in [k for k in lists if k not in ("params", "steps") and lists[k]]:
             _check_placed(role, given[role], given["params"], names)
     for i in range(count):
@@ -169,13 +171,17 @@ def _singular(role: str) -> str:
 
 def check_options(options: Options, device: torch.device | None) -> None:
     """lr and weight_decay at least 0, momentum in [0, 1], betas in [0, 1), eps at least 0; NaN is none of these."""
-    _check_scalar("lr", options.lr, device, "be at least 0", "1e-3 is usual")
-    _check_scalar("weight_decay", options.weight_decay, device, "be at least 0", "0.04 to 0.4 is usual")
-    _check_scalar("momentum", options.momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
-    _check_scalar("eps", options.eps, None, "be at least 0", "1e-8 is usual")
-    betas = options.betas
-    floats = type(betas) is tuple and [*map(type, betas)] == [float, float]
-    if floats and 0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0:
+    lr, weight_decay, momentum, betas, eps, _ = options
+    floats = type(lr) is type(weight_decay) is type(momentum) is type(eps) is float
+    if not (
+        floats and 0.0 <= lr <= 1.0 and 0.0 <= weight_decay <= 1.0 and 0.0 <= momentum <= 1.0 and 0.0 <= eps <= 1.0
+    ):
+        _check_scalar("lr", lr, device, "be at least 0", "1e-3 is usual")
+        _check_scalar("weight_decay", weight_decay, device, "be at least 0", "0.04 to 0.4 is usual")
+        _check_scalar("momentum", momentum, device, "lie in [0, 1]", "0.996 to 1 is usual")
+        _check_scalar("eps", eps, None, "be at least 0", "1e-8 is usual")
+    pair = type(betas) is tuple and len(betas) == 2 and type(betas[0]) is type(betas[1]) is float
+    if pair and 0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0:
         return
     if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(b) for b in betas):
         fail(OP, "betas", "be two numbers", repr(betas), "(0.9, 0.999) is usual", TypeError)
@@ -186,8 +192,6 @@ def check_options(options: Options, device: torch.device | None) -> None:
 def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted: str, remedy: str) -> None:
     """A number, or a 0-dim tensor on the device or the CPU. One on the device is read under JEPA_KERNELS_CHECK=1 alone:
     that waits for it."""
-    if type(value) is float and 0.0 <= value <= 1.0:  # most calls end here
-        return
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dim() > 1 or value.dtype not in SCALARS:
             actual = f"{short(value.dtype)} {tuple(value.shape)}"
@@ -195,7 +199,7 @@ def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted
             fail(OP, argument, kinds, actual, "pass torch.tensor(x)", TypeError)
         if value.device.type != "cpu" and device not in (None, value.device):
             fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
-        if torch.compiler.is_compiling() or value.is_meta or not (value.is_cpu or CHECK_DEVICE_VALUES):
+        if is_compiling() or value.is_meta or not (value.is_cpu or CHECK_DEVICE_VALUES):
             return
         value = value.item()
     _check_range(argument, value, wanted, remedy)

@@ -74,11 +74,13 @@ def adamw_ema(
     No gradient. Raises ValueError and TypeError, naming the tensor, before the first write.
     Source: AdamW (arXiv:1711.05101) algorithm 2; I-JEPA (arXiv:2301.08243) section 3.
     """
-    given: dict[str, Any] = dict(
-        params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps, targets=targets,
-        online_shadow=online_shadow, target_shadow=target_shadow,
-    )  # fmt: skip
-    tensors, known = check_call(**given)
+    given: dict[str, Any] = {
+        "params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps,
+        "targets": [] if targets is None else targets,
+        "online_shadow": [] if online_shadow is None else online_shadow,
+        "target_shadow": [] if target_shadow is None else target_shadow,
+    }  # fmt: skip
+    tensors, known = check_call(given)
     options = Options(lr, weight_decay, momentum, betas, eps, maximize)
     device = tensors["params"][0].device if tensors["params"] else None  # type: ignore[union-attr]
     check_options(options, device)

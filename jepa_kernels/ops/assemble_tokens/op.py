@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import INT64, check_ids, check_packing, check_tensor, fail
+from jepa_kernels._core.check import INT64, check_ids, check_packing, check_placed, check_tensor, fail, sizes_of
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.assemble_tokens import reference
@@ -67,6 +67,19 @@ def assemble_tokens(
     return _assemble(context, mask_token, context_ids, target_ids, pos_embed, *boundaries, rows, backend)
 
 
+RECTANGULAR = sizes_of(
+    "C K E f", "G E f|float32", "N E f|float32|None", "C K int64|None contiguous", "S L int64 contiguous"
+)
+PACKED = sizes_of(
+    *("T E f", "G E f|float32", "N E f|float32|None", "T int64|None contiguous", "L int64|None contiguous"),
+    *("C+1 int32", "S+1 int32", "S+1 int32"),
+)
+
+
+# The numbers of contexts, of sequences, of mask tokens and of positions, and the result's dimensions before E.
+Sizes = tuple[int, int, int, int, list[int]]
+
+
 def _check(
     context: Tensor,
     mask_token: Tensor,
@@ -77,35 +90,72 @@ def _check(
 ) -> list[int]:
     """The dimensions of the result before E."""
     _check_given(packings)
+    given = context, mask_token, context_ids, target_ids, pos_embed, packings
+    contexts, sequences, groups, count, rows = _usual(*given) or _check_each(*given)
+    if sequences % contexts if contexts else sequences:
+        name = "target_ids" if packings[0] is None else "target_packing"
+        remedy = "order sequences mask-major: s = mask * Sc + c"
+        fail(OP, name, f"hold a multiple of the {contexts} contexts", sequences, remedy)
+    if groups == 0 or sequences % groups:
+        fail(OP, "mask_token", f"hold a divisor of the {sequences} sequences", groups, "pass [1, E], or one a mask")
+    if pos_embed is not None:
+        if pos_embed.requires_grad:
+            fail(OP, "pos_embed", "be frozen", "requires_grad=True", "detach it: positions get no gradient here")
+        contexts_of, targets_of, _ = packings
+        own = None if contexts_of is None else contexts_of.cu_seqlens
+        other = None if targets_of is None else targets_of.cu_seqlens
+        check_ids(OP, context_ids, count, own, "context_ids")  # type: ignore[arg-type]
+        check_ids(OP, target_ids, count, other, "target_ids")  # type: ignore[arg-type]
+    return rows
+
+
+def _usual(
+    context: Tensor, mask_token: Tensor, context_ids: Any, target_ids: Any, pos_embed: Any, packings: Any
+) -> Sizes | None:
+    if pos_embed is not None and (context_ids is None or target_ids is None):
+        return None
+    contexts, targets, packing = packings
+    own, other = (None, None) if pos_embed is None else (context_ids, target_ids)  # read for positions alone
+    if packing is None:
+        sizes = RECTANGULAR(context, mask_token, pos_embed, own, target_ids)
+        if sizes is None:
+            return None
+        count, kept, _, groups, positions, sequences, places = sizes
+        return count, sequences, groups, positions, [sequences, kept + places]
+    boundaries = contexts.cu_seqlens, targets.cu_seqlens, packing.cu_seqlens
+    sizes = PACKED(context, mask_token, pos_embed, own, other, *boundaries)
+    if sizes is None:
+        return None
+    tokens, _, groups, positions, places, count, sequences = sizes
+    if tokens != contexts.tokens or places not in (None, targets.tokens):
+        return None
+    _check_lengths(contexts.lengths, targets.lengths, packing.lengths)
+    return count, sequences, groups, positions, [packing.tokens]
+
+
+def _check_each(
+    context: Tensor, mask_token: Tensor, context_ids: Any, target_ids: Any, pos_embed: Any, packings: Any
+) -> Sizes:
     packed = packings[0] is not None
     check_tensor(OP, "context", context, "T E" if packed else "S K E")
     _check_table("mask_token", mask_token, "G E", context)
     sizes = _packed_sizes(context, *packings) if packed else _rectangular_sizes(context, target_ids)
     contexts, sequences, targets, rows = sizes
-    if sequences % contexts if contexts else sequences:
-        name = "target_packing" if packed else "target_ids"
-        remedy = "order sequences mask-major: s = mask * Sc + c"
-        fail(OP, name, f"hold a multiple of the {contexts} contexts", sequences, remedy)
-    groups = mask_token.shape[0]
-    if groups == 0 or sequences % groups:
-        fail(OP, "mask_token", f"hold a divisor of the {sequences} sequences", groups, "pass [1, E], or one a mask")
     if pos_embed is not None:
         _check_table("pos_embed", pos_embed, "N E", context)
-        if pos_embed.requires_grad:
-            fail(OP, "pos_embed", "be frozen", "requires_grad=True", "detach it: positions get no gradient here")
-        _check_positions("context_ids", context_ids, tuple(context.shape)[:-1], pos_embed, packings[0])
-        _check_positions("target_ids", target_ids, targets, pos_embed, packings[1])
-    return rows
+        _check_positions("context_ids", context_ids, tuple(context.shape)[:-1], packings[0], context.device)
+        _check_positions("target_ids", target_ids, targets, packings[1], context.device)
+    return contexts, sequences, mask_token.shape[0], 0 if pos_embed is None else pos_embed.shape[0], rows
 
 
 def _check_given(packings: Packings) -> None:
-    if packings == (None, None, None):
+    if packings[0] is packings[1] is packings[2] is None:
         return
-    names = ("context_packing", "target_packing", "packing")
-    for name, packing in zip(names, packings, strict=True):
-        check_packing(OP, packing, name)
+    check_packing(OP, packings[0], "context_packing")
+    check_packing(OP, packings[1], "target_packing")
+    check_packing(OP, packings[2])
     if None in packings:
-        missing = names[packings.index(None)]
+        missing = ("context_packing", "target_packing", "packing")[packings.index(None)]
         fail(OP, missing, "be given with the other packings", "None", "pass all three or none", TypeError)
 
 
@@ -118,12 +168,8 @@ def _check_table(name: str, table: Tensor, shape: str, context: Tensor) -> None:
         fail(OP, name, f"have {context.shape[-1]} channels like context", table.shape[1], remedy)
 
 
-Sizes = tuple[
-    int, int, tuple[int, ...], list[int]
-]  # contexts, sequences, shapes of target_ids and of the result's rows
-
-
-def _rectangular_sizes(context: Tensor, target_ids: Tensor | None) -> Sizes:
+def _rectangular_sizes(context: Tensor, target_ids: Tensor | None) -> tuple[Any, ...]:
+    """Contexts, sequences, shapes of target_ids and of the result's rows."""
     if target_ids is None:
         fail(OP, "target_ids", "be given without packings", "None", "pass the places [S, K] of the targets", TypeError)
     check_tensor(OP, "target_ids", target_ids, "S K", dtypes=INT64, device=context.device)
@@ -131,12 +177,12 @@ def _rectangular_sizes(context: Tensor, target_ids: Tensor | None) -> Sizes:
     return context.shape[0], sequences, (sequences, places), [sequences, context.shape[1] + places]
 
 
-def _packed_sizes(context: Tensor, contexts: Any, targets: Any, packing: Any) -> Sizes:
+def _packed_sizes(context: Tensor, contexts: Any, targets: Any, packing: Any) -> tuple[Any, ...]:
+    """As `_rectangular_sizes`."""
     device, rows, sequences = context.device, context.shape[0], targets.sequences
     named = (("context_packing", contexts), ("target_packing", targets), ("packing", packing))
     for name, p in named:
-        if p.cu_seqlens.device != device:
-            fail(OP, name, f"be on {device}", p.cu_seqlens.device, "build it there, or use .to(device)")
+        check_placed(OP, name, p, device)
     if rows != contexts.tokens:
         remedy = "pack it with the same lengths"
         fail(OP, "context", f"hold context_packing.tokens = {contexts.tokens} rows", rows, remedy)
@@ -150,7 +196,7 @@ def _packed_sizes(context: Tensor, contexts: Any, targets: Any, packing: Any) ->
 
 def _check_lengths(contexts: tuple[int, ...], targets: tuple[int, ...], assembled: tuple[int, ...]) -> None:
     """Read on the host, where packings keep them."""
-    masks = len(targets) // max(len(contexts), 1)
+    masks = len(targets) // len(contexts) if contexts else 0
     wanted = tuple(map(add, contexts * masks, targets))
     if len(wanted) == len(targets) and assembled != wanted:
         s = next(i for i, (a, b) in enumerate(zip(assembled, wanted, strict=True)) if a != b)
@@ -159,16 +205,15 @@ def _check_lengths(contexts: tuple[int, ...], targets: tuple[int, ...], assemble
 
 
 def _check_positions(
-    name: str, ids: Tensor | None, shape: tuple[int, ...], pos_embed: Tensor, packing: Packing | None
+    name: str, ids: Tensor | None, shape: tuple[int, ...], packing: Packing | None, device: torch.device
 ) -> None:
     if ids is None:
         fail(OP, name, "be given with pos_embed", "None", "pass the patch index of every token", TypeError)
-    check_tensor(OP, name, ids, "S K" if packing is None else "T", dtypes=INT64, device=pos_embed.device)
+    check_tensor(OP, name, ids, "S K" if packing is None else "T", dtypes=INT64, device=device)
     if ids.shape != shape:
         fail(OP, name, f"have shape {shape}", tuple(ids.shape), "pass the patch index of every token")
     if not ids.is_contiguous():
         fail(OP, name, "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    check_ids(OP, ids, pos_embed.shape[0], None if packing is None else packing.cu_seqlens, name)
 
 
 FORWARD = (

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import INT64, check_ids, check_number, check_packing, check_tensor, fail
+from jepa_kernels._core.check import (
+    INT64,
+    check_ids,
+    check_number,
+    check_packing,
+    check_placed,
+    check_tensor,
+    fail,
+    sizes_of,
+)
 from jepa_kernels._core.define import define
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.distance_weights import reference
@@ -19,6 +28,7 @@ WEIGHTS = (torch.float32,)
 KERNELS = (Kernel("triton", WEIGHTS), Kernel("cpu", WEIGHTS))
 
 MAX_SIDE = 1024  # squared distances are whole fp32 numbers
+GRID, ONE_FRAME = f"be (Gt, Gh, Gw), each 1 to {MAX_SIDE}", "an image has one frame: (1, Gh, Gw)"
 
 
 def distance_weights(
@@ -49,38 +59,59 @@ def distance_weights(
     Raises ValueError and TypeError for arguments that do not fit.
     Source: V-JEPA 2.1 (arXiv:2603.14482), the dense loss.
     """
-    _check(context_ids, target_ids, grid, scale)
-    _check_sequences(context_ids, target_ids, packing, target_packing)
+    _check(context_ids, target_ids, packing, target_packing)
+    _check_options(grid, scale)
     frames, height, width = grid = (int(grid[0]), int(grid[1]), int(grid[2]))
-    for name, ids, p in (("context_ids", context_ids, packing), ("target_ids", target_ids, target_packing)):
-        check_ids(OP, ids, frames * height * width, None if p is None else p.cu_seqlens, name)
+    own = None if packing is None else packing.cu_seqlens
+    other = None if target_packing is None else target_packing.cu_seqlens
+    check_ids(OP, context_ids, frames * height * width, own, "context_ids")
+    check_ids(OP, target_ids, frames * height * width, other, "target_ids")
     backend = select(OP, KERNELS, backend, context_ids, dtype=torch.float32)
     if backend == "reference":
         named = dict(packing=packing, target_packing=target_packing)
         return reference.forward(context_ids, target_ids, grid, **named, scale=scale)
-    boundaries = (None if p is None else p.cu_seqlens for p in (packing, target_packing))
-    return _forward(context_ids, target_ids, *boundaries, *grid, scale, backend)
+    return _forward(context_ids, target_ids, own, other, *grid, scale, backend)
 
 
-def _check(context_ids: Tensor, target_ids: Tensor, grid: Any, scale: float) -> None:
+DENSE = sizes_of("M K int64 contiguous", "M L int64 contiguous")
+PACKED = sizes_of("T int64 contiguous", "L int64 contiguous", "S+1 int32", "S+1 int32")
+
+
+def _check(context_ids: Tensor, target_ids: Tensor, packing: Packing | None, target_packing: Packing | None) -> None:
+    check_packing(OP, packing)
+    check_packing(OP, target_packing, "target_packing")
+    if packing is None or target_packing is None:
+        usual = packing is target_packing and DENSE(context_ids, target_ids) is not None
+    else:
+        sizes = PACKED(context_ids, target_ids, packing.cu_seqlens, target_packing.cu_seqlens)
+        usual = sizes is not None and sizes[:2] == (packing.tokens, target_packing.tokens)
+    if not usual:
+        _check_ids_each(context_ids, target_ids)
+        _check_sequences(context_ids, target_ids, packing, target_packing)
+
+
+def _check_ids_each(context_ids: Tensor, target_ids: Tensor) -> None:
     for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
         shape = "T" if isinstance(ids, Tensor) and ids.dim() == 1 else "M K"
         check_tensor(OP, name, ids, shape, dtypes=INT64, device=getattr(context_ids, "device", None))
         if not ids.is_contiguous():
             fail(OP, name, "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    requirement, remedy = f"be (Gt, Gh, Gw), each 1 to {MAX_SIDE}", "an image has one frame: (1, Gh, Gw)"
+
+
+def _check_options(grid: Any, scale: float) -> None:
     if not isinstance(grid, (tuple, list)):
-        fail(OP, "grid", requirement, type(grid).__name__, remedy, TypeError)
-    if len(grid) != 3 or not all(_is_side(n) for n in grid):
-        fail(OP, "grid", requirement, grid, remedy)
+        fail(OP, "grid", GRID, type(grid).__name__, ONE_FRAME, TypeError)
+    if len(grid) != 3 or not (_is_side(grid[0]) and _is_side(grid[1]) and _is_side(grid[2])):
+        fail(OP, "grid", GRID, grid, ONE_FRAME)
     check_number(OP, "scale", scale)
     if not 0 < scale < math.inf:
         fail(OP, "scale", "be greater than 0 and finite", scale, "leave it out for distances in patches")
 
 
 def _is_side(n: Any) -> bool:
-    whole = type(n) is int or (isinstance(n, Integral) and not isinstance(n, bool))
-    return whole and 1 <= int(n) <= MAX_SIDE
+    if type(n) is int:
+        return 1 <= n <= MAX_SIDE
+    return isinstance(n, Integral) and not isinstance(n, bool) and 1 <= int(n) <= MAX_SIDE
 
 
 def _check_sequences(
@@ -90,7 +121,6 @@ def _check_sequences(
     named = (("packing", context_ids, packing), ("target_packing", target_ids, target_packing))
     for (name, ids, p), other in zip(named, ("target_packing", "packing"), strict=True):
         ids_name = "context_ids" if name == "packing" else "target_ids"
-        check_packing(OP, p, name)
         if p is None and ids.dim() == 1:
             fail(
                 OP, name, f"be given with {ids_name} [T]", "None", f"pass it, or rows [M, K] without {other}", TypeError
@@ -101,8 +131,7 @@ def _check_sequences(
         if ids.dim() != 1 or p.tokens != len(ids):
             actual, remedy = tuple(ids.shape), "pack ids with the same lengths"
             fail(OP, ids_name, f"have shape ({p.tokens},) like {name}.tokens", actual, remedy)
-        if p.cu_seqlens.device != ids.device:
-            fail(OP, name, f"be on {ids.device}", p.cu_seqlens.device, "build it there, or use .to(device)")
+        check_placed(OP, name, p, ids.device)
         sequences.append(p.sequences)
     if (packing is None) != (target_packing is None):
         missing = "packing" if packing is None else "target_packing"

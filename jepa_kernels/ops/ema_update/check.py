@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from jepa_kernels._core.check import CHECK_DEVICE_VALUES, PLAIN, fail, is_number
 from jepa_kernels._core.select import FLOATS, short
@@ -41,12 +42,13 @@ class Checked(NamedTuple):
 
 def check(sources: Sources) -> Checked:
     """The lists of these modules or lists; raises the error that names the first tensor at fault."""
-    given = tuple([_listed(source, role) for source, role in zip(sources, ROLES, strict=True)])
+    target, online, shadow = sources
+    given = _listed(target, "target"), _listed(online, "online"), _listed(shadow, "shadow")
     _check_lengths(sources, given)
     if given[2] and any(s is None for s in given[2]):
         given[2][:] = [t.new_empty(0) if s is None else s for t, s in zip(given[0], given[2], strict=True)]
     checked = reread(given)
-    if not torch.compiler.is_compiling() and checked.local is not checked.given:
+    if not is_compiling() and checked.local is not checked.given:
         check_sharding(OP, given, partial(names, sources, given))
     if checked.known in _passed:
         return checked
@@ -60,7 +62,7 @@ def check(sources: Sources) -> Checked:
 
 def reread(given: tuple[list[Any], ...]) -> Checked:
     """What these lists are at present; nothing is checked but that they hold tensors."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         known = read(given, plain=True)
         if known is not None:
             return Checked(given, given, known)
@@ -68,7 +70,7 @@ def reread(given: tuple[list[Any], ...]) -> Checked:
         [t if type(t) in PLAIN else _local(t, role) for t in tensors]
         for tensors, role in zip(given, ROLES, strict=True)
     )
-    known = None if torch.compiler.is_compiling() else read(local, plain=True)
+    known = None if is_compiling() else read(local, plain=True)
     return Checked(given, local, known)
 
 
@@ -190,7 +192,7 @@ def check_options(momentum: Any, form: str, device: torch.device | None) -> None
         if momentum.device.type != "cpu" and device not in (None, momentum.device):
             wanted = f"be on the CPU or on the targets' device {device}"
             fail(OP, "momentum", wanted, momentum.device, "move it with .to(device)")
-        if torch.compiler.is_compiling() or momentum.is_meta or not (momentum.is_cpu or CHECK_DEVICE_VALUES):
+        if is_compiling() or momentum.is_meta or not (momentum.is_cpu or CHECK_DEVICE_VALUES):
             return
         momentum = float(momentum)
     if not is_number(momentum):

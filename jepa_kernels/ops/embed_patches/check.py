@@ -2,23 +2,37 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import FLOATING, check_tensor, fail, is_number
+from jepa_kernels._core.check import FLOATING, check_tensor, fail, is_number, sizes_of
 
 PIXELS = (*FLOATING, torch.uint8)
 PASS_STATISTICS = "pass mean and std, a number a channel in units of 0..1, ImageNet's (0.485, ...) and (0.229, ...)"
 
 
+IMAGES = sizes_of("B C H W f|uint8", "E C P Q f", "E f|None", "N E f|None")
+CLIPS = sizes_of("B C T H W f|uint8", "E C D P Q f", "E f|None", "N E f|None")
+FRAMES = sizes_of("B C H W f|uint8", "E C D P Q f", "E f|None", "N E f|None")  # images as clips of one frame
+
+
 def check_layer(op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None) -> int:
     """The number of patches of an image or a clip."""
-    clip = getattr(pixels, "ndim", 4) == 5
+    clip, tubes = getattr(pixels, "ndim", 4) == 5, getattr(weight, "ndim", 4) == 5
+    sizes = (CLIPS if clip else FRAMES if tubes else IMAGES)(pixels, weight, bias, pos_embed)
+    count = -1 if sizes is None else _patches(op, pixels.shape, weight.shape)
+    usual = sizes is not None and sizes[-1] in (None, count)
+    return count if usual else _check_each(op, pixels, weight, bias, pos_embed, clip, clip or tubes)
+
+
+def _check_each(
+    op: str, pixels: Tensor, weight: Tensor, bias: Tensor | None, pos_embed: Tensor | None, clip: bool, tubes: bool
+) -> int:
     check_tensor(op, "pixels", pixels, "B C T H W" if clip else "B C H W", dtypes=PIXELS)
     kind, shape, device = pixels.dtype, pixels.shape, pixels.device
     layer = FLOATING if kind == torch.uint8 else (kind,)
-    tubes = clip or getattr(weight, "ndim", 4) == 5
     check_tensor(op, "weight", weight, "E C Pt P P" if tubes else "E C P P", dtypes=layer, device=device)
     kernel, same = weight.shape, (weight.dtype,)
     if kernel[1] != shape[1]:
@@ -57,12 +71,18 @@ def _patches(op: str, shape: torch.Size, kernel: torch.Size) -> int:
     return frames // tubelet * count
 
 
-def normalisation(
-    op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[list[float], list[float]]:
+def normalisation(op: str, pixels: Tensor, mean: Any, std: Any) -> tuple[list[float], list[float]]:
     """scale and shift of each channel: (pixel / unit - mean) / std = scale * pixel + shift. None: two empty lists."""
-    if mean is None and std is None and pixels.dtype != torch.uint8:
+    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
+    if mean is None and std is None and unit == 1.0:
         return [], []
+    floats = type(mean) is type(std) is tuple and {*map(type, mean), *map(type, std)} == {float}
+    if not (floats and len(mean) == len(std) == pixels.shape[1] and min(std) > 0 and math.isfinite(sum(mean + std))):
+        _check_each_statistic(op, pixels, mean, std)
+    return [1.0 / (unit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+
+
+def _check_each_statistic(op: str, pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     for name, values, other in (("mean", mean, std), ("std", std, mean)):
         if values is None and pixels.dtype == torch.uint8:
             fail(op, name, "be given with uint8 pixels", "None", PASS_STATISTICS, TypeError)
@@ -73,8 +93,6 @@ def normalisation(
     _check_statistics(op, "std", std, pixels.shape[1])
     if min(std, default=1.0) <= 0:
         fail(op, "std", "be positive", tuple(std), "leave out channels that never vary")
-    unit = 255.0 if pixels.dtype == torch.uint8 else 1.0
-    return [1.0 / (unit * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def _check_statistics(op: str, name: str, values: Sequence[float], channels: int) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_kept, fail
+from jepa_kernels._core.check import fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.kept import check_kept
 from jepa_kernels.ops.embed_patches import reference
 from jepa_kernels.ops.embed_patches.check import check_layer, normalisation
 from jepa_kernels.packing import Packing
@@ -61,7 +62,7 @@ def embed_patches(
     count = check_layer(OP, pixels, weight, bias, pos_embed)
     scale, shift = normalisation(OP, pixels, mean, std)
     if ids is not None:
-        check_kept(OP, ids, packing, images=pixels.shape[0], count=count, device=pixels.device)
+        check_kept(OP, ids, packing, images=pixels.shape[0], count=count, like=pixels)
     elif packing is not None:
         fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
     backend = select(OP, KERNELS, backend, pixels, None, weight.dtype)

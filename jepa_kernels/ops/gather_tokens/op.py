@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from jepa_kernels._core.check import check_kept, check_tensor
+from jepa_kernels._core.check import check_tensor
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
+from jepa_kernels.kept import check_kept
 from jepa_kernels.ops.gather_tokens import reference
 from jepa_kernels.packing import Packing
 
@@ -39,7 +40,7 @@ def gather_tokens(x: Tensor, ids: Tensor, packing: Packing | None = None, *, bac
 def _check(x: Tensor, ids: Tensor, packing: Packing | None) -> None:
     check_tensor(OP, "x", x, "B N E")
     images, count, _ = x.shape
-    check_kept(OP, ids, packing, images, count, x.device)
+    check_kept(OP, ids, packing, images, count, x)
 
 
 FORWARD = "(Tensor x, Tensor ids, Tensor? cu_seqlens, str backend) -> Tensor"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core import check
-from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number, is_positive
+from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number, is_positive, sizes_of
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.info_nce import reference
@@ -79,6 +79,9 @@ def as_tensor(temperature: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), float(temperature), dtype=torch.float64, device=device)
 
 
+USUAL = sizes_of("B E f", "B E f", "g|None", "B int64|None")
+
+
 def check_arguments(
     x: Tensor,
     y: Tensor,
@@ -88,29 +91,36 @@ def check_arguments(
     duplicates: Tensor | None,
 ) -> None:
     """Whatever one process can tell."""
-    check_tensor(OP, "x", x, "B E")
-    check_tensor(OP, "y", y, "B E", dtypes=(x.dtype,), device=x.device)
-    if y.shape != x.shape:
-        fail(OP, "y", f"have shape {tuple(x.shape)} like x", tuple(y.shape), "pass one row of y for each of x")
-    _check_temperature(temperature, x.device)
+    learned = temperature if isinstance(temperature, Tensor) else None
+    if USUAL(x, y, learned, duplicates) is None:
+        _check_tensors(x, y, learned, duplicates)
+    _check_temperature(temperature)
     if not isinstance(normalize, bool):
         fail(OP, "normalize", "be a bool", type(normalize).__name__, "pass True or False", TypeError)
     check_number(OP, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         fail(OP, "label_smoothing", "lie in [0, 1]", label_smoothing, "use 0 for none")
+    if duplicates is not None and x.shape[0] > MAX_ITEMS:
+        fail(OP, "duplicates", f"label at most {MAX_ITEMS} rows", x.shape[0], "leave it out")
+
+
+def _check_tensors(x: Tensor, y: Tensor, temperature: Tensor | None, duplicates: Tensor | None) -> None:
+    check_tensor(OP, "x", x, "B E")
+    check_tensor(OP, "y", y, "B E", dtypes=(x.dtype,), device=x.device)
+    if y.shape != x.shape:
+        fail(OP, "y", f"have shape {tuple(x.shape)} like x", tuple(y.shape), "pass one row of y for each of x")
+    if temperature is not None:
+        check_tensor(OP, "temperature", temperature, "", device=x.device)
+        if temperature.dim():
+            fail(OP, "temperature", "be a number or 0-dim", f"shape {tuple(temperature.shape)}", "index or sum it")
     if duplicates is not None:
         check_tensor(OP, "duplicates", duplicates, "B", dtypes=INT64, device=x.device)
         if duplicates.shape[0] != x.shape[0]:
             fail(OP, "duplicates", f"hold {x.shape[0]} labels like x", duplicates.shape[0], "pass one label a row")
-        if x.shape[0] > MAX_ITEMS:
-            fail(OP, "duplicates", f"label at most {MAX_ITEMS} rows", x.shape[0], "leave it out")
 
 
-def _check_temperature(temperature: float | Tensor, device: torch.device) -> None:
+def _check_temperature(temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
-        check_tensor(OP, "temperature", temperature, "", device=device)
-        if temperature.dim():
-            fail(OP, "temperature", "be a number or 0-dim", f"shape {tuple(temperature.shape)}", "index or sum it")
         if torch.compiler.is_compiling() or not (temperature.is_cpu or check.CHECK_DEVICE_VALUES):
             return
         temperature = temperature.item()

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import FLOATING, INT64, check_ids, check_number, check_packing, check_tensor, fail
+from jepa_kernels._core.check import (
+    INT64,
+    check_ids,
+    check_number,
+    check_packing,
+    check_placed,
+    check_tensor,
+    fail,
+    sizes_of,
+)
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import FLOATS, Kernel, select, short
 from jepa_kernels.ops.latent_loss import reference
@@ -80,10 +89,9 @@ def latent_loss(
     Source: I-JEPA (arXiv:2301.08243) section 3; V-JEPA (arXiv:2404.08471) section 3 for l1; V-JEPA 2.1
     (arXiv:2603.14482) for levels and weights of context tokens (`distance_weights`).
     """
-    _check(pred, target, ids, packing)
+    channels = _check(pred, target, ids, packing, weight)
     _check_distance(kind, beta, power, eps, reduction)
-    _check_norm(pred, norm, levels)
-    _check_weight(pred, weight)
+    _check_norm(pred, channels, norm, levels)
     backend = select(OP, KERNELS, backend, pred, (target.dtype, weight, norm))
     if backend == "reference":
         return reference.forward(
@@ -115,14 +123,56 @@ def _constant(x: Any) -> Any:
     return x.detach() if x is not None and x.requires_grad else x
 
 
-def _check(pred: Tensor, target: Tensor, ids: Tensor | None, packing: Packing | None) -> None:
+DENSE = sizes_of("M K E f", "B N E g", "M K int64|None contiguous", "M K float32|float64|None")
+PACKED = sizes_of("S+1 int32", "T E f", "B N E g", "T int64|None contiguous", "T float32|float64|None")
+
+
+def _check(pred: Tensor, target: Tensor, ids: Tensor | None, packing: Packing | None, weight: Tensor | None) -> int:
+    """The number of channels."""
     check_packing(OP, packing)
+    cu_seqlens = None if packing is None else packing.cu_seqlens
+    sizes = DENSE(pred, target, ids, weight) if packing is None else PACKED(cu_seqlens, pred, target, ids, weight)
+    rows, tokens, channels, images, count = sizes or _check_each(pred, target, ids, packing, weight)
+    if ids is None and packing is not None:
+        fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
+    if ids is None and tokens != count:
+        fail(OP, "pred", f"hold {count} tokens like target", tokens, "pass ids for a subset")
+    if packing is not None and packing.tokens != tokens:
+        fail(OP, "pred", f"hold packing.tokens = {packing.tokens} rows", tokens, "pack it with the same lengths")
+    if rows % images if images else rows:
+        name = "pred" if packing is None else "packing"
+        fail(OP, name, f"hold a multiple of the {images} images", rows, "order rows mask-major: s = mask * B + b")
+    if weight is not None and weight.requires_grad:
+        fail(OP, "weight", "not require grad", "requires_grad=True", "pass weight.detach(): it gets no gradient")
+    if ids is not None:
+        check_ids(OP, ids, count, cu_seqlens)
+    return channels
+
+
+def _check_each(
+    pred: Tensor, target: Tensor, ids: Tensor | None, packing: Packing | None, weight: Tensor | None
+) -> tuple[int, ...]:
+    """The numbers of masks' rows or sequences, of tokens in one of them or all, of channels, images and patches."""
     check_tensor(OP, "pred", pred, "M K E" if packing is None else "T E")
     check_tensor(OP, "target", target, "B N E", device=pred.device)
     shape, (images, count, channels) = tuple(pred.shape), target.shape  # a slice of torch.Size is a slow one
     if shape[-1] != channels:
         fail(OP, "target", f"have {shape[-1]} channels like pred", channels, "pass latents of one width")
-    _check_rows(shape, images, count, pred.device, ids, packing)
+    each = "M K" if packing is None else "T"
+    if ids is not None:
+        check_tensor(OP, "ids", ids, each, dtypes=INT64, device=pred.device)
+        if ids.shape != shape[:-1]:
+            fail(OP, "ids", f"have shape {shape[:-1]} like pred", tuple(ids.shape), "pass one id a token")
+        if not ids.is_contiguous():
+            fail(OP, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
+    if weight is not None:
+        check_tensor(OP, "weight", weight, each, dtypes=WEIGHTS, device=pred.device)
+        if weight.shape != shape[:-1]:
+            fail(OP, "weight", f"have shape {shape[:-1]} like pred", tuple(weight.shape), "pass one a token")
+    if packing is not None:
+        check_placed(OP, "packing", packing, pred.device)
+        return packing.sequences, shape[0], channels, images, count
+    return *shape, images, count
 
 
 def _check_distance(kind: str, beta: float, power: float, eps: float, reduction: str) -> None:
@@ -148,10 +198,12 @@ def _check_distance(kind: str, beta: float, power: float, eps: float, reduction:
         fail(OP, "eps", "be greater than 0 and finite", eps, "use 1e-5")
 
 
-def _check_norm(pred: Tensor, norm: Any, levels: int) -> None:
+NORM = sizes_of("...", "E f", "E g")
+
+
+def _check_norm(pred: Tensor, channels: int, norm: Any, levels: int) -> None:
     if norm is None and type(levels) is int and levels == 1:
         return
-    channels = pred.shape[-1]
     if not isinstance(levels, int):
         fail(OP, "levels", "be an integer", type(levels).__name__, "pass how many latents lie side by side", TypeError)
     if levels < 1 or channels % levels:
@@ -161,53 +213,18 @@ def _check_norm(pred: Tensor, norm: Any, levels: int) -> None:
     if not isinstance(norm, (tuple, list)) or len(norm) != 3:
         actual = f"{len(norm)} values" if isinstance(norm, (tuple, list)) else type(norm).__name__
         fail(OP, "norm", "be (weight, bias, eps)", actual, "pass (n.weight, n.bias, n.eps) of a LayerNorm n", TypeError)
-    for name, x in zip(("norm weight", "norm bias"), norm, strict=False):
-        check_tensor(OP, name, x, "E", dtypes=FLOATING, device=pred.device)
-        if x.shape[0] != channels:
-            fail(OP, name, f"have {channels} channels like pred", x.shape[0], "concatenate those of all levels")
+    if NORM(pred, norm[0], norm[1]) != (channels,):
+        _check_gain("norm weight", norm[0], pred, channels)
+        _check_gain("norm bias", norm[1], pred, channels)
     check_number(OP, "norm eps", norm[2])
     if not 0 < norm[2] < math.inf:
         fail(OP, "norm eps", "be greater than 0 and finite", norm[2], "use the encoder's, 1e-6")
 
 
-def _check_weight(pred: Tensor, weight: Any) -> None:
-    if weight is None:
-        return
-    check_tensor(OP, "weight", weight, "M K" if pred.dim() == 3 else "T", dtypes=WEIGHTS, device=pred.device)
-    rows = tuple(pred.shape)[:-1]
-    if weight.shape != rows:
-        fail(OP, "weight", f"have shape {rows} like pred", tuple(weight.shape), "pass one a token")
-    if weight.requires_grad:
-        fail(OP, "weight", "not require grad", "requires_grad=True", "pass weight.detach(): it gets no gradient")
-
-
-def _check_rows(
-    shape: tuple[int, ...], images: int, count: int, device: torch.device, ids: Tensor | None, packing: Packing | None
-) -> None:
-    """Of pred's rows: `shape` is pred's."""
-    if ids is None:
-        if packing is not None:
-            fail(OP, "ids", "be given with a packing", "None", "pass the packed ids [T]", TypeError)
-        if shape[1] != count:
-            fail(OP, "pred", f"hold {count} tokens like target", shape[1], "pass ids for a subset")
-    else:
-        check_tensor(OP, "ids", ids, "M K" if packing is None else "T", dtypes=INT64, device=device)
-        if ids.shape != shape[:-1]:
-            fail(OP, "ids", f"have shape {shape[:-1]} like pred", tuple(ids.shape), "pass one id a token")
-        if not ids.is_contiguous():
-            fail(OP, "ids", "be contiguous", f"strides {ids.stride()}", "call .contiguous()")
-    rows, cu_seqlens = shape[0], None
-    if packing is not None:
-        if packing.tokens != rows:
-            fail(OP, "pred", f"hold packing.tokens = {packing.tokens} rows", rows, "pack it with the same lengths")
-        rows, cu_seqlens = packing.sequences, packing.cu_seqlens
-        if cu_seqlens.device != device:
-            fail(OP, "packing", f"be on {device}", cu_seqlens.device, "build it there, or use .to(device)")
-    if rows % images if images else rows:
-        name = "pred" if packing is None else "packing"
-        fail(OP, name, f"hold a multiple of the {images} images", rows, "order rows mask-major: s = mask * B + b")
-    if ids is not None:
-        check_ids(OP, ids, count, cu_seqlens)
+def _check_gain(name: str, x: Tensor, pred: Tensor, channels: int) -> None:
+    check_tensor(OP, name, x, "E", device=pred.device)
+    if x.shape[0] != channels:
+        fail(OP, name, f"have {channels} channels like pred", x.shape[0], "concatenate those of all levels")
 
 
 FORWARD = (

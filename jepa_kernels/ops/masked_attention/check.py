@@ -8,44 +8,63 @@ from torch import Tensor
 
 from jepa_kernels._core.check import (
     CHECK_DEVICE_VALUES,
-    FLOATING,
-    PLAIN,
-    STRIDED,
     check_number,
     check_packing,
+    check_placed,
     check_tensor,
     fail,
+    sizes_of,
 )
 from jepa_kernels._core.select import short
+from jepa_kernels.ops.masked_attention.layout import views
 from jepa_kernels.packing import Packing
-from jepa_kernels.rotary import Rope
+from jepa_kernels.rotary import Rope, width_of
+
+DENSE = sizes_of("B H N D f", "B G M D f", "B G M D f")
+PACKED = sizes_of("N H D f", "M G D f", "M G D f", "S+1 int32", "S+1 int32")
+STACKED, STACKED_PACKED = sizes_of("B N 3 H D f"), sizes_of("S+1 int32", "T 3 H D f")
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> None:
     """q, k and v fit each other and their packings."""
     check_packing(op, packing)
     check_packing(op, k_packing, "k_packing")
-    if not _usual(q, k, v, 4 if packing is None else 3):
+    if not _usual(q, k, v, packing, k_packing):
         _check_each(op, q, k, v, packing is None)
-    if packing is not None:
-        _check_rows(op, "packing", "q", q, packing)
-        _check_rows(op, "packing" if k_packing is None else "k_packing", "k", k, k_packing or packing)
-    if k_packing is not None:
-        _check_pair(op, packing, k_packing)
+        if packing is not None:
+            _check_rows(op, "packing", "q", q, packing)
+            _check_rows(op, "packing" if k_packing is None else "k_packing", "k", k, k_packing or packing)
+        if k_packing is not None:
+            _check_pair(op, packing, k_packing)
 
 
-def _usual(q: Tensor, k: Tensor, v: Tensor, rank: int) -> bool:
-    """Plain tensors whose types, places and shapes agree: few attributes tell, and most calls end here."""
-    for x in (q, k, v):
-        if type(x) not in PLAIN or x.layout is not STRIDED or x.is_nested or x.dim() != rank:
+def _usual(q: Tensor, k: Tensor, v: Tensor, packing: Packing | None, k_packing: Packing | None) -> bool:
+    if packing is None:
+        sizes = DENSE(q, k, v)
+        if sizes is None or k_packing is not None:
             return False
-    if not ((q.is_cpu and k.is_cpu and v.is_cpu) or (q.is_cuda and q.device == k.device == v.device)):
-        return False
-    queries, keys, dtype = q.shape, k.shape, q.dtype
-    width, heads = keys[-1], keys[1]
-    alike = k.dtype is dtype and v.dtype is dtype and dtype in FLOATING and keys == v.shape and queries[-1] == width
-    batched = rank == 3 or queries[0] == keys[0]
-    return alike and batched and _served(width) and heads > 0 and queries[1] % heads == 0
+        _, heads, _, width, key_heads, _ = sizes
+    else:
+        keys = packing if k_packing is None else k_packing
+        sizes = PACKED(q, k, v, packing.cu_seqlens, keys.cu_seqlens)
+        if sizes is None or sizes[0] != packing.tokens or sizes[3] != keys.tokens:
+            return False
+        _, heads, width, _, key_heads, _ = sizes
+    return _served(width) and key_heads > 0 and heads % key_heads == 0
+
+
+def views_of(op: str, qkv: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:
+    """q, k and v of one tensor, that fit each other and the packing."""
+    check_packing(op, packing)
+    _, tokens, heads, width = (STACKED(qkv) if packing is None else STACKED_PACKED(packing.cu_seqlens, qkv)) or (0,) * 4
+    if heads > 0 and _served(width) and (packing is None or packing.tokens == tokens):
+        return views(qkv)
+    check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
+    if qkv.shape[-3] != 3:
+        fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
+    q, k, v = views(qkv)
+    check_qkv(op, q, k, v, packing, None)
+    return q, k, v
 
 
 def _served(width: int) -> bool:
@@ -77,8 +96,7 @@ def _check_rows(op: str, argument: str, name: str, x: Tensor, packing: Packing) 
     if packing.tokens != x.shape[0]:
         remedy = "pack it with the same lengths" if name == "q" else "pass k_packing where lengths differ"
         fail(op, name, f"hold {packing.tokens} rows like its packing", x.shape[0], remedy)
-    if packing.cu_seqlens.device != x.device:
-        fail(op, argument, f"be on {x.device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
+    check_placed(op, argument, packing, x.device)
 
 
 def _check_pair(op: str, packing: Packing | None, k_packing: Packing) -> None:
@@ -115,12 +133,13 @@ def check_options(
 
 
 def _check_frames(op: str, frame_size: int, k: Tensor, keys: Packing | None) -> None:
-    if not isinstance(frame_size, Integral) or isinstance(frame_size, bool):
+    if type(frame_size) is not int and (not isinstance(frame_size, Integral) or isinstance(frame_size, bool)):
         fail(op, "frame_size", "be an int", type(frame_size).__name__, "pass the tokens of one frame", TypeError)
     if frame_size < 1:
         fail(op, "frame_size", "be at least 1", frame_size, "leave it out to see all keys")
     if keys is None:
-        uneven = k.shape[2] if k.shape[2] % frame_size else None
+        count = k.shape[2]
+        uneven = count if count % frame_size else None
     elif torch.compiler.is_compiling():  # compiled code never reads the lengths
         return
     else:
@@ -157,8 +176,10 @@ def _check_ranges(
 def _check_rope(op: str, rope: Any, q: Tensor, k: Tensor, dense: bool) -> None:
     if not isinstance(rope, Rope):
         fail(op, "rope", "be a Rope", type(rope).__name__, "build one with Rope(positions)", TypeError)
-    pairs = ((q, "q", rope.positions), (k, "k", rope.positions if rope.k_positions is None else rope.k_positions))
-    for x, name, positions in pairs:
+    places = rope.positions if rope.k_positions is None else rope.k_positions
+    if width_of(q, k, rope.positions, places) is not None:
+        return
+    for x, name, positions in ((q, "q", rope.positions), (k, "k", places)):
         tokens = (x.shape[0], x.shape[2])[3 - positions.dim() :] if dense else (x.shape[0],)
         if tuple(positions.shape[:-1]) != tokens:
             fail(op, "rope", f"hold positions for {name}'s tokens {tokens}", tuple(positions.shape[:-1]),

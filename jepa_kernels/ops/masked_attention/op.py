@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_packing, check_tensor, fail
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.flops import flop_formula
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.masked_attention import limits, reference, sdpa
-from jepa_kernels.ops.masked_attention.check import check_options, check_qkv
+from jepa_kernels.ops.masked_attention.check import check_options, check_qkv, views_of
 from jepa_kernels.ops.masked_attention.layout import empty_like, empty_lse, empty_qkv, views
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
@@ -111,13 +110,7 @@ def masked_attention_qkv(
     with which autograd stacks three gradients. Other arguments, gradient and errors: as of `masked_attention`.
     """
     (qkv,) = autocast(qkv)
-    op = "masked_attention_qkv"
-    check_packing(op, packing)
-    check_tensor(op, "qkv", qkv, "T 3 H D" if packing is not None else "B N 3 H D")
-    if qkv.shape[-3] != 3:
-        fail(op, "qkv", "have 3 as its third last dimension", qkv.shape[-3], "use unflatten(-1, (3, H, D))")
-    q, k, v = views(qkv)
-    check_qkv(op, q, k, v, packing, None)
+    q, k, v = views_of("masked_attention_qkv", qkv, packing)
     return _attend(q, k, v, packing, None, frame_size, key_ranges, rope, scale, backend, qkv=qkv)[0]
 
 
@@ -139,11 +132,11 @@ def _attend(
     """(out, lse) of checked q, k and v; `qkv`: what they are views of, where one gradient is wanted."""
     if not (frame_size is None and key_ranges is None and rope is None and scale is None):
         check_options(OP, q, k, packing, k_packing, frame_size, key_ranges, rope, scale)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     lengths = _lengths(q, k, packing, k_packing)
     call = limits.Call(needs_grad, needs_lse, (q, k, v), lengths[-2:], (frame_size, key_ranges, rope))
     backend = select(OP, KERNELS, backend, q, call)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend in ("reference", "sdpa"):
         given: Any = dict(k_packing=k_packing, frame_size=frame_size, key_ranges=key_ranges, rope=rope, scale=scale)
         if backend == "sdpa":

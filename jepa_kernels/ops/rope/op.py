@@ -11,7 +11,7 @@ from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select, short
 from jepa_kernels.ops.rope import reference
 from jepa_kernels.ops.rope.reference import tokens_first
-from jepa_kernels.rotary import Rope, rope_of
+from jepa_kernels.rotary import Rope, rope_of, width_of
 
 OP = "rope"
 MAX_WIDTH = 256
@@ -46,7 +46,8 @@ def rope(
     Source: RoFormer (arXiv:2104.09864); V-JEPA 2 (arXiv:2506.09985) section 2; V-JEPA 2.1 (arXiv:2603.14482).
     """
     turning = rope_of(OP, positions, pairing=pairing, theta=theta, frequencies=frequencies, angle_dtype=angle_dtype)
-    _check_rows(OP, "x", x, turning.positions)
+    if not _usual(x, x, turning.positions, turning.positions):
+        _check_rows(OP, "x", x, turning.positions)
     backend = select(OP, KERNELS, backend, x)
     if backend == "reference":
         return reference.forward(x, turning)
@@ -81,9 +82,11 @@ def rope_qk(
     turning = rope_of(
         op, positions, k_positions, pairing=pairing, theta=theta, frequencies=frequencies, angle_dtype=angle_dtype
     )
-    _check_rows(op, "q", q, turning.positions)
-    _check_rows(op, "k", k, turning.positions if turning.k_positions is None else turning.k_positions)
-    _check_pair(op, q, k)
+    places = turning.positions if turning.k_positions is None else turning.k_positions
+    if not _usual(q, k, turning.positions, places):
+        _check_rows(op, "q", q, turning.positions)
+        _check_rows(op, "k", k, places)
+        _check_pair(op, q, k)
     backend = select(OP, KERNELS, backend, q)
     if backend == "reference":
         return reference.forward_qk(q, k, turning)
@@ -92,6 +95,11 @@ def rope_qk(
         tokens_first(q), tokens_first(k), _of_rows(turns, q), _of_rows(k_turns, k), turning.half, backend
     )
     return tokens_first(turned), tokens_first(k_turned)
+
+
+def _usual(q: Tensor, k: Tensor, positions: Tensor, k_positions: Tensor) -> bool:
+    width = width_of(q, k, positions, k_positions)
+    return width is not None and 2 * positions.shape[-1] <= width <= MAX_WIDTH
 
 
 def _check_rows(op: str, name: str, x: Tensor, positions: Tensor) -> None:
