@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from jepa_kernels._core import extension
 from jepa_kernels._core.autocast import autocast
-from jepa_kernels._core.check import check_tensor, fail
+from jepa_kernels._core.check import check_tensor, fail, sizes_of
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.flops import flop_formula
 from jepa_kernels._core.select import Kernel, select
@@ -35,7 +35,7 @@ def slower(call: tuple[Tensor, Tensor]) -> str | None:
     if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
         return "has no forward-mode derivative"
     (x, weight), threads = call, torch.get_num_threads()
-    if x.numel() * len(weight) < LEAST * threads:
+    if x.numel() * weight.shape[0] < LEAST * threads:
         return SMALL
     if min(weight.shape) < NARROW:
         return f"has no lead below {NARROW} inputs and outputs"
@@ -77,7 +77,11 @@ def linear(
     Raises ValueError and TypeError for arguments that do not fit.
     """
     x, weight, bias = autocast(x, weight, bias)
-    _check(x, weight, bias, activation)
+    sizes = LAYER(x, weight, bias)
+    if sizes is None or not x.dim() or x.shape[-1] != sizes[1]:
+        _check(x, weight, bias)
+    if activation not in (None, "gelu"):
+        fail(OP, "activation", "be None or gelu", repr(activation), "apply it to the result")
     backend = select(OP, KERNELS, backend, x, (x, weight))
     if backend == "reference":
         return reference.forward(x, weight, bias, activation)
@@ -86,7 +90,10 @@ def linear(
     return _linear(x, weight, bias, gelu, keep, backend)[0]
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+LAYER = sizes_of("... f", "N K f", "N f|None")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor(OP, "x", x, "M " * (getattr(x, "ndim", 1) - 1) + "K")
     depth, device, same = x.shape[-1], x.device, (x.dtype,)
     check_tensor(OP, "weight", weight, "N K", dtypes=same, device=device)
@@ -96,8 +103,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         check_tensor(OP, "bias", bias, "N", dtypes=same, device=device)
         if bias.shape[0] != weight.shape[0]:
             fail(OP, "bias", f"have N = {weight.shape[0]} like weight", bias.shape[0], "pass one value a row of weight")
-    if activation not in (None, "gelu"):
-        fail(OP, "activation", "be None or gelu", repr(activation), "apply it to the result")
 
 
 FORWARD = "(Tensor x, Tensor weight, Tensor? bias, bool gelu, bool keep, str backend) -> (Tensor out, Tensor kept)"
