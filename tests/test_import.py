@@ -56,7 +56,7 @@ PUBLIC = {
         *("pred", "target", "ids", "packing", "kind", "beta", "power", "normalize", "eps", "norm", "levels", "weight"),
         *("reduction", "backend"),
     ],
-    "linear": ["x", "weight", "bias", "backend"],
+    "linear": ["x", "weight", "bias", "activation", "backend"],
     "masked_attention": ATTENTION,
     "masked_attention_lse": ATTENTION,
     "masked_attention_qkv": ["qkv", "packing", *ATTENTION[5:]],
