@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.kernels.target import REGISTERS, SHARED_BYTES, Binary, inspect
+from tests.kernels.target import REGISTERS, SHARED_BYTES, Binary, inspect, kernels_of
 
 pytestmark = pytest.mark.compile
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -115,7 +115,7 @@ def compiled(source: Path, arch: str) -> list[Binary]:
         assert done.returncode == 0 and "warning" not in done.stderr.lower(), done.stderr
         assert "Potential Performance Loss" not in done.stderr, "matrix products wait for each other"
         assert set(re.findall(r"(\d+) bytes spill", done.stderr)) == {"0"}
-        return inspect(cubin)
+        return inspect(kernels_of(cubin), int(arch[:2]))
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH: nothing is compiled here")
