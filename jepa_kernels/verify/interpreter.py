@@ -52,7 +52,7 @@ def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def install() -> None:
     """Patch the interpreter of this process; before any kernel runs."""
-    dot, cast, to_float, binary = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp, Builder.binary_op
+    dot, cast, to_float = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
     patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     unchanged = SimpleNamespace(restore=lambda: None)
     exp2 = Builder.create_exp2
@@ -79,10 +79,10 @@ def install() -> None:
     def binary_op(self, a, b, op):
         if a.dtype.scalar == tl.bfloat16:
             raise TypeError(f"{op.__name__} of bf16: cast to fp32 first")
-        found = binary(self, a, b, op)
-        if found.data.dtype == bool:
-            found.dtype = tl.int1
-        return found
+        found, dtype = op(a.data, b.data), a.dtype.scalar
+        if found.dtype == bool:
+            return Handle(found, tl.int1)
+        return Handle(found if dtype.is_ptr() else found.astype(np_dtype(dtype), copy=False), dtype)
 
     def create_fma(self, x, y, z):
         if x.dtype.scalar != tl.float32:
@@ -132,7 +132,7 @@ def install() -> None:
 def remember_types() -> None:
     """A type and a shape are objects with a name and checks of their own, made anew for every value; here once each."""
     make_block, equal, unwrap = tl.block_type.__init__, tl.dtype.__eq__, tl.core._unwrap_if_constexpr
-    of_shape, of_block = {}, {}
+    of_shape, of_block, like = {}, {}, {}
 
     def block_type(self, element_ty, shape):
         key = element_ty.name, tuple(n if type(n) is int else unwrap(n) for n in shape)
@@ -153,7 +153,13 @@ def remember_types() -> None:
         of = type(value)
         return value if of is int or of is tl.core.tensor or of is tl.dtype else unwrap(value)
 
-    tl.dtype.sizes = ()
+    def with_element_ty(self, dtype):
+        key = dtype.name, self.sizes
+        if key not in like:
+            like[key] = tl.block_type(dtype, self.sizes)
+        return like[key]
+
+    tl.dtype.sizes, tl.block_type.with_element_ty = (), with_element_ty
     tl.block_type.__init__, tl.core.tensor.__init__, tl.core._unwrap_if_constexpr = block_type, tensor, unwrapped
     tl.dtype.__eq__ = lambda self, other: self.name == other.name if type(other) is tl.dtype else equal(self, other)
 
@@ -167,16 +173,17 @@ def hasten() -> None:
     tensor, plain = tl.core.tensor, {"fp32", "fp64", "int1", "int32", "int64", "uint32"}  # division makes no other type
     kinds = {"fp32": (np.float32, (int, float)), "int32": (np.int32, (int,)), "int64": (np.int64, (int,))}
 
-    def filled(value, dtype, sizes):
-        """A block, or a scalar where there are no sizes."""
-        return tensor(Handle(np.full(sizes or 1, *value), dtype), tl.block_type(dtype, sizes) if sizes else dtype)
-
     def of_shape(x, number):
         """A number in x's type and shape, None where Triton's rules are to say what it becomes."""
         dtype, known = (np.int32, (int,)) if x.dtype.is_ptr() else kinds.get(x.dtype.name, (None, ()))
         if type(number) not in known or (type(number) is int and abs(number) >= 2**24):
             return None
-        return filled((number or 0, dtype), tl.int32 if x.dtype.is_ptr() else x.dtype, x.type.sizes)
+        own = x.type.with_element_ty(tl.int32) if x.dtype.is_ptr() else x.type
+        return tensor(Handle(np.full(own.sizes or 1, number or 0, dtype), own.scalar), own)
+
+    def spread(x, over):
+        data = x.handle.data
+        return tensor(Handle(np.full(over.type.sizes, data, data.dtype), x.dtype), over.type.with_element_ty(x.dtype))
 
     def wide(x):
         return tensor(Handle(x.handle.data.astype(np.int64), tl.int64), x.type.with_element_ty(tl.int64))
@@ -185,9 +192,9 @@ def hasten() -> None:
         if a.type.sizes == b.type.sizes:
             return a, b
         if not b.type.sizes:
-            return a, filled((b.handle.data, b.handle.data.dtype), b.dtype, a.type.sizes)
+            return a, spread(b, a)
         if not a.type.sizes:
-            return filled((a.handle.data, a.handle.data.dtype), a.dtype, b.type.sizes), b
+            return spread(a, b), b
         return broadcast(self, a, b)
 
     def binary_op_type_checking_impl(self, a, b, allow_a=False, *rest, **options):
