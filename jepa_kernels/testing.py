@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -281,27 +282,33 @@ def run(function: Callable[..., Any], inputs: dict[str, Any], case: Case) -> dic
     outputs = output if isinstance(output, tuple) else (output,)
     results = {f"output{i}": x for i, x in enumerate(outputs)}
     if case.grads:
-        weights = torch.Generator().manual_seed(1)
-        terms = [(x.double() * _weights(x, weights)).sum() for x in outputs if x.requires_grad]
-        grads = torch.autograd.grad(terms, [inputs[n] for n in case.grads], allow_unused=True) if terms else ()
+        held = [x for x in outputs if x.requires_grad]
+        weights = [w.to(x.device, x.dtype) for x, w in zip(held, _weights(*(x.shape for x in held)), strict=True)]
+        grads = torch.autograd.grad(held, [inputs[n] for n in case.grads], weights, allow_unused=True) if held else ()
         results.update({f"d{n}": g for n, g in zip(case.grads, grads, strict=False) if g is not None})
     return {name: x.detach() for name, x in results.items()}
 
 
-def _weights(x: Tensor, generator: torch.Generator) -> Tensor:
+@lru_cache(maxsize=1)  # a case's runs follow one another
+def _weights(*shapes: torch.Size) -> list[Tensor]:
     """Held exactly by every dtype under test: rounding them in one run and not in the other would count as error.
 
     Half of them are 2^-8 as large as the others: a sum of two gradients then has more bits than bf16 and fp16 hold, and
     shows how it is rounded. A scalar's is a power of two, like a GradScaler's: `latent_loss` in bf16 rounds a second
     time by any other, all elements of an L1 loss alike, which no mean over elements evens out.
     """
-    small = torch.randint(2, x.shape, generator=generator)
-    drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    if x.dim() == 0:
-        return (drawn.sign() * (1 + small)).to(x.device)
+    generator = torch.Generator().manual_seed(1)
+    return [_weights_of(shape, generator) for shape in shapes]
+
+
+def _weights_of(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    small = torch.randint(2, shape, generator=generator)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if not shape:
+        return drawn.sign() * (1 + small)
     drawn = (drawn * torch.where(small > 0, 2.0**-8, 1.0)).to(torch.bfloat16).double()
     least = torch.finfo(torch.float16).tiny
-    return torch.where(drawn.abs() < least, least, drawn).to(x.device)
+    return torch.where(drawn.abs() < least, least, drawn)
 
 
 def check_case(

@@ -186,7 +186,8 @@ def test_gradcheck_of_the_reference(op):
 
 
 def eager_and_compiled(op, backend, device, compiler):
-    """Eager and compiled results of five calls whose lengths differ, and the number of graphs compiled so far."""
+    """Eager and compiled results of calls whose lengths differ, and the number of graphs compiled so far: five calls,
+    in the interpreter three, of which the last may compile nothing."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -194,7 +195,7 @@ def eager_and_compiled(op, backend, device, compiler):
     case, dynamic = typical(op), op_module(op, "cases").dynamic
     dtype = leading_dtype(op, backend, case)
     function = torch.compile(public(op, backend), fullgraph=True, backend=counter)
-    for size in range(5):
+    for size in range(3 if (backend, device) == ("triton", "cpu") else 5):
         drawn = dynamic(torch.Generator().manual_seed(size), size)
         eager = run(public(op, backend), cast(drawn, dtype, device, case.keep), case)
         yield eager, run(function, cast(drawn, dtype, device, case.keep), case), counter.frame_count

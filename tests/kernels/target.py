@@ -1,14 +1,16 @@
 """A Triton driver with no GPU behind it: launches compile for a chosen target and are recorded; nothing runs."""
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,16 +42,37 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([TOOLS / name, *args], check=True, capture_output=True, text=True).stdout
 
 
-def inspect(cubin: Path, shared: dict[str, int] | None = None) -> list[Binary]:
-    """Every kernel of a cubin file, from its machine code."""
+class Loaded(NamedTuple):
+    """A kernel of a cubin file, its machine code not yet read."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    code: bytes
+
+
+def kernels_of(cubin: Path) -> list[Loaded]:
+    """Every kernel of an ELF file: its machine code is the section `.text.<name>`."""
+    elf = cubin.read_bytes()
+    (start,), (size, count, names) = struct.unpack_from("Q", elf, 40), struct.unpack_from("HHH", elf, 58)
+    parts = [struct.unpack_from("IIQQQQ", elf, start + i * size) for i in range(count)]  # name, .., offset, bytes
+    titles = elf[parts[names][4] :]
+    code = {titles[p[0] : titles.index(0, p[0])].decode(): elf[p[4] : p[4] + p[5]] for p in parts}
     used = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool("cuobjdump", "-res-usage", cubin))
-    code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", tool("cuobjdump", "-sass", cubin), re.S))
-    found = []
-    for name, registers, stack, static in used:
-        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code[name])
-        size = int(static) if shared is None else shared[name]
-        found.append(Binary(name, int(registers), int(stack), size, Counter(opcodes)))
-    return found
+    return [Loaded(name, *map(int, numbers), code[f".text.{name}"]) for name, *numbers in used]
+
+
+def inspect(kernels: list[Loaded], capability: int) -> list[Binary]:
+    """The instructions of all by one run of the disassembler, which takes longer to start than to read a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(kernel.code for kernel in kernels))
+        file.flush()
+        text = tool("nvdisasm", "--binary", f"SM{capability}", "--no-dataflow", file.name) if kernels else ""
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", text)
+    assert len(opcodes) == sum(len(kernel.code) for kernel in kernels) // 16
+    each = iter(opcodes)
+    return [Binary(*kernel[:4], Counter(islice(each, len(kernel.code) // 16))) for kernel in kernels]
 
 
 class _Utils:
@@ -63,9 +86,9 @@ class _Utils:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            (binary,) = inspect(Path(file.name), {name: shared})
-        self.target.binaries.append(binary)
-        return 1, 1, binary.registers, binary.stack, REGISTERS // max(binary.registers, 1) // 32 * 32
+            (kernel,) = kernels_of(Path(file.name))
+        self.target.loaded.append(kernel._replace(shared=shared))
+        return 1, 1, kernel.registers, kernel.stack, REGISTERS // max(kernel.registers, 1) // 32 * 32
 
 
 class Target(DriverBase):
@@ -74,7 +97,7 @@ class Target(DriverBase):
     def __init__(self) -> None:
         self.capability = 90
         self.utils = _Utils(self)
-        self.binaries: list[Binary] = []  # loaded since the last reset
+        self.loaded: list[Loaded] = []  # since the last reset
         self.launches: list[str] = []
         self.threads: dict[str, int] = {}  # of a block, by kernel
 
@@ -83,9 +106,14 @@ class Target(DriverBase):
         self.threads[metadata.name] = metadata.num_warps * 32
         return lambda *args, **kwargs: driver.active.launches.append(metadata.name)
 
+    @property
+    def binaries(self) -> list[Binary]:
+        """What was loaded since the last reset."""
+        return inspect(self.loaded, self.capability)
+
     def reset(self, capability: int) -> None:
         self.capability = capability
-        self.binaries.clear()
+        self.loaded.clear()
         self.launches.clear()
 
     @classmethod

@@ -1,8 +1,11 @@
 """The interpreter that Triton kernels are tested in is itself exact."""
 
+import importlib.util
 import os
 from fractions import Fraction
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ pytestmark = pytest.mark.interp
 if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels are interpreted or compiled from their decoration on
     import triton
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
     from jepa_kernels.verify.interpreter import TRAFFIC
 
@@ -98,6 +103,42 @@ def test_a_comparison_of_scalars_is_a_mask(flag, written):
     out = torch.zeros(16)
     _flag_kernel[(1,)](torch.tensor(flag), out, N=16)
     assert out.sum() == written
+
+
+def operands(name):
+    """Of a type, or of pointers: a scalar, a row and blocks."""
+    dtype = tl.pointer_type(tl.float32) if name == "pointer" else getattr(tl, name)
+    of_numpy = {"int1": bool, "bfloat16": np.uint16, "pointer": np.uint64}.get(name, name)
+    for shape in ([], [4], [1, 4], [2, 4]):
+        handle = TensorHandle(np.ones(shape or 1, of_numpy), dtype)
+        yield tl.tensor(handle, tl.block_type(dtype, shape) if shape else dtype)
+
+
+def outcome(function, *given):
+    """Types, shapes and bits of what comes back, or the name of the error."""
+    try:
+        found = function(*given)
+    except Exception as error:
+        return type(error).__name__
+    parts = found if isinstance(found, tuple) else (found,)
+    return [(str(x.type), x.handle.data.dtype, x.handle.data.shape, x.handle.data.tobytes()) for x in parts]
+
+
+def test_the_short_way_to_operands_leads_where_tritons_own_rules_do():
+    spec = importlib.util.find_spec("triton.language.semantic")
+    rules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rules)
+    own, short = (cls(interpreter_builder) for cls in (rules.TritonSemantic, TritonSemantic))
+    assert own.cast.__code__ is not short.cast.__code__
+    names = "int1", "int32", "int64", "uint32", "float16", "bfloat16", "float32", "float64"
+    known = [x for name in (*names, "pointer") for x in operands(name)]
+    numbers = [True, 0, 3, -1, 2**24 + 1, 2**31, 2**40, -0.0, 0.1, -2.5, 1e300, float("inf"), float("nan")]
+    for a, b in [*product(known, known), *product(known, numbers), *product(numbers, known)]:
+        for rest in ((), (True, True), (True, False), (False, False, True, True)):  # which may be pointers; a division
+            expected = outcome(own.binary_op_type_checking_impl, a, b, *rest)
+            assert outcome(short.binary_op_type_checking_impl, a, b, *rest) == expected, (a, b, rest)
+    for x, name in product(known, names):
+        assert outcome(short.cast, x, getattr(tl, name)) == outcome(own.cast, x, getattr(tl, name)), (x, name)
 
 
 def test_traffic_is_counted():
