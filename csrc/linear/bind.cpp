@@ -38,15 +38,15 @@ static Matrix matrix(const Tensor& x) {
   return {x, rows, columns, stride, x.stride(-1)};
 }
 
-static LinearMultiplyParams product(const LinearOperand& left, const LinearOperand& right, int64_t rows,
-                                    int64_t columns, int64_t depth) {
+static LinearMultiplyParams params_of(const LinearOperand& left, const LinearOperand& right, int64_t rows,
+                                      int64_t columns, int64_t depth) {
   LinearMultiplyParams p{};
   p.left = left, p.right = right;
   p.rows = rows, p.columns = columns, p.depth = depth;
   return p;
 }
 
-// With what the caller of `p` left out: workspace and threads.
+// Workspace and threads are still to be set in `p`.
 static void multiply(LinearMultiplyParams p, const Tensor& out) {
   const int64_t chunk = std::min(p.depth, CHUNK), whole = (p.columns + MAX_COLUMNS - 1) / MAX_COLUMNS;
   p.threads = static_cast<int>(std::min<int64_t>(torch_threads(), std::max<int64_t>(p.rows / LEAST_ROWS, 1)));
@@ -64,8 +64,9 @@ static std::array<Tensor, 2> forward_cpu(const Tensor& x, const Tensor& weight,
   const Matrix rows = matrix(x), layer = matrix(weight);
   std::vector<int64_t> shape = x.shape();
   shape.back() = layer.rows;
+  keep = keep && gelu;
   const Tensor out = x.new_empty(shape), kept = keep ? x.new_empty(shape) : x.new_empty({0});
-  LinearMultiplyParams p = product(rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns);
+  LinearMultiplyParams p = params_of(rows.by_row(), layer.by_row(), rows.rows, layer.rows, rows.columns);
   p.bias = bias ? bias->data<float>() : nullptr;
   p.bias_stride = bias ? bias->stride(0) : 0;
   p.gelu = gelu;
@@ -79,7 +80,7 @@ static void sum(const Matrix& grad, const std::optional<Tensor>& kept, const Ten
   LinearSumParams p{};
   p.x = grad.by_row();
   p.rows = grad.rows, p.columns = grad.columns;
-  p.kept = kept ? kept->data<float>() : nullptr;
+  p.kept = kept ? kept->data<float>() : nullptr; // contiguous
   p.slopes = slopes.data<float>();
   p.out = sums;
   p.threads = torch_threads();
@@ -98,11 +99,13 @@ static std::array<Tensor, 3> backward_cpu(const Tensor& grad, const Tensor& x, c
   const int64_t tokens = rows.rows, outputs = layer.rows, inputs = layer.columns;
   if (kept || wanted[2]) {
     const Tensor before = kept ? grad.new_empty(grad.shape()) : none();
-    sum(slopes, kept, before, wanted[2] ? found[2].data<float>() : nullptr);
+    const auto dense = [](const Tensor& t) { return Tensor::from(t.obj.attr("contiguous")()); };
+    sum(slopes, kept ? std::optional(dense(*kept)) : std::nullopt, before,
+        wanted[2] ? found[2].data<float>() : nullptr);
     if (kept) slopes = matrix(before);
   }
-  if (wanted[0]) multiply(product(slopes.by_row(), layer.by_column(), tokens, inputs, outputs), found[0]);
-  if (wanted[1]) multiply(product(slopes.by_column(), rows.by_column(), outputs, inputs, tokens), found[1]);
+  if (wanted[0]) multiply(params_of(slopes.by_row(), layer.by_column(), tokens, inputs, outputs), found[0]);
+  if (wanted[1]) multiply(params_of(slopes.by_column(), rows.by_column(), outputs, inputs, tokens), found[1]);
   return found;
 }
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 import jepa_kernels as jk
-from jepa_kernels.ops.linear import reference
 from jepa_kernels.ops.linear.op import slower
 
 PLAIN = (Tensor, nn.Parameter)
@@ -26,22 +25,25 @@ class Linear(nn.Linear):
         return product(input, self.weight, self.bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N], as of `Linear`; activation: as of `jepa_kernels.linear`."""
-    if _leads(x, weight):
-        return jk.linear(x, weight, bias, activation=activation)
-    return reference.forward(x, weight, bias, activation)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N], as of `Linear`."""
+    return jk.linear(x, weight, bias) if _leads(x, weight) else F.linear(x, weight, bias)
 
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """gelu(layer(x)): one pass for a `Linear` whose own output nobody waits for."""
-    if type(layer) is Linear and not hooked(layer) and not _has_any_global_hook():
-        return product(x, layer.weight, layer.bias, "gelu")
+    """gelu(layer(x)): in the kernel's pass where that leads and calling the layer is its product and nothing else."""
+    if type(layer) is Linear and _leads(x, layer.weight) and _plain(layer):
+        return jk.linear(x, layer.weight, layer.bias, activation="gelu")
     return F.gelu(layer(x))
 
 
+def _plain(layer: nn.Module) -> bool:
+    own = "forward" in vars(layer) or layer._compiled_call_impl is not None
+    return not (own or hooked(layer) or _has_any_global_hook())
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether hooks run where the module is called."""
     of_forward = module._forward_hooks or module._forward_pre_hooks
     return bool(of_forward or module._backward_hooks or module._backward_pre_hooks)
 

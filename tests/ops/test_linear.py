@@ -74,7 +74,7 @@ def test_gelu_is_accurate_in_the_tails_where_torchs_cancels():
     found, slope = (x.double() for x in through_identity(z))
     z = z.double()
     exact = z * torch.special.log_ndtr(z).exp()
-    assert ((found - exact).abs() <= 4e-7 * exact.abs() * (1 + z.abs())).all()
+    assert ((found - exact).abs() <= 4.5e-7 * exact.abs() * (1 + z.abs())).all()
     steep = torch.special.log_ndtr(z).exp() + z * (-z * z / 2).exp() / math.tau**0.5
     assert (slope - steep).abs().max() <= 2.5e-7
     theirs = F.gelu(z.float()).double()
@@ -87,6 +87,7 @@ def test_gelu_of_what_is_huge_or_not_finite():
     assert found[[0, 2, 4]].tolist() == [torch.tensor(1e30).item(), 13.5, inf]
     assert found[1] == 0 and abs(found[3]) < 1e-38 and found[5].isnan() and slope[5].isnan()
     assert slope[:4].tolist() == [1, 0, 1, pytest.approx(0, abs=1e-36)]
+    assert [x.tolist() for x in through_identity(torch.tensor([0.0, -0.0]))] == [[0, 0], [0.5, 0.5]]
 
 
 @pytest.mark.parametrize("rows, depth, width", [(97, 129, 65), (300, 3_200, 33), (2_100, 70, 1_040)])
@@ -236,6 +237,26 @@ def test_gelu_keeps_its_argument_for_a_gradient_alone():
     assert sum(kept) == x.nbytes + 4 + 64 * 16 * 4
     made = torch.ops.jepa_kernels.linear_forward(x, weight.detach(), None, True, False, "cpu")
     assert [t.numel() for t in made] == [64 * 16, 0]
+
+
+def test_what_a_program_did_not_keep_is_computed_again():
+    """One that was exported without gradients, and is trained."""
+    leaves, grad = leaves_of((40,), 56, 72), torch.randn(40, 72)
+    op, frozen = torch.ops.jepa_kernels.linear, [leaf.detach() for leaf in leaves[1:]]
+    for wanted, given in ((leaves, leaves), (leaves[:1], [leaves[0], *frozen])):
+        ends = [op(*given, True, keep, "cpu")[0] for keep in (True, False)]
+        kept, again = (torch.autograd.grad(out, wanted, grad) for out in ends)
+        assert torch.equal(*ends) and all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    out, kept = torch.ops.jepa_kernels.linear_forward(*leaves, False, True, "cpu")  # nothing to keep
+    assert torch.equal(out, jk.linear(*leaves, backend="cpu")) and kept.numel() == 0
+
+
+def test_what_is_kept_may_come_back_with_other_strides():
+    leaves, grad = leaves_of((40,), 56, 72), torch.randn(40, 72)
+    wanted = gradients(leaves, grad, activation="gelu")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.t().contiguous().t()):
+        found = gradients(leaves, grad, activation="gelu")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_layer_of_data_keeps_no_weights_which_may_change_before_backward():

@@ -5,9 +5,9 @@ from typing import Any
 from jepa_kernels.cost import Cost, nbytes
 
 
-def forward(x: Any, weight: Any, bias: Any, gelu: bool = False, keep: bool = False) -> Cost:
+def forward(x: Any, weight: Any, bias: Any, gelu: bool, keep: bool) -> Cost:
     """Rows and the layer read once, the result written, and what GELU was of where that is kept. One product."""
-    written = (2 if keep else 1) * x.shape[:-1].numel() * weight.shape[0] * x.dtype.itemsize
+    written = (2 if gelu and keep else 1) * x.shape[:-1].numel() * weight.shape[0] * x.dtype.itemsize
     return Cost(nbytes(x, weight, bias) + written, _products(x, weight))
 
 

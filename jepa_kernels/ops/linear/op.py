@@ -113,8 +113,8 @@ BACKWARD = (
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape, keep = (*x.shape[:-1], weight.shape[0]), rest[-2]
-    return x.new_empty(shape), x.new_empty(shape if keep else 0)
+    shape, (gelu, keep) = (*x.shape[:-1], weight.shape[0]), rest[-3:-1]
+    return x.new_empty(shape), x.new_empty(shape if gelu and keep else 0)
 
 
 def _backward_fake(
@@ -125,18 +125,26 @@ def _backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, *_, keep, ctx.backend = inputs
+    x, weight, bias, gelu, keep, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.again = gelu and not keep  # as of a program exported without gradients
+    if ctx.again:
+        ctx.save_for_backward(x, weight, bias)
+        return
     if not ctx.needs_input_grad[1]:
         x = x.new_empty(1).expand(x.shape)  # a frozen layer keeps no activations: only their shape is asked for
     if not ctx.needs_input_grad[0]:
         weight = weight.new_empty(1).expand(weight.shape)  # nor a first layer its weights
-    ctx.save_for_backward(x, weight, output[1] if keep else None)
+    ctx.save_for_backward(x, weight, output[1] if gelu else None)
 
 
 def _gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
-    found = (None,) * 3 if grad is None else _backward(grad, *ctx.saved_tensors, wanted, ctx.backend)
+    if grad is None:
+        return (None,) * 6
+    wanted, (x, weight, kept) = list(ctx.needs_input_grad[:3]), ctx.saved_tensors
+    if ctx.again:
+        kept, _ = _forward(x, weight, kept, False, False, ctx.backend)
+    found = _backward(grad, x, weight, kept, wanted, ctx.backend)
     return *(g if asked else None for g, asked in zip(found, wanted, strict=True)), None, None, None
 
 
