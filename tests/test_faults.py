@@ -320,7 +320,8 @@ FAULTS = {
         "bias missing": ("forward", argument(2, lambda bias: None)),
         "weights of the neighbour": ("forward", argument(1, lambda weight: weight.roll(1, 0))),
         "rows truncated to bf16": ("forward", argument(0, truncate)),
-        "last row left out": ("forward", result(lambda y: spoil(LAST_ROW, 0)(y) if y.dim() > 1 else y)),
+        "last row left out": ("forward", output(0, lambda y: spoil(LAST_ROW, 0)(y) if y.dim() > 1 else y)),
+        "what GELU is of truncated": ("forward", output(1, lambda z: truncate(z).to(z.dtype))),
         "gradient of weights misses the last row": (
             "backward",
             argument(0, lambda g: spoil(LAST_ROW, 0)(g.clone()) if g.dim() > 1 else g),
