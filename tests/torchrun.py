@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -137,15 +138,14 @@ def _send(pid, number):
 
 
 def free_port(count=1):
-    """The first of so many ports that nobody listens at."""
+    """The first of so many ports that nobody listens at, below 32768: the system gives those above to connections, and
+    one of them may be taken before it is used."""
     while True:
-        with contextlib.ExitStack() as stack:
-            found = stack.enter_context(socket.socket())
-            found.bind(("", 0))
-            first = found.getsockname()[1]
-            try:
-                for port in range(first + 1, first + count):
+        first = random.SystemRandom().randrange(10_000, 32_768 - count)
+        try:
+            with contextlib.ExitStack() as stack:
+                for port in range(first, first + count):
                     stack.enter_context(socket.socket()).bind(("", port))
-            except (OSError, OverflowError):
-                continue
             return first
+        except OSError:
+            continue
