@@ -22,6 +22,8 @@ static int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
+static Tensor contiguous(const Tensor& x) { return Tensor::from(x.obj.attr("contiguous")()); }
+
 // A tensor [..., columns] as a matrix; one whose leading axes don't follow one another is copied.
 static Matrix matrix(const Tensor& x) {
   const int64_t columns = x.size(-1);
@@ -32,7 +34,7 @@ static Matrix matrix(const Tensor& x) {
     if (rows == 1)
       stride = x.stride(i);
     else if (x.stride(i) != rows * stride)
-      return matrix(Tensor::from(x.obj.attr("contiguous")()));
+      return matrix(contiguous(x));
     rows *= x.size(i);
   }
   return {x, rows, columns, stride, x.stride(-1)};
@@ -99,8 +101,7 @@ static std::array<Tensor, 3> backward_cpu(const Tensor& grad, const Tensor& x, c
   const int64_t tokens = rows.rows, outputs = layer.rows, inputs = layer.columns;
   if (kept || wanted[2]) {
     const Tensor before = kept ? grad.new_empty(grad.shape()) : none();
-    const auto dense = [](const Tensor& t) { return Tensor::from(t.obj.attr("contiguous")()); };
-    sum(slopes, kept ? std::optional(dense(*kept)) : std::nullopt, before,
+    sum(slopes, kept ? std::optional(contiguous(*kept)) : std::nullopt, before,
         wanted[2] ? found[2].data<float>() : nullptr);
     if (kept) slopes = matrix(before);
   }

@@ -50,7 +50,7 @@ static void pack(const Operand& from, int64_t first, int64_t last, int64_t begin
 // Which part of the depth is added to the result, and how it is written.
 struct Chunk {
   int64_t begin, depth;
-  bool last, streamed;
+  bool activated, streamed; // activated: its sums are what GELU is of
 };
 
 static void write(float* p, vf x, int n, bool streamed) {
@@ -62,7 +62,6 @@ static void write(float* p, vf x, int n, bool streamed) {
 
 // A row of sums, with the bias or the earlier chunks of the depth, to columns column, column + 1, ...
 static void finish(const Params& p, int64_t row, int64_t column, const Chunk& chunk, float* sums) {
-  const bool activated = p.gelu && chunk.last;
   float* const out = (p.kept ? p.kept : p.out) + row * p.columns;
   for (const int64_t end = least(column + COLUMNS, p.columns); column < end; column += W, sums += W) {
     const int n = part(end - column);
@@ -71,8 +70,8 @@ static void finish(const Params& p, int64_t row, int64_t column, const Chunk& ch
       x = add(x, load(out + column, 1, n));
     else if (p.bias)
       x = add(x, load(p.bias + column * p.bias_stride, p.bias_stride, n));
-    if (activated) store(sums, x);
-    if (!activated || p.kept) write(out + column, x, n, chunk.streamed);
+    if (chunk.activated) store(sums, x);
+    if (!chunk.activated || p.kept) write(out + column, x, n, chunk.streamed);
   }
 }
 
@@ -96,8 +95,8 @@ static void compute_rows(const Params& p, int64_t row, int64_t end, const Chunk&
       if (!chunk.streamed && p.kept) fetch_block(p.kept + place, rows, columns, width);
       multiply_panel(left + (i - row) * depth, p.panels + column * depth, depth, sums);
       for (int64_t r = 0; r < rows; ++r) finish(p, i + r, column, chunk, sums + r * COLUMNS);
-      if (!p.gelu || !chunk.last) continue;
-      for (int64_t r = 0; r < rows; ++r) activate(p, i + r, column, chunk, sums + r * COLUMNS);
+      for (int64_t r = 0; chunk.activated && r < rows; ++r)
+        activate(p, i + r, column, chunk, sums + r * COLUMNS);
     }
 }
 
@@ -124,7 +123,7 @@ void linear_multiply_cpu(const Params& p) {
   const bool streamed = chunks == 1 && worth(p.out) && (!p.kept || worth(p.kept));
   for (int64_t i = 0; i < chunks; ++i) {
     const int64_t begin = p.depth * i / chunks;
-    multiply_chunk(p, {begin, p.depth * (i + 1) / chunks - begin, i + 1 == chunks, streamed});
+    multiply_chunk(p, {begin, p.depth * (i + 1) / chunks - begin, p.gelu && i + 1 == chunks, streamed});
   }
 }
 
