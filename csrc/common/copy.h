@@ -34,17 +34,19 @@ static inline bool worth_streaming(const void* out, int64_t rows, int64_t bytes)
          reinterpret_cast<uintptr_t>(out) % STREAM_STEP == 0;
 }
 
-// ahead: the row that is copied next, or null. Rows are short, and the hardware's own prefetch stops at each
-// one's end; L2 has more lines under way than L1 can have.
+// later, next: rows that are copied after this one, or null. Rows are short, and the hardware's own prefetch
+// stops at each one's end: a later one is asked for into L2, which has more lines under way than L1 can have,
+// the next one, there by now, into L1.
 static inline void copy_row(void* out, const void* in, int64_t bytes, bool stream,
-                            const void* ahead = nullptr) {
+                            const void* later = nullptr, const void* next = nullptr) {
   if (!stream) {
     std::memcpy(out, in, bytes);
     return;
   }
   constexpr int64_t LINE = 64;
   for (int64_t i = 0; i < bytes; i += STREAM_STEP) {
-    if (ahead && i % LINE == 0) _mm_prefetch(static_cast<const char*>(ahead) + i, _MM_HINT_T1);
+    if (later && i % LINE == 0) _mm_prefetch(static_cast<const char*>(later) + i, _MM_HINT_T1);
+    if (next && i % LINE == 0) _mm_prefetch(static_cast<const char*>(next) + i, _MM_HINT_T0);
     stream_step(static_cast<char*>(out) + i, static_cast<const char*>(in) + i);
   }
 }

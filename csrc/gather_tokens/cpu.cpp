@@ -43,15 +43,17 @@ void gather_tokens_forward_cpu(const GatherTokensForwardParams& p) {
   const int threads = p.at.rows * bytes < 65536 ? 1 : p.threads;
   parallel_for(p.at.rows, threads, [&](int64_t begin, int64_t end) {
     int64_t run = run_of(p.at, begin);
-    const char* next = source_of(p, begin, run);
+    const auto source = [&](int64_t row) { return row < end ? source_of(p, row, run) : nullptr; };
+    const char *next = source(begin), *later = source(begin + 1);
     for (int64_t row = begin; row < end; ++row) {
       const char* in = next;
-      next = row + 1 < end ? source_of(p, row + 1, run) : nullptr;
+      next = later;
+      later = source(row + 2);
       char* out = static_cast<char*>(p.out) + row * bytes;
       if (!in)
         clear_row(out, bytes, streamed);
       else if (p.stride_channel == 1)
-        copy_row(out, in, bytes, streamed, next);
+        copy_row(out, in, bytes, streamed, later, next);
       else
         copy_strided(out, in, p.channels, p.stride_channel, p.element_size);
     }
