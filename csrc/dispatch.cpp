@@ -54,6 +54,11 @@ const char* isa_name(Isa level) {
   }
 }
 
+bool is_amd() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+}
+
 void refuse(DType type) {
   static const char* const names[] = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "uint8"};
   const std::string name = type == DType::other ? "another type" : names[static_cast<int>(type)];

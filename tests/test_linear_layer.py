@@ -43,9 +43,8 @@ def calls(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def ahead(monkeypatch):
-    """As on a processor with AVX-512, whatever this one has."""
-    if not _C.isa().startswith("avx512"):
-        monkeypatch.setattr(_C, "isa", lambda: "avx512")
+    """As on a processor of AMD's, whoever made this one."""
+    monkeypatch.setattr(_C, "is_amd", lambda: True)
 
 
 def test_it_is_torchs_layer(calls):
@@ -185,10 +184,19 @@ def test_where_the_kernel_does_not_lead_the_layer_is_called(calls, monkeypatch):
     assert torch.equal(mlp(x), wanted) and seen == [mlp.fc1, mlp.fc2] and not calls
 
 
-def test_a_processor_without_avx512_multiplies_by_torch(calls, monkeypatch):
-    monkeypatch.setattr(_C, "isa", lambda: "avx2")
+def test_another_makers_processor_multiplies_by_torch(calls, monkeypatch):
+    monkeypatch.setattr(_C, "is_amd", lambda: False)
     product(*of())
     assert not calls
+
+
+def test_avx2_alone_is_enough(calls):
+    assert _C.set_isa("avx2")
+    try:
+        product(*of())
+    finally:
+        _C.set_isa("best")
+    assert calls == ["forward"]
 
 
 def test_without_the_extension_it_is_torchs(calls, monkeypatch):

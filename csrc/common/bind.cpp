@@ -66,6 +66,7 @@ void bind_common(py::module_& m) {
   m.def("build_info", &build_info);
   m.def("cuda_reason", &cuda_reason);
   m.def("isa", [] { return isa_name(isa()); });
+  m.def("is_amd", &is_amd);
   m.def("set_isa", &set_isa, py::arg("name"));
   py::class_<TensorLists>(m, "TensorLists")
       .def("__eq__", &TensorLists::operator==, py::is_operator())

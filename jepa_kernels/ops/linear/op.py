@@ -44,8 +44,8 @@ def slower(call: tuple[Tensor, Tensor]) -> str | None:
     if x.dim() > AXES:
         return f"reads at most {AXES} axes"
     module = extension.load()
-    if isinstance(module, str) or not module.isa().startswith("avx512"):
-        return "has a lead on processors with AVX-512 alone"
+    if isinstance(module, str) or not module.is_amd():
+        return "has a lead on AMD's processors alone"
     return None
 
 
@@ -71,8 +71,8 @@ def linear(
     Returns [..., N], contiguous, in that dtype. Gradient: of all three, sums in fp32. On the kernel each row has the
     same bits whatever its neighbours, and all results the same bits on every run and for any number of threads.
     The kernel is for fp32 on CPUs. By itself it takes products of 2^26 multiply-adds and 64 rows for each thread or
-    more, of 64 inputs and outputs or more, on processors with AVX-512 (measured on Zen 4), outside torch.compile,
-    traces, torch.func and forward mode. All other calls are PyTorch's: no warning is drawn, and `explain` says why.
+    more, of 64 inputs and outputs or more, on AMD's processors (measured on Zen 4), outside torch.compile, traces,
+    torch.func and forward mode. All other calls are PyTorch's: no warning is drawn, and `explain` says why.
     Double backward is PyTorch's alone: name backend="reference".
     Raises ValueError and TypeError for arguments that do not fit.
     """
