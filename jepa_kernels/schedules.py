@@ -31,7 +31,7 @@ def warmup_stable_decay(
     if step < warmup:
         return start + step / warmup * (peak - start)
     into = step - (total - anneal)
-    return peak if into <= 0 else peak + min(into / anneal, 1.0) * (final - peak)
+    return peak if into <= 0 or anneal == 0 else peak + min(into / anneal, 1.0) * (final - peak)
 
 
 def weight_decay(step: int, *, start: float, final: float, total: int) -> float:
