@@ -37,6 +37,9 @@ class Encoder(nn.Module):
     image_tokenizer: images, and clips of one frame, have patches of one frame, by a layer of their own.
     modality_embedding: a learned vector is added to every patch, one for images and one for videos.
     mean, std: of each channel, applied to pixels on the way in (see `embed_patches`); uint8 pixels need them.
+
+    Under autocast the blocks of an encoder with I-JEPA's table add up in the weights' dtype, others in autocast's, each
+    as in its published code.
     """
 
     autocast_casts = ("pos_embed",)  # by embed_patches: low-precision twins copy it too
@@ -177,6 +180,8 @@ class Encoder(nn.Module):
         if table is not None and grid != self.grid:  # of as many patches
             wanted, remedy = f"have {self.grid} patches like the table of positions", "crop to the config's size"
             fail("Encoder", "pixels", wanted, self.grid_of(pixels), remedy)
+        if table is not None and len(grid) == 2:  # I-JEPA's: under autocast the blocks add up in full precision
+            x = x.to(self._norms()[-1].weight.dtype)
         return x
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
