@@ -31,7 +31,7 @@ def warmup_stable_decay(
     if step < warmup:
         return start + step / warmup * (peak - start)
     into = step - (total - anneal)
-    return peak if into <= 0 else peak + min(into / anneal, 1.0) * (final - peak)
+    return peak if into <= 0 or anneal == 0 else peak + min(into / anneal, 1.0) * (final - peak)
 
 
 def weight_decay(step: int, *, start: float, final: float, total: int) -> float:
@@ -54,11 +54,13 @@ def momentum_cosine(step: int, *, start: float, final: float, total: int) -> flo
 
 
 def context_weight(step: int, *, final: float = 0.5, start: int = 15000, end: int = 30000) -> float:
-    """0 before step `start`, then linear to `final` at step `end`, and `final` from there on.
+    """0 before step `start`, then linear to `final` at step `end`, and `final` from there on; at once for start = end.
 
     Source: V-JEPA 2.1 (arXiv:2603.14482), the weight of the loss on context tokens.
     """
-    return final * min(max((step - start) / (end - start), 0.0), 1.0)
+    if not start < step < end:
+        return final if step >= end else 0.0
+    return final * (step - start) / (end - start)
 
 
 def momentum_constant(step: int, *, start: float) -> float:

@@ -396,6 +396,11 @@ def test_a_model_that_is_none_is_named_as_such():
         EMA(model=3)
 
 
+def test_a_step_by_position_is_no_network():
+    with pytest.raises(TypeError, match=r"^EMA: online must be one module, got int; pass the network once"):
+        EMA(nn.Linear(1, 1)).update(5)
+
+
 def test_another_network_is_refused_before_the_first_write():
     ema = EMA(network())
     before = weights(ema.module)

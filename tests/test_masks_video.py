@@ -217,6 +217,14 @@ def test_errors(grid, specs, error, message):
     assert str(raised.value).startswith("MultiBlock3d: " + message)
 
 
+@pytest.mark.parametrize("option", [{"max_keep": 9}, {"full_complement": True}, {"pred_full_complement": True}])
+def test_groups_are_not_cut_of_rows_that_follow_from_the_cut(option):
+    given = (4, 8, 8), (SHORT_RANGE, Spec3d(**option))
+    MultiBlock3d(*given, truncate=True)
+    with pytest.raises(ValueError, match=r"^MultiBlock3d: truncate_group must be 0 with max_keep and complements, whi"):
+        MultiBlock3d(*given, truncate=True, truncate_group=2)
+
+
 def test_blocks_that_leave_nothing_are_named():
     many = Spec3d(num_blocks=999, spatial_scale=(0.8, 0.8), aspect_ratio=(1.0, 1.0))
     sampler, generator = MultiBlock3d((1, 8, 8), (SHORT_RANGE, many), upstream=True), torch.Generator()

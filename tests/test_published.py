@@ -159,6 +159,10 @@ def test_a_rate_that_rises_is_held_and_falls(step, value):
     assert schedules.warmup_stable_decay(step, **WSD) == pytest.approx(value)
 
 
+def test_a_rate_without_an_end_is_held_past_the_last_step():
+    assert schedules.warmup_stable_decay(20, **{**WSD, "anneal": 0}) == 5.0
+
+
 def test_a_cooldown_is_linear_and_its_own_length_longer_than_the_run():
     cooldown = dict(start=0.0, peak=5.25e-4, final=1e-6, warmup=0, anneal=15_000, total=15_000)
     assert schedules.warmup_stable_decay(0, **cooldown) == pytest.approx(5.25e-4 - 5.24e-4 / 15_000)

@@ -49,3 +49,7 @@ def test_a_stretched_run_ends_before_its_schedules():
 @pytest.mark.parametrize("step, value", [(0, 0.0), (15000, 0.0), (18000, 0.1), (30000, 0.5), (10**6, 0.5)])
 def test_context_weight_waits_rises_and_holds(step, value):
     assert schedules.context_weight(step) == pytest.approx(value)
+
+
+def test_context_weight_without_a_rise_steps_up():
+    assert [schedules.context_weight(step, start=3, end=3) for step in (2, 3, 4)] == [0.0, 0.5, 0.5]

@@ -71,7 +71,7 @@ class MultiBlock3d(Sampler):
     truncate: of each spec, cut contexts and targets to the shortest in the batch, in time-major order, as the
         published code does: the last frames are rarely seen. One spec alone then gives rectangular ids.
     truncate_group: not 0: cut to the shortest of so many images that follow one another, as published training on many
-        GPUs does with each one's own; ids are packed then.
+        GPUs does with each one's own; ids are packed then. Not with specs whose rows depend on what is cut.
     upstream: reproduce the published collators bit for bit: masks are truncated; each spec draws its sizes from a torch
         generator of its own, all seeded with seed + step, and places from torch's global one, or from the `generator`
         of a call, one spec after another.
@@ -107,6 +107,9 @@ class MultiBlock3d(Sampler):
         for spec in self.specs:
             self._check_room(spec)
         super().__init__(truncate, truncate_group, upstream, seed, bucket)
+        if truncate_group and any(s.max_keep or s.full_complement or s.pred_full_complement for s in self.specs):
+            requirement, remedy = "be 0 with max_keep and complements, which follow from the cut", "cut whole batches"
+            fail(self.name, "truncate_group", requirement, truncate_group, remedy)
         native(self.name)
 
     def _check_room(self, spec: Spec3d) -> None:

@@ -1,6 +1,6 @@
 """V-JEPA 2.1: `vjepa2.VJEPA2` with the options of dense features, and the published sizes.
 
-Source: V-JEPA 2.1 (arXiv:2603.14482). Its encoder has norms after each quarter of the blocks and patches of its own for
+Source: V-JEPA 2.1 (arXiv:2603.14482). Its encoder has norms after parts of the blocks and patches of its own for
 images; positions are true rotations, spread over a fixed grid at every resolution; the loss also asks for the
 context's own places. ViT-B and ViT-L were distilled from the last latents of ViT-G, whose width they predict.
 """

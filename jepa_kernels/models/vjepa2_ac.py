@@ -80,8 +80,8 @@ def vit_giant(**changes: Any) -> WorldModelConfig:
 
 
 def vj2ac_droid(**changes: Any) -> WorldModelConfig:
-    """JEPA-WMs' "fixed" V-JEPA 2-AC: no state token, a tubelet of one frame, up to 512 of them, planned from two."""
-    return vit_giant(**{"tubelet_size": 1, "num_frames": 512, "state_dim": None, "window": 2, **changes})
+    """JEPA-WMs' "fixed" V-JEPA 2-AC: no state token, up to 512 frames, planned from two."""
+    return vit_giant(**{"num_frames": 1024, "state_dim": None, "window": 2, **changes})
 
 
 def jepa_wm_droid(**changes: Any) -> WorldModelConfig:

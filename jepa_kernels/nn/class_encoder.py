@@ -48,7 +48,8 @@ class ClassEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [B, C, H, W] -> [B, E]."""
         patches = self.patch_embed(pixels, pos_embed=self.pos_embed[0, 1:])
-        token = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype)
+        token = self.cls_token + self.pos_embed[:, :1]
+        patches = patches.to(token.dtype)  # under autocast the blocks add up in full precision
         x = torch.cat([token.expand(len(patches), -1, -1), patches], 1)
         *blocks, last = (cast(Block, block) for block in self.blocks)
         for block in blocks:

@@ -221,6 +221,7 @@ class EMA(nn.Module):
         if self._shadow is not None:
             self._shadow.refresh()
         if self._pairing is None or not self._pairing.holds(online):
+            _given(online, None)  # names what is no network, a step by position
             if self._shadow is not None:
                 self._shadow.renew()
             self._pairing = Pairing(online, self.module, self._shadow, averaged=self.average_buffers)

@@ -14,6 +14,7 @@ from jepa_kernels.rotary import Rope, patch_positions, published_frequencies
 
 PRECISIONS = "float32", "bf16_exponent", "bfloat16"  # of rotary angles
 LEVELS = 4  # the quarters of the blocks, after each of which V-JEPA 2.1 has a norm
+UNEVEN = {48: (12, 24, 38, 48)}  # of ViT-G, whose third part is published as 14 blocks, the last as 10
 
 
 class Encoder(nn.Module):
@@ -31,10 +32,14 @@ class Encoder(nn.Module):
     pretrained_grid: of positions with rope (see `patch_positions`); V-JEPA 2.1: 256 // patch_size.
     frame_causal: a patch sees those of its own frame and of earlier ones alone.
     levels: None: the last block's output has a norm, `norm`. 1 to 4: `norms_block`, one after each quarter of the
-        blocks, of which the last `levels` are trained and make up dense latents (V-JEPA 2.1).
+        blocks (of 48: after 12, 24, 38 and 48 of them, as published), of which the last `levels` are trained and make
+        up dense latents (V-JEPA 2.1).
     image_tokenizer: images, and clips of one frame, have patches of one frame, by a layer of their own.
     modality_embedding: a learned vector is added to every patch, one for images and one for videos.
     mean, std: of each channel, applied to pixels on the way in (see `embed_patches`); uint8 pixels need them.
+
+    Under autocast the blocks of an encoder with I-JEPA's table add up in the weights' dtype, others in autocast's, each
+    as in its published code.
     """
 
     autocast_casts = ("pos_embed",)  # by embed_patches: low-precision twins copy it too
@@ -156,10 +161,10 @@ class Encoder(nn.Module):
         """Of the last block of each trained level."""
         x = self._embed(pixels, ids, packing)
         rope, sight = self._rope(pixels, ids), self._sight(pixels, ids, packing)
-        quarter, outputs = len(self.blocks) // LEVELS, []
+        ends, outputs = _ends(len(self.blocks), self.levels or 1), []
         for n, block in enumerate(self.blocks, 1):
             x = block(x, packing, rope, **sight)
-            if self.levels is not None and n % quarter == 0 and n // quarter > LEVELS - self.levels:
+            if n in ends:
                 outputs.append(x)
         return outputs or [x]
 
@@ -175,6 +180,8 @@ class Encoder(nn.Module):
         if table is not None and grid != self.grid:  # of as many patches
             wanted, remedy = f"have {self.grid} patches like the table of positions", "crop to the config's size"
             fail("Encoder", "pixels", wanted, self.grid_of(pixels), remedy)
+        if table is not None and len(grid) == 2:  # I-JEPA's: under autocast the blocks add up in full precision
+            x = x.to(self._norms()[-1].weight.dtype)
         return x
 
     def _rope(self, pixels: Tensor, ids: Tensor | None) -> Rope | None:
@@ -243,6 +250,12 @@ def modality_embeddings(dim: int, wanted: bool) -> tuple[nn.Parameter | None, nn
         return None, None
     image, video = (nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6)) for _ in range(2))
     return image, video
+
+
+def _ends(depth: int, levels: int) -> tuple[int, ...]:
+    """How many blocks stand before each of the last `levels` norms."""
+    quarters = tuple(depth * n // LEVELS for n in range(1, LEVELS + 1))
+    return UNEVEN.get(depth, quarters)[-levels:]
 
 
 def _side_by_side(levels: Sequence[Tensor]) -> Tensor:

@@ -52,6 +52,15 @@ def batch(seed, dtype=torch.float32, length=4, rows=3):
     return frames.to(dtype), torch.randn(rows, length - 1, 3, generator=generator).to(dtype)
 
 
+def test_under_autocast_the_blocks_of_the_encoder_add_up_in_full_precision(model):
+    found = []
+    for block in model.encoder.blocks[:-1]:
+        block.register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch(0))
+    assert found == [torch.float32]
+
+
 UNFELT = {"encoder.norm.bias", "projector.net.0.bias", "pred_proj.net.0.bias", "predictor.transformer.norm.bias"}
 
 

@@ -13,6 +13,7 @@ from jepa_kernels.masks import MultiBlock3d
 from jepa_kernels.models import vjepa, vjepa2_1
 from jepa_kernels.models.jepa import train_step
 from jepa_kernels.models.vjepa2_1 import VJEPA2_1
+from jepa_kernels.nn import Encoder
 from jepa_kernels.packing import Packing
 from tests.models import video_equations
 from tests.models.training import by_the_equations, networks, over_budget, results
@@ -237,6 +238,18 @@ def test_a_distilled_model_predicts_its_teachers_width_and_is_not_trained():
     assert predicted.weight.shape == predicted.context.shape[:1]
     with pytest.raises(ValueError, match=r"^VJEPA2: teacher_embed_dim must be None for targets of its own encoder"):
         model.loss(clips, masks.to("cpu"))
+
+
+@pytest.mark.parametrize("depth", video_equations.LEVEL_BLOCKS)
+def test_levels_are_the_outputs_of_the_published_blocks(depth):
+    given = dict(depth=depth, num_heads=1, tubelet_size=2, rope="interleaved", levels=4)
+    encoder, outputs = Encoder(8, 4, 8, **given), []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    features = encoder.features(torch.randn(2, 3, 4, 8, 8)).chunk(4, -1)
+    assert [[n for n, x in enumerate(outputs) if torch.equal(x, level)] for level in features] == [
+        [n] for n in video_equations.LEVEL_BLOCKS[depth]
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"levels": 5}, {"levels": 0}, {"depth": 6}], ids=str)

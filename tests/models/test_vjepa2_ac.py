@@ -180,6 +180,8 @@ def test_the_named_sizes_are_the_published_ones():
     assert [models["jepa_wm_droid"].predictor.cond_tokens, models["vj2ac_droid"].predictor.cond_tokens] == [0, 1]
     assert {n: m.config.window for n, m in models.items()} == {"vit_giant": None, "vj2ac_droid": 2, "jepa_wm_droid": 2}
     assert {model.predictor.frame_tokens for model in models.values()} == {256, 257, 258}
+    encoders = [models[name].encoder.state_dict() for name in ("vit_giant", "vj2ac_droid")]  # both are V-JEPA 2's ViT-g
+    assert len({tuple((key, x.shape) for key, x in encoder.items()) for encoder in encoders}) == 1
 
 
 def test_a_training_step_compiles_as_one_graph():

@@ -11,6 +11,9 @@ import torch
 from tests.models.ijepa_equations import block, layer_norm, linear, norm
 from tests.models.rope_equations import place, turned
 
+# The blocks, from 0 on, after which published V-JEPA 2.1 encoders of so many have a norm.
+LEVEL_BLOCKS = {12: [2, 5, 8, 11], 24: [5, 11, 17, 23], 40: [9, 19, 29, 39], 48: [11, 23, 37, 47]}
+
 
 def table(grid, dim, uniform_power=True):
     """Frame, row and column, each [sin, cos] of its place; cut to `dim` channels."""
@@ -89,8 +92,8 @@ def encode(clip, ids, p, c):
     )  # fmt: skip
     if count is None:
         return [norm(found[-1], p, "norm")]
-    quarters = [found[c.depth * (i + 1) // 4 - 1] for i in range(4)]
-    return [norm(x, p, f"norms_block.{i}") for i, x in enumerate(quarters)][-count:]
+    ends = LEVEL_BLOCKS.get(c.depth) or [c.depth * (i + 1) // 4 - 1 for i in range(4)]
+    return [norm(found[n], p, f"norms_block.{i}") for i, n in enumerate(ends)][-count:]
 
 
 def predict(context, context_ids, target_ids, token, grid, p, c, image=False):
