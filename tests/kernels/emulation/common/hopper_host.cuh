@@ -10,7 +10,16 @@ struct MapShape {
   int line, rows;
 };
 
+// The device to launch on. Choosing it is what gives a thread a context.
+inline int chosen = 0;
+struct OnDevice {
+  OnDevice(const char*, int) { ++chosen; }
+  ~OnDevice() { --chosen; }
+  OnDevice(const OnDevice&) = delete;
+};
+
 inline TensorMap tensor_map(const char*, const MapShape& s) {
+  if (!chosen) fault("a tensor map before its device is chosen");
   TensorMap map{static_cast<const uint8_t*>(s.data), {}, {2}, s.line, s.rows};
   if (reinterpret_cast<uintptr_t>(s.data) % 16)
     fault("a tensor map of an address that is not a multiple of 16");
