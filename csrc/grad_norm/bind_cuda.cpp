@@ -11,7 +11,7 @@ static Tensor forward_cuda(const std::vector<std::pair<Tensor, py::object>>& tab
   for (const auto& [chunks, dtype] : tables) count += chunks.size(0);
   const Tensor& first = tables.front().first;
   const Tensor partial = first.new_empty({count}, DType::f64), norm = first.new_empty({}, DType::f32);
-  const int device = first.device_index();
+  const int device = first.device;
   void* const stream = first.stream();
   double* own = partial.data<double>();
   for (const auto& [chunks, dtype] : tables) {

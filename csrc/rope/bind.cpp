@@ -95,7 +95,7 @@ static Pair run_cuda(const Tensor& q, const Options& k, const Tensor& turns, con
                 t->stride(-3) % 2 == 0,
             "turns must begin at multiples of 8 bytes");
   return run<back>(q, k, turns, k_turns, half,
-                   [&](const RopeParams& params) { rope_cuda(params, q.device_index(), q.stream()); });
+                   [&](const RopeParams& params) { rope_cuda(params, q.device, q.stream()); });
 }
 #endif
 
