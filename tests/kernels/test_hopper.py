@@ -103,6 +103,12 @@ def test_short_sequences_with_no_queries_or_no_keys():
         assert parity.ok, str(parity)
 
 
+@pytest.mark.parametrize("shape, packing", [((5, 0, 16), Packing.from_lengths([2, 3])), ((2, 0, 5, 16), None)])
+def test_no_heads(shape, packing):
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    assert [y.shape for y in outcome(x, x, x, x, packing)] == [x.shape] * 4
+
+
 def test_dense_views_of_one_product_are_read_in_place():
     def make(generator):
         inputs = dense(2, (2, 2), 70, 70, 40)(generator)
