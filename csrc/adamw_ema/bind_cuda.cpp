@@ -32,6 +32,7 @@ static void forward_cuda(const Tensor& chunks, py::handle grad, py::handle onlin
   p.maximize = maximize;
   p.device = chunks.device;
   p.stream = chunks.stream();
+  py::gil_scoped_release nogil;
   adamw_ema_cuda(p);
 }
 

@@ -88,7 +88,10 @@ static std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k,
   const Tensor out = empty_like(q), lse = empty_lse(q);
   p.out = rows_of(out);
   p.lse = lse_rows_of(lse);
-  masked_attention_forward_cuda(p);
+  {
+    py::gil_scoped_release nogil;
+    masked_attention_forward_cuda(p);
+  }
   return {out, lse};
 }
 
@@ -110,7 +113,10 @@ static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, co
   p.dq = rows[0];
   p.dk = rows[1];
   p.dv = rows[2];
-  masked_attention_backward_cuda(p);
+  {
+    py::gil_scoped_release nogil;
+    masked_attention_backward_cuda(p);
+  }
   return grads;
 }
 

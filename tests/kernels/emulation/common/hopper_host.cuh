@@ -1,5 +1,7 @@
 // The functions of csrc/common/hopper_host.cuh, for tests: blocks run here, one after another.
 #pragma once
+#include <Python.h>
+
 #include "common/hopper.cuh"
 
 namespace jepa {
@@ -46,6 +48,7 @@ inline int64_t launches = 0; // since they were last read
 
 template <class Args> void launch(const char*, void (*kernel)(Args), const Grid& grid, const Args& args) {
   if (grid.shared_bytes > 227 * 1024) fault("more shared memory than a block can have");
+  if (PyGILState_Check()) fault("a launch, which may wait for the device, with Python's lock held");
   ++launches;
   for (int64_t i = 0; i < grid.blocks; ++i) {
     blockIdx.x = static_cast<unsigned>(i);
