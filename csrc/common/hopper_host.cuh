@@ -89,12 +89,21 @@ struct Grid {
   void* stream;
 };
 
+// Allows the kernel so much shared memory on this device. Never less than before: launches by other threads,
+// and those in graphs that were captured, go by it too.
+template <class Args> void allow(const OnDevice& on, void (*kernel)(Args), int shared_bytes) {
+  static std::mutex one;
+  const std::lock_guard<std::mutex> own(one);
+  cudaFuncAttributes now;
+  on.check(cudaFuncGetAttributes(&now, kernel));
+  if (now.maxDynamicSharedSizeBytes >= shared_bytes) return;
+  on.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
 template <class Args> void launch(const char* op, void (*kernel)(Args), const Grid& grid, const Args& args) {
   if (grid.blocks == 0) return;
   const OnDevice on(op, grid.device);
-  static std::mutex one; // the attribute is the kernel's: threads that launch it with other sizes take turns
-  const std::lock_guard<std::mutex> own(one);
-  on.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+  if (grid.shared_bytes > 0) allow(on, kernel, grid.shared_bytes);
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            static_cast<cudaStream_t>(grid.stream)>>>(args);
   on.check(cudaGetLastError());

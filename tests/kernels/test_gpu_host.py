@@ -28,6 +28,23 @@ def test_the_first_that_a_thread_does_may_be_a_launch(backend):
 
 
 @each_backend
+def test_one_graph_holds_launches_of_long_and_of_short_sequences(backend):
+    """The second asks for less shared memory, which the first must not be left with."""
+    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("its kernels need a GPU of compute capability 9.0")
+    long, short = (torch.randn(2, 4, n, 128, device="cuda", dtype=torch.bfloat16) for n in (256, 20))
+
+    def step():
+        return [jk.masked_attention(x, x, x, backend=backend) for x in (long, short)]
+
+    expected, graph = step(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@each_backend
 def test_tables_and_scalars_are_made_on_the_host_whatever_the_default_device(backend):
     target, expected, online = tensors(0), tensors(0), tensors(1)
     norm = jk.grad_norm(online, backend=backend)
