@@ -1,6 +1,7 @@
 """Any number of tensors in one launch: what is read of them on each call, and the table of chunks for GPU kernels."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -109,11 +110,13 @@ def _present(t: Tensor, cut: Tensor) -> Tensor | None:
 
 
 def _table(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    numel = torch.tensor([row[0].numel() for row in rows])  # type: ignore[union-attr]
-    address = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows])
-    size = torch.tensor([[0 if t is None or t.numel() == 1 else t.element_size() for t in row] for row in rows])
+    """On the host, whatever torch's default device is."""
+    host = partial(torch.tensor, device="cpu")
+    numel = host([row[0].numel() for row in rows])  # type: ignore[union-attr]
+    address = host([[0 if t is None else t.data_ptr() for t in row] for row in rows])
+    size = host([[0 if t is None or t.numel() == 1 else t.element_size() for t in row] for row in rows])
     count = (numel + CHUNK - 1) // CHUNK
-    of = torch.arange(len(rows)).repeat_interleave(count)  # the row of each chunk
-    start = (torch.arange(len(of)) - (count.cumsum(0) - count)[of]) * CHUNK
+    of = torch.arange(len(rows), device="cpu").repeat_interleave(count)  # the row of each chunk
+    start = (torch.arange(len(of), device="cpu") - (count.cumsum(0) - count)[of]) * CHUNK
     left = (numel[of] - start).clamp(max=CHUNK)
     return torch.cat([address[of] + start[:, None] * size[of], left[:, None]], 1)

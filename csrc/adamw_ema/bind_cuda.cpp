@@ -20,7 +20,7 @@ static void forward_cuda(const Tensor& chunks, py::handle grad, py::handle onlin
   p.grad_dtype = grad.is_none() ? DType::f32 : dtype_of(grad);
   p.online_shadow_dtype = dtype_of(online_shadow);
   p.target_shadow_dtype = dtype_of(target_shadow);
-  if (scalars.device_index() >= 0)
+  if (scalars.device >= 0)
     p.device_scalars = scalars.data<const AdamwEmaScalars>();
   else
     p.scalars = *scalars.data<const AdamwEmaScalars>();
@@ -30,8 +30,9 @@ static void forward_cuda(const Tensor& chunks, py::handle grad, py::handle onlin
   p.beta2 = beta2;
   p.eps = static_cast<float>(eps);
   p.maximize = maximize;
-  p.device = chunks.device_index();
+  p.device = chunks.device;
   p.stream = chunks.stream();
+  py::gil_scoped_release nogil;
   adamw_ema_cuda(p);
 }
 

@@ -13,13 +13,32 @@
 namespace jepa {
 namespace common_bindings {
 
-// Why CUDA kernels can't run in this process; empty where they can.
+#if JEPA_CUDA
+// Why kernels can't run on a device; empty where they can. The build holds machine code for capabilities 8.x
+// and 9.0; for later ones the driver compiles code of the toolkit's version, if it knows that.
+static std::string device_reason(int device) {
+  int major = 0, minor = 0, driver = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDriverGetVersion(&driver);
+  const auto dotted = [](int whole, int part) { return std::to_string(whole) + "." + std::to_string(part); };
+  const auto release = [&](int version) { return dotted(version / 1000, version % 1000 / 10); };
+  if (major < 8) return "needs a GPU of compute capability 8.0 or later, got " + dotted(major, minor);
+  if (major == 8 || major == 9 || driver >= CUDART_VERSION) return "";
+  return "needs a driver of CUDA " + release(CUDART_VERSION) + " for a GPU of compute capability " +
+         dotted(major, minor) + ", got one of " + release(driver);
+}
+#endif
+
+// Why CUDA kernels can't run in this process, on any device; empty where they can.
 static std::string cuda_reason() {
 #if JEPA_CUDA
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) return std::string("no usable CUDA driver: ") + cudaGetErrorString(status);
-  return count > 0 ? "" : "no CUDA device";
+  std::string why = "no CUDA device";
+  for (int i = 0; i < count && !why.empty(); ++i) why = device_reason(i);
+  return why;
 #else
   return "this build has no CUDA kernels; build with JEPA_CUDA=1 where nvcc is";
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -14,16 +15,25 @@ inline void check_launch(const char* op, bool done, const std::string& why) {
   throw std::runtime_error(std::string(op) + ": the CUDA launch must succeed, got " + why +
                            "; rerun with CUDA_LAUNCH_BLOCKING=1 to find the cause");
 }
+inline void check_launch(const char* op, cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError(); // told here: a later launch must not be taken for its cause
+  check_launch(op, status == cudaSuccess, cudaGetErrorString(status));
+}
 
 // The driver's function, found at run time: the extension must load where no driver is.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder(const char* op) {
-  static void* found = nullptr;
-  if (!found) {
+  static void* const found = [op] {
+    void* address = nullptr;
     cudaDriverEntryPointQueryResult state;
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
-    check_launch(op, status == cudaSuccess && found, "a driver without cuTensorMapEncodeTiled");
-  }
+#if CUDART_VERSION >= 12050
+    check_launch(op, cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address, 12000,
+                                                      cudaEnableDefault, &state));
+#else
+    check_launch(op, cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &state));
+#endif
+    check_launch(op, address, "a driver without cuTensorMapEncodeTiled");
+    return address;
+  }();
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
@@ -60,9 +70,7 @@ public:
   }
   ~OnDevice() { cudaSetDevice(before_); }
   OnDevice(const OnDevice&) = delete;
-  void check(cudaError_t status) const {
-    check_launch(op_, status == cudaSuccess, cudaGetErrorString(status));
-  }
+  void check(cudaError_t status) const { check_launch(op_, status); }
 
 private:
   const char* op_;
@@ -71,8 +79,7 @@ private:
 
 inline int multiprocessors(const char* op, int device) {
   int count = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  check_launch(op, status == cudaSuccess, cudaGetErrorString(status));
+  check_launch(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
 }
 
@@ -82,10 +89,21 @@ struct Grid {
   void* stream;
 };
 
+// Allows the kernel so much shared memory on this device. Never less than before: launches by other threads,
+// and those in graphs that were captured, go by it too.
+template <class Args> void allow(const OnDevice& on, void (*kernel)(Args), int shared_bytes) {
+  static std::mutex one;
+  const std::lock_guard<std::mutex> own(one);
+  cudaFuncAttributes now;
+  on.check(cudaFuncGetAttributes(&now, kernel));
+  if (now.maxDynamicSharedSizeBytes >= shared_bytes) return;
+  on.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+}
+
 template <class Args> void launch(const char* op, void (*kernel)(Args), const Grid& grid, const Args& args) {
   if (grid.blocks == 0) return;
   const OnDevice on(op, grid.device);
-  on.check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+  if (grid.shared_bytes > 0) allow(on, kernel, grid.shared_bytes);
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            static_cast<cudaStream_t>(grid.stream)>>>(args);
   on.check(cudaGetLastError());

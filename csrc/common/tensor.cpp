@@ -59,11 +59,6 @@ int torch_threads() {
   return get().cast<int>();
 }
 
-int Tensor::device_index() const {
-  const py::object index = obj.attr("device").attr("index");
-  return index.is_none() ? -1 : index.cast<int>();
-}
-
 void* Tensor::stream() const {
   static const py::handle current =
       py::object(py::module_::import("torch.cuda").attr("current_stream")).release();
@@ -76,6 +71,7 @@ Tensor Tensor::from(py::handle h) {
   Tensor t;
   t.obj = py::reinterpret_borrow<py::object>(h);
   t.address = dlpack::address_of(seen);
+  if (seen.device_type == dlpack::CUDA) t.device = seen.device_index;
   t.dims = seen.dims;
   std::copy_n(seen.shape, seen.dims, t.sizes.begin());
   std::copy_n(seen.strides, seen.dims, t.strides.begin());

@@ -33,6 +33,7 @@ struct Tensor {
   py::object obj;
   void* address = nullptr;
   DType dtype = DType::other;
+  int device = -1; // the index of a CUDA device; -1: the CPU
   int dims = 0;
   std::array<int64_t, MAX_DIM> sizes{}, strides{}; // strides in elements
 
@@ -46,9 +47,6 @@ struct Tensor {
     for (int i = 0; i < dims; ++i) n *= sizes[i];
     return n;
   }
-
-  // The index of a CUDA tensor's device; -1 on the CPU.
-  int device_index() const;
 
   // The stream that torch works on at present, on this CUDA tensor's device.
   void* stream() const;

@@ -44,10 +44,19 @@ static void run_cpu(const TensorLists& lists, const Tensor& momentum, const std:
 // chunks: int64 [chunks, 4] on the device, rows of EmaChunk; online, shadow: the torch.dtype of all, or None.
 static void run_cuda(const Tensor& chunks, py::handle online, py::handle shadow, const Tensor& momentum,
                      const std::string& form) {
-  const bool on_device = momentum.device_index() >= 0;
-  ema_update_cuda({chunks.data<const EmaChunk>(), chunks.size(0), dtype_of(online), dtype_of(shadow),
-                   on_device ? 0.0 : value_of(momentum), on_device ? momentum.data() : nullptr,
-                   momentum.dtype, form_of(form), chunks.device_index(), chunks.stream()});
+  const bool on_device = momentum.device >= 0;
+  const EmaUpdateCudaParams params{chunks.data<const EmaChunk>(),
+                                   chunks.size(0),
+                                   dtype_of(online),
+                                   dtype_of(shadow),
+                                   on_device ? 0.0 : value_of(momentum),
+                                   on_device ? momentum.data() : nullptr,
+                                   momentum.dtype,
+                                   form_of(form),
+                                   chunks.device,
+                                   chunks.stream()};
+  py::gil_scoped_release nogil;
+  ema_update_cuda(params);
 }
 #endif
 

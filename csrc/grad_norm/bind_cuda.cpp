@@ -11,15 +11,20 @@ static Tensor forward_cuda(const std::vector<std::pair<Tensor, py::object>>& tab
   for (const auto& [chunks, dtype] : tables) count += chunks.size(0);
   const Tensor& first = tables.front().first;
   const Tensor partial = first.new_empty({count}, DType::f64), norm = first.new_empty({}, DType::f32);
-  const int device = first.device_index();
+  const int device = first.device;
   void* const stream = first.stream();
+  std::vector<GradNormCudaParams> parts;
   double* own = partial.data<double>();
   for (const auto& [chunks, dtype] : tables) {
-    grad_norm_cuda(
+    parts.push_back(
         {chunks.data<const GradNormChunk>(), chunks.size(0), dtype_of(dtype), own, device, stream});
     own += chunks.size(0);
   }
-  grad_norm_sum_cuda({partial.data<double>(), count, norm.data<float>(), device, stream});
+  {
+    py::gil_scoped_release nogil;
+    for (const GradNormCudaParams& part : parts) grad_norm_cuda(part);
+    grad_norm_sum_cuda({partial.data<double>(), count, norm.data<float>(), device, stream});
+  }
   return norm;
 }
 

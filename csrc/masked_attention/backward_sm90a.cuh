@@ -322,6 +322,7 @@ template <class T, int width, Pass pass> struct Backward {
 #pragma unroll 1
     for (int i = 0; i < tiles(); ++i) {
       float dq[width / 2] = {};
+      pin(dq); // the compiler would clear it behind the fence
       products_begin();
 #pragma unroll 1
       for (int j = 0; j * ROWS < keys.count; ++j) add_columns<T, width>(dq, kept(j, i), own_a(j));

@@ -115,8 +115,7 @@ static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, con
   Call call(q, k, options);
   AttentionBackwardTasks tasks;
   schedule_attention_backward(call.shape, call.sequences, tasks);
-  for (int i = 0; i < q.dim(); ++i) require(grad.size(i) == q.size(i), "grad must have q's shape");
-  require(lse.dim() == q.dim() - 1, "lse must be what forward gave");
+  check_outputs(grad, lse, q);
   AttentionRows rows[3];
   const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
   const int64_t one = tasks.query_parts.empty() ? 0 : q.numel() / q.size(-1);

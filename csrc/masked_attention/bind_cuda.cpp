@@ -31,12 +31,18 @@ static Tensor mapped(const Tensor& x) {
   return copy;
 }
 
+static bool is_starts(const Tensor& x) {
+  return x.dtype == DType::i32 && x.dim() == 1 && x.size(0) > 0 && (x.stride(0) == 1 || x.size(0) == 1);
+}
+
 struct Inputs {
   Tensor q, k, v; // alive until the launch
 };
 
 static Inputs checked(const Tensor& q, const Tensor& k, const Tensor& v, const py::args& rest) {
-  check_rows(q, k, v, rest[0].cast<std::optional<Tensor>>(), rest[1].cast<std::optional<Tensor>>());
+  const auto cu = rest[0].cast<std::optional<Tensor>>(), k_cu = rest[1].cast<std::optional<Tensor>>();
+  check_rows(q, k, v, cu, k_cu);
+  require(!cu || (is_starts(*cu) && is_starts(*k_cu)), "cu_seqlens must be int32 [S + 1], contiguous");
   require(rest[4].cast<int64_t>() <= 256 && rest[5].cast<int64_t>() <= 256,
           "sequences must have at most 256 queries and keys");
   require(rest[6].cast<int64_t>() == 0 && rest[7].is_none() && rest[8].is_none(),
@@ -70,7 +76,7 @@ static MaskedAttentionCudaParams params_of(const Inputs& inputs, const py::args&
   p.shape.width = q.size(-1);
   p.shape.scale = rest[11].cast<float>();
   p.shape.dtype = q.dtype;
-  p.device = q.device_index();
+  p.device = q.device;
   p.stream = q.stream();
   return p;
 }
@@ -82,7 +88,10 @@ static std::tuple<Tensor, Tensor> forward_cuda(const Tensor& q, const Tensor& k,
   const Tensor out = empty_like(q), lse = empty_lse(q);
   p.out = rows_of(out);
   p.lse = lse_rows_of(lse);
-  masked_attention_forward_cuda(p);
+  {
+    py::gil_scoped_release nogil;
+    masked_attention_forward_cuda(p);
+  }
   return {out, lse};
 }
 
@@ -91,9 +100,10 @@ static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, co
                                          const py::args& rest) {
   const Inputs inputs = checked(q, k, v, rest);
   MaskedAttentionCudaParams p = params_of(inputs, rest);
-  for (int i = 0; i < q.dim(); ++i)
-    require(grad.size(i) == q.size(i) && out.size(i) == q.size(i), "grad and out must have q's shape");
-  require(lse.dim() == q.dim() - 1 && mappable(out), "out and lse must be what forward gave");
+  check_outputs(grad, lse, q);
+  check_outputs(out, lse, q);
+  require(mappable(out) && (lse.stride(-1) == 1 || lse.size(-1) <= 1),
+          "out and lse must be what forward gave");
   const Tensor grad_rows = mapped(grad);
   AttentionRows rows[3];
   const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
@@ -103,7 +113,10 @@ static std::vector<Tensor> backward_cuda(const Tensor& grad, const Tensor& q, co
   p.dq = rows[0];
   p.dk = rows[1];
   p.dv = rows[2];
-  masked_attention_backward_cuda(p);
+  {
+    py::gil_scoped_release nogil;
+    masked_attention_backward_cuda(p);
+  }
   return grads;
 }
 

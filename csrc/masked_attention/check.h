@@ -28,6 +28,17 @@ inline void check_rows(const Tensor& q, const Tensor& k, const Tensor& v, const 
   require(q.dtype == k.dtype && q.dtype == v.dtype, "q, k and v must have one dtype");
 }
 
+// What backward gets of forward's outputs: the gradient of one, and lse.
+inline void check_outputs(const Tensor& grad, const Tensor& lse, const Tensor& q) {
+  const int tokens = q.dim() == 3 ? 0 : 2;
+  require(grad.dim() == q.dim() && grad.dtype == q.dtype, "grad and out must have q's shape and dtype");
+  for (int i = 0; i < q.dim(); ++i)
+    require(grad.size(i) == q.size(i), "grad and out must have q's shape and dtype");
+  require(lse.dim() == q.dim() - 1 && lse.dtype == DType::f32 && lse.size(-1) == q.size(tokens) &&
+              lse.size(-2) == q.size(1) && (tokens == 0 || lse.size(0) == q.size(0)),
+          "lse must be what forward gave");
+}
+
 // A table with a row for each of x's tokens, of `trailing` dimensions.
 inline void check_table(const std::optional<Tensor>& table, const Tensor& x, DType type, int trailing) {
   if (!table) return;

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(WARPGROUPS<width>* THREADS, width <= 32 ? 3 : 
 
 template <class T, int width> static void backward(const MaskedAttentionCudaParams& p) {
   const AttentionShape& shape = p.shape;
+  const OnDevice on(OP, p.device); // a thread of autograd may have no context yet, and tensor maps need one
   BackwardArgs args{};
   args.q = maps_of<width>(p.q, shape.heads);
   args.k = maps_of<width>(p.k, shape.key_heads);

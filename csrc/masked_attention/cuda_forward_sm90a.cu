@@ -64,6 +64,7 @@ template <class T, int width> static void forward(const MaskedAttentionCudaParam
   const bool packed = shape.cu_seqlens;
   const int64_t all = packed ? shape.heads : p.sequences * shape.heads;
   if (all == 0) return;
+  const OnDevice on(OP, p.device); // a thread of autograd may have no context yet, and tensor maps need one
   ForwardArgs args{};
   args.q = maps_of<width>(p.q, shape.heads);
   args.k = maps_of<width>(p.k, shape.key_heads);

@@ -94,8 +94,11 @@ static Pair run_cuda(const Tensor& q, const Options& k, const Tensor& turns, con
     require(reinterpret_cast<uintptr_t>(t->address) % 8 == 0 && t->stride(0) % 2 == 0 &&
                 t->stride(-3) % 2 == 0,
             "turns must begin at multiples of 8 bytes");
-  return run<back>(q, k, turns, k_turns, half,
-                   [&](const RopeParams& params) { rope_cuda(params, q.device_index(), q.stream()); });
+  return run<back>(q, k, turns, k_turns, half, [&](const RopeParams& params) {
+    void* const stream = q.stream();
+    py::gil_scoped_release nogil;
+    rope_cuda(params, q.device, stream);
+  });
 }
 #endif
 

@@ -185,8 +185,8 @@ static bool same_turns(const RopeRows& a, const RopeRows& b) {
 template <class T, template <class, bool> class Channels, bool wide>
 static void launch(const RopeParams& p, cudaStream_t stream) {
   constexpr int count = Chunk<T, wide>::count;
-  const int64_t channels = p.half ? std::max<int64_t>(p.turning / 2, 1) : p.width;
-  const int64_t heads = std::max(p.rows[0].heads, p.rows[1].heads);
+  const int64_t channels = std::max<int64_t>(p.half ? p.turning / 2 : p.width, 1);
+  const int64_t heads = std::max({p.rows[0].heads, p.rows[1].heads, int64_t{1}}); // none: no blocks
   dim3 threads(static_cast<unsigned>((channels + count - 1) / count));
   threads.y = static_cast<unsigned>(std::min<int64_t>(heads, std::max(32u / threads.x, 1u)));
   threads.z = std::min(THREADS / (threads.x * threads.y), 64u); // the most of that dimension

@@ -6,6 +6,8 @@ publishes or no barrier orders, an accumulator read before its wait, a copy that
 for ever.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -99,6 +101,12 @@ def test_short_sequences_with_no_queries_or_no_keys():
     case = Case("", packed((5, 0, 9, 70), (1, 1), 24, key_lengths=(3, 4, 0, 100)), GRADS)
     for parity in check_case(OP, "cuda", case, torch.bfloat16):
         assert parity.ok, str(parity)
+
+
+@pytest.mark.parametrize("shape, packing", [((5, 0, 16), Packing.from_lengths([2, 3])), ((2, 0, 5, 16), None)])
+def test_no_heads(shape, packing):
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    assert [y.shape for y in outcome(x, x, x, x, packing)] == [x.shape] * 4
 
 
 def test_dense_views_of_one_product_are_read_in_place():
@@ -226,6 +234,34 @@ def test_the_torch_op_refuses_what_its_kernels_do_not_read(length, frame_size, s
     masks = (frame_size, None, None, None, False)
     with pytest.raises(ValueError, match=f"{OP}: {requirement}; call the public function"):
         torch.ops.jepa_kernels.masked_attention_forward(x, x, x, *(None,) * 4, length, length, *masks, 1.0, "cuda")
+
+
+@pytest.mark.parametrize(
+    "change, requirement",
+    [
+        ({3: torch.tensor([0, 5, 14])}, "cu_seqlens must be int32 [S + 1], contiguous"),
+        ({4: torch.tensor([[0, 5, 14]] * 3, dtype=torch.int32)}, "cu_seqlens must be int32 [S + 1], contiguous"),
+        ({4: torch.tensor([0, 5, 9, 14, 20], dtype=torch.int32)[::2]}, "cu_seqlens must be int32 [S + 1], contiguous"),
+        ({-4: torch.zeros(14, 2, 16)}, "grad and out must have q's shape and dtype"),
+        ({-3: torch.zeros(14, 2, 16)}, "grad and out must have q's shape and dtype"),
+        ({-3: torch.zeros(14, 2, 19).bfloat16()[..., :16]}, "out and lse must be what forward gave"),
+        ({-2: torch.zeros(2, 13)}, "lse must be what forward gave"),
+        ({-2: torch.zeros(14, 2).t()}, "out and lse must be what forward gave"),
+    ],
+)
+def test_the_torch_op_touches_no_memory_that_is_not_its_own(change, requirement):
+    """Positions from 0 on: of a forward call; below 0: what backward is given before and after q, k and v."""
+    x, cu = torch.zeros(14, 2, 16).bfloat16(), torch.tensor([0, 5, 14], dtype=torch.int32)
+    call = dict(enumerate([x, x, x, cu, cu, None, None, 9, 9, 0, None, None, None, False, 1.0]))
+    forward, backward = (
+        torch.ops.jepa_kernels.masked_attention_forward,
+        torch.ops.jepa_kernels.masked_attention_backward,
+    )
+    outputs = dict(zip((-4, -3, -2), (x, *forward(*call.values(), "cuda")), strict=True))
+    given = {**call, **outputs, **change}
+    with pytest.raises(ValueError, match=f"{OP}: {re.escape(requirement)}; call the public function"):
+        grad, out, lse = (given.pop(i) for i in (-4, -3, -2))
+        backward(grad, *(given[i] for i in (0, 1, 2)), out, lse, *(given[i] for i in range(3, 15)), False, "cuda")
 
 
 def test_compiled_calls_of_other_lengths_are_not_compiled_anew():

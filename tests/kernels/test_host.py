@@ -73,6 +73,21 @@ def test_one_narrow_head():
     assert torch.equal(jk.rope(x, places, backend="cuda"), jk.rope(x, places, backend="cpu"))
 
 
+@pytest.mark.parametrize("shape", [(5, 0, 16), (2, 0, 5, 16)])
+def test_no_heads(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    turned = jk.rope(x, torch.rand(5, 1), backend="cuda")
+    assert turned.shape == x.shape == torch.autograd.grad(turned.sum(), x)[0].shape
+
+
+def test_heads_without_channels_are_nothing_to_turn():
+    """The public function refuses them, the torch op does not."""
+    x = torch.zeros(5, 2, 0)
+    for half in (False, True):
+        turned, _ = torch.ops.jepa_kernels.rope_forward(x, None, torch.zeros(5, 2, 0), None, half, "cuda")
+        assert turned.shape == x.shape
+
+
 def test_rows_that_begin_anywhere():
     whole = torch.randn(4 * 3 * 64 + 1)
     x, places = whole[1:].view(4, 3, 64), torch.rand(4, 3)

@@ -103,3 +103,26 @@ def test_grad_norm_of_tensors_that_start_anywhere(dtype, start):
         assert jk.grad_norm(given, backend="cuda").item() == pytest.approx(exact, rel=1.2e-7)
     grads[3][-1] = float("inf")
     assert jk.grad_norm(grads, backend="cuda").item() == float("inf")
+
+
+TOO_OLD = "needs a driver of CUDA 13.2 for a GPU of compute capability {}, got one of 13.0"
+
+
+@pytest.mark.parametrize(
+    "devices, driver, reason",
+    [
+        ([], 13020, "no CUDA device"),
+        ([75], 13020, "needs a GPU of compute capability 8.0 or later, got 7.5"),
+        ([80], 13000, ""),
+        ([89], 13000, ""),
+        ([90], 13000, ""),
+        ([100], 13020, ""),
+        ([100], 13000, TOO_OLD.format("10.0")),
+        ([121], 13000, TOO_OLD.format("12.1")),
+        ([61, 86], 13000, ""),
+        ([90], 12080, "no usable CUDA driver: CUDA driver version is insufficient"),
+    ],
+)
+def test_a_build_says_on_which_devices_it_has_kernels(emulated, devices, driver, reason):
+    """Built with CUDA 13.2 here: machine code for 8.x and 9.0, PTX for later GPUs, which an older driver can't read."""
+    assert emulated.cuda_reason(devices, driver) == reason

@@ -257,3 +257,23 @@ def test_the_raw_op_touches_no_memory_that_is_not_its_own(change, message):
         call[position] = value
     with pytest.raises(ValueError, match=f"masked_attention: {message}.*; call the public function"):
         torch.ops.jepa_kernels.masked_attention_forward(*call)
+
+
+@pytest.mark.parametrize(
+    "position, wrong, message",
+    [
+        (0, RAW.half(), "grad and out must have q's shape and dtype"),
+        (0, RAW[:13], "grad and out must have q's shape and dtype"),
+        (0, RAW[None], "grad and out must have q's shape and dtype"),
+        (5, RAW[:, :, 0], "lse must be what forward gave"),
+        (5, RAW.double()[:, :, 0].t(), "lse must be what forward gave"),
+    ],
+)
+def test_the_raw_backward_touches_no_memory_that_is_not_its_own(position, wrong, message):
+    rest = [CU, CU, None, None, 9, 9, 0, None, None, None, False, 0.2]
+    out, lse = torch.ops.jepa_kernels.masked_attention_forward(RAW, RAW, RAW, *rest, "cpu")
+    call = [RAW, RAW, RAW, RAW, out, lse, *rest, False, "cpu"]
+    torch.ops.jepa_kernels.masked_attention_backward(*call)
+    call[position] = wrong
+    with pytest.raises(ValueError, match=f"masked_attention: {message}; call the public function"):
+        torch.ops.jepa_kernels.masked_attention_backward(*call)

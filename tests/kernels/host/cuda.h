@@ -1,6 +1,8 @@
 // What kernels without shared memory and barriers need of CUDA, on the host: their threads run one after
 // another.
 #pragma once
+#include <Python.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -29,6 +31,8 @@ void launch_threads(void (*kernel)(Argument), dim3 grid, dim3 block, const Argum
   const bool small = block.x <= 1024 && block.y <= 1024 && block.z <= 64;
   if (!small || block.x * block.y * block.z > 1024 || grid.y > 65535)
     throw std::runtime_error("a launch beyond CUDA's limits");
+  if (PyGILState_Check())
+    throw std::runtime_error("a launch, which may wait for the device, with Python's lock held");
   gridDim = grid;
   blockDim = block;
   for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x)
