@@ -48,7 +48,7 @@ def test_machine_code(target, capability, call):
 # Layers that no other call has: what it compiled would not be seen here.
 def loss_of(ids):
     pred = torch.zeros(*ids.shape, 64, requires_grad=True)
-    out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, backend="triton")
+    out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, weight=torch.ones(ids.shape), backend="triton")
     torch.autograd.grad(out, pred, torch.tensor(2.0))
 
 
@@ -65,12 +65,23 @@ def patches_of(ids):
 
 
 def weights_of(ids):
-    jk.distance_weights(ids, ids + 50, (2, 5, 10), backend="triton")
+    packing = Packing.uniform(*ids.shape)
+    packings = dict(packing=packing, target_packing=packing)
+    jk.distance_weights(ids.flatten(), ids.flatten() + 50, (2, 5, 10), **packings, backend="triton")
+
+
+def sequences_of(ids):
+    kept, both = (Packing.uniform(4, n * ids.shape[1]) for n in (1, 2))
+    leaves = [torch.zeros(n, 40, requires_grad=True) for n in (kept.tokens, 2)]
+    packings = dict(context_packing=kept, target_packing=kept, packing=both)
+    out = jk.assemble_tokens(*leaves, ids.flatten(), ids.flatten(), torch.zeros(50, 40), **packings, backend="triton")
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 @pytest.mark.parametrize(
     "op, call",
     [
+        ("assemble_tokens", sequences_of),
         ("distance_weights", weights_of),
         ("latent_loss", loss_of),
         ("gather_tokens", tokens_of),

@@ -185,7 +185,7 @@ def _clear(unit, channels, BLOCK: tl.constexpr):
         tl.store(unit + c, tl.zeros([BLOCK], unit.dtype.element_ty), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["row_length", *LENGTHS], do_not_specialize_on_alignment=LISTS)
+@triton.jit(do_not_specialize=["row_length", "weight_run", *LENGTHS], do_not_specialize_on_alignment=LISTS)
 def _latent_loss_forward_kernel(
     pred, target, ids, cu_seqlens, gain, shift, token_weight, unit, row_loss,
     row_length, runs, steps, batch, count, channels, levels, width, row_width, weight,
