@@ -102,9 +102,14 @@ class Target(DriverBase):
         self.threads: dict[str, int] = {}  # of a block, by kernel
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """A kernel that another module's tests compiled launches on the driver of the day."""
+        """A kernel that another module's tests compiled launches on the driver of the day. The grid is one of CUDA."""
         self.threads[metadata.name] = metadata.num_warps * 32
-        return lambda *args, **kwargs: driver.active.launches.append(metadata.name)
+
+        def launch(x: int, y: int, z: int, *args: Any) -> None:
+            assert max(y, z) < 1 << 16 and x * y * z < 1 << 31, f"{metadata.name}: grid {x, y, z}"
+            driver.active.launches.append(metadata.name)
+
+        return launch
 
     @property
     def binaries(self) -> list[Binary]:

@@ -97,6 +97,13 @@ def test_lengths_that_change_compile_nothing_new(target, op, call):
     assert len(names) == len(set(names)), f"compiled again: {names}"
 
 
+def test_sigreg_takes_more_views_than_an_axis_has_programs(target):
+    target.reset(90)
+    z = torch.zeros(65_600, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    torch.autograd.grad(jk.sigreg(z, slices=1, knots=2, backend="triton"), z)  # no page of its workspace is touched
+    assert target.launches.count("_sigreg_derivative_kernel") == 1
+
+
 def test_adamw_ema_takes_scalars_of_the_host_by_value(target):
     """They are elsewhere than the parameters, as on a GPU; values that change compile nothing new."""
     forward = define.implementation("adamw_ema", "forward", "triton")
