@@ -199,7 +199,7 @@ def _strips(
         d = strip[: part.stop - first]
         _info_nce_backward_kernel[(its.numel() * HALF // tile["COLUMNS"],)](
             *blocks, *lists, _blocks(d, dict(tile, COLUMNS=HALF), "ROWS", "COLUMNS"), its, part.stop, columns, channels,
-            *x.stride(), *y.stride(), shift, first, its.shape[0], width, kept, HALF=HALF, BAND=BAND, **tile,
+            *x.stride(), *y.stride(), shift, first, its.shape[0], width, 2.0 - 2.0 * kept, HALF=HALF, BAND=BAND, **tile,
         )  # fmt: skip
         yield part, d
 
