@@ -1,5 +1,7 @@
 """Every Triton kernel, compiled through its ordinary launch path for GPUs that are not here; machine code inspected."""
 
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,33 @@ def test_machine_code(target, capability, call):
             assert binary.count(pattern) == count, f"{pattern}: {binary.instructions}"
     call.make()
     assert tuple(target.launches) == 2 * call.launches, "the second call must launch what the first compiled"
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_the_device_of_the_tensors_is_current_where_one_is_asked_for_or_launched_on(target, monkeypatch, op):
+    current = []
+
+    @contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    def of_current(name):
+        asked = getattr(target, name)
+        return lambda: asked() if current else pytest.fail(f"{op}: {name} outside device_of")
+
+    call = next(call for call in CALLS[op] if 90 in call.capabilities)
+    target.reset(90)
+    call.make()  # imports
+    for module in [
+        m for name, m in sys.modules.items() if name.startswith("jepa_kernels.ops") and hasattr(m, "device_of")
+    ]:
+        monkeypatch.setattr(module, "device_of", device_of)
+    for name in ("get_current_device", "get_current_target"):
+        monkeypatch.setattr(target, name, of_current(name))
+    call.make()
+    assert tuple(target.launches) == 2 * call.launches and not current
 
 
 # Layers that no other call has: what it compiled would not be seen here.

@@ -103,12 +103,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_lse, col_lse, diagonal, row_sum, col_sum) of the block of rows of x and columns y."""
     (rows, channels), columns, sums = x.shape, y.shape[0], label_smoothing > 0
-    tile = _tile(x, y, plain=items is None and not sums)
-    row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
-    halves = tile["COLUMNS"] // HALF
-    row_parts = x.new_empty(column_tiles * halves, 3 if sums else 2, rows, dtype=torch.float32)
-    column_parts = x.new_empty(row_tiles, 3 if sums else 2, columns, dtype=torch.float32)
     with device_of(x):
+        tile = _tile(x, y, plain=items is None and not sums)
+        row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+        halves = tile["COLUMNS"] // HALF
+        row_parts = x.new_empty(column_tiles * halves, 3 if sums else 2, rows, dtype=torch.float32)
+        column_parts = x.new_empty(row_tiles, 3 if sums else 2, columns, dtype=torch.float32)
         vectors = _vectors(x, y, temperature, shift, normalize)
         if rows and columns:
             _info_nce_forward_kernel[(row_tiles * column_tiles,)](
