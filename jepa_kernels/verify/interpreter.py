@@ -2,9 +2,9 @@
 
 bf16: casts truncate and `tl.dot` multiplies bit patterns; here casts round to nearest even and dot is exact. Arithmetic
 on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Comparisons have their operands'
-type, which a scalar's broadcast casts to; here tl.int1. Floats that a launch hands over stay doubles; here they are
-fp32, as on a GPU. Run-time loop bounds fail with NumPy >= 2.4. Each call of a helper patches the language once more,
-over the last patch; here each launch does, once.
+type, which a scalar's broadcast casts to; here tl.int1. The larger of a NaN and a number is the NaN; here the number.
+Floats that a launch hands over stay doubles; here they are fp32. Run-time loop bounds fail with NumPy >= 2.4. Each call
+of a helper patches the language once more, over the last patch; here each launch does, once.
 Loads and stores are counted in TRAFFIC, masked lanes left out; products and exponentials in WORK, as issued.
 """
 
@@ -129,6 +129,8 @@ def install() -> None:
 
     for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma, create_exp2):
         setattr(Builder, function.__name__, function)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
     quick = interpreter.InterpreterOptions(sanitize_overflow=False)  # what it would compute never fires here
     interpreter.interpreter_builder.options = quick
