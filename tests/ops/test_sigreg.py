@@ -115,16 +115,6 @@ def test_words_are_the_published_generators():
     assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
-@pytest.mark.interp
-def test_tiles_of_rows_go_on_along_another_axis(monkeypatch):
-    from jepa_kernels.ops.sigreg import triton
-
-    z, options = torch.randn(3, 130, 8), dict(slices=200, knots=3, backend="triton")
-    expected = value_and_grad(z, **options)
-    monkeypatch.setattr(triton, "SIDE", 4)  # of six tiles; two programs have none
-    assert all(torch.equal(a, b) for a, b in zip(value_and_grad(z, **options), expected, strict=True))
-
-
 def test_a_step_may_be_a_tensor(backend):
     z = torch.randn(20, 8)
     number, tensor = (value_and_grad(z, slices=6, step=step, backend=backend) for step in (5, torch.tensor(5)))
