@@ -107,9 +107,10 @@ def install() -> None:
         def number(name, x):
             if type(x) is tuple:
                 return tuple(number(name, each) for each in x)
-            if type(x) is not float or name in self.constexprs:
+            kind = str(self.fn.__annotations__.get(name))
+            if type(x) is not float or "constexpr" in kind:
                 return x
-            dtype = tl.float64 if self.fn.__annotations__.get(name) == "tl.float64" else tl.float32
+            dtype = tl.float64 if "float64" in kind else tl.float32
             return tl.core.tensor(Handle(np.array([x], np_dtype(dtype)), dtype), dtype)
 
         return run(self, *map(number, self.arg_names, given), **{name: number(name, x) for name, x in named.items()})
