@@ -2,8 +2,9 @@
 
 bf16: casts truncate and `tl.dot` multiplies bit patterns; here casts round to nearest even and dot is exact. Arithmetic
 on bf16 raises instead: a kernel computes in fp32. `tl.fma` rounds twice; here once. Comparisons have their operands'
-type, which a scalar's broadcast casts to; here tl.int1. Run-time loop bounds fail with NumPy >= 2.4. Each call of a
-helper patches the language once more, over the last patch; here each launch does, once.
+type, which a scalar's broadcast casts to; here tl.int1. The larger of a NaN and a number is the NaN; here the number.
+Floats that a launch hands over stay doubles; here they are fp32. Run-time loop bounds fail with NumPy >= 2.4. Each call
+of a helper patches the language once more, over the last patch; here each launch does, once.
 Loads and stores are counted in TRAFFIC, masked lanes left out; products and exponentials in WORK, as issued.
 """
 
@@ -55,7 +56,7 @@ def install() -> None:
     dot, cast, to_float = Builder.create_dot, Builder.cast_impl, Builder.create_fp_to_fp
     patch_language, everywhere = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     unchanged = SimpleNamespace(restore=lambda: None)
-    exp2 = Builder.create_exp2
+    exp2, run = Builder.create_exp2, interpreter.GridExecutor.__call__
     np_dtype = lru_cache(maxsize=None)(interpreter._get_np_dtype)  # it builds a table for every tensor
     load, store, patch = Builder.create_masked_load, Builder.create_masked_store, interpreter._patch_lang_tensor
 
@@ -102,6 +103,18 @@ def install() -> None:
         TRAFFIC["written"] += int(np.asarray(mask.data).sum()) * value.data.itemsize
         return store(self, pointers, value, mask, *rest)
 
+    def launch(self, *given, **named):
+        def number(name, x):
+            if type(x) is tuple:
+                return tuple(number(name, each) for each in x)
+            kind = str(self.fn.__annotations__.get(name))
+            if type(x) is not float or "constexpr" in kind:
+                return x
+            dtype = tl.float64 if "float64" in kind else tl.float32
+            return tl.core.tensor(Handle(np.array([x], np_dtype(dtype)), dtype), dtype)
+
+        return run(self, *map(number, self.arg_names, given), **{name: number(name, x) for name, x in named.items()})
+
     def patch_tensor(tensor, scope):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
@@ -117,11 +130,13 @@ def install() -> None:
 
     for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, create_fma, create_exp2):
         setattr(Builder, function.__name__, function)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
     Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
     quick = interpreter.InterpreterOptions(sanitize_overflow=False)  # what it would compute never fires here
     interpreter.interpreter_builder.options = quick
     interpreter._get_np_dtype = lambda t: np.dtype(np.uint64) if t.scalar.is_ptr() else np_dtype(t.scalar)
-    interpreter._patch_lang_tensor = patch_tensor
+    interpreter._patch_lang_tensor, interpreter.GridExecutor.__call__ = patch_tensor, launch
     interpreter._patch_lang, interpreter._patch_attr = lambda kernel: unchanged, patch_attr
     patch_language(everywhere)
     interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)

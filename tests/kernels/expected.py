@@ -197,6 +197,7 @@ def contrast_calls() -> Iterator[Call]:
     make, full = contrast(torch.bfloat16, 1536), dict(blocks=1, spilled=264)  # where backward takes halves apart
     yield Call("bfloat16-sm_80", make, launches, (), {}, (80,), blocks=1)
     yield Call("bfloat16-sm_100", make, launches, (), {}, (100,), blocks=1, spilled=472)
+    yield Call("bfloat16-sm_120", make, launches, (), {}, (120,), blocks=1, spilled=16)
     yield Call("bfloat16", make, launches, (), {}, HOPPER, held, **full)
     yield Call("as-they-are", contrast(torch.bfloat16, 512, normalize=False), launches, (), {}, HOPPER, held, **full)
     make = contrast(torch.bfloat16, 1024, label_smoothing=0.1, duplicates=torch.arange(40))

@@ -48,6 +48,20 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":  # kernels are interpreted or
         tl.store(out, total)
 
     @triton.jit
+    def _number_kernel(out, x, y: tl.float64, pair):
+        tl.store(out, x.to(tl.float64))
+        tl.store(out + 1, y)
+        tl.store(out + 2, pair[1].to(tl.float64))
+
+    @triton.jit
+    def _larger_kernel(x, y, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        a, b = tl.load(x + i), tl.load(y + i)
+        tl.store(out + i, tl.maximum(a, b))
+        tl.store(out + N + i, -tl.minimum(-a, -b))
+        tl.store(out + 2 * N, tl.max(tl.maximum(a, b)))
+
+    @triton.jit
     def _flag_kernel(flag, out, N: tl.constexpr):
         i = tl.arange(0, N)
         tl.store(out + i, 1.0, mask=(i < N // 2) & (tl.load(flag) == 0))
@@ -96,6 +110,19 @@ def test_loops_take_run_time_bounds():
     out = torch.zeros(1, dtype=torch.int32)
     _count_kernel[(1,)](out, 10, 3)
     assert out.item() == 0 + 3 + 6 + 9
+
+
+def test_the_larger_of_a_nan_and_a_number_is_the_number():
+    nan, out = float("nan"), torch.empty(9)
+    _larger_kernel[(1,)](torch.tensor([1.0, nan, nan, 2.0]), torch.tensor([nan, 1.0, nan, 3.0]), out, N=4)
+    assert out.nan_to_num(7.0).tolist() == [1, 1, 7, 3, 1, 1, 7, 3, 3]
+
+
+def test_floats_are_fp32_but_for_those_annotated_otherwise():
+    out = torch.zeros(3, dtype=torch.float64)
+    _number_kernel[(1,)](out, 0.1, y=0.1, pair=(1.0, 0.1))
+    low = torch.tensor(0.1).item()
+    assert out.tolist() == [low, 0.1, low] and low != 0.1
 
 
 @pytest.mark.parametrize("flag, written", [(0.0, 8), (1.0, 0), (float("nan"), 0)])

@@ -1,5 +1,7 @@
 """Every Triton kernel, compiled through its ordinary launch path for GPUs that are not here; machine code inspected."""
 
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -45,10 +47,37 @@ def test_machine_code(target, capability, call):
     assert tuple(target.launches) == 2 * call.launches, "the second call must launch what the first compiled"
 
 
+@pytest.mark.parametrize("op", CALLS)
+def test_the_device_of_the_tensors_is_current_where_one_is_asked_for_or_launched_on(target, monkeypatch, op):
+    current = []
+
+    @contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    def of_current(name):
+        asked = getattr(target, name)
+        return lambda: asked() if current else pytest.fail(f"{op}: {name} outside device_of")
+
+    call = next(call for call in CALLS[op] if 90 in call.capabilities)
+    target.reset(90)
+    call.make()  # imports
+    for module in [
+        m for name, m in sys.modules.items() if name.startswith("jepa_kernels.ops") and hasattr(m, "device_of")
+    ]:
+        monkeypatch.setattr(module, "device_of", device_of)
+    for name in ("get_current_device", "get_current_target"):
+        monkeypatch.setattr(target, name, of_current(name))
+    call.make()
+    assert tuple(target.launches) == 2 * call.launches and not current
+
+
 # Layers that no other call has: what it compiled would not be seen here.
 def loss_of(ids):
     pred = torch.zeros(*ids.shape, 64, requires_grad=True)
-    out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, backend="triton")
+    out = jk.latent_loss(pred, torch.zeros(2, 50, 64), ids, weight=torch.ones(ids.shape), backend="triton")
     torch.autograd.grad(out, pred, torch.tensor(2.0))
 
 
@@ -65,12 +94,23 @@ def patches_of(ids):
 
 
 def weights_of(ids):
-    jk.distance_weights(ids, ids + 50, (2, 5, 10), backend="triton")
+    packing = Packing.uniform(*ids.shape)
+    packings = dict(packing=packing, target_packing=packing)
+    jk.distance_weights(ids.flatten(), ids.flatten() + 50, (2, 5, 10), **packings, backend="triton")
+
+
+def sequences_of(ids):
+    kept, both = (Packing.uniform(4, n * ids.shape[1]) for n in (1, 2))
+    leaves = [torch.zeros(n, 40, requires_grad=True) for n in (kept.tokens, 2)]
+    packings = dict(context_packing=kept, target_packing=kept, packing=both)
+    out = jk.assemble_tokens(*leaves, ids.flatten(), ids.flatten(), torch.zeros(50, 40), **packings, backend="triton")
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
 @pytest.mark.parametrize(
     "op, call",
     [
+        ("assemble_tokens", sequences_of),
         ("distance_weights", weights_of),
         ("latent_loss", loss_of),
         ("gather_tokens", tokens_of),
@@ -84,6 +124,13 @@ def test_lengths_that_change_compile_nothing_new(target, op, call):
     names = [binary.name for binary in target.binaries]  # none of a kernel that an earlier test has compiled
     assert target.launches.count(f"_{op}_forward_kernel") >= 6
     assert len(names) == len(set(names)), f"compiled again: {names}"
+
+
+def test_sigreg_takes_more_views_than_an_axis_has_programs(target):
+    target.reset(90)
+    z = torch.zeros(65_600, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    torch.autograd.grad(jk.sigreg(z, slices=1, knots=2, backend="triton"), z)  # no page of its workspace is touched
+    assert target.launches.count("_sigreg_derivative_kernel") == 1
 
 
 def test_adamw_ema_takes_scalars_of_the_host_by_value(target):

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 import jepa_kernels as jk
 from benchmarks.memory import peak_bytes
 from benchmarks.ops.bench_info_nce import published
+from jepa_kernels._core.case import Case
+from jepa_kernels.ops.info_nce.cases import ALL, KEPT, pairs
+from jepa_kernels.testing import check_case
 
 ULP = 10 * 2**-24  # the rounding of logits of 10
 BACKENDS = ["reference", "cpu", pytest.param("triton", marks=pytest.mark.interp)]
@@ -96,6 +99,12 @@ def test_smoothing_is_spread_over_the_candidates_that_are_left(backend):
             total -= 0.8 * log[seen.index(i)] + 0.2 * log.mean()
     loss = jk.info_nce(x, y, 0.1, duplicates=labels, label_smoothing=0.2, backend=backend)
     assert loss.item() == pytest.approx(total.item() / 6, abs=ULP)
+
+
+def test_little_smoothing_keeps_its_digits(kernel):
+    options = dict(temperature=0.01, noise=0.1, label_smoothing=1e-4)  # small losses: smoothing is most of the gradient
+    for parity in check_case("info_nce", kernel, Case("", pairs(24, 33, **options), ALL, keep=KEPT), torch.float32):
+        assert parity.ok, parity
 
 
 def test_items_of_their_own_equal_no_labels_exactly(kernel):

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import jepa_kernels as jk
 from jepa_kernels import Packing
+from jepa_kernels._core.case import Case
+from jepa_kernels.testing import check_case
 from tests.ops.test_latent_loss import TRITON, draw, value_and_grad
 
 
@@ -34,6 +36,15 @@ def test_powers_by_hand(backend, power, loss, grad):
     got, gradient = value_and_grad(pred, target, kind="l1", power=power, normalize=False, backend=backend)
     assert got.item() == pytest.approx(loss, rel=1e-6)
     assert (2 * gradient).flatten().tolist() == pytest.approx(grad, rel=1e-6)
+
+
+def test_a_power_has_all_its_digits(kernel):
+    def make(generator):
+        pred = 1e-12 * torch.randn(1, 5, 40, generator=generator, dtype=torch.float64)
+        return dict(pred=pred, target=torch.zeros_like(pred), kind="l1", power=1.7, normalize=False)
+
+    for parity in check_case("latent_loss", kernel, Case("", make, ("pred",)), torch.float32):
+        assert parity.ok, parity
 
 
 def test_power_1_is_l1_and_power_2_half_of_l2_exactly(kernel):

@@ -18,6 +18,10 @@ MAX_BLOCK = 1024  # channels of a program
 TILE_BYTES = 8192  # of a program's rows, at least one row
 PART = 128  # rows of an axis whose targets are summed by themselves
 SUM_ROWS, SUM_BLOCK = 32, 64  # parts added at once, and channels
+# Arguments that kernels aren't compiled for.
+NUMBERS = ["rows", "sequences", "steps", "contexts", "context_steps", "context_programs", "context_rows", "length",
+           "kept", "targets", "groups", "per_token", "count"]  # fmt: skip
+LISTS = ["context_ids", "target_ids", "context_cu", "target_cu", "cu_seqlens"]  # nor for where these begin
 
 
 @triton.jit
@@ -61,8 +65,7 @@ def _read(address, c, stride, there, channels):
     return tl.load(address[:, None] + (c.to(tl.int64) * stride)[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "sequences", "steps", "contexts", "length", "kept", "context_rows", "targets",
-                               "per_token", "count"])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _assemble_tokens_forward_kernel(
     context, mask_token, context_ids, target_ids, pos_embed, context_cu, target_cu, cu_seqlens, out,
     rows, sequences, steps, contexts, length, kept, context_rows, targets, per_token, count, channels,
@@ -153,8 +156,7 @@ def _sum_part(
     tl.store(parts + part.to(tl.int64) * channels + c, tl.sum(total, 0), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["context_programs", "sequences", "steps", "contexts", "context_steps", "length", "kept",
-                               "context_rows", "groups", "per_token"])  # fmt: skip
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _assemble_tokens_backward_kernel(
     grad, context_cu, cu_seqlens, dcontext, parts,
     context_programs, sequences, steps, contexts, context_steps, length, kept, context_rows, groups, per_token,
@@ -171,7 +173,7 @@ def _assemble_tokens_backward_kernel(
                   PART)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["per_token", "length"])
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=LISTS)
 def _assemble_tokens_sum_kernel(
     parts, cu_seqlens, dmask_token, per_token, length, channels,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,

@@ -14,6 +14,7 @@ from jepa_kernels._core.triton_rows import LENGTHS, LISTS, run_of
 CONTEXTS, TARGETS = 64, 32
 FAR = tl.constexpr(2**30)  # beyond every squared distance
 RUN_TIME = [*LENGTHS, "context_length", "target_length", "target_rows", "height", "width"]
+ANYWHERE = [*LISTS, "context_ids", "target_ids", "target_cu_seqlens"]
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _span(run, cu_seqlens, length, rows):
     return begin, end
 
 
-@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=[*LISTS, "context_ids", "target_ids"])
+@triton.jit(do_not_specialize=RUN_TIME, do_not_specialize_on_alignment=ANYWHERE)
 def _distance_weights_forward_kernel(
     context_ids, target_ids, cu_seqlens, target_cu_seqlens, weights, rows, runs, context_length, target_length,
     target_rows, steps, count, height, width, scale, CONTEXTS: tl.constexpr, TARGETS: tl.constexpr,

@@ -34,9 +34,14 @@ PAIR_BLOCK = 512
 MAX_BLOCK = 2048
 
 
+def _large() -> bool:
+    """Hopper and Blackwell of data centers: 227 KB of shared memory a block and the copy engine. GeForce has 99 KB."""
+    return 90 <= capability() < 120
+
+
 def _columns(dtype: torch.dtype, plain: bool = True) -> int:
-    """Of a tile of 128 rows, whose sums registers hold: more in 16 bits, on Hopper and later, with no options."""
-    return 256 if plain and dtype != torch.float32 and capability() >= 90 else 128
+    """Of a tile of 128 rows, whose sums registers hold: more in 16 bits, on large GPUs, with no options."""
+    return 256 if plain and dtype != torch.float32 and _large() else 128
 
 
 def _tile(*operands: Tensor, plain: bool = True) -> dict[str, Any]:
@@ -47,9 +52,9 @@ def _tile(*operands: Tensor, plain: bool = True) -> dict[str, Any]:
 
 
 def _copied_in_blocks(x: Tensor) -> bool:
-    """Whether the copy engine of Hopper and later takes x: rows of 16 bits, each from a multiple of 16 bytes on."""
+    """Whether the copy engine takes x: rows of 16 bits, each from a multiple of 16 bytes on."""
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x.itemsize == 2 and aligned and x.stride(0) >= x.shape[1] > 0 and capability() >= 90
+    return x.itemsize == 2 and aligned and x.stride(0) >= x.shape[1] > 0 and _large()
 
 
 def _blocks(x: Tensor, tile: dict[str, Any], *sides: str) -> Tensor | TensorDescriptor:
@@ -103,12 +108,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(row_lse, col_lse, diagonal, row_sum, col_sum) of the block of rows of x and columns y."""
     (rows, channels), columns, sums = x.shape, y.shape[0], label_smoothing > 0
-    tile = _tile(x, y, plain=items is None and not sums)
-    row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
-    halves = tile["COLUMNS"] // HALF
-    row_parts = x.new_empty(column_tiles * halves, 3 if sums else 2, rows, dtype=torch.float32)
-    column_parts = x.new_empty(row_tiles, 3 if sums else 2, columns, dtype=torch.float32)
     with device_of(x):
+        tile = _tile(x, y, plain=items is None and not sums)
+        row_tiles, column_tiles = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+        halves = tile["COLUMNS"] // HALF
+        row_parts = x.new_empty(column_tiles * halves, 3 if sums else 2, rows, dtype=torch.float32)
+        column_parts = x.new_empty(row_tiles, 3 if sums else 2, columns, dtype=torch.float32)
         vectors = _vectors(x, y, temperature, shift, normalize)
         if rows and columns:
             _info_nce_forward_kernel[(row_tiles * column_tiles,)](
@@ -199,7 +204,7 @@ def _strips(
         d = strip[: part.stop - first]
         _info_nce_backward_kernel[(its.numel() * HALF // tile["COLUMNS"],)](
             *blocks, *lists, _blocks(d, dict(tile, COLUMNS=HALF), "ROWS", "COLUMNS"), its, part.stop, columns, channels,
-            *x.stride(), *y.stride(), shift, first, its.shape[0], width, kept, HALF=HALF, BAND=BAND, **tile,
+            *x.stride(), *y.stride(), shift, first, its.shape[0], width, 2.0 - 2.0 * kept, HALF=HALF, BAND=BAND, **tile,
         )  # fmt: skip
         yield part, d
 

@@ -36,10 +36,13 @@ def _weights(s, high, low, i, count, axis: tl.constexpr):
 @triton.jit
 def _store_gradient(
     s, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse, col_high, col_low,
-    row_share, col_share, d, heat, tile, tj, rows, columns, shift, first, d_row, kept,
+    row_share, col_share, d, heat, tile, tj, rows, columns, shift, first, d_row, taken,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """d of a tile, from its products; the sum of its G S log2(e) to heat."""
+    """d of a tile, from its products; the sum of its G S log2(e) to heat.
+
+    taken: what label smoothing takes from a pair, twice its share, rounded once: fp32 has no more of a share near 0.
+    """
     i, j = first + tile * ROWS + tl.arange(0, ROWS), tj * COLUMNS + tl.arange(0, COLUMNS)
     s = scores(s, scale, column_scale, i, j, rows, columns)
     if items is not None:
@@ -54,7 +57,7 @@ def _store_gradient(
         pair = place[:, None] == j[None, :]
         s = tl.where(pair, (value * LOG2E)[:, None], s)
         value = value.to(tl.float64)
-        value = _expm1((value - own).to(tl.float32)) + _expm1((value - other).to(tl.float32)) + (2.0 - 2.0 * kept)
+        value = _expm1((value - own).to(tl.float32)) + _expm1((value - other).to(tl.float32)) + taken
         g = tl.where(pair, value[:, None], g)
     if row_share is not None:
         g -= tl.load(row_share + i, mask=i < rows, other=0.0)[:, None]
@@ -70,7 +73,7 @@ def _store_gradient(
 def _info_nce_backward_kernel(
     x, y, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse, col_high, col_low,
     row_share, col_share, d, heat, rows, columns, channels, x_row, x_channel, y_row, y_channel, shift, first, tiles,
-    d_row, kept, BLOCKS: tl.constexpr, HALF: tl.constexpr,
+    d_row, taken, BLOCKS: tl.constexpr, HALF: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """A tile of d = G / (|x_i| |y_j|), of the strip of S whose first row is `first`, by halves as forward."""
@@ -85,12 +88,12 @@ def _info_nce_backward_kernel(
         tj *= 2
         _store_gradient(
             t, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse,
-            col_high, col_low, row_share, col_share, d, heat + 1, ti, tj + 1, rows, columns, shift, first, d_row, kept,
+            col_high, col_low, row_share, col_share, d, heat + 1, ti, tj + 1, rows, columns, shift, first, d_row, taken,
             BLOCKS, ROWS, HALF,
         )  # fmt: skip
     _store_gradient(
         s, norm, scale, column_scale, items, column_items, pairs, row_lse, row_high, row_low, col_lse,
-        col_high, col_low, row_share, col_share, d, heat, ti, tj, rows, columns, shift, first, d_row, kept,
+        col_high, col_low, row_share, col_share, d, heat, ti, tj, rows, columns, shift, first, d_row, taken,
         BLOCKS, ROWS, HALF,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def _distance(d, beta, inverse_beta, power, KIND: tl.constexpr):
         return d * d, d + d
     if KIND == "power":
         slope = tl.where(d < 0, -1.0, 1.0) * _to_power(tl.abs(d), power - 1.0)
-        return _to_power(tl.abs(d), power) / power, slope
+        return _to_power(tl.abs(d), power) / power.to(tl.float32), slope
     if KIND == "l1":
         return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0.0))
     slope = tl.clamp(d * inverse_beta, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
@@ -185,11 +185,11 @@ def _clear(unit, channels, BLOCK: tl.constexpr):
         tl.store(unit + c, tl.zeros([BLOCK], unit.dtype.element_ty), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["row_length", *LENGTHS], do_not_specialize_on_alignment=LISTS)
+@triton.jit(do_not_specialize=["row_length", "weight_run", *LENGTHS], do_not_specialize_on_alignment=LISTS)
 def _latent_loss_forward_kernel(
     pred, target, ids, cu_seqlens, gain, shift, token_weight, unit, row_loss,
     row_length, runs, steps, batch, count, channels, levels, width, row_width, weight,
-    beta, inverse_beta, power, eps, norm_eps,
+    beta, inverse_beta, power: tl.float64, eps, norm_eps,
     pred_run, pred_row, pred_channel, target_image, target_token, target_channel,
     gain_stride, shift_stride, weight_run, weight_row,
     KIND: tl.constexpr, NORMALIZE: tl.constexpr, PER_MASK: tl.constexpr,

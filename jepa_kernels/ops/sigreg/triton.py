@@ -26,6 +26,7 @@ SLICES, ROWS, FEATURES = 128, 128, 32  # a tile of projections, and a step of it
 WIDE, STEP = 128, 32  # features of a tile of dz, and slices of a step of its products
 BATCH, DRAWN = 8, 128  # slices, and blocks of four of their numbers, at a time
 LANES = 256  # slices of the kernels between products
+SIDE = 1 << 15  # programs of a second axis; it may have 65535
 
 
 def directions(like: Tensor, slices: int, step: Tensor, seed: int) -> Tensor:
@@ -69,6 +70,11 @@ def _up(size: int, tile: int) -> int:
     return triton.cdiv(size, tile) * tile
 
 
+def _grid(a: Tensor, tiles: int) -> tuple[int, int, int]:
+    """Tiles of slices, side by side for each tile of rows."""
+    return a.shape[1] // SLICES, min(tiles, SIDE), triton.cdiv(tiles, SIDE)
+
+
 def moments(
     z: Tensor, slices: int, knots: int, t_max: float, step: Tensor, seed: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
@@ -86,12 +92,12 @@ def moments(
     if rows:
         x, scales, a = _halves(z, slices, step, seed)
         with device_of(z):
-            _sigreg_moments_kernel[(a.shape[1] // SLICES, views * blocks)](
-                x, scales, a, parts, rows, blocks, *a.shape[1:], slices, knots, delta,
+            _sigreg_moments_kernel[_grid(a, views * blocks)](
+                x, scales, a, parts, x.shape[1], rows, blocks, *a.shape[1:], slices, knots, delta,
                 SLICES=SLICES, ROWS=ROWS, FEATURES=FEATURES, num_warps=8, num_stages=3,
             )  # fmt: skip
     with device_of(z):
-        _sigreg_sum_kernel[(triton.cdiv(slices, 32), knots, views)](
+        _sigreg_sum_kernel[(triton.cdiv(slices, 32) * knots * views,)](
             parts, out, rows, blocks * 2, slices, knots, delta, BLOCKS=16, LANES=32, num_warps=4
         )
     return out, kept
@@ -122,11 +128,11 @@ def backward(
     (_, padded, stride), factors = a.shape, torch.empty_like(moments)
     dy = a.new_empty((2, padded, x.shape[1]))
     with device_of(z):
-        _sigreg_factors_kernel[(triton.cdiv(slices, LANES), knots, views)](
+        _sigreg_factors_kernel[(triton.cdiv(slices, LANES) * knots * views,)](
             moments, factors, slices, knots, delta, LANES=LANES, num_warps=4
         )
-        _sigreg_derivative_kernel[(padded // SLICES, views * blocks)](
-            x, scales, a, factors, dy, rows, blocks, padded, stride, slices, knots, delta,
+        _sigreg_derivative_kernel[_grid(a, views * blocks)](
+            x, scales, a, factors, dy, x.shape[1], rows, blocks, padded, stride, slices, knots, delta,
             SLICES=SLICES, ROWS=ROWS, FEATURES=FEATURES, num_warps=8, num_stages=3,
         )  # fmt: skip
         _sigreg_backward_kernel[(views * blocks, triton.cdiv(width, WIDE))](

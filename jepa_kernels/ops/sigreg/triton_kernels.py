@@ -79,6 +79,19 @@ def _sigreg_halves_kernel(z, out, scales, rows, padded, width, stride, z_view, z
 
 
 @triton.jit
+def _tile():
+    """Of rows, that a program takes: there may be more than one axis has programs."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
+def _place(slices, knots, LANES: tl.constexpr):
+    """(first slice, knot, view) of a program."""
+    strips = tl.cdiv(slices, LANES)
+    return tl.program_id(0) % strips * LANES, tl.program_id(0) // strips % knots, tl.program_id(0) // strips // knots
+
+
+@triton.jit
 def _sum_turns(y, there, parts, s, slices, knots, delta):
     versine, sine = turn_by(y, delta)
     real = tl.where(there[None, :], 1.0, y * 0.0)  # rows past the last stay at 0 in every turn
@@ -91,13 +104,15 @@ def _sum_turns(y, there, parts, s, slices, knots, delta):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sigreg_moments_kernel(
-    z, scales, directions, parts, rows, blocks, padded, width, slices, knots, delta,
+    z, scales, directions, parts, total, rows, blocks, padded, width, slices, knots, delta,
     SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    tile = _tile()
+    if tile * ROWS >= total:
+        return
     s = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
     n = tile % blocks * ROWS + tl.arange(0, ROWS // 2)
-    y = project(z, scales, directions, tile, padded, tl.num_programs(1) * ROWS, width, SLICES, ROWS, FEATURES)
+    y = project(z, scales, directions, tile, padded, total, width, SLICES, ROWS, FEATURES)
     size = 2 * knots * slices
     parts += tile.to(tl.int64) * 2 * size + s
     left, right = columns(y, ROWS)
@@ -107,9 +122,9 @@ def _sigreg_moments_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sigreg_sum_kernel(parts, moments, rows, blocks, slices, knots, delta, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    s = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    k = tl.program_id(1)
-    view = tl.program_id(2).to(tl.int64)
+    first, k, view = _place(slices, knots, LANES)
+    s = first + tl.arange(0, LANES)
+    view = view.to(tl.int64)
     real = tl.zeros([BLOCKS, LANES], tl.float64)
     imaginary = tl.zeros([BLOCKS, LANES], tl.float64)
     if k > 0:
@@ -150,9 +165,9 @@ def _sigreg_forward_kernel(moments, loss, views, slices, knots, delta, KNOTS: tl
 @triton.jit(do_not_specialize=LENGTHS)
 def _sigreg_factors_kernel(moments, factors, slices, knots, delta, LANES: tl.constexpr):
     """What Horner's rule adds at each knot: the sine's moment to the real part, the cosine's to the imaginary one."""
-    s = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    k = tl.program_id(1)
-    at = tl.program_id(2).to(tl.int64) * 2 * knots * slices + s
+    first, k, view = _place(slices, knots, LANES)
+    s = first + tl.arange(0, LANES)
+    at = view.to(tl.int64) * 2 * knots * slices + s
     slope = 2.0 * LIFT * knot_weight(k, knots, delta) * (k.to(tl.float64) * delta)
     count = tl.load(moments + at, mask=s < slices, other=1.0).to(tl.float64)
     real = tl.load(moments + at + (knots + k) * slices, mask=s < slices, other=0.0).to(tl.float64)
@@ -178,13 +193,15 @@ def _derive(y, factors, dy, low, s, slices, knots, delta):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _sigreg_derivative_kernel(
-    z, scales, directions, factors, dy, rows, blocks, padded, width, slices, knots, delta,
+    z, scales, directions, factors, dy, total, rows, blocks, padded, width, slices, knots, delta,
     SLICES: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(1)
+    tile = _tile()
+    if tile * ROWS >= total:
+        return
     s = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
-    total = tl.num_programs(1).to(tl.int64) * ROWS
-    y = project(z, scales, directions, tile, padded, tl.num_programs(1) * ROWS, width, SLICES, ROWS, FEATURES)
+    total = total.to(tl.int64)
+    y = project(z, scales, directions, tile, padded, total, width, SLICES, ROWS, FEATURES)
     factors += (tile // blocks).to(tl.int64) * 2 * knots * slices + s
     dy += s[:, None] * total + tile * ROWS + tl.arange(0, ROWS // 2)[None, :]
     left, right = columns(y, ROWS)
@@ -198,7 +215,7 @@ def _sigreg_backward_kernel(
     ROWS: tl.constexpr, FEATURES: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    total = tl.num_programs(0) * ROWS
+    total = tl.num_programs(0).to(tl.int64) * ROWS
     s, r = tl.arange(0, SLICES), tl.arange(0, ROWS)
     e = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     left = s[None, :] * total + r[:, None]
@@ -208,9 +225,9 @@ def _sigreg_backward_kernel(
     sums = tl.zeros([ROWS, FEATURES], tl.float32)
     for _ in range(0, padded, SLICES):
         sums += product(
-            dy + left, padded * total.to(tl.int64), directions + right, padded.to(tl.int64) * stride, there
+            dy + left, padded * total, directions + right, padded.to(tl.int64) * stride, there
         )  # fmt: skip
-        dy += SLICES * total.to(tl.int64)
+        dy += SLICES * total
         directions += SLICES * stride
     scale = tl.load(grad).to(tl.float64) * world / (views * slices).to(tl.float64) / LIFT / UNIT
     n = tile % blocks * ROWS
