@@ -120,7 +120,7 @@ def apply(
         fail(
             "patch", "model", "hold weights to be verified", "the meta device", "load them first, or pass verify=False"
         )
-    own = None if run is None else (_evaluate_in_both(model, run), _evaluate_in(torch.float64, model, run))
+    own = None if run is None else (_evaluate_in_both(model, run), _exactly(model, run))
     patch = Patch(model, wanted, skipped)
     if run is not None and own is not None:
         try:
@@ -196,6 +196,14 @@ def _evaluate_in(dtype: torch.dtype, model: nn.Module, run: Run) -> dict[str, Te
         return _evaluate(model, run)
 
 
+def _exactly(model: nn.Module, run: Run) -> dict[str, Tensor]:
+    try:
+        return _evaluate_in(torch.float64, model, run)
+    except (RuntimeError, TypeError) as error:  # of layers of integers, or of kernels that lack the type
+        why, remedy = str(error).split("\n")[0][:200], "pass verify=False, and compare outputs yourself"
+        fail("patch", "model", "run with its weights in float64, to be verified", why, remedy)
+
+
 def _evaluate_in_both(model: nn.Module, run: Run) -> dict[str, Tensor]:
     """As the model is, and of a low-precision model, whose rounding hides faults, with its weights in float32 too."""
     found = _evaluate(model, run)
@@ -245,8 +253,8 @@ def weights_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 
 def seeded_input(model: nn.Module, *shape: int) -> Tensor:
     """A drawn input on the model's device, in the type of its weights: the same numbers in every type."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight = next(model.parameters())
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), drawn)
     return (16 * drawn).round().div(16).to(weight.device, weight.dtype)
 
 
