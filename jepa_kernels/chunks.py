@@ -109,11 +109,12 @@ def _present(t: Tensor, cut: Tensor) -> Tensor | None:
 
 
 def _table(rows: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    numel = torch.tensor([row[0].numel() for row in rows])  # type: ignore[union-attr]
-    address = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows])
-    size = torch.tensor([[0 if t is None or t.numel() == 1 else t.element_size() for t in row] for row in rows])
+    host: dict[str, Any] = dict(device="cpu")  # whatever torch.set_default_device names
+    numel = torch.tensor([row[0].numel() for row in rows], **host)  # type: ignore[union-attr]
+    address = torch.tensor([[0 if t is None else t.data_ptr() for t in row] for row in rows], **host)
+    size = torch.tensor([[0 if t is None or t.numel() == 1 else t.element_size() for t in row] for row in rows], **host)
     count = (numel + CHUNK - 1) // CHUNK
-    of = torch.arange(len(rows)).repeat_interleave(count)  # the row of each chunk
-    start = (torch.arange(len(of)) - (count.cumsum(0) - count)[of]) * CHUNK
+    of = torch.arange(len(rows), **host).repeat_interleave(count)  # the row of each chunk
+    start = (torch.arange(len(of), **host) - (count.cumsum(0) - count)[of]) * CHUNK
     left = (numel[of] - start).clamp(max=CHUNK)
     return torch.cat([address[of] + start[:, None] * size[of], left[:, None]], 1)

@@ -103,14 +103,12 @@ class Packing:
     def _build(
         cls, lengths: tuple[int, ...], tokens: int, max_seqlen: int, device: torch.device | str | None
     ) -> Packing:
+        place = torch.get_default_device() if device is None else torch.device(device)
         tiles = _schedule(lengths, tokens)
-        both = torch.zeros(tiles.numel() + len(lengths) + 1, dtype=torch.int32)  # one copy to the device
+        both = torch.zeros(tiles.numel() + len(lengths) + 1, dtype=torch.int32, device="cpu")  # one copy to the device
         both[: tiles.numel()] = tiles.flatten()
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=both[tiles.numel() + 1 :])
-        if device is not None and torch.device(device).type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
-        elif device is not None:
-            both = both.to(device)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32, device="cpu"), 0, out=both[tiles.numel() + 1 :])
+        both = both.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else both.to(place)
         return cls._of(both[tiles.numel() :], both[: tiles.numel()].view(-1, 2), lengths, tokens, max_seqlen)
 
     @classmethod
@@ -249,15 +247,15 @@ def round_up(tokens: int, bucket: int) -> int:
 
 def _schedule(lengths: tuple[int, ...], tokens: int) -> Tensor:
     """`Packing.tiles`, on the host, of a size that depends on `tokens` and S alone."""
-    tiles = torch.zeros(tokens // Packing.TILE + len(lengths), 2, dtype=torch.int32)
+    tiles = torch.zeros(tokens // Packing.TILE + len(lengths), 2, dtype=torch.int32, device="cpu")
     if sum(lengths) > tokens:
         fail("Packing", "lengths", f"sum to at most tokens = {tokens}", sum(lengths), "count the rows again")
     used = sum(-(-n // Packing.TILE) for n in lengths)
     tiles[used:, 0] = -1
-    length = torch.tensor(lengths, dtype=torch.int64)
+    length = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     blocks = (length + Packing.TILE - 1) // Packing.TILE
     sequence = torch.repeat_interleave(blocks, output_size=used)
-    block = torch.arange(used) - (blocks.cumsum(0) - blocks)[sequence]
+    block = torch.arange(used, device="cpu") - (blocks.cumsum(0) - blocks)[sequence]
     work = (length[sequence] - block * Packing.TILE).clamp(max=Packing.TILE) * length[sequence]
     order = work.argsort(descending=True, stable=True)
     tiles[:used] = torch.stack([sequence, block], 1)[order]

@@ -121,14 +121,15 @@ def _attention_replacement(attention: Any, ropes: Ropes) -> Replacement:
 def _pairing(attention: nn.Module) -> str | None:
     """How the function beside the class turns pairs of channels, told by its numbers."""
     rotate = inspect.unwrap(type(attention).forward).__globals__.get("rotate_queries_or_keys")
-    x = torch.randn(1, 1, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.device("cpu"):  # whatever torch.set_default_device names
+        x = torch.randn(1, 1, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        places = torch.arange(5)
     try:
-        turned = rotate(x, pos=torch.arange(5))
+        turned = rotate(x, pos=places)
     except TypeError:  # there is none, or one that takes something else
         return None
-    places = torch.arange(5)[:, None]
     for pairing in ("tiled", "interleaved"):
-        if torch.allclose(turned, jk.rope(x, places, pairing=pairing, backend="reference"), rtol=0, atol=1e-5):
+        if torch.allclose(turned, jk.rope(x, places[:, None], pairing=pairing, backend="reference"), rtol=0, atol=1e-5):
             return pairing
     return None
 

@@ -187,7 +187,7 @@ def gathered(lr: Scalar, weight_decay: Scalar, momentum: Scalar) -> Tensor:
     values = (lr, weight_decay, momentum)
     given = [x for x in values if isinstance(x, Tensor)]
     if not given:
-        return torch.tensor(values, dtype=torch.float64)
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
     place = next((x.device for x in given if x.device.type != "cpu"), given[0].device)
     full = [
         x.reshape(()).to(place, torch.float64)

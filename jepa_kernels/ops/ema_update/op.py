@@ -66,7 +66,7 @@ def update(lists: Checked, prepared: dict[str, Any], momentum: float | Tensor, f
     if chosen == "reference":
         return reference.forward(target, online, momentum, shadow=shadow, form=form)
     if not isinstance(momentum, Tensor):
-        momentum = torch.scalar_tensor(momentum, dtype=torch.float64)
+        momentum = torch.scalar_tensor(momentum, dtype=torch.float64, device="cpu")
     if lists.known is None or observed():
         with torch.no_grad():  # parameters are leaves
             _forward(target, online, shadow, momentum, form, chosen)

@@ -69,7 +69,7 @@ def sigreg(
     if backend == "reference":
         return reference.forward(z, slices=slices, knots=knots, t_max=t_max, step=step, seed=seed, group=group)
     if not isinstance(step, Tensor):
-        step = torch.scalar_tensor(step, dtype=torch.int64)
+        step = torch.scalar_tensor(step, dtype=torch.int64, device="cpu")
     z = z[None] if z.dim() == 2 else z.flatten(0, -3)
     keep = backend == "cpu" and torch.is_grad_enabled() and z.requires_grad
     moments, kept = _moments(z.detach(), slices, knots, t_max, step, seed, keep, backend)
