@@ -116,10 +116,8 @@ def apply(
     if not wanted:
         reasons = "; ".join(f"{_shown(name)}: {why}" for name, why in skipped.items()) or "no module that is known"
         fail("patch", "model", "have a module to replace", reasons, "change what the reasons name")
-    if run is not None and any(p.is_meta for p in model.parameters()):
-        fail(
-            "patch", "model", "hold weights to be verified", "the meta device", "load them first, or pass verify=False"
-        )
+    if run is not None:
+        _check_weights(model)
     own = None if run is None else (_evaluate_in_both(model, run), _exactly(model, run))
     patch = Patch(model, wanted, skipped)
     if run is not None and own is not None:
@@ -129,6 +127,15 @@ def apply(
             patch.undo()
             raise
     return patch
+
+
+def _check_weights(model: nn.Module) -> None:
+    """That others can stand in their places for the verification."""
+    remedy = "pass verify=False"
+    if any(p.is_meta for p in model.parameters()):
+        fail("patch", "model", "hold weights to be verified", "the meta device", f"load them first, or {remedy}")
+    if any(hasattr(m, "reshard") or kind_of(m, ("FullyShardedDataParallel",)) for m in model.modules()):
+        fail("patch", "model", "hold whole weights to be verified", "sharded ones", f"patch it before, or {remedy}")
 
 
 def is_patched(module: nn.Module) -> bool:

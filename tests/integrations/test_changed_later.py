@@ -1,7 +1,11 @@
 """What changes in a model after its patch, or stands in it before, in ways that a patch can't know."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 from jepa_kernels.integrations import huggingface, meta, ropes
@@ -134,6 +138,31 @@ def test_products_of_another_kind_are_left_alone_or_not_verified(kind):
     assert not any("forward" in vars(module) for module in model.modules())
     assert not meta.patch(model, verify=False).skipped
     torch.testing.assert_close(forward(kind)(model)["out"], expected, rtol=0, atol=1e-3)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(os.fspath(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_left_where_they_are(alone):
+    """Others can't stand in their places: FSDP2 puts its own there in every forward."""
+    mesh, clips = dist.device_mesh.init_device_mesh("cpu", (1,)), vjepa2_models.clips()
+    model, expected = vjepa2_models.small(), vjepa2_models.small()(clips, skip_predictor=True).last_hidden_state
+    for part in (*model.encoder.layer, model):
+        fully_shard(part, mesh=mesh)
+    with pytest.raises(ValueError, match=r"patch: model must hold whole weights to be verified, got sharded ones; pat"):
+        huggingface.patch(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(clips, skip_predictor=True).last_hidden_state, expected)
+    huggingface.patch(model, verify=False)
+    found = model(clips, skip_predictor=True).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    found.square().sum().backward()
+    assert all(p.grad.full_tensor().isfinite().all() for p in model.encoder.parameters())
 
 
 class Interrupting(str):
