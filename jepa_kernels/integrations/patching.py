@@ -198,14 +198,15 @@ def _evaluate(model: nn.Module, run: Run) -> dict[str, Tensor]:
             module.training = flag
 
 
-def _evaluate_in(dtype: torch.dtype, model: nn.Module, run: Run) -> dict[str, Tensor]:
+def evaluate_in(dtype: torch.dtype, model: nn.Module, run: Run) -> dict[str, Tensor]:
+    """Outputs in evaluation mode with weights of this type; the model stays as it is."""
     with weights_in(dtype, model):
         return _evaluate(model, run)
 
 
 def _exactly(model: nn.Module, run: Run) -> dict[str, Tensor]:
     try:
-        return _evaluate_in(torch.float64, model, run)
+        return evaluate_in(torch.float64, model, run)
     except (RuntimeError, TypeError) as error:  # of layers of integers, or of kernels that lack the type
         why, remedy = str(error).split("\n")[0][:200], "pass verify=False, and compare outputs yourself"
         fail("patch", "model", "run with its weights in float64, to be verified", why, remedy)
@@ -216,7 +217,7 @@ def _evaluate_in_both(model: nn.Module, run: Run) -> dict[str, Tensor]:
     found = _evaluate(model, run)
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return found
-    return found | {name + IN_FLOAT32: x for name, x in _evaluate_in(torch.float32, model, run).items()}
+    return found | {name + IN_FLOAT32: x for name, x in evaluate_in(torch.float32, model, run).items()}
 
 
 def _verify(
