@@ -103,16 +103,12 @@ class Packing:
     def _build(
         cls, lengths: tuple[int, ...], tokens: int, max_seqlen: int, device: torch.device | str | None
     ) -> Packing:
+        place = torch.get_default_device() if device is None else torch.device(device)
         tiles = _schedule(lengths, tokens)
-        # One copy to the device, of what is made on the host whatever torch's default device is.
-        both = torch.zeros(tiles.numel() + len(lengths) + 1, dtype=torch.int32, device="cpu")
+        both = torch.zeros(tiles.numel() + len(lengths) + 1, dtype=torch.int32, device="cpu")  # one copy to the device
         both[: tiles.numel()] = tiles.flatten()
         torch.cumsum(torch.tensor(lengths, dtype=torch.int32, device="cpu"), 0, out=both[tiles.numel() + 1 :])
-        device = torch.get_default_device() if device is None else torch.device(device)
-        if device.type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
-        else:
-            both = both.to(device)
+        both = both.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else both.to(place)
         return cls._of(both[tiles.numel() :], both[: tiles.numel()].view(-1, 2), lengths, tokens, max_seqlen)
 
     @classmethod

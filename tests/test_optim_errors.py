@@ -144,13 +144,74 @@ def test_both_gradients_of_one_weight_are_refused():
         optimizer.step()
 
 
-def test_amsgrad_is_refused():
+OTHERS = {"amsgrad": True, "differentiable": True, "decoupled_weight_decay": False}
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_what_only_torchs_optimizer_does_is_refused_wherever_a_group_says_it(option):
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    message = f"AdamWEMA: a group must have {option}={not OTHERS[option]}, got {OTHERS[option]}; take torch's own"
+    group = {"params": [p], option: OTHERS[option]}
+    optimizer = jk.AdamWEMA([q])
+    with pytest.raises(ValueError, match=message):
+        jk.AdamWEMA([group])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(group)
+    optimizer.param_groups[0][option], q.grad = OTHERS[option], torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert q.tolist() == [1.0] * 3 and len(optimizer.param_groups) == 1
+
+
+def foreign(change):
+    """A state_dict of torch.optim.AdamW's that is no longer one."""
     p = nn.Parameter(torch.ones(3))
-    saved = torch.optim.AdamW([p], amsgrad=True).state_dict()
-    with pytest.raises(
-        ValueError, match="AdamWEMA: a loaded group must have amsgrad=False, got True; continue it with"
-    ):
-        jk.AdamWEMA([p]).load_state_dict(saved)
+    torchs = torch.optim.AdamW([p])
+    p.grad = torch.ones(3)
+    torchs.step()
+    saved = torchs.state_dict()
+    change(saved["state"][0], saved["param_groups"][0])
+    return saved
+
+
+FOREIGN = [
+    (lambda state, group: group.update(amsgrad=True), "a group must have amsgrad=False, got True; take torch's own"),
+    (lambda state, group: group.update(lr=-1.0), "lr must be at least 0, got -1.0; 1e-3 is usual"),
+    (
+        lambda state, group: state.pop("exp_avg"),
+        "a loaded state must hold step, exp_avg, exp_avg_sq, got step, ",
+    ),
+    (
+        lambda state, group: state.update(exp_avg_sq=torch.zeros(4)),
+        r"a loaded exp_avg_sq must have its parameter's shape \(3,\), got \(4,\); load the state of this network",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", FOREIGN, ids=[m[:40] for _, m in FOREIGN])
+def test_a_state_that_does_not_fit_is_refused_and_none_of_it_loaded(change, message):
+    p = nn.Parameter(torch.ones(3))
+    optimizer = jk.AdamWEMA([p], lr=0.25)
+    before, groups = optimizer.state[p], optimizer.param_groups
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(foreign(change))
+    assert optimizer.state[p] is before and optimizer.param_groups is groups
+    assert before["step"].item() == 0.0 and groups[0]["lr"] == 0.25
+
+
+def test_a_hook_may_change_what_is_loaded_before_it_is_checked():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = jk.AdamWEMA([p])
+    renamed = foreign(lambda state, group: state.update(first=state.pop("exp_avg")))
+
+    def back(optimizer, saved):
+        state = {**saved["state"][0], "exp_avg": saved["state"][0]["first"]}
+        state.pop("first")
+        return {**saved, "state": {0: state}}
+
+    optimizer.register_load_state_dict_pre_hook(back)
+    optimizer.load_state_dict(renamed)
+    assert torch.equal(optimizer.state[p]["exp_avg"], torch.full((3,), 0.1))
 
 
 def resized(tensor, size):

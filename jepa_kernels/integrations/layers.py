@@ -37,6 +37,11 @@ def against_product(conv: Any) -> str | None:
     return None
 
 
+def stands_for(conv: Any, pixels: Tensor) -> bool:
+    """Whether `embed` still gives what the convolution would: since the patch it may be watched, pruned or adapted."""
+    return against_product(conv) is None and pixels.dim() == conv.weight.dim()
+
+
 def embed(conv: nn.Conv2d | nn.Conv3d, pixels: Tensor, ids: Tensor | None = None) -> Tensor:
     """pixels [B, C, (T,) H, W] -> [B, N, E], or [M, K, E] of the patches `ids`; a rest that fills no patch is left out,
     as by a convolution."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import jepa_kernels as jk
-from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers
+from jepa_kernels._core.check import fail
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers, stands_for
 from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 from jepa_kernels.integrations.ropes import Ropes
 from jepa_kernels.rotary import Rope
@@ -84,7 +85,9 @@ def _signature(module: nn.Module) -> tuple[str, ...]:
 
 def _against_attention(attention: Any) -> str | None:
     """Why it must keep its own forward."""
-    width, uses_sdpa = attention.qkv.out_features // 3 // attention.num_heads, getattr(attention, "use_sdpa", False)
+    if not _has(attention.qkv, "in_features", "out_features"):
+        return f"its qkv is {type(attention.qkv).__name__}, which does not tell its in_features and out_features"
+    width = attention.qkv.out_features // 3 // attention.num_heads
     if "action_tokens" in _signature(attention):
         return "action tokens stand among its patches"
     if getattr(attention, "is_causal", False):
@@ -96,8 +99,12 @@ def _against_attention(attention: Any) -> str | None:
             return "no rotate_queries_or_keys(x, pos) of a known pairing stands beside it"
     elif "mask" in _signature(attention) and not _ignores_mask(attention):
         return "its `mask` is more than the ids of its tokens"
-    # Published code gives SDPA the probability of another dropout, in evaluation too.
-    return against_kernel(width, attention.proj_drop_prob if uses_sdpa else attention.attn_drop.p)
+    return against_kernel(width, _dropout(attention))
+
+
+def _dropout(attention: Any) -> float:
+    """Of the weights; published code gives SDPA the probability of another dropout, in evaluation too."""
+    return attention.proj_drop_prob if getattr(attention, "use_sdpa", False) else attention.attn_drop.p
 
 
 def _attention_replacement(attention: Any, ropes: Ropes) -> Replacement:
@@ -114,14 +121,15 @@ def _attention_replacement(attention: Any, ropes: Ropes) -> Replacement:
 def _pairing(attention: nn.Module) -> str | None:
     """How the function beside the class turns pairs of channels, told by its numbers."""
     rotate = inspect.unwrap(type(attention).forward).__globals__.get("rotate_queries_or_keys")
-    x = torch.randn(1, 1, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.device("cpu"):  # whatever torch.set_default_device names
+        x = torch.randn(1, 1, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        places = torch.arange(5)
     try:
-        turned = rotate(x, pos=torch.arange(5))
+        turned = rotate(x, pos=places)
     except TypeError:  # there is none, or one that takes something else
         return None
-    places = torch.arange(5)[:, None]
     for pairing in ("tiled", "interleaved"):
-        if torch.allclose(turned, jk.rope(x, places, pairing=pairing, backend="reference"), rtol=0, atol=1e-5):
+        if torch.allclose(turned, jk.rope(x, places[:, None], pairing=pairing, backend="reference"), rtol=0, atol=1e-5):
             return pairing
     return None
 
@@ -133,9 +141,10 @@ def _gives_weights(attention: Any) -> bool:
 
 def _ignores_mask(attention: Any) -> bool:
     """Whether no mask changes its own output: not ids, nor what is added to logits, nor the keys that are seen."""
-    ids = torch.ones(4, 4, dtype=torch.long, device=attention.qkv.weight.device).tril()
+    like = seeded_input(attention, 1)
+    ids = torch.ones(4, 4, dtype=torch.long, device=like.device).tril()
     try:
-        outs = [_own_output(attention, *mask) for mask in ((), (ids,), (ids.to(attention.qkv.weight),), (ids.bool(),))]
+        outs = [_own_output(attention, *mask) for mask in ((), (ids,), (ids.to(like),), (ids.bool(),))]
         first, *others = (out[0] if isinstance(out, tuple) else out for out in outs)
         return all(torch.equal(first, out) for out in others)
     except Exception:  # of code that is not ours: of a mask that it reads
@@ -161,6 +170,8 @@ def _attention(
     """mask: ids of the tokens, which attention without positions does not read."""
     if attn_mask is not None:
         return type(self).forward(self, x, mask, attn_mask)
+    if _dropout(self):  # set since the patch
+        return type(self).forward(self, x) if mask is None else type(self).forward(self, x, mask)
     out = _attend(self, self.qkv(x).unflatten(-1, (3, self.num_heads, -1)))
     return (out, None) if gives_weights else out
 
@@ -177,7 +188,7 @@ def _rope_attention(
     ropes: Ropes,
     pairing: str,
 ) -> Tensor:
-    if attn_mask is not None:
+    if attn_mask is not None or _dropout(self):
         return type(self).forward(self, x, mask, attn_mask, T, H_patches, W_patches)
     grid = (self.grid_size, self.grid_size) if H_patches is None or W_patches is None else (H_patches, W_patches)
     qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
@@ -192,7 +203,7 @@ def _block(self: Any, x: Tensor, return_attention: bool = False, mask: Tensor | 
 
 
 def _patch_embed(self: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    if x.dim() != self.proj.weight.dim():
+    if not stands_for(self.proj, x):
         return type(self).forward(self, x, **kwargs)  # which says what it minds
     return embed(self.proj, x)
 
@@ -214,6 +225,9 @@ def _outputs(module: Any) -> dict[str, Tensor]:
     if isinstance(module.proj, nn.Conv2d | nn.Conv3d):
         sides = (2 * size for size in module.proj.kernel_size)
         return {"patches": module(seeded_input(module, 2, module.proj.in_channels, *sides))}
+    if not any(p.is_floating_point() for p in module.parameters()):
+        remedy = "pass verify=False, and compare outputs yourself"
+        fail("patch", f"{type(module).__name__}", "hold floating weights, to be verified", "none", remedy)
     tokens = seeded_input(module, 2, 12, module.qkv.in_features)
     if not _has(module, *ROPE):
         out = module(tokens)

@@ -116,11 +116,9 @@ def apply(
     if not wanted:
         reasons = "; ".join(f"{_shown(name)}: {why}" for name, why in skipped.items()) or "no module that is known"
         fail("patch", "model", "have a module to replace", reasons, "change what the reasons name")
-    if run is not None and any(p.is_meta for p in model.parameters()):
-        fail(
-            "patch", "model", "hold weights to be verified", "the meta device", "load them first, or pass verify=False"
-        )
-    own = None if run is None else (_evaluate_in_both(model, run), _evaluate_in(torch.float64, model, run))
+    if run is not None:
+        _check_weights(model)
+    own = None if run is None else (_evaluate_in_both(model, run), _exactly(model, run))
     patch = Patch(model, wanted, skipped)
     if run is not None and own is not None:
         try:
@@ -129,6 +127,15 @@ def apply(
             patch.undo()
             raise
     return patch
+
+
+def _check_weights(model: nn.Module) -> None:
+    """That others can stand in their places for the verification."""
+    remedy = "pass verify=False"
+    if any(p.is_meta for p in model.parameters()):
+        fail("patch", "model", "hold weights to be verified", "the meta device", f"load them first, or {remedy}")
+    if any(hasattr(m, "reshard") or kind_of(m, ("FullyShardedDataParallel",)) for m in model.modules()):
+        fail("patch", "model", "hold whole weights to be verified", "sharded ones", f"patch it before, or {remedy}")
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -191,9 +198,18 @@ def _evaluate(model: nn.Module, run: Run) -> dict[str, Tensor]:
             module.training = flag
 
 
-def _evaluate_in(dtype: torch.dtype, model: nn.Module, run: Run) -> dict[str, Tensor]:
+def evaluate_in(dtype: torch.dtype, model: nn.Module, run: Run) -> dict[str, Tensor]:
+    """Outputs in evaluation mode with weights of this type; the model stays as it is."""
     with weights_in(dtype, model):
         return _evaluate(model, run)
+
+
+def _exactly(model: nn.Module, run: Run) -> dict[str, Tensor]:
+    try:
+        return evaluate_in(torch.float64, model, run)
+    except (RuntimeError, TypeError) as error:  # of layers of integers, or of kernels that lack the type
+        why, remedy = str(error).split("\n")[0][:200], "pass verify=False, and compare outputs yourself"
+        fail("patch", "model", "run with its weights in float64, to be verified", why, remedy)
 
 
 def _evaluate_in_both(model: nn.Module, run: Run) -> dict[str, Tensor]:
@@ -201,7 +217,7 @@ def _evaluate_in_both(model: nn.Module, run: Run) -> dict[str, Tensor]:
     found = _evaluate(model, run)
     if all(p.dtype == torch.float32 for p in model.parameters()):
         return found
-    return found | {name + IN_FLOAT32: x for name, x in _evaluate_in(torch.float32, model, run).items()}
+    return found | {name + IN_FLOAT32: x for name, x in evaluate_in(torch.float32, model, run).items()}
 
 
 def _verify(
@@ -245,8 +261,8 @@ def weights_in(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
 
 def seeded_input(model: nn.Module, *shape: int) -> Tensor:
     """A drawn input on the model's device, in the type of its weights: the same numbers in every type."""
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    weight = next(model.parameters())
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    weight = next((p for p in model.parameters() if p.is_floating_point()), drawn)
     return (16 * drawn).round().div(16).to(weight.device, weight.dtype)
 
 

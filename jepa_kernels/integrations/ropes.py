@@ -33,9 +33,10 @@ class Ropes:
         version = None if mask is None else mask._version  # a mask may have been filled anew
         autocast = torch.is_autocast_enabled(qkv.device.type)
         key = (version, qkv.shape[1], qkv.shape[-1], qkv.dtype, qkv.device, autocast, grid, pairing)
-        if self._last is None or self._last[0] != key or self._last[1] is not mask:
-            self._last = key, mask, self._made(qkv, mask, grid, pairing)
-        return self._last[2]
+        last = self._last  # another thread may put its own there meanwhile
+        if last is None or last[0] != key or last[1] is not mask:
+            last = self._last = key, mask, self._made(qkv, mask, grid, pairing)
+        return last[2]
 
     @staticmethod
     def _keeps(qkv: Tensor, mask: Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers
+from jepa_kernels.integrations.layers import EMBEDS, against_kernel, against_product, embed, linear_layers, stands_for
 from jepa_kernels.integrations.patching import Patch, Replacement, apply, own_forward, seeded_input
 
 
@@ -63,7 +63,7 @@ def _classes() -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def _attention(self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    if attn_mask is not None or is_causal:
+    if attn_mask is not None or is_causal or (self.training and self.attn_drop.p):
         return type(self).forward(self, x, attn_mask, is_causal)
     gate = None if self.gate is None else self.gate(x).sigmoid()
     out = _attend(self, self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
@@ -80,6 +80,8 @@ def _attend(self: Any, qkv: Tensor) -> Tensor:
 
 
 def _patch_embed(self: Any, x: Tensor) -> Tensor:
+    if not stands_for(self.proj, x):
+        return type(self).forward(self, x)
     uneven = any(n % size for n, size in zip(x.shape[-2:], self.patch_size, strict=True))
     other = self.strict_img_size and tuple(x.shape[-2:]) != self.img_size
     if self.img_size is not None and (uneven or other):

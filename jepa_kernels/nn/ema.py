@@ -242,7 +242,7 @@ class EMA(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.step)
+        return torch.tensor(self.step, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
         self.step = int(state)

@@ -1,6 +1,6 @@
 """AdamW, the average of the weights that it moves and low-precision copies of both, as one optimizer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +11,11 @@ from jepa_kernels._core.check import fail, is_number
 from jepa_kernels.ops.adamw_ema.check import Options, check_factor, check_options
 from jepa_kernels.ops.adamw_ema.op import update
 from jepa_kernels.optim.clip import clipped_scale, norm_of
-from jepa_kernels.optim.plan import ALONE, Partners, Plan, check_overlap_of
+from jepa_kernels.optim.given import OP, Given, aligned, aligned_both, items_of, tensor_of, with_partners
+from jepa_kernels.optim.plan import ALONE, ENTRIES, NOTHING, Partners, Plan, State, check_overlap_of
 
-OP = "AdamWEMA"
-Given = Iterable[Tensor | None] | Mapping[Tensor, Tensor] | None
+# Of torch.optim.AdamW's options: what a group may say of those that are not among the arguments.
+FIXED = {"amsgrad": False, "differentiable": False, "decoupled_weight_decay": True}
 
 
 class AdamWEMA(Optimizer):
@@ -23,13 +24,14 @@ class AdamWEMA(Optimizer):
     The step is that of `jepa_kernels.adamw_ema`, which states the equations: 36 bytes of memory traffic a parameter
     and 2 for each shadow, where fused AdamW, an EMA and two casts take 52. It is a `torch.optim.Optimizer` in every
     respect: groups, schedulers, closures, hooks, GradScaler; its state_dict and torch.optim.AdamW's load into each
-    other. Nothing waits for the device.
+    other, whole or not at all, and a group keeps its own value of what the loaded one lacks. Nothing waits for the
+    device.
 
     params: as torch.optim takes them: fp32 parameters, (name, parameter) pairs, or groups. A group may set lr, betas,
         eps, weight_decay, momentum, max_grad_norm, clip, maximize and capturable for itself.
     target_params: fp32 tensors of the same shapes that follow the parameters, in the order of `params` (None: no
         target), or a dict {parameter: target} that may hold other keys too. A group may carry "target_params" itself.
-    lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; no amsgrad.
+    lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW; no amsgrad, and no differentiable step.
     momentum: of the average, in [0, 1]: target <- momentum * target + (1 - momentum) * parameter.
     shadow: (online, target), each a list or dict as target_params is, of bf16 or fp16 tensors that get copies of the
         new parameters and targets; a group may carry "shadow" itself. A parameter without a gradient takes that of
@@ -72,7 +74,7 @@ class AdamWEMA(Optimizer):
         self.grad_norms: dict[str, Tensor] = {}
         self._pair({})
         self._constructing = True
-        super().__init__(_with_partners(params, target_params, shadow), defaults)
+        super().__init__(with_partners(params, target_params, shadow), defaults)
         self._constructing = False
         check_overlap_of([self._plan(i, [None] * len(g["params"])) for i, g in enumerate(self.param_groups)])
 
@@ -85,10 +87,10 @@ class AdamWEMA(Optimizer):
         """Add a group of parameters, with "target_params" and "shadow" of its own where it has any."""
         if not isinstance(param_group, dict) or isinstance(param_group.get("params"), set):
             return super().add_param_group(param_group)  # which says what is wrong
-        group = {**param_group, "params": _items(param_group["params"])}
+        group = {**param_group, "params": items_of(param_group["params"])}
         targets, shadow = group.pop("target_params", None), group.pop("shadow", (None, None))
-        params = [_tensor(item) for item in group["params"]]
-        columns = _aligned("target_params", params, targets), *_both(params, shadow)
+        params = [tensor_of(item) for item in group["params"]]
+        columns = aligned("target_params", params, targets), *aligned_both(params, shadow)
         _options({**self.defaults, **group})
         before = self._partners
         self._pair(before | {p: Partners(*row) for p, *row in zip(params, *columns, strict=True)})
@@ -218,23 +220,21 @@ class AdamWEMA(Optimizer):
             elif shadow.grad is not None:
                 shadow.grad.detach_().zero_()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this class or torch.optim.AdamW saved; a group keeps its own value of what the saved one lacks."""
-        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
-            fail(OP, "a loaded group", "have amsgrad=False", "True", "continue it with torch.optim.AdamW")
-        super().load_state_dict(state_dict)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_partners": self._partners}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """What unpickles, and what a load of a state_dict calls with what it found, before anything is replaced."""
         own = self.__dict__.get("param_groups") or [{}] * len(state["param_groups"])
+        defaults = state.get("defaults") or self.defaults
+        for group, before in zip(state["param_groups"], own, strict=True):
+            for key, default in defaults.items():
+                group.setdefault(key, before.get(key, default))
+            group.pop("decoupled_weight_decay", None)  # Adam's becomes AdamW's, as torch does
+            _check_loaded(group, state["state"])
         super().__setstate__(state)
         self._pair(self._partners)
         self.grad_norms = {}
-        for group, before in zip(self.param_groups, own, strict=True):
-            for key, default in self.defaults.items():
-                group.setdefault(key, before.get(key, default))
         self._complete_states()
 
 
@@ -243,67 +243,32 @@ def _new_state(p: Tensor) -> dict[str, Tensor]:
     return dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
 
+def _check_loaded(group: dict[str, Any], state: State) -> None:
+    """A group's options, and the state of those of its parameters that have one."""
+    _options(group)
+    for p in group["params"]:
+        held = state.get(p, NOTHING)
+        if held and not held.keys() >= {*ENTRIES.values()}:
+            remedy = "load what an AdamW saved"
+            fail(OP, "a loaded state", f"hold {', '.join(ENTRIES.values())}", ", ".join(map(str, held)), remedy)
+        for key in ("exp_avg", "exp_avg_sq") if held else ():
+            if held[key].shape != p.shape:
+                wanted = f"have its parameter's shape {tuple(p.shape)}"
+                fail(OP, f"a loaded {key}", wanted, tuple(held[key].shape), "load the state of this network")
+
+
 def _factor(name: str, value: Tensor | None, device: torch.device) -> Tensor | None:
     return check_factor(name, None if value is None else value.to(device, non_blocking=True), device)
 
 
 def _options(group: dict[str, Any], device: torch.device | None = None) -> Options:
     """A group's options, checked."""
+    for name, value in FIXED.items():
+        if group.get(name, value) != value:
+            fail(OP, "a group", f"have {name}={value}", group[name], "take torch's own optimizer for it")
     options = Options(*(group[name] for name in Options._fields))
     check_options(options, device)
     most = group["max_grad_norm"]
     if most is not None and not (is_number(most) and most > 0):
         fail(OP, "max_grad_norm", "be a positive number or None", repr(most), "1.0 is usual")
     return options
-
-
-def _with_partners(params: Any, targets: Given, shadow: tuple[Given, Given]) -> Any:
-    """The groups, each with its share of the targets and shadows."""
-    if isinstance(params, Tensor):
-        return params  # which torch.optim refuses
-    groups = list(params)
-    if groups and not isinstance(groups[0], dict):
-        groups = [dict(params=groups)]
-    groups = [{**group, "params": _items(group["params"])} for group in groups]
-    flat = [_tensor(item) for group in groups for item in group["params"]]
-    columns = [_aligned("target_params", flat, targets), *_both(flat, shadow)]
-    if all(x is None for column in columns for x in column):
-        return groups
-    if any("target_params" in group or "shadow" in group for group in groups):
-        fail(OP, "targets and shadows", "be given for all groups or by each", "both", "leave one of them out")
-    start = 0
-    for group in groups:
-        stop = start + len(group["params"])
-        group["target_params"], *group["shadow"] = (column[start:stop] for column in columns)
-        start = stop
-    return groups
-
-
-def _items(params: Any) -> Any:
-    if isinstance(params, Tensor):
-        return [params]
-    return params if isinstance(params, set) else list(params)  # torch.optim refuses a set
-
-
-def _tensor(item: Any) -> Any:
-    return item[1] if isinstance(item, tuple) else item
-
-
-def _both(params: Sequence[Tensor], shadow: Any) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    if not isinstance(shadow, (tuple, list)) or len(shadow) != 2:
-        fail(OP, "shadow", "be a pair (online, target)", type(shadow).__name__, "pass None for either", TypeError)
-    return _aligned("the online shadow", params, shadow[0]), _aligned("the target shadow", params, shadow[1])
-
-
-def _aligned(role: str, params: Sequence[Tensor], given: Given) -> list[Tensor | None]:
-    """A tensor or None for each parameter."""
-    if given is None:
-        return [None] * len(params)
-    if not isinstance(given, Iterable):
-        fail(OP, role, "be tensors or a dict", type(given).__name__, "pass module.parameters()", TypeError)
-    if isinstance(given, Mapping):
-        return [given.get(p) for p in params]
-    found = list(given)
-    if len(found) != len(params):
-        fail(OP, role, f"hold {len(params)} tensors", len(found), "pass one (or None) for each parameter, in order")
-    return found

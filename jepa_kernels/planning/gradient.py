@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jepa_kernels._core.check import fail, is_positive
+from jepa_kernels._core.check import fail, is_number, is_positive
 from jepa_kernels.models.world import Context, World
 from jepa_kernels.planning.costs import Cost
 from jepa_kernels.planning.graphs import steps
@@ -68,6 +68,13 @@ def gradient(
         fail("gradient", "optimizer", "be adam or sgd", repr(optimizer), "leave it out for adam")
     if not is_positive(lr):
         fail("gradient", "lr", "be finite and greater than 0", lr, "try 0.1 of the actions' std")
+    if not (len(betas) == 2 and all(is_number(beta) and 0 <= beta < 1 for beta in betas)):
+        fail("gradient", "betas", "be two numbers in [0, 1)", betas, "(0.9, 0.999) is usual")
+    if not (is_number(eps) and eps >= 0):
+        fail("gradient", "eps", "be at least 0", eps, "1e-8 is usual")
+    if torch.is_inference_mode_enabled():
+        remedy = "encode and plan under torch.no_grad()"
+        fail("gradient", "torch.inference_mode", "be off, as it has no gradients", "on", remedy, RuntimeError)
     first = _first(problem, mean, noise, seed, include_mean)
     constrained = problem.constrained()
 

@@ -12,6 +12,7 @@ from jepa_kernels._core import define
 from jepa_kernels.integrations import meta
 from jepa_kernels.integrations.layers import LINEAR
 from jepa_kernels.nn import linear
+from tests.integrations.adapters import Adapter
 from tests.integrations.parity import drawn, failures
 from tests.integrations.test_meta import forward, network
 
@@ -71,19 +72,6 @@ LAYERS_OF_PREDICTOR = [name.replace("blocks", "predictor_blocks") for name in LA
 class Scaled(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
-
-
-class Adapter(nn.Module):
-    """As PEFT wraps a layer."""
-
-    def __init__(self, base_layer, rank=2):
-        super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora_B(self.lora_A(x))
 
 
 def test_adapted_layers_and_kinds_of_their_own_stay():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from jepa_kernels.integrations.patching import Replacement, apply, kind_of, own_forward, seeded_input
+from tests.integrations.adapters import Integers
 
 
 class Half(nn.Module):
@@ -163,6 +164,24 @@ def test_a_low_precision_model_is_held_to_its_own_rounding_and_in_float32_to_les
 
 def slightly_off(self: Half, x: Tensor, scale: float = 2.0) -> Tensor:
     return equal(self, x, scale) * 1.001
+
+
+def test_a_model_that_has_no_float64_is_patched_unverified_alone(model, x):
+    model.left.linear = Integers(model.left.linear)
+    before = model.eval()(x)
+    with pytest.raises(ValueError, match=r"patch: model must run with its weights in float64, .*; pass verify="):
+        patch(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    patch(model, run=None)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_inputs_are_drawn_alike_whatever_is_the_default(model):
+    expected = seeded_input(model, 3, 4)
+    with torch.device("meta"):
+        assert torch.equal(seeded_input(model, 3, 4), expected)
+    model.left.linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    assert torch.equal(seeded_input(model, 3, 4), expected)
 
 
 def test_a_second_patch_is_refused(model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jepa_kernels.models import ijepa, sizes, vjepa2
+from jepa_kernels.models import ijepa, lejepa, sizes, vjepa2
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from tests.models import published, test_checkpoints, test_vjepa2_checkpoints
@@ -139,6 +139,17 @@ def test_an_encoder_is_built_alone(donor, network):
     assert not any(p.requires_grad for p in encoder.parameters())
     clips = torch.randn(1, 3, 8, 16, 24)
     assert torch.equal(encoder(clips), own(clips).detach())
+
+
+def test_a_model_without_memory_loads_nothing_and_says_so(donor, tmp_path):
+    """A copy to the meta device does nothing."""
+    donor.save(tmp_path / "own.safetensors")
+    views = lejepa.LeJEPA.of(lejepa.digits(depth=1))
+    views.save(tmp_path / "views.safetensors")
+    for model, path in ((VJEPA2(SMALL), "own"), (views, "views")):
+        message = f"{type(model).__name__}: model must hold memory to load into, got .+ on the meta device; build it"
+        with pytest.raises(ValueError, match=message):
+            model.to("meta").load(tmp_path / f"{path}.safetensors")
 
 
 def test_the_one_encoder_of_a_file_takes_the_place_of_the_other(donor):

@@ -131,11 +131,24 @@ def flat(latents, actions):
             dict(planner="gradient", lr=0),
             "gradient: lr must be finite and greater than 0, got 0; try 0.1 of the actions' std",
         ),
+        (
+            dict(planner="gradient", betas=(0.9, 1.0)),
+            "gradient: betas must be two numbers in [0, 1), got (0.9, 1.0); (0.9, 0.999) is usual",
+        ),
+        (dict(planner="gradient", eps=-1e-8), "gradient: eps must be at least 0, got -1e-08; 1e-8 is usual"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_the_world_is_asked(changes, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         plan(**changes)
+
+
+def test_gradients_are_not_asked_for_where_there_are_none():
+    world = Bent()
+    with torch.inference_mode():
+        assert plan("cem", world).energy.isfinite()
+        with pytest.raises(RuntimeError, match=r"^gradient: torch.inference_mode must be off, .* under torch.no_grad"):
+            plan("gradient")
 
 
 @pytest.mark.parametrize("planner", ["cem", "mppi", "gradient"])

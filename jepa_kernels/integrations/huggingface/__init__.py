@@ -110,6 +110,9 @@ def _attention(
     for option in ("softcap", "sliding_window", "s_aux", "position_bias", "cache"):
         if options.get(option) is not None:
             fail(name, option, "be left out", options[option], "take 'eager'")
+    if packing is not None and (attention_mask is not None or len(query) != 1):
+        actual = f"{len(query)} rows" if attention_mask is None else "an attention_mask too"
+        fail(name, "packing", "come with one row and no mask", actual, "pack all tokens of the batch in one row")
     if attention_mask is not None:
         own = transformers(".integrations.sdpa_attention").sdpa_attention_forward
         return own(module, query, key, value, attention_mask, scaling=scaling, is_causal=False, **options)

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
 from jepa_kernels.integrations.huggingface.implementations import against_attention
-from jepa_kernels.integrations.layers import EMBEDS, against_product, embed, linear_layers
+from jepa_kernels.integrations.layers import EMBEDS, against_product, embed, linear_layers, stands_for
 from jepa_kernels.integrations.patching import Replacement, Run, kind_of, own_forward, seeded_input
 
 
 def attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """IJepaAttention; with a mask, or asked for weights by "eager", as it was."""
-    if attention_mask is not None or self.config._attn_implementation == "eager":
+    """IJepaAttention; with a mask, with dropout set since, or asked for weights by "eager", as it was."""
+    dropped = self.training and self.attention_dropout
+    if attention_mask is not None or dropped or self.config._attn_implementation == "eager":
         return type(self).forward(self, hidden_states, attention_mask, **kwargs)
     heads = self.num_attention_heads, self.head_dim
     parts = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -26,6 +27,8 @@ def attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = 
 
 def patch_embeddings(self: Any, pixel_values: Tensor) -> Tensor:
     """IJepaPatchEmbeddings: pixels [B, C, H, W] -> [B, N, E]."""
+    if not stands_for(self.projection, pixel_values):
+        return type(self).forward(self, pixel_values)
     return embed(self.projection, pixel_values)
 
 

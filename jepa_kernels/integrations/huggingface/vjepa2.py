@@ -12,7 +12,7 @@ from torch import Tensor
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.integrations.layers import embed
+from jepa_kernels.integrations.layers import against_product, embed, stands_for
 from jepa_kernels.integrations.ropes import published_rope
 from jepa_kernels.rotary import Rope
 
@@ -35,6 +35,8 @@ def attention(
     if self.config._attn_implementation == "eager":
         remedy = "undo the patch, or model.set_attn_implementation('sdpa')"
         fail("patched VJEPA2", "attn_implementation", "not be 'eager'", "a wish for attention weights", remedy)
+    if self.training and self.dropout_prob:
+        fail("patched VJEPA2", "attention dropout", "stay 0", self.dropout_prob, "undo the patch, or set it to 0")
     heads = self.num_attention_heads, self.attention_head_size
     parts = self.query(hidden_states[:, first:]), self.key(hidden_states), self.value(hidden_states)
     q, k, v = (part.unflatten(-1, heads).transpose(1, 2) for part in parts)
@@ -54,7 +56,12 @@ def _rope(attention: Any, x: Tensor, ids: Tensor | None, angle_dtype: AngleType)
 
 def patch_embeddings(self: Any, pixel_values_videos: Tensor, ids: Tensor | None = None) -> Tensor:
     """VJEPA2PatchEmbeddings3D: pixels [B, C, T, H, W] -> [B, N, E], or of the patches `ids` [M, K] alone."""
-    return embed(self.proj, pixel_values_videos, ids)
+    if stands_for(self.proj, pixel_values_videos):
+        return embed(self.proj, pixel_values_videos, ids)
+    if ids is not None:
+        actual = against_product(self.proj) or f"pixels of shape {tuple(pixel_values_videos.shape)}"
+        fail("VJEPA2Model with a masked encoder", "proj", "be the convolution of the patch", actual, "undo the patch")
+    return type(self).forward(self, pixel_values_videos)
 
 
 def embeddings(self: Any, pixel_values_videos: Tensor, ids: Tensor | None = None) -> Tensor:
@@ -210,7 +217,7 @@ def pooler_self_attention(
     self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """VJEPA2PoolerSelfAttention."""
-    if attention_mask is not None:
+    if attention_mask is not None or (self.training and self.dropout):
         return type(self).forward(self, hidden_states, attention_mask)
     return self.out_proj(_attend(self, hidden_states, hidden_states, hidden_states)), None
 
@@ -219,7 +226,7 @@ def pooler_cross_attention(
     self: Any, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """VJEPA2PoolerCrossAttention."""
-    if attention_mask is not None:
+    if attention_mask is not None or (self.training and self.dropout):
         return type(self).forward(self, queries, keys, values, attention_mask)
     return _attend(self, queries, keys, values), None
 
