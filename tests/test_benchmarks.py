@@ -23,7 +23,7 @@ from benchmarks.answering import AnsweringRun, Padded
 from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
-from benchmarks.measure import Interrupted, Run, Settings, with_backward
+from benchmarks.measure import Interrupted, Run, Settings, floor_seconds, with_backward
 from benchmarks.models import (
     bench_encoder,
     bench_huggingface,
@@ -60,7 +60,7 @@ def row(ours_s=1e-3, its_s=2e-3, **changes):
         "device": "cpu", "backend": "cpu", "bytes": 1e6, "flops": 1e5, "share_of_peak": 0.5, "peak_bytes": 64,
         "parity": {"pass": True, "max_err": 1e-7, "budget": 1e-6, "tensor": "output0"}, "threads": 2,
     }  # fmt: skip
-    made = rows.timed_row(common, "lerp", np.full(5, ours_s), np.full(5, its_s))
+    made = rows.timed_row(common, "lerp", np.full(7, ours_s), np.full(7, its_s))
     made.update(changes)
     return {**made, "repro": rows.repro(rows.key(made), "cpu", 2)}
 
@@ -105,6 +105,29 @@ def test_statistics_by_hand():
     low, high = stats.ratio_ci95(ours, baseline)
     assert low == pytest.approx(4 / 3) and high == pytest.approx(4.0)
     assert stats.ratio_ci95(baseline, baseline) == [1.0, 1.0]
+
+
+def test_the_interval_of_a_ratio_holds_95_percent_and_keeps_rounds_together():
+    rng = np.random.default_rng(1)
+    ours, noise = np.ones(400), 1 + rng.random(400)  # the median of n numbers in 0..1 has a deviation of 1 / (2 sqrt n)
+    low, high = stats.ratio_ci95(ours, noise)
+    assert high - low == pytest.approx(2 * 1.96 / (2 * 20), rel=0.2)
+    assert stats.ratio_ci95(noise, 2 * noise) == [2.0, 2.0], "what slows a round down slows both"
+
+
+def test_the_floor_is_the_longer_of_bytes_and_operations():
+    assert floor_seconds(80e9, 100e9, "float32", "copy", PEAKS) == 2.0
+    assert floor_seconds(80e9, 800e9, "float32", "copy", PEAKS) == 4.0
+    assert floor_seconds(60e9, 100e9, "float32", "read", PEAKS) == 2.0
+    assert floor_seconds(70e9, 0, "float32", "rmw", PEAKS) == 2.0
+    assert floor_seconds(0, 800e9, "bfloat16", "copy", PEAKS) == 2.0
+    assert floor_seconds(0, 800e9, "float16", "copy", PEAKS) == 4.0, "of no rate of its own: that of fp32"
+
+
+@pytest.mark.parametrize("rounds, said", [(5, "1.50 to 2.50, 5 rounds"), (6, "1.50 to 2.50")])
+def test_an_interval_of_few_rounds_says_how_many(rounds, said):
+    found = row(rounds=rounds, ci95=[1.5, 2.5])
+    assert text.interval(found) == said and f"[{said}]" in text.row_line(found) and said in text.row_cells(found)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +204,7 @@ def test_a_good_run_fills_the_schema(stage):
     run = Run("gather_tokens", small(grads=("x",)), stage, "float32", QUICK)
     found = run.rows()
     assert [r["baseline"] for r in found] == ["reference"] and found[0]["status"] == "ok"
+    assert found[0]["share_of_peak"] == pytest.approx(1 / 40 / 1e9 / (found[0]["ours_us"]["p50"] / 1e6))
     assert rows.problems(document(*found)) == []
 
 
