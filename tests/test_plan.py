@@ -169,6 +169,13 @@ def test_summary_is_median_and_ratio():
     assert alone["cem"]["ratio_to_random"] is None
 
 
+def test_intervals_of_medians_hold_95_percent():
+    ends = np.linspace(0, 1, 100)  # the median of n such numbers has a deviation of 1 / (2 sqrt n)
+    found = loop.summary([{"policies": {"cem": {"total": [end], "invalid_samples": 0}}} for end in ends])
+    low, high = found["cem"]["ci95"]
+    assert high - low == pytest.approx(2 * 1.96 / (2 * 10), rel=0.1)
+
+
 @pytest.fixture(scope="module")
 def world():
     torch.manual_seed(0)
