@@ -24,6 +24,7 @@ from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
 from benchmarks.measure import Interrupted, Run, Settings, floor_seconds, with_backward
+from benchmarks.memory import peak_bytes
 from benchmarks.models import (
     bench_encoder,
     bench_huggingface,
@@ -37,6 +38,7 @@ from benchmarks.models import (
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun, Task
+from benchmarks.selection import only_baseline
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
 from jepa_kernels.masks import MultiBlock3d, Spec3d
@@ -419,6 +421,18 @@ def test_a_rivals_plan_of_fewer_iterations_is_stated_as_a_whole_one(monkeypatch)
     assert (found["ours_us"]["p50"], found["baseline_us"]["p50"], found["ratio"]) == (1e6, 6e6, 6)
 
 
+def test_peak_memory_is_what_torch_and_our_blocks_hold():
+    x, ids = torch.ones(1, 4096, 512), torch.arange(4096)[None]  # 8 MiB, more than the least block
+    whole = x.numel() * 4
+
+    def ours():
+        return jk.gather_tokens(x, ids, backend="cpu")
+
+    for call, held in ((lambda: x + 1, 1), (ours, 1), (lambda: (x + 1, ours()), 2), (lambda: (x + 1).add_(1).sum(), 1)):
+        call()
+        assert held * whole <= peak_bytes(call) < (held + 0.1) * whole
+
+
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("JEPA_COMMIT", "abc")
@@ -483,6 +497,16 @@ def test_one_row_end_to_end(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<h1>jepa_kernels benchmarks</h1>" in page and "<small>first row after</small>" in page
     assert 0 < found["first_row_s"] <= found["seconds"]
+
+
+def test_a_baseline_is_taken_where_every_row_names_it_and_an_unknown_one_is_refused(tmp_path):
+    rope, ema = "rope/a/forward/float32", "ema_update/b/forward/float32"
+    assert only_baseline([f"{rope}/loop", f"{ema}/loop"]) == "loop"
+    assert only_baseline([f"{rope}/loop", f"{ema}/lerp"]) is only_baseline([f"{rope}/loop", ema]) is None
+    asked = "collapse_stats/vit_s16_b4/forward/float32/eagre"
+    command = [sys.executable, "-m", "benchmarks", "--budget", "0.05", "--out", str(tmp_path), "--row", asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "measured against, got 'eagre'; leave it out for all" in done.stderr
 
 
 def test_a_file_as_output_folder_is_named(tmp_path, capsys):
