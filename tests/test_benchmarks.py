@@ -233,6 +233,7 @@ def test_red_parity_prints_no_number(monkeypatch):
     ("rival", "error"),
     [
         (lambda x, ids: x[:, :4].repeat(2, 1, 1), "output0 differs from the exact result by"),
+        (lambda x, ids: 1.002 * x[torch.arange(4)[:, None] % 2, ids], "output0 differs from the exact result by 0.002"),
         (lambda x, ids: x[:, :4], "output0 has shape (2, 4, 16), ours (4, 4, 16)"),
         (lambda x, ids: x[7], "IndexError: index 7 is out of bounds"),
     ],
