@@ -372,3 +372,11 @@ def test_one_profile_at_a_time():
     assert "end that one first" in str(inner.value)
     with torch.profiler.profile(), pytest.raises(RuntimeError, match="must be the only one"):
         jk.profile().__enter__()
+
+
+def test_bandwidths_through_torch_count_what_is_read_and_what_is_written(monkeypatch):
+    monkeypatch.setattr(peaks, "_seconds", lambda function, device, passes: 1e-3)
+    monkeypatch.setattr(peaks, "gemm_gflops", lambda dtype, passes: 1.0)
+    found, gigabytes = peaks.by_torch("cpu", quick=True), 4 * 2**25 / 1e9
+    assert found["read_gbs"] == round(gigabytes / 1e-3, 1)
+    assert found["copy_gbs"] == found["rmw_gbs"] == round(2 * gigabytes / 1e-3, 1)
