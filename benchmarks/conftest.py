@@ -21,7 +21,7 @@ from benchmarks.measure import Interrupted, Run, Settings
 from benchmarks.modelrun import ModelRun
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun
-from benchmarks.selection import Selection, brief, instead
+from benchmarks.selection import Selection, brief, instead, only_baseline
 from benchmarks.step import StepRun
 from benchmarks.text import row_line
 from jepa_kernels._core.select import BACKENDS
@@ -122,13 +122,12 @@ def settings(request: pytest.FixtureRequest) -> Settings:
     emit(event="header", machine=about, git=machine.git(), versions=machine.versions(), peaks=peaks)
     if "JEPA_BENCH_EVENTS" not in os.environ:
         print(f"\n{machine.line(about)}")
-    names = {row.split("/")[4] for row in option("--row") if row.count("/") == 4}
     return Settings(
         device=device,
         threads=threads,
         budget_s=option("--budget") or (0.2 if smoke else 0.5),
         min_rounds=5 if smoke else 7,
-        baseline=names.pop() if len(names) == 1 else None,
+        baseline=only_baseline(option("--row")),
         backend=option("--backend"),
         peaks=peaks,
     )
@@ -164,6 +163,11 @@ def measure(benchmark: Any, record: Callable[[list[rows.Row]], None]) -> Callabl
         except Interrupted as stopped:
             record(stopped.rows)
             raise
+        wanted = run.settings.baseline
+        if wanted is not None and wanted not in {row["baseline"] for row in found}:
+            why = f"--row must end with what {run.group} is measured against, got {wanted!r}; leave it out for all"
+            emit(event="refused", why=why)
+            pytest.fail(why, pytrace=False)
         record(found)
         red = [row for row in found if not row["parity"]["pass"]]
         if red:

@@ -15,13 +15,18 @@ HEADLINES = (
     ("gather_tokens", "ijepa_vit_h14_b32", "backward", "repeat"),
     ("gather_tokens", "ijepa_vit_h14_b32", "backward", "index_select"),
     ("assemble_tokens", "vjepa2_both_masks", "forward", "published"),
+    ("assemble_tokens", "vjepa2_both_masks", "forward", "cat"),
     ("assemble_tokens", "ijepa_b32_packed", "backward", "index_copy"),
     ("latent_loss", "ijepa_vit_h14_b128", "backward", "published"),
     ("latent_loss", "ijepa_vit_h14_b128", "backward", "compile"),
     ("distance_weights", "vjepa21_16x256", "forward", "cdist"),
+    ("distance_weights", "vjepa21_16x256", "forward", "amin"),
     ("info_nce", "b4096", "backward", "published"),
+    ("info_nce", "b4096", "backward", "logsumexp"),
     ("sigreg", "n512_e512_k1024", "backward", "published"),
+    ("sigreg", "n512_e512_k1024", "backward", "compile"),
     ("collapse_stats", "vit_s16_b64", "forward", "eager"),
+    ("collapse_stats", "vit_s16_b64", "forward", "short"),
     ("ema_update", "vit_b16", "forward", "loop"),
     ("ema_update", "vit_b16_bf16_shadow", "forward", "lerp"),
     ("adamw_ema", "vit_b16", "forward", "fused"),
@@ -30,7 +35,9 @@ HEADLINES = (
     ("masks", "multiblock3d_b24", "forward", "published"),
     ("encoder", "vjepa2_vit_s_two_masks_per_token", "backward", "loop"),
     ("ijepa", "vit_small_16_truncated", "step", "reference"),
+    ("ijepa", "vit_small_16_truncated", "step", "sdpa"),
     ("ijepa", "vit_small_16_packed", "step", "reference"),
+    ("ijepa", "vit_small_16_packed", "step", "sdpa"),
     ("vjepa2", "vit_l_4_layers_truncated", "step", "reference"),
     ("vjepa2", "vit_l_4_layers_packed_per_token", "step", "published"),
     ("lejepa", "train_digits", "step", "recipe"),
@@ -78,10 +85,9 @@ def speed(shown: list[Document]) -> str:
 def one(row: rows.Row | None) -> str:
     if row is None:
         return "-"
-    low, high = row["ci95"]
     took = text.duration(row["ours_us"]["p50"]) + (" a token" if row["kind"] == "model, per token" else "")
     rate = f", {row['tokens_per_s']:.0f} tokens/s" if row.get("tokens_per_s") else ""
-    return f"**{text.times(row['ratio'])}** ({low:.2f} to {high:.2f}), {took}{rate}"
+    return f"**{text.times(row['ratio'])}** ({text.interval(row)}), {took}{rate}"
 
 
 def probes(documents: dict[str, Document]) -> str:

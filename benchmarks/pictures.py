@@ -48,7 +48,7 @@ def _bars(machines: dict[str, list[tuple[str, float, float, float]]]) -> Any:
         errors = [[ratio - low for _, ratio, low, _ in measured], [high - ratio for _, ratio, _, high in measured]]
         axis.barh(y, [ratio - 1 for ratio in ratios], thick, left=1, color=COLOURS[i], label=title,
                   xerr=errors, error_kw=dict(ecolor=style["text"], elinewidth=0.7))  # fmt: skip
-    axis.set(xscale="log", xlabel="times faster, with 95 % intervals", ylim=(count - 0.5, -0.5))
+    axis.set(xscale="log", xlabel="times faster, with intervals", ylim=(count - 0.5, -0.5))
     axis.set_yticks(range(count), [row[0] for row in next(iter(machines.values()))], fontsize=8)
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
     axis.set_xticks(ticks, [f"{t} x" for t in ticks], minor=False)

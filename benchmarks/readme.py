@@ -19,8 +19,9 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 INTRODUCTION = """# Measured
 
 `make results` writes this page from `benchmarks/results`. Times are medians, taken in turns in one process; ratios are
-those of medians, with 95 % intervals from rounds drawn again. `make bench` measures your machine, `python -m benchmarks
-compare` says what differs between two results."""
+those of medians, with 95 % intervals from rounds drawn again; where a number of rounds stands beside one, they were too
+few for that, and it is about their span (of three rounds it holds the median three times in four). `make bench` is for
+your machine, `python -m benchmarks compare` says what differs between two results."""
 
 
 def page(documents: dict[str, Document]) -> str:

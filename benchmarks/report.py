@@ -40,7 +40,8 @@ def render(document: dict[str, Any], pictures: dict[str, str]) -> str:
     """The page as a string; pictures: {theme: data URI}."""
     strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, **strict)
-    environment.filters.update(duration=text.duration, size=text.size, times=text.times, percent=text.percent)
+    named = ("duration", "size", "times", "percent", "interval")
+    environment.filters.update({name: getattr(text, name) for name in named})
     found = document["rows"]
     scale = Scale(found)
     return environment.from_string(TEMPLATE.read_text()).render(

@@ -27,6 +27,12 @@ def brief(run: str) -> bool:
     return run in ALSO or (shown and not left_out)
 
 
+def only_baseline(asked: Sequence[str]) -> str | None:
+    """The baseline that all of these rows name; None, for every one, where one of them names none or another."""
+    names = {row.split("/")[len(FIELDS)] if row.count("/") == len(FIELDS) else None for row in asked}
+    return names.pop() if len(names) == 1 else None
+
+
 @dataclass(frozen=True)
 class Selection:
     """Of each field any of the names given, or all where none is; and of rows, `op[/workload[/pass[/dtype...]]]`."""

@@ -64,10 +64,9 @@ def against(target: targets.Target, row: rows.Row) -> str:
 
 def row_cells(row: rows.Row, what: str) -> tuple[str, ...]:
     stage = {"backward": "forward + backward"}.get(row["pass"], row["pass"])
-    low, high = row["ci95"]
     return (
         f"`{row['name']}`", f"{row['workload']}, {stage}", text.duration(row["ours_us"]["p50"]), what,
-        text.duration(row["baseline_us"]["p50"]), f"**{text.times(row['ratio'])}**", f"{low:.2f} to {high:.2f}",
+        text.duration(row["baseline_us"]["p50"]), f"**{text.times(row['ratio'])}**", text.interval(row),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import textwrap
 from types import TracebackType
 from typing import Any
 
-from benchmarks import targets
+from benchmarks import stats, targets
 from benchmarks.rows import Row, key
 
 try:
@@ -49,15 +49,21 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
 
 
+def interval(row: Row) -> str:
+    """That of a ratio; with the number of rounds where these are too few for one of 95 %."""
+    low, high = row["ci95"]
+    few = f", {row['rounds']} rounds" if row.get("rounds", stats.ENOUGH) < stats.ENOUGH else ""
+    return f"{low:.2f} to {high:.2f}{few}"
+
+
 def row_line(row: Row) -> str:
     """One row in one line."""
     parity = "parity ok" if row["parity"].get("pass") else "PARITY RED"
     if row["ratio"] is None:
         return f"{key(row)}: {row['status']}, {row.get('error', parity)}"
-    low, high = row["ci95"]
     return (
         f"{key(row)}: {duration(row['ours_us']['p50'])} against {duration(row['baseline_us']['p50'])}, "
-        f"{row['ratio']:.2f} x [{low:.2f}, {high:.2f}], {parity}"
+        f"{row['ratio']:.2f} x [{interval(row)}], {parity}"
     )
 
 
@@ -137,12 +143,12 @@ ROW_COLUMNS = ("op", "workload", "pass", "dtype", "ours", "baseline", "its time"
 
 def row_cells(row: Row) -> tuple[str, ...]:
     """The cells of ROW_COLUMNS."""
-    interval = "-" if not row["ci95"] else f"{row['ci95'][0]:.2f}-{row['ci95'][1]:.2f}"
+    span = interval(row) if row["ci95"] else "-"
     mine, other = (row[f] and row[f]["p50"] for f in ("ours_us", "baseline_us"))
     mark = {"ok": "", "partial": " (partial)", "failed": " (failed)"}[row["status"]]
     return (
         row["name"], row["workload"], row["pass"], row["dtype"], duration(mine), row["baseline"] + mark,
-        duration(other), times(row["ratio"]), interval, percent(row["share_of_peak"]), size(row["peak_bytes"]),
+        duration(other), times(row["ratio"]), span, percent(row["share_of_peak"]), size(row["peak_bytes"]),
     )  # fmt: skip
 
 

@@ -1,9 +1,13 @@
 """One seed and two threads for every test; Triton's interpreter made exact where it is on; shards of the tests."""
 
 import os
+import signal
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of what a script runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # children are interrupted in the tests
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -71,6 +71,10 @@ def test_the_simulation_counts_what_is_waited_for():
     assert (found[:, 1:] < found[:, :1]).all()
 
 
+def test_intervals_hold_95_percent_of_what_was_drawn():
+    assert simulation._estimate(0.5, np.linspace(0, 1, 201)) == {"mean": 0.5, "ci95": pytest.approx([0.025, 0.975])}
+
+
 def test_its_table_shows_the_committed_numbers():
     one = {"mean": 0.04, "ci95": [0.03, 0.05]}
     row = {"name": "A", "each": 4, "ranks": 8, "steps": 9, "unit": "tokens", "in_order": one, "balanced": one}

@@ -23,7 +23,8 @@ from benchmarks.answering import AnsweringRun, Padded
 from benchmarks.crops import CropsRun
 from benchmarks.encoding import EncodingRun
 from benchmarks.host import Host, HostRun
-from benchmarks.measure import Interrupted, Run, Settings, with_backward
+from benchmarks.measure import Interrupted, Run, Settings, floor_seconds, with_backward
+from benchmarks.memory import peak_bytes
 from benchmarks.models import (
     bench_encoder,
     bench_huggingface,
@@ -37,6 +38,7 @@ from benchmarks.models import (
 from benchmarks.models.published_vjepa2 import Published
 from benchmarks.patched import PatchedRun
 from benchmarks.planning import PlanningRun, Task
+from benchmarks.selection import only_baseline
 from benchmarks.workload import Workload
 from jepa_kernels._core import select
 from jepa_kernels.masks import MultiBlock3d, Spec3d
@@ -60,7 +62,7 @@ def row(ours_s=1e-3, its_s=2e-3, **changes):
         "device": "cpu", "backend": "cpu", "bytes": 1e6, "flops": 1e5, "share_of_peak": 0.5, "peak_bytes": 64,
         "parity": {"pass": True, "max_err": 1e-7, "budget": 1e-6, "tensor": "output0"}, "threads": 2,
     }  # fmt: skip
-    made = rows.timed_row(common, "lerp", np.full(5, ours_s), np.full(5, its_s))
+    made = rows.timed_row(common, "lerp", np.full(7, ours_s), np.full(7, its_s))
     made.update(changes)
     return {**made, "repro": rows.repro(rows.key(made), "cpu", 2)}
 
@@ -105,6 +107,29 @@ def test_statistics_by_hand():
     low, high = stats.ratio_ci95(ours, baseline)
     assert low == pytest.approx(4 / 3) and high == pytest.approx(4.0)
     assert stats.ratio_ci95(baseline, baseline) == [1.0, 1.0]
+
+
+def test_the_interval_of_a_ratio_holds_95_percent_and_keeps_rounds_together():
+    rng = np.random.default_rng(1)
+    ours, noise = np.ones(400), 1 + rng.random(400)  # the median of n numbers in 0..1 has a deviation of 1 / (2 sqrt n)
+    low, high = stats.ratio_ci95(ours, noise)
+    assert high - low == pytest.approx(2 * 1.96 / (2 * 20), rel=0.2)
+    assert stats.ratio_ci95(noise, 2 * noise) == [2.0, 2.0], "what slows a round down slows both"
+
+
+def test_the_floor_is_the_longer_of_bytes_and_operations():
+    assert floor_seconds(80e9, 100e9, "float32", "copy", PEAKS) == 2.0
+    assert floor_seconds(80e9, 800e9, "float32", "copy", PEAKS) == 4.0
+    assert floor_seconds(60e9, 100e9, "float32", "read", PEAKS) == 2.0
+    assert floor_seconds(70e9, 0, "float32", "rmw", PEAKS) == 2.0
+    assert floor_seconds(0, 800e9, "bfloat16", "copy", PEAKS) == 2.0
+    assert floor_seconds(0, 800e9, "float16", "copy", PEAKS) == 4.0, "of no rate of its own: that of fp32"
+
+
+@pytest.mark.parametrize("rounds, said", [(5, "1.50 to 2.50, 5 rounds"), (6, "1.50 to 2.50")])
+def test_an_interval_of_few_rounds_says_how_many(rounds, said):
+    found = row(rounds=rounds, ci95=[1.5, 2.5])
+    assert text.interval(found) == said and f"[{said}]" in text.row_line(found) and said in text.row_cells(found)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +206,7 @@ def test_a_good_run_fills_the_schema(stage):
     run = Run("gather_tokens", small(grads=("x",)), stage, "float32", QUICK)
     found = run.rows()
     assert [r["baseline"] for r in found] == ["reference"] and found[0]["status"] == "ok"
+    assert found[0]["share_of_peak"] == pytest.approx(1 / 40 / 1e9 / (found[0]["ours_us"]["p50"] / 1e6))
     assert rows.problems(document(*found)) == []
 
 
@@ -207,6 +233,7 @@ def test_red_parity_prints_no_number(monkeypatch):
     ("rival", "error"),
     [
         (lambda x, ids: x[:, :4].repeat(2, 1, 1), "output0 differs from the exact result by"),
+        (lambda x, ids: 1.002 * x[torch.arange(4)[:, None] % 2, ids], "output0 differs from the exact result by 0.002"),
         (lambda x, ids: x[:, :4], "output0 has shape (2, 4, 16), ours (4, 4, 16)"),
         (lambda x, ids: x[7], "IndexError: index 7 is out of bounds"),
     ],
@@ -395,6 +422,18 @@ def test_a_rivals_plan_of_fewer_iterations_is_stated_as_a_whole_one(monkeypatch)
     assert (found["ours_us"]["p50"], found["baseline_us"]["p50"], found["ratio"]) == (1e6, 6e6, 6)
 
 
+def test_peak_memory_is_what_torch_and_our_blocks_hold():
+    x, ids = torch.ones(1, 4096, 512), torch.arange(4096)[None]  # 8 MiB, more than the least block
+    whole = x.numel() * 4
+
+    def ours():
+        return jk.gather_tokens(x, ids, backend="cpu")
+
+    for call, held in ((lambda: x + 1, 1), (ours, 1), (lambda: (x + 1, ours()), 2), (lambda: (x + 1).add_(1).sum(), 1)):
+        call()
+        assert held * whole <= peak_bytes(call) < (held + 0.1) * whole
+
+
 def test_a_copy_without_its_repository_names_its_commit(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("JEPA_COMMIT", "abc")
@@ -459,6 +498,16 @@ def test_one_row_end_to_end(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "<h1>jepa_kernels benchmarks</h1>" in page and "<small>first row after</small>" in page
     assert 0 < found["first_row_s"] <= found["seconds"]
+
+
+def test_a_baseline_is_taken_where_every_row_names_it_and_an_unknown_one_is_refused(tmp_path):
+    rope, ema = "rope/a/forward/float32", "ema_update/b/forward/float32"
+    assert only_baseline([f"{rope}/loop", f"{ema}/loop"]) == "loop"
+    assert only_baseline([f"{rope}/loop", f"{ema}/lerp"]) is only_baseline([f"{rope}/loop", ema]) is None
+    asked = "collapse_stats/vit_s16_b4/forward/float32/eagre"
+    command = [sys.executable, "-m", "benchmarks", "--budget", "0.05", "--out", str(tmp_path), "--row", asked]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "measured against, got 'eagre'; leave it out for all" in done.stderr
 
 
 def test_a_file_as_output_folder_is_named(tmp_path, capsys):

@@ -179,6 +179,8 @@ def test_wrappers_of_the_online_network_are_seen_through():
 @pytest.mark.parametrize(
     "arguments, values",
     [
+        ({}, {0: 0.996, 1000: 0.996}),
+        (dict(total_steps=8), {0: 0.996, 4: 0.998, 8: 1.0}),
         (dict(momentum=0.996, final_momentum=1.0, total_steps=8), {0: 0.996, 2: 0.997, 4: 0.998, 8: 1.0, 9: 1.0}),
         (dict(momentum=0.996, total_steps=8, schedule="linear"), {0: 0.996, 6: 0.999}),
         (dict(momentum=0.99925), {0: 0.99925, 10**6: 0.99925}),
@@ -188,7 +190,7 @@ def test_wrappers_of_the_online_network_are_seen_through():
         ),
         (dict(momentum=0.998, final_momentum=0.9, total_steps=2), {0: 0.998, 1: 0.949, 2: 0.9, 3: 0.9}),
     ],
-    ids=["ijepa", "linear", "vjepa2", "byol", "falling"],
+    ids=["default", "default linear", "ijepa", "linear", "vjepa2", "byol", "falling"],
 )
 def test_schedules_of_the_papers(arguments, values):
     ema = EMA(nn.Linear(1, 1), **arguments)

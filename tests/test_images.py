@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from jepa_kernels import train
 from jepa_kernels.data import _turned, random_crop
-from jepa_kernels.images import Folder, ImageCrops, _found, labelled
+from jepa_kernels.images import Folder, ImageCrops, _central, _found, labelled
 from jepa_kernels.video import VideoClips, _path, frame_rate, listed
 from jepa_kernels.views import Views
 from tests import runs
@@ -102,6 +102,12 @@ def test_labelled_images_are_central_and_as_many_of_each_class(root):
     assert pixels.flatten(2).float().mean(2).argmax(1).tolist() == [2 - label for label in labels]
     again, other = (labelled(Folder(str(root)), 8, 4, seed=seed)[0] for seed in (0, 1))
     assert torch.equal(pixels, again) and not torch.equal(pixels, other)
+
+
+def test_a_central_crop_leaves_a_sixteenth_of_the_shorter_side_on_each_side():
+    ramp = PIL.fromarray(np.indices((256, 300)).sum(0).astype(np.uint8))  # rows of 300, of which 224 are kept
+    shown = np.asarray(_central(ramp, 224))
+    assert np.array_equal(shown, np.asarray(ramp)[16:240, 38:262])
 
 
 def test_views_of_a_folder(root):

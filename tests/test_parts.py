@@ -50,6 +50,8 @@ def test_shares_by_hand():
     ]
     shares = BATCH.part([1], 2).to("cpu").shares
     assert shares.target.mask.tolist() == [0, 2 * 4 / 4 * 1 / 2]
+    one = MaskBatch(3, BATCH.context_ids, CONTEXT, BATCH.target_ids[:3], np.array([2, 0, 1, 0, 0, 0]))
+    assert one.part([0], 2).to("cpu").shares.target.mask.tolist() == [np.float32(2 * 2 / 3), 0]
     assert all(x.dtype == torch.float32 for x in (shares.images, *vars(shares.target).values()))
     assert BATCH.to("cpu").shares is None and BATCH.to("cpu").weights("target", "mask") is None
 

@@ -129,12 +129,18 @@ def test_a_planner_moves_to_what_its_world_says():
 
 
 def test_a_plan_is_followed_as_far_as_asked(monkeypatch):
-    plans = []
-    monkeypatch.setattr(policies, "cem", lambda *_, **options: plans.append(policies_cem(*_, **options)) or plans[-1])
+    plans, seeds = [], []
+
+    def plan(*given, seed, **options):
+        seeds.append(seed)
+        plans.append(policies_cem(*given, seed=seed, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(policies, "cem", plan)
     policy = policies.planned(Agents(), 64, 5, policies.Search(horizon=3, samples=8, iterations=1, elites=3, take=2))
     task = goals.Task(0, moved(agent_x=180), GOAL, 0)
-    trace = loop.run(task, policy, Agents(), Simulator(64), actions=5, seed=0)
-    assert len(plans) == 3
+    trace = loop.run(task, policy, Agents(), Simulator(64), actions=5, seed=7)
+    assert len(plans) == 3 and seeds == [7, 9, 11], "of the actions taken: each plan has noise of its own"
     followed = torch.cat([plan.actions[:2] for plan in plans])[:5]
     np.testing.assert_array_equal(trace.actions, followed.double().numpy())
 
@@ -167,6 +173,13 @@ def test_summary_is_median_and_ratio():
     assert found["cem"]["invalid_samples"] == 0 + 1 + 2 + 3
     alone = loop.summary([{"policies": {"cem": e["policies"]["cem"]}} for e in episodes])
     assert alone["cem"]["ratio_to_random"] is None
+
+
+def test_intervals_of_medians_hold_95_percent():
+    ends = np.linspace(0, 1, 100)  # the median of n such numbers has a deviation of 1 / (2 sqrt n)
+    found = loop.summary([{"policies": {"cem": {"total": [end], "invalid_samples": 0}}} for end in ends])
+    low, high = found["cem"]["ci95"]
+    assert high - low == pytest.approx(2 * 1.96 / (2 * 10), rel=0.1)
 
 
 @pytest.fixture(scope="module")

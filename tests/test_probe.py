@@ -11,6 +11,7 @@ from jepa_kernels import data, probe, video
 from tests.videos import write
 
 pytest.importorskip("sklearn")
+PIL = pytest.importorskip("PIL.Image")
 
 
 def labelled(rng, signal, n=200, classes=10):
@@ -35,6 +36,12 @@ def test_bootstrap_interval_covers_the_mean_and_shrinks():
     assert probe.bootstrap(np.ones((5, 10))) == (1.0, 1.0)
     wide = probe.bootstrap(values[:, :20])
     assert wide[1] - wide[0] > high - low
+
+
+def test_the_interval_holds_95_percent():
+    values = (np.arange(400) % 10 < 7).astype(float)[None]  # one seed: the mean of 400 independent crops
+    low, high = probe.bootstrap(values)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.06)
 
 
 def test_seeds_that_disagree_widen_the_interval():
@@ -71,6 +78,14 @@ def test_photo_crops_are_grey_and_balanced(monkeypatch):
     assert np.bincount(labels).tolist() == [2] * len(data.PHOTOS)
 
 
+def test_a_probe_is_scored_on_halves_that_it_was_not_fitted_on(monkeypatch):
+    shades = {"train": 50, "held_out": 200}
+    monkeypatch.setattr(data, "load_half", lambda name, half: PIL.new("RGB", (32, 32), (shades[half],) * 3))
+    (parts,) = drawn(monkeypatch, probe.photos, size=16, per_photo=1).values()
+    for part, shade in shades.items():
+        assert (denormalized(parts[part][0]) * 255 - shade).abs().max() < 1e-3
+
+
 def ramps(folder, *starts):
     """A video for each start: frame t has brightness start + t everywhere."""
     for start in starts:
@@ -90,6 +105,9 @@ def test_clips_are_grey_and_balanced_and_half_of_each_video_is_turned_round(monk
         brighter = (pixels[:, 0, -1].mean((1, 2)) > pixels[:, 0, 0].mean((1, 2))).numpy()
         assert (brighter == ~backwards).all()
         assert [backwards[n::3].tolist() for n in range(3)] == [[False, True, False, True]] * 3
+    for asked in (which, arrow):  # frames grow brighter: those that are held out come last
+        seen, held_out = (asked[part][0][:, 0].mean((1, 2, 3)).view(4, 3) for part in ("train", "held_out"))
+        assert (seen.amax(0) < held_out.amin(0)).all()
 
 
 def test_one_video_is_asked_for_its_direction_alone(monkeypatch, tmp_path):

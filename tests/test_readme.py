@@ -126,7 +126,7 @@ def test_adopted_results_are_trimmed_and_tabulated(tmp_path):
     assert "| V-JEPA 2, trained | 0.600 (" in page and "Which way? Chance: 0.050; 5 seeds of 400:" in page
     assert page.count("commit 0123456789") == 2
     section = headlines.section(tables.load(results))
-    assert "| the plain PyTorch step, packed; step | **2.00 x** (2.00 to 2.00), 1 ms, 500 tokens/s |" in section
+    assert "softmax written out; step | **2.00 x** (2.00 to 2.00), 1 ms, 500 tokens/s |" in section
     assert "| 0.200 (0.180 to 0.220) | 0.300 (0.280 to 0.320) |" in section, "raw pixels stand beside them"
 
 

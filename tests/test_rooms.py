@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from jepa_kernels.rooms import answers
 from jepa_kernels.rooms.scenes import COLORS, HELD_OUT, KINDS, THINGS, Scene, Scenes, answer, candidates
 
 pytest.importorskip("minigrid", reason="minigrid is not installed")
@@ -49,6 +50,16 @@ def test_items_depend_on_seed_and_number_alone():
     assert torch.equal(pixels, same) and texts == [question, said] and pixels.shape == (3, SIZE, SIZE)
     assert any(first[i][1:] != other[i][1:] for i in range(8))
     assert said in candidates() and answer(("red", "key")) == "a red key" and len(candidates()) == 24
+
+
+def test_probes_ask_about_rooms_that_nothing_was_fitted_on(monkeypatch):
+    made = []
+    monkeypatch.setattr(answers, "baseline", lambda model, scenes: lambda asked: np.ones(4))
+    monkeypatch.setattr(answers, "recall", lambda model, scenes: np.ones(4))
+    answers.probes(None, lambda: None, lambda **how: made.append(how), questions=4, fitted_on=9)
+    (split, length, fitted), *asked = [tuple(how[name] for name in ("split", "length", "seed")) for how in made]
+    assert (split, length) == ("train", 9) and [one[:2] for one in asked] == [("train", 4), ("held_out", 4)]
+    assert fitted not in {seed for *_, seed in asked} and min(fitted, *(seed for *_, seed in asked)) >= 10**9
 
 
 def test_refusals():

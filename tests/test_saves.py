@@ -290,6 +290,13 @@ def test_a_rank_without_a_generator_draws_one_of_its_own(config, out):
     assert len(drawn) == 2  # a function of the step, not of what was before
 
 
+def test_a_rank_goes_on_with_its_own_generator():
+    kept = state.generators(0, torch.device("cpu"))
+    expected = torch.rand(3)
+    state.put_generators(kept, 0, torch.device("cpu"), seed=1, step=2)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

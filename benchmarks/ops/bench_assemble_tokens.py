@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.workload import Inputs, Workload, each
@@ -36,7 +37,7 @@ def cat(context: Tensor, token: Tensor, context_ids: Any, target_ids: Tensor, po
     sequences, places = target_ids.shape
     target = token.repeat_interleave(sequences // len(token), 0)[:, None].expand(-1, places, -1)
     if pos is not None:
-        context, target = context + pos[context_ids], target + pos[target_ids]
+        context, target = context + F.embedding(context_ids, pos), target + F.embedding(target_ids, pos)
     return torch.cat([context.repeat(sequences // len(context), 1, 1), target], 1).to(context.dtype)
 
 

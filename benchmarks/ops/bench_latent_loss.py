@@ -24,13 +24,18 @@ def published(pred: Tensor, target: Tensor, masks: list[Tensor]) -> Tensor:
     return F.smooth_l1_loss(pred.float(), torch.cat(chosen))
 
 
+def rows_at(target: Tensor, rows: Tensor) -> Tensor:
+    """index_select: quicker than indexing."""
+    return target.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1).float()
+
+
 def gather_first(pred: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    chosen = target.flatten(0, 1)[rows].float()
+    chosen = rows_at(target, rows)
     return F.smooth_l1_loss(pred.float(), F.layer_norm(chosen, chosen.shape[-1:]))
 
 
 def gather_first_packed(pred: Tensor, target: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    chosen = target.flatten(0, 1)[rows].float()
+    chosen = rows_at(target, rows)
     distance = F.smooth_l1_loss(pred.float(), F.layer_norm(chosen, chosen.shape[-1:]), reduction="none")
     return distance.mean(-1) @ weights
 
@@ -47,7 +52,7 @@ def published_video(pred: Tensor, target: Tensor, masks: list[Tensor], norm: tup
 
 def gather_first_video(pred: Tensor, target: Tensor, rows: Tensor, norm: tuple[Tensor, Tensor, float]) -> Tensor:
     gain, bias, eps = norm
-    chosen = target.flatten(0, 1)[rows].float()
+    chosen = rows_at(target, rows)
     once = F.layer_norm(chosen, chosen.shape[-1:], gain.float(), bias.float(), eps)
     return F.l1_loss(pred.float(), F.layer_norm(once, once.shape[-1:]))
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.text import duration, percent, size  # noqa: E402
+from benchmarks.text import duration, interval, percent, size  # noqa: E402
 from jepa_kernels._core.select import short  # noqa: E402
 from jepa_kernels.ops import OPS  # noqa: E402
 
@@ -141,8 +141,7 @@ def table(path: Path, document: dict[str, Any], rows: list[dict[str, Any]], open
         stage = {"backward": "forward + backward"}.get(row["pass"], row["pass"])
         ours = duration(row["ours_us"]["p50"]), size(row["bytes"]), percent(row["share_of_peak"])
         told = ("",) * 6 if run == before else (run[0], stage, SHORT.get(run[2], run[2]), *ours)
-        low, high = row["ci95"]
-        cells = (*told, row["baseline"], f"**{row['ratio']:.2f}**", f"{low:.2f} to {high:.2f}")
+        cells = (*told, row["baseline"], f"**{row['ratio']:.2f}**", interval(row))
         lines.append(f"    | {' | '.join(cells)} |".replace("_", r"\_"))
         before = run
     lines += ["", f"    From `benchmarks/results/{path.name}`; medians, interleaved in one process."]

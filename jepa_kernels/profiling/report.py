@@ -77,7 +77,7 @@ class Report:
         console = extra("rich.console", OP).Console(
             file=io.StringIO(), width=max(width, 30), color_system=None, force_terminal=False, highlight=False
         )
-        for line in (self.headline(), self._part_table(width), self._op_table(width)):
+        for line in (self.headline(), self._part_table(), self._op_table(width)):
             console.print(line, markup=False) if isinstance(line, str) else console.print(line)
         for said in self.summary.words:
             console.print(f"- {said}", markup=False)
@@ -85,7 +85,7 @@ class Report:
 
     __str__ = table
 
-    def _part_table(self, width: int) -> Any:
+    def _part_table(self) -> Any:
         s = self.summary
         noted = any(p.profiling > 0.001 * s.seconds for p in s.parts)
         head = ["part", "time", "share", "our ops", "torch's", "no op", *(["profiling"] if noted else [])]
