@@ -113,6 +113,9 @@ def differentiable(
         if forward_ad._current_level >= 0:  # type: ignore[attr-defined]  # inside a dual level of forward mode
             _refuse_duals(op, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if torch._C._are_functorch_transforms_active():
+                wanted = "gradients must be autograd's, got a call inside a transform of torch.func"
+                raise RuntimeError(f"{op}: {wanted}; use backend='reference'")
             return Eager.apply(*args)
         return forward(*args)
 

@@ -373,6 +373,6 @@ def test_a_scalar_on_the_device_is_read_when_asked_to(argument, monkeypatch):
     values = dict(lr=0.1, weight_decay=0.0, momentum=0.9, betas=(0.9, 0.999), eps=1e-8, maximize=False)
     options = check.Options(**{**values, argument: on_a_device(-1.0)})
     check.check_options(options, DEVICE)
-    monkeypatch.setattr(check, "CHECK_DEVICE_VALUES", True)
+    monkeypatch.setattr("jepa_kernels._core.check.CHECK_DEVICE_VALUES", True)
     with pytest.raises(ValueError, match=f"adamw_ema: {argument} must .+, got -1.0; "):
         check.check_options(options, DEVICE)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from jepa_kernels._core.check import CHECK_DEVICE_VALUES, fail, is_number
+from jepa_kernels._core.check import fail, has_values, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import Passed, check_stored, check_strided, overlap, same_layout, tensors
@@ -199,7 +199,7 @@ def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted
             fail(OP, argument, kinds, actual, "pass torch.tensor(x)", TypeError)
         if value.device.type != "cpu" and device not in (None, value.device):
             fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
-        if is_compiling() or value.is_meta or not (value.is_cpu or CHECK_DEVICE_VALUES):
+        if not has_values(value):
             return
         value = value.item()
     _check_range(argument, value, wanted, remedy)
