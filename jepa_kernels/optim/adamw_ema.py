@@ -222,6 +222,10 @@ class AdamWEMA(Optimizer):
         """Load what this class or torch.optim.AdamW saved; a group keeps its own value of what the saved one lacks."""
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             fail(OP, "a loaded group", "have amsgrad=False", "True", "continue it with torch.optim.AdamW")
+        for state in state_dict["state"].values():
+            if not state.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+                actual = ", ".join(map(str, state)) or "nothing"
+                fail(OP, "a loaded state", "hold step, exp_avg and exp_avg_sq", actual, "load that of an AdamW")
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
