@@ -149,7 +149,7 @@ def test_a_state_of_another_kind_of_optimizer_is_refused():
     theirs, ours = torch.optim.SGD([p], lr=0.1, momentum=0.9), jk.AdamWEMA([p])
     p.grad = torch.ones(3)
     theirs.step()
-    with pytest.raises(ValueError, match="AdamWEMA: a loaded state must hold step, .+, got momentum_buffer; load"):
+    with pytest.raises(ValueError, match=r"AdamWEMA: a loaded state must hold step, .+, got momentum_buffer; load"):
         ours.load_state_dict(theirs.state_dict())
     assert ours.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}, "nothing is half-loaded"
 
