@@ -340,6 +340,8 @@ BAD = [
     (option(betas=(0.9, 1.0)), ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
     (option(betas=(0.9, float("nan"))), ValueError, r"betas must lie in \[0, 1\), got \(0.9, nan\)"),
     (option(betas=0.9), TypeError, "betas must be two numbers, got 0.9"),
+    (option(maximize="no"), TypeError, "maximize must be a bool, got str; pass True or False"),
+    (option(grad_scale="1"), TypeError, "grad_scale must be a number, got str; pass what GradScaler sets"),
     (option(eps=-1e-8), ValueError, "eps must be at least 0, got -1e-08"),
     (
         option(found_inf=torch.zeros((), dtype=torch.int32)),
