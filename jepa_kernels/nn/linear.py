@@ -32,12 +32,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """gelu(layer(x)): in the kernel's pass where that leads and calling the layer is its product and nothing else."""
-    if type(layer) is Linear and _leads(x, layer.weight) and _plain(layer):
+    if type(layer) is Linear and _leads(x, layer.weight) and plain(layer):
         return jk.linear(x, layer.weight, layer.bias, activation="gelu")
     return F.gelu(layer(x))
 
 
-def _plain(layer: nn.Module) -> bool:
+def plain(layer: nn.Module) -> bool:
+    """Whether calling this `Linear` is its product and nothing else."""
     own = "forward" in vars(layer) or layer._compiled_call_impl is not None
     return not (own or hooked(layer) or _has_any_global_hook())
 
