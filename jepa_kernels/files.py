@@ -12,7 +12,7 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not _is_special(path):
-        beside = _beside(path)
+        beside = _beside(Path(os.path.realpath(path)))
         beside.touch()
         beside.unlink()
     elif not os.access(path, os.W_OK):

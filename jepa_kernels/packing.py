@@ -87,7 +87,11 @@ class Packing:
         bucket: not 0: the axis is padded up to a multiple of it, the bound of the lengths up to a power of two, so that
             lengths that change have few shapes. Both as of `padded`.
         """
-        host = tuple(int(n) for n in lengths)
+        given = tuple(lengths)
+        host = tuple(int(n) for n in given)
+        if host != given:
+            actual = next(n for n, whole in zip(given, host, strict=True) if n != whole)
+            fail("Packing", "lengths", "be whole numbers", actual, "count the kept tokens of each sequence")
         if any(n < 0 for n in host):
             fail("Packing", "lengths", "be at least 0", min(host), "count the kept tokens of each sequence")
         if sum(host) >= 2**31:

@@ -39,7 +39,8 @@ class Rope:
         bfloat16 or float16.
 
     No gradient to positions or frequencies, which must not change afterwards: the table of cosines and sines is
-    computed once for all layers. Raises ValueError and TypeError for arguments that do not fit.
+    computed once for all layers. Frequencies that require grad are refused. Raises ValueError and TypeError for
+    arguments that do not fit.
     Source: RoFormer (arXiv:2104.09864); V-JEPA 2 (arXiv:2506.09985) section 2; V-JEPA 2.1 (arXiv:2603.14482).
     """
 
@@ -68,6 +69,9 @@ class Rope:
             fail("Rope", "angle_dtype", wanted, angle_dtype, "leave it out for float32", TypeError)
         if frequencies is not None:
             check_tensor("Rope", "frequencies", frequencies, "A/2", device=positions.device)
+            if frequencies.requires_grad and torch.is_grad_enabled():
+                remedy = "pass frequencies.detach(): they get no gradient"
+                fail("Rope", "frequencies", "not require grad", "requires_grad=True", remedy)
         self.positions, self.k_positions, self.pairing = positions, k_positions, pairing
         self.theta, self.frequencies, self.angle_dtype = float(theta), frequencies, angle_dtype
         self._turns: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}

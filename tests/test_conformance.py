@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import jepa_kernels as jk
 from jepa_kernels._core.info import kernels
@@ -262,6 +264,53 @@ def test_forward_mode_is_refused(op, backend, device):
     first = inputs.pop(case.grads[0])
     with pytest.raises(RuntimeError, match=f"{op}: inputs must carry no forward-mode tangent, got a dual .+; use"):
         torch.func.jvp(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs), (first,), (first,))
+
+
+@each_kernel
+def test_gradients_of_torch_func_are_refused(op, backend, device):
+    case = typical(op)
+    if not case.grads or backend == "sdpa":
+        pytest.skip("no gradient rule of ours")
+    inputs = draw(case, leading_dtype(op, backend, case), device)
+    first = inputs.pop(case.grads[0])
+    with pytest.raises(RuntimeError, match=f"{op}: gradients must be autograd's, got a call inside a .+; use"):
+        torch.func.grad(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs).sum())(first)
+
+
+@each_op
+def test_vmap_is_a_call_for_each_sample(op):
+    case = typical(op)
+    if not case.grads:
+        pytest.skip("no argument that is usually mapped over")
+    inputs = draw(case, torch.float32, "cpu")
+    first = inputs.pop(case.grads[0])
+    samples = torch.stack([first, first * 1.5])
+
+    def one(x: Tensor) -> Tensor:
+        return public(op, None)(**{case.grads[0]: x}, **inputs)
+
+    assert torch.equal(torch.vmap(one)(samples), torch.stack([one(x) for x in samples]))
+
+
+@each_op
+def test_meta_tensors_give_shapes(op):
+    if op == "adamw_ema":
+        pytest.skip("its reference computes with the value of the step")
+    inputs = draw(typical(op), torch.float32, "cpu")
+    found = public(op, "reference")(**draw(typical(op), torch.float32, "meta"))
+    for a, b in zip(tree_leaves(found), tree_leaves(public(op, None)(**inputs)), strict=True):
+        assert a is b is None or (a.is_meta and (a.shape, a.dtype) == (b.shape, b.dtype))
+
+
+@each_op
+def test_nothing_that_fake_tensors_lack_is_read(op):
+    case = typical(op)
+    inputs, mode = draw(case, torch.float32, "cpu"), FakeTensorMode(allow_non_fake_inputs=True)
+    fake = map_tensors(inputs, lambda _, x: mode.from_tensor(x))
+    with mode:
+        found = public(op, None)(**fake)
+    for a, b in zip(tree_leaves(found), tree_leaves(public(op, None)(**inputs)), strict=True):
+        assert a is b is None or (isinstance(a, FakeTensor) and (a.shape, a.dtype) == (b.shape, b.dtype))
 
 
 @each_op

@@ -250,3 +250,47 @@ MODELS = {
 def test_models_are_made_of_it(name):
     plain = [n for n, module in MODELS[name]().named_modules() if type(module) is torch.nn.Linear]
     assert not plain
+
+
+class Adapted(torch.nn.Module):
+    """As adapters are: in a layer's place, with its weights and more."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, torch.nn.Linear(base.in_features, base.out_features)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+@pytest.mark.parametrize("how", ["adapter", "hook", "forward"])
+def test_what_stands_in_for_a_layer_is_asked_where_its_weights_would_be_cut(how):
+    attention, x, context = nn.block.Attention(32, 2), torch.randn(2, 3, 32), torch.randn(2, 5, 32)
+    more = torch.nn.Linear(32, 96)
+    merged = copy.deepcopy(attention)
+    with torch.no_grad():
+        merged.qkv.weight += more.weight
+        merged.qkv.bias += more.bias
+    if how == "adapter":
+        attention.qkv = Adapted(attention.qkv)
+        attention.qkv.more = more
+    elif how == "hook":
+        attention.qkv.register_forward_hook(lambda _, args, out: out + more(*args))
+    else:
+        attention.qkv.forward = lambda x, own=attention.qkv.forward: own(x) + more(x)
+    torch.testing.assert_close(attention.cross(x, context), merged.cross(x, context))
+    attention.cross(x, context).sum().backward()
+    assert more.weight.grad.abs().max() > 0
+
+
+def test_a_convolution_that_is_more_than_its_weights_is_refused():
+    encoder, images = nn.Encoder(16, 8, 32, depth=1, num_heads=2), torch.randn(1, 3, 16, 16)
+    own = encoder.patch_embed.proj
+    own.forward = lambda x: own._conv_forward(x, own.weight, own.bias) * 2
+    with pytest.raises(TypeError, match="PatchEmbed: proj must be a plain convolution, got Conv2d; merge an adapter"):
+        encoder(images)
+    stand_in = encoder.patch_embed.proj = torch.nn.Identity()
+    stand_in.kernel_size, stand_in.weight, stand_in.bias = own.kernel_size, own.weight, own.bias
+    with pytest.raises(TypeError, match="PatchEmbed: proj must be a plain convolution, got Identity; merge an adapter"):
+        encoder(images)

@@ -144,6 +144,16 @@ def test_both_gradients_of_one_weight_are_refused():
         optimizer.step()
 
 
+def test_a_state_of_another_kind_of_optimizer_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    theirs, ours = torch.optim.SGD([p], lr=0.1, momentum=0.9), jk.AdamWEMA([p])
+    p.grad = torch.ones(3)
+    theirs.step()
+    with pytest.raises(ValueError, match=r"AdamWEMA: a loaded state must hold step, .+, got momentum_buffer"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"}, "nothing is half-loaded"
+
+
 OTHERS = {"amsgrad": True, "differentiable": True, "decoupled_weight_decay": False}
 
 

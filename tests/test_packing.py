@@ -153,6 +153,7 @@ def test_only_int32_lines_are_taken_as_cu_seqlens(cu_seqlens, error, message):
     "call, error, message",
     [
         (lambda: Packing.from_lengths([3, -1]), ValueError, "Packing: lengths must be at least 0, got -1; count"),
+        (lambda: Packing.from_lengths([3, 0.3 * 196]), ValueError, "Packing: lengths must be whole numbers, got 58.8;"),
         (
             lambda: Packing.from_lengths([2**31]),
             ValueError,

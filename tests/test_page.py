@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from jepa_kernels.training import log as training_log
 from jepa_kernels.training import page
 
 RUN = {
@@ -98,6 +99,15 @@ def test_a_torn_last_row_is_left_out(tmp_path):
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     assert len(page.read(out / "metrics.jsonl")) == 5
+
+
+def test_numbers_that_json_lacks_are_null_in_the_log(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    with open(metrics, "ab", buffering=0) as file:
+        training_log._append(file, row(1, loss=math.nan, grad_norm=math.inf))
+    strict = json.loads(metrics.read_text(), parse_constant=pytest.fail)
+    assert strict["loss"] is strict["grad_norm"] is None and strict["step"] == 1
+    assert math.isnan(page.read(metrics)[0]["loss"])
 
 
 def test_what_is_no_run_is_refused(tmp_path, capsys):

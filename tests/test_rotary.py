@@ -99,6 +99,7 @@ def test_tables_are_computed_once_for_all_layers():
         (dict(angle_dtype=torch.int32), TypeError, "angle_dtype must be float32, bfloat16 .+, got torch.int32; leave"),
         (dict(angle_dtype=torch.float64), TypeError, "angle_dtype must be float32, .+ or float16, got torch.float64"),
         (dict(frequencies=torch.zeros(2, 2)), ValueError, r"frequencies must have shape \[A/2\], got \(2, 2\)"),
+        (dict(frequencies=torch.ones(2, requires_grad=True)), ValueError, "frequencies must not require grad, got re"),
     ],
 )
 def test_bad_input_is_named(arguments, error, message):

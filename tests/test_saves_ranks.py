@@ -176,7 +176,7 @@ def what_the_first_rank_finds_damaged_no_rank_loads(folder, ranks):
                 assert saves.newest(out, ranks) == saves.place(out, found)
         assert said.getvalue().count("continuing from") == (ranks.rank == broken == 0)
     nothing = folder / "nothing"
-    with pytest.raises(ValueError, match=r"^train: --resume must find a checkpoint, got none in "):
+    with pytest.raises(ValueError, match=r"^train: --out must hold a checkpoint, got none in "):
         saves.newest(nothing, ranks)
 
 

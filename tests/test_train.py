@@ -283,9 +283,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(config, tmp_path, capsys):
 
 
 def test_resume_without_a_checkpoint_is_refused(config, tmp_path, capsys):
-    assert train.main([str(config), "--out", str(tmp_path), "--resume"]) == 2
-    found = f"train: --resume must find a checkpoint, got none in {tmp_path / 'checkpoints'}; "
-    assert capsys.readouterr().err == found + "leave it out, or pass the run's --out\n"
+    for words in (["--resume"], ["--export", str(tmp_path / "weights.safetensors")]):
+        assert train.main([str(config), "--out", str(tmp_path), *words]) == 2
+        found = f"train: --out must hold a checkpoint, got none in {tmp_path / 'checkpoints'}; "
+        assert capsys.readouterr().err == found + "pass the run's, or leave out --resume and --export\n"
 
 
 @pytest.mark.parametrize(

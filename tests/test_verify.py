@@ -132,6 +132,12 @@ def test_bad_words_are_refused_before_any_work(words, message, monkeypatch, caps
     assert re.fullmatch(message + "\n", said), said
 
 
+def test_two_files_need_two_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([*QUICK, "--json", "a", "--junit", str(tmp_path / "a")]) == 2
+    assert "verify: --junit must name a file of its own, got " in capsys.readouterr().err
+
+
 def test_a_folder_is_no_file(tmp_path, capsys):
     assert command.main([*QUICK, "--json", str(tmp_path)]) == 2
     assert "(Is a directory); choose another place" in capsys.readouterr().err
@@ -279,6 +285,15 @@ def test_the_table_is_told_even_if_the_files_can_not_be_written(tmp_path, monkey
     assert command.main([*QUICK, "--junit", str(tmp_path / "gone" / "a.xml")]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("verify: --junit must be writable, got ") and said.out.count(" pass ") == 3
+
+
+@pytest.mark.parametrize("words", [[], ["--json", "-"]])
+def test_output_that_nobody_takes_is_no_mismatch(words):
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "jepa_kernels", "verify", *QUICK, *words]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "verify: the output must be writable, got No space left on device; free space, or name a file\n"
+    assert done.returncode == 2 and done.stderr.endswith(said)
 
 
 def test_ctrl_c_anywhere_is_130(monkeypatch, capsys):

@@ -130,21 +130,28 @@ def check_placed(op: str, argument: str, packing: Packing, device: torch.device)
         fail(op, argument, f"be on {device}", packing.cu_seqlens.device, "build it there, or use .to(device)")
 
 
+def has_values(x: Tensor) -> bool:
+    """Whether a check may read x: on the CPU in eager mode, elsewhere under JEPA_KERNELS_CHECK=1, since that waits.
+
+    What traces and transforms put in the place of a tensor (FakeTensor, wrappers of torch.func) holds no memory.
+    """
+    if is_compiling() or x.is_meta or not (x.is_cpu or CHECK_DEVICE_VALUES):
+        return False
+    return not (hasattr(x, "fake_mode") if type(x) not in PLAIN else torch._C._functorch.is_functorch_wrapped_tensor(x))
+
+
 def check_ids(op: str, ids: Tensor, count: int, cu_seqlens: Tensor | None = None, argument: str = "ids") -> None:
     """Contiguous patch ids lie in [0, count) and increase within each row (or packed sequence).
 
-    Values are read only where that needs no device sync: on the CPU in eager mode, elsewhere under
-    JEPA_KERNELS_CHECK=1. Kernels skip ids out of range instead of trusting them.
+    Where values are not read (see `has_values`) kernels skip ids out of range instead of trusting them.
     """
-    if is_compiling():
+    if not has_values(ids) or not (cu_seqlens is None or has_values(cu_seqlens)):
         return
     if not ids.is_cpu:
-        if not CHECK_DEVICE_VALUES or ids.is_meta:
-            return
         ids = ids.cpu()
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
     module = extension.load()
-    find = _first_bad_id if isinstance(module, str) else module.first_bad_id
+    find = _first_bad_id if isinstance(module, str) or type(ids) not in PLAIN else module.first_bad_id
     place = find(ids, count, cu_seqlens)
     if place >= 0:
         value = ids.reshape(-1)[place].item()

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from jepa_kernels._core import extension
+from jepa_kernels._core.check import fail
 
+REMEDY = "use backend='reference'"
 library = torch.library.Library("jepa_kernels", "DEF")
 _implementations: dict[tuple[str, str, str], Callable[..., Any]] = {}
 _wrap: list[Callable[..., Any]] = []  # at most one: wrap(op, stage, backend, kernel) -> what is called in its place
@@ -59,9 +61,7 @@ def _refuse_duals(op: str, args: tuple[Any, ...]) -> None:
     """A kernel would drop the tangents."""
     for x in args:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise RuntimeError(
-                f"{op}: inputs must carry no forward-mode tangent, got a dual tensor; use backend='reference'"
-            )
+            fail(op, "inputs", "carry no forward-mode tangent", "a dual tensor", REMEDY, RuntimeError)
 
 
 def differentiable(
@@ -83,10 +83,8 @@ def differentiable(
 
     def first_order(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{op}: backward must run without create_graph=True, got grad mode enabled; "
-                f"use backend='reference' for double backward"
-            )
+            remedy = f"{REMEDY} for double backward"
+            fail(op, "backward", "run without create_graph=True", "grad mode enabled", remedy, RuntimeError)
         return backward(ctx, *grads)
 
     library.define(op + schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -113,6 +111,8 @@ def differentiable(
         if forward_ad._current_level >= 0:  # type: ignore[attr-defined]  # inside a dual level of forward mode
             _refuse_duals(op, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            if torch._C._are_functorch_transforms_active():
+                fail(op, "gradients", "be autograd's", "a call inside a torch.func transform", REMEDY, RuntimeError)
             return Eager.apply(*args)
         return forward(*args)
 

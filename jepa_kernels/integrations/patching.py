@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,7 +231,9 @@ def _verify(
         f"{name} with {_errors(*errors)}" for name, errors in found.items() if not errors[0] <= 2 * errors[1] + slack
     ]
     if wrong:
-        remedy = "the model is as it was: leave it so, and report this"
+        finite = all(math.isfinite(unpatched) for _, unpatched in found.values())
+        then = "leave it so, and report this" if finite else "its own numbers are not finite, look at its weights"
+        remedy = f"the model is as it was: {then}"
         fail("patch", "the patched model", "give the numbers of the model", "; ".join(wrong), remedy, RuntimeError)
     return found
 

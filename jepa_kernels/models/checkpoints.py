@@ -6,7 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,12 +81,25 @@ def config_in(model: str, source: Source) -> dict[str, Any]:
     """{field: value} of the config that `write` put into a .safetensors file; of any other source nothing."""
     if isinstance(source, Mapping) or Path(source).suffix != ".safetensors":
         return {}
-    with safe_open(source, "pt") as file:
-        text = (file.metadata() or {}).get(CONFIG, "{}")
+    try:
+        with safe_open(source, "pt") as file:
+            text = (file.metadata() or {}).get(CONFIG, "{}")
+    except SafetensorError as error:
+        _unreadable(model, Path(source), "a safetensors file", error)
     try:
         return {field: tuple(value) if isinstance(value, list) else value for field, value in json.loads(text).items()}
     except (ValueError, AttributeError) as error:
         _unreadable(model, Path(source), "a file with a config in JSON", error)
+
+
+def check_fields(model: str, config: type, theirs: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Refuse a config in a file, and changes, of fields that this model's config has not: it is another model's."""
+    known = {field.name for field in fields(config)}
+    if foreign := sorted(theirs.keys() - known):
+        wanted = f"be of a {config.__name__}"
+        fail(model, "checkpoint", wanted, f"a config with {brief(foreign)}", "load it by the model that saved it")
+    if foreign := sorted(changes.keys() - known):
+        fail(model, "changes", f"be fields of {config.__name__}", ", ".join(foreign), "leave them out", TypeError)
 
 
 def check_untold(model: str, config: Any, fields: Sequence[str], source: Source, remedy: str) -> None:
@@ -130,7 +143,7 @@ def _read_shards(model: str, index: Path) -> dict[str, Any]:
 
 
 def _unreadable(model: str, path: Path, kind: str, error: Exception) -> NoReturn:
-    why = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    why = f"{type(error).__name__}: {str(error).strip().split(chr(10))[0][:200]}".removesuffix(": ")
     text = f"{model}: {path} must be {kind} of plain tensors, got: {why}; save it again"
     raise ValueError(text) from error
 
@@ -157,8 +170,9 @@ def write(
             about = {"format": "pt"}  # Hugging Face asks for it
             about |= {CONFIG: json.dumps(config)} if config else {}
             save_file(plain, beside, metadata=about)
-    except SafetensorError as error:
-        raise OSError(f"{model}: {path} must be writable, got {error}; free space or pass another path") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{model}: {path} must be writable, got {why}; free space or pass another path") from error
 
 
 def problems(name: str, own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:

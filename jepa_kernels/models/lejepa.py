@@ -200,6 +200,8 @@ class LeJEPA(nn.Module):
         if backbone is None and "depth" not in config:
             found = "the config of another backbone"
             fail("LeJEPA", "checkpoint", "hold the config of an Encoder", found, "pass the backbone")
+        if backbone is None:
+            checkpoints.check_fields(cls.__name__, ViTConfig, config, {})
         model = cls.of(ViTConfig(**config)) if backbone is None else cls(backbone, _config(config))
         return model, (model.load(source), model.eval())[0]
 

@@ -260,6 +260,7 @@ class LeWorldModel(nn.Module):
         """
         state, config = checkpoints.read(cls.__name__, source), checkpoints.config_in(cls.__name__, source)
         config = config or size_of_lewm(recognise(cls.__name__, state).networks)
+        checkpoints.check_fields(cls.__name__, LeWMConfig, config, changes)
         model = cls(replace(LeWMConfig(), **{**config, **changes}))
         return model, (model.load(state), model.eval())[0]
 

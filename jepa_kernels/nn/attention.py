@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import jepa_kernels as jk
 from jepa_kernels._core.check import fail
-from jepa_kernels.nn.linear import Linear, product
+from jepa_kernels.nn.linear import Linear, plain, product
 from jepa_kernels.packing import Packing
 from jepa_kernels.rotary import Rope
 
@@ -47,8 +47,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Queries of x alone, keys and values of context: x [..., E] -> the same shape."""
         parts = [x.shape[-1], 2 * x.shape[-1]]
-        (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
-        q, kv = product(x, q_weight, q_bias), product(context, kv_weight, kv_bias)
+        if type(self.qkv) is Linear and plain(self.qkv):
+            (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split(parts), self.qkv.bias.split(parts)
+            q, kv = product(x, q_weight, q_bias), product(context, kv_weight, kv_bias)
+        else:  # an adapter in its place, or hooks: what it gives is more than its weights tell
+            q, kv = self.qkv(x).split(parts, -1)[0], self.qkv(context).split(parts, -1)[1]
         return self.proj(cross_attention(q, kv, self.num_heads, packing, context_packing, rope))
 
 

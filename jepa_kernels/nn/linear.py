@@ -32,14 +32,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """gelu(layer(x)): in the kernel's pass where that leads and calling the layer is its product and nothing else."""
-    if type(layer) is Linear and _leads(x, layer.weight) and _plain(layer):
+    if type(layer) is Linear and _leads(x, layer.weight) and plain(layer) and not _has_any_global_hook():
         return jk.linear(x, layer.weight, layer.bias, activation="gelu")
     return F.gelu(layer(x))
 
 
-def _plain(layer: nn.Module) -> bool:
-    own = "forward" in vars(layer) or layer._compiled_call_impl is not None
-    return not (own or hooked(layer) or _has_any_global_hook())
+def plain(layer: nn.Module) -> bool:
+    """Whether calling this `Linear` is its product and nothing else, but for hooks on all modules."""
+    return not ("forward" in vars(layer) or layer._compiled_call_impl is not None or hooked(layer))
 
 
 def hooked(module: nn.Module) -> bool:

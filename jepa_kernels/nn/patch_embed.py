@@ -59,6 +59,9 @@ class PatchEmbed(nn.Module):
 
         shift [E]: added to every patch.
         """
+        if not isinstance(self.proj, nn.Conv2d | nn.Conv3d) or "forward" in vars(self.proj):
+            found, remedy = type(self.proj).__name__, "merge an adapter into its weights"
+            fail("PatchEmbed", "proj", "be a plain convolution", found, remedy, TypeError)
         weight, bias = self.proj.weight, self.proj.bias
         if shift is not None and bias is not None:
             bias = bias + shift

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import jepa_kernels as jk
+from jepa_kernels._core.check import fail
 from jepa_kernels.nn.sync import one_batch
 
 
@@ -15,7 +16,8 @@ class SIGReg(nn.Module):
 
     SIGReg(num_slices=1024, n_points=17) stands for the lejepa package's SlicingUnivariateTest(EppsPulley(n_points=17),
     num_slices=1024). Each call in training mode takes new directions: the count of these calls is part of the state
-    dict, so that a resumed run goes on where it stopped. In evaluation mode the directions stay.
+    dict, so that a resumed run goes on where it stopped. In evaluation mode the directions stay. RuntimeError for a
+    call in training mode that `torch.utils.checkpoint` repeats in backward: its gradient would be of other directions.
     group: ranks whose embeddings count as one batch; None: all ranks, where a default group has been initialised.
     """
 
@@ -35,6 +37,9 @@ class SIGReg(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z [..., N, E], views first -> the statistic, an fp32 scalar."""
+        if self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            repeated, remedy = "a call that a checkpoint repeats", "take the loss outside of the checkpoint"
+            fail("SIGReg", "forward", "run outside of backward", repeated, remedy, RuntimeError)
         step = self.global_step.clone()  # backward may draw these directions again
         if self.training:
             self.global_step.add_(1)

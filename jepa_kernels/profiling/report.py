@@ -136,12 +136,19 @@ class Report:
     def trace(self, path: str | Path) -> None:
         """Write what torch's profiler recorded as a trace."""
         try:
-            with files.replacing(Path(path)) as beside, tempfile.TemporaryDirectory() as folder:
+            with files.replacing(Path(path)) as beside:
                 direct = beside != Path(path)  # torch puts a new file in the place of a device or a FIFO
-                self._export(str(beside) if direct else f"{folder}/{TRACE}")
-                if not direct:
-                    with open(f"{folder}/{TRACE}", "rb") as found, open(beside, "wb") as to:
-                        shutil.copyfileobj(found, to)
+                # In a folder of its own: on a full disk torch leaves what it had written beside, and raises nothing.
+                with tempfile.TemporaryDirectory(dir=beside.parent if direct else None) as folder:
+                    made = Path(folder, TRACE)
+                    self._export(str(made))
+                    if not made.exists():
+                        raise OSError("nothing from torch's profiler, as of a full disk")
+                    if direct:
+                        made.replace(beside)
+                    else:
+                        with open(made, "rb") as found, open(beside, "wb") as to:
+                            shutil.copyfileobj(found, to)
         except (OSError, RuntimeError) as error:
             raise report.SaveError(f"{OP}: {path} must be writable, got {error}; pass another --trace") from error
 

@@ -101,7 +101,8 @@ def about(trainer: Trainer) -> dict[str, Any]:
 
 
 def _append(log: io.FileIO, row: dict[str, Any]) -> None:
-    line = (json.dumps(row) + "\n").encode()
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}  # JSON has no NaN
+    line = (json.dumps(known) + "\n").encode()
     try:
         if log.write(line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -70,9 +70,9 @@ def label(value: float) -> str:
 
 
 def read(metrics: Path) -> list[Row]:
-    """The rows of a log, but for a last one that a crash has torn."""
-    lines = metrics.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a log, but for a last one that a crash has torn; null is a number that was not finite."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
 
 
 def write(out: Path) -> Path | None:

@@ -80,8 +80,8 @@ def _search(out: Path, then: str) -> Path | str:
     try:
         paths = [place(out, step) for step in reversed(steps(out))]
         if not paths:
-            remedy = "leave it out, or pass the run's --out"
-            fail("train", "--resume", "find a checkpoint", f"none in {out / CHECKPOINTS}", remedy)
+            remedy = "pass the run's, or leave out --resume and --export"
+            fail("train", "--out", "hold a checkpoint", f"none in {out / CHECKPOINTS}", remedy)
         damaged: list[str] = []
         for path in paths:
             why = damage(path)

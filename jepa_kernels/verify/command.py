@@ -1,6 +1,7 @@
 """`python -m jepa_kernels verify`: the conformance cases of every op, on this machine."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,6 +72,8 @@ def _chosen(options: argparse.Namespace) -> list[Row]:
     if options.device is not None:
         check_known("verify", "--device", options.device, ("cpu", "cuda"), "leave it out for all")
     for option, path in _files(options):
+        if option == "--junit" and options.json not in (None, "-") and path.resolve() == Path(options.json).resolve():
+            check.fail("verify", option, "name a file of its own", f"{path}, that of --json", "choose another place")
         try:
             check_writable(path)
         except OSError as error:
@@ -114,11 +117,17 @@ def _report(chosen: Sequence[Row], options: argparse.Namespace) -> bool:
             written = False
             print(f"verify: {option} must be writable, got {path} ({error.strerror}); free space", file=sys.stderr)
     piped = options.json == "-"
-    table.show(chosen, sys.stderr if piped else sys.stdout)
+    try:
+        table.show(chosen, sys.stderr if piped else sys.stdout)
+        if piped:
+            print(contents["--json"], end="")
+        sys.stdout.flush()
+    except OSError as error:  # a full disk or a pipe that nobody reads; what is left of it is not told at exit
+        written = False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"verify: the output must be writable, got {error.strerror}; free space, or name a file", file=sys.stderr)
     if not complete:
         print("interrupted: the rows above are partial", file=sys.stderr)
-    if piped:
-        print(contents["--json"], end="")
     return written
 
 

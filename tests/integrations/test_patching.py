@@ -147,6 +147,14 @@ def test_other_numbers_are_found_and_the_model_stays_as_it_was(model, x):
     patch(model, one_bit_off, run=None)  # that the model is not what fails
 
 
+def test_a_model_that_is_not_finite_itself_is_told_so(model):
+    with torch.no_grad():
+        model.left.linear.weight[0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"the model is as it was: its own numbers are not finite, look at its we"):
+        patch(model)
+    assert "forward" not in vars(model.left)
+
+
 def test_a_forward_that_crashes_in_verification_is_taken_out_again(model):
     with pytest.raises(KeyError, match="crash"):
         patch(model, crash)

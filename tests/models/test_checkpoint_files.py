@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from jepa_kernels.models import ijepa, lejepa, sizes, vjepa2
 from jepa_kernels.models.ijepa import IJEPA, IJEPAConfig
+from jepa_kernels.models.lejepa import LeJEPA
+from jepa_kernels.models.lewm import LeWorldModel, pusht
 from jepa_kernels.models.vjepa2 import VJEPA2, VJEPA2Config
 from tests.models import published, test_checkpoints, test_vjepa2_checkpoints
 from tests.models.weights import same, shaken
@@ -38,6 +40,20 @@ def test_our_encoder_in_timms_names_comes_back(norm, tmp_path):
     encoder, report = IJEPA.load_encoder(tmp_path / "model.safetensors", num_heads=2)
     assert same(encoder.state_dict(), own) and set(report.loaded) == own.keys()
     assert report.ignored == {"classifier": "one encoder was asked for"}
+
+
+@pytest.mark.parametrize("model", [LeWorldModel, LeJEPA])
+def test_another_models_and_torn_files_are_named_before_anything_is_built(model, donor, tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    donor.save(path)
+    with pytest.raises(ValueError, match=rf"^{model.__name__}: checkpoint must be of a \w+, got a config with .+"):
+        model.from_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=rf"^{model.__name__}: .+ must be a safetensors file .+: SafetensorError: "):
+        model.from_checkpoint(path)
+    if model is LeWorldModel:
+        with pytest.raises(TypeError, match=r"^LeWorldModel: changes must be fields of LeWMConfig, got wide; leave"):
+            LeWorldModel.from_checkpoint(LeWorldModel(pusht()).state_dict(), wide=1)
 
 
 def shaped(networks):

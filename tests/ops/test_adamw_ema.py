@@ -340,6 +340,8 @@ BAD = [
     (option(betas=(0.9, 1.0)), ValueError, r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
     (option(betas=(0.9, float("nan"))), ValueError, r"betas must lie in \[0, 1\), got \(0.9, nan\)"),
     (option(betas=0.9), TypeError, "betas must be two numbers, got 0.9"),
+    (option(maximize="no"), TypeError, "maximize must be a bool, got str; pass True or False"),
+    (option(grad_scale="1"), TypeError, "grad_scale must be a number, got str; pass what GradScaler sets"),
     (option(eps=-1e-8), ValueError, "eps must be at least 0, got -1e-08"),
     (
         option(found_inf=torch.zeros((), dtype=torch.int32)),
@@ -373,6 +375,6 @@ def test_a_scalar_on_the_device_is_read_when_asked_to(argument, monkeypatch):
     values = dict(lr=0.1, weight_decay=0.0, momentum=0.9, betas=(0.9, 0.999), eps=1e-8, maximize=False)
     options = check.Options(**{**values, argument: on_a_device(-1.0)})
     check.check_options(options, DEVICE)
-    monkeypatch.setattr(check, "CHECK_DEVICE_VALUES", True)
+    monkeypatch.setattr("jepa_kernels._core.check.CHECK_DEVICE_VALUES", True)
     with pytest.raises(ValueError, match=f"adamw_ema: {argument} must .+, got -1.0; "):
         check.check_options(options, DEVICE)

@@ -189,7 +189,7 @@ def test_a_parameter_without_a_partner_is_named():
 
 def test_a_momentum_on_the_device_is_read_when_asked_to(monkeypatch):
     check.check_options(on_a_device(1.5), "lerp", DEVICE)
-    monkeypatch.setattr(check, "CHECK_DEVICE_VALUES", True)
+    monkeypatch.setattr("jepa_kernels._core.check.CHECK_DEVICE_VALUES", True)
     check.check_options(on_a_device(1.0), "lerp", DEVICE)
     for bad in (1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"ema_update: momentum must lie in \[0, 1\], got {bad}"):

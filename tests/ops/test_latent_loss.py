@@ -254,6 +254,7 @@ BAD = [
     (dict(beta=1e39), ValueError, r"beta must be at most 1e\+30, got 1e\+39; use kind='l2', scaled by"),
     (dict(beta=None), TypeError, "beta must be a number, got NoneType; pass a float"),
     (dict(eps="small"), TypeError, "eps must be a number, got str; pass a float"),
+    (dict(normalize="no"), TypeError, "normalize must be a bool, got str; pass True or False"),
     (dict(packing=IDS), TypeError, "packing must be a Packing, got Tensor; build one with Packing.from_lengths"),
     (dict(eps=-1.0), ValueError, "eps must be greater than 0 and finite, got -1.0; use 1e-5"),
     (dict(eps=math.inf), ValueError, "eps must be greater than 0 and finite, got inf; use 1e-5"),

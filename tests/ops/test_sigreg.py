@@ -291,6 +291,24 @@ def test_the_module_takes_new_directions_each_step_and_resumes():
     assert module(z) == module(z)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_module_refuses_a_call_that_a_checkpoint_repeats(reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    from jepa_kernels.nn import SIGReg
+
+    module, z = SIGReg(num_slices=6), torch.randn(10, 4, requires_grad=True)
+    loss = checkpoint(module, z, use_reentrant=reentrant)
+    with pytest.raises(
+        RuntimeError, match=r"SIGReg: forward must run outside of backward, got a call that a check.+; "
+    ):
+        loss.backward()
+    checkpoint(module.eval(), z, use_reentrant=reentrant).backward()  # whose directions stay
+    own = z.detach().requires_grad_()
+    module(own).backward()
+    assert torch.equal(z.grad, own.grad) and module.global_step == 1
+
+
 def test_the_module_is_the_published_chain_along_its_directions():
     """lejepa's statistic of the module's default numbers, views and features many, and its gradient."""
     from benchmarks.ops.bench_sigreg import published

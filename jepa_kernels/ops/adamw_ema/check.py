@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from jepa_kernels._core.check import CHECK_DEVICE_VALUES, fail, is_number
+from jepa_kernels._core.check import fail, has_values, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import Passed, check_stored, check_strided, overlap, same_layout, tensors
@@ -171,7 +171,9 @@ def _singular(role: str) -> str:
 
 def check_options(options: Options, device: torch.device | None) -> None:
     """lr and weight_decay at least 0, momentum in [0, 1], betas in [0, 1), eps at least 0; NaN is none of these."""
-    lr, weight_decay, momentum, betas, eps, _ = options
+    lr, weight_decay, momentum, betas, eps, maximize = options
+    if not isinstance(maximize, bool):
+        fail(OP, "maximize", "be a bool", type(maximize).__name__, "pass True or False", TypeError)
     floats = type(lr) is type(weight_decay) is type(momentum) is type(eps) is float
     if not (
         floats and 0.0 <= lr <= 1.0 and 0.0 <= weight_decay <= 1.0 and 0.0 <= momentum <= 1.0 and 0.0 <= eps <= 1.0
@@ -199,7 +201,7 @@ def _check_scalar(argument: str, value: Any, device: torch.device | None, wanted
             fail(OP, argument, kinds, actual, "pass torch.tensor(x)", TypeError)
         if value.device.type != "cpu" and device not in (None, value.device):
             fail(OP, argument, f"be on the CPU or on {device}", value.device, "move it with .to(device)")
-        if is_compiling() or value.is_meta or not (value.is_cpu or CHECK_DEVICE_VALUES):
+        if not has_values(value):
             return
         value = value.item()
     _check_range(argument, value, wanted, remedy)
@@ -217,6 +219,8 @@ def check_factor(name: str, value: Any, device: torch.device | None) -> Tensor |
     if value is None or device is None:
         return None
     if not isinstance(value, Tensor):
+        if not is_number(value):
+            fail(OP, name, "be a number", type(value).__name__, "pass what GradScaler sets", TypeError)
         return torch.full((), float(value), dtype=torch.float32, device=device)
     if value.numel() != 1 or value.dtype is not torch.float32 or value.device != device:
         actual = f"{short(value.dtype)} {tuple(value.shape)} on {value.device}"

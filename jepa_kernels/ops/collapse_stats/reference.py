@@ -27,7 +27,7 @@ def _rank(x: Tensor) -> Tensor:
     chosen = _centred(x[torch.arange(count, device=x.device) * len(x) // count])
     top = chosen.abs().amax()
     chosen = chosen / torch.where(top == 0, 1.0, top)  # the products of no size overflow, or vanish
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # meta has none
         gram = chosen @ chosen.T if count < x.shape[1] else chosen.T @ chosen
     trace = gram.trace()
     return torch.where(trace == 0, 0.0, 1 / (gram / trace).square().sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from jepa_kernels._core.check import CHECK_DEVICE_VALUES, PLAIN, fail, is_number
+from jepa_kernels._core.check import PLAIN, fail, has_values, is_number
 from jepa_kernels._core.select import FLOATS, short
 from jepa_kernels.chunks import read
 from jepa_kernels.lists import Passed, check_stored, is_dense, local_of, overlap, same_layout
@@ -192,7 +192,7 @@ def check_options(momentum: Any, form: str, device: torch.device | None) -> None
         if momentum.device.type != "cpu" and device not in (None, momentum.device):
             wanted = f"be on the CPU or on the targets' device {device}"
             fail(OP, "momentum", wanted, momentum.device, "move it with .to(device)")
-        if is_compiling() or momentum.is_meta or not (momentum.is_cpu or CHECK_DEVICE_VALUES):
+        if not has_values(momentum):
             return
         momentum = float(momentum)
     if not is_number(momentum):

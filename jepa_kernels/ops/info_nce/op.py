@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from jepa_kernels._core import check
-from jepa_kernels._core.check import INT64, check_number, check_tensor, fail, is_number, is_positive, sizes_of
+from jepa_kernels._core.check import (
+    INT64,
+    check_number,
+    check_tensor,
+    fail,
+    has_values,
+    is_number,
+    is_positive,
+    sizes_of,
+)
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import Kernel, select
 from jepa_kernels.ops.info_nce import reference
@@ -121,7 +129,7 @@ def _check_tensors(x: Tensor, y: Tensor, temperature: Tensor | None, duplicates:
 
 def _check_temperature(temperature: float | Tensor) -> None:
     if isinstance(temperature, Tensor):
-        if torch.compiler.is_compiling() or not (temperature.is_cpu or check.CHECK_DEVICE_VALUES):
+        if not has_values(temperature):
             return
         temperature = temperature.item()
     elif not is_number(temperature):

@@ -15,7 +15,7 @@ def forward(
 ) -> Tensor:
     """The loss, a scalar in fp32 (float64 for float64 inputs)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # meta has none
         x, y = x.to(wide), y.to(wide)
         if normalize:
             x, y = _direction(x), _direction(y)

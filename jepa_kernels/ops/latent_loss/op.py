@@ -91,6 +91,8 @@ def latent_loss(
     """
     channels = _check(pred, target, ids, packing, weight)
     _check_distance(kind, beta, power, eps, reduction)
+    if not isinstance(normalize, bool):
+        fail(OP, "normalize", "be a bool", type(normalize).__name__, "pass True or False", TypeError)
     _check_norm(pred, channels, norm, levels)
     backend = select(OP, KERNELS, backend, pred, (target.dtype, weight, norm))
     if backend == "reference":

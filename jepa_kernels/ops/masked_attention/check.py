@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from jepa_kernels._core.check import (
-    CHECK_DEVICE_VALUES,
     check_number,
     check_packing,
     check_placed,
     check_tensor,
     fail,
+    has_values,
     sizes_of,
 )
 from jepa_kernels._core.select import short
@@ -159,7 +159,7 @@ def _check_ranges(
         fail(op, "key_ranges", f"have shape {wanted}", tuple(key_ranges.shape), "pass [begin, end) for every query")
     if not key_ranges.is_contiguous():
         fail(op, "key_ranges", "be contiguous", f"strides {key_ranges.stride()}", "call .contiguous()")
-    if torch.compiler.is_compiling() or key_ranges.is_meta or not (key_ranges.is_cpu or CHECK_DEVICE_VALUES):
+    if not has_values(key_ranges) or not (packing is None or has_values(packing.cu_seqlens)):
         return
     used = key_ranges
     most: Tensor | int = k.shape[2]

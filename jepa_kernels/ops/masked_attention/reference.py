@@ -29,7 +29,7 @@ def forward_lse(
 ) -> tuple[Tensor, Tensor]:
     """`forward`'s output, and the logarithm of each row's sum of exp(scores): [H, T] or [B, H, N], no gradient."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):  # meta has none
         seen = visible(q, k, packing, k_packing, frame_size, key_ranges)
         if packing is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from jepa_kernels._core import check
-from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail, is_positive
+from jepa_kernels._core.check import FLOATING, check_number, check_tensor, fail, has_values, is_positive
 from jepa_kernels._core.define import define, differentiable
 from jepa_kernels._core.select import BACKENDS, Kernel, select, short
 from jepa_kernels.agreement import agree, bits, check_group
@@ -126,7 +125,7 @@ def _check_step(step: Tensor, z: Tensor) -> None:
         fail(OP, "step", "be an int or a 0-dim int64 tensor", actual, "use torch.tensor(step)", TypeError)
     if step.device.type != "cpu" and step.device != z.device:
         fail(OP, "step", f"be on the CPU or on z's device {z.device}", step.device, "move it with .to(device)")
-    if not torch.compiler.is_compiling() and (step.is_cpu or check.CHECK_DEVICE_VALUES):
+    if has_values(step):
         _check_word("step", step.item())
 
 

@@ -27,7 +27,7 @@ def forward(
 ) -> Tensor:
     """The statistic, a scalar in fp32 (float64 for float64 z)."""
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):  # meta has none
         y = z.to(wide) @ directions(z.shape[-1], slices, step, seed, z.device).to(wide).T  # [.., N, slices]
     t = torch.linspace(0, t_max, knots, dtype=torch.float64, device=z.device).to(wide)
     phi = torch.exp(-0.5 * t * t)
