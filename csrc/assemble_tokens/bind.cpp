@@ -124,8 +124,10 @@ static std::pair<Tensor, Tensor> backward_cpu(const Tensor& grad, const std::vec
       channels,
       grad.dtype,
       torch_threads()};
-  py::gil_scoped_release nogil;
-  assemble_tokens_backward_cpu(params);
+  {
+    py::gil_scoped_release nogil;
+    assemble_tokens_backward_cpu(params);
+  }
   return {dcontext, dmask_token};
 }
 
