@@ -31,7 +31,7 @@ static void copy_strided(char* out, const char* in, int64_t channels, int64_t st
 // The token that a row copies, or null; moves run on to the row's.
 static const char* source_of(const GatherTokensForwardParams& p, int64_t row, int64_t& run) {
   while (run < p.at.sequences && begin_of(p.at, run + 1) <= row) ++run;
-  const int64_t id = p.at.batch > 0 && run < p.at.sequences ? p.at.ids[row] : -1;
+  const int64_t id = run < p.at.sequences ? p.at.ids[row] : -1;
   if (id < 0 || id >= p.at.count) return nullptr;
   const int64_t offset = run % p.at.batch * p.stride_image + id * p.stride_token;
   return static_cast<const char*>(p.x) + offset * p.element_size;
