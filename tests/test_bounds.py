@@ -115,6 +115,28 @@ def test_ids_are_checked_inside_the_tensor_only(built, monkeypatch):
             jk.gather_tokens(x, ids, packing_of(values), backend="reference")
 
 
+@pytest.mark.parametrize(
+    "op, call, wanted, found",
+    [
+        ("gather_tokens", (torch.randn(1, 4, 3), torch.zeros(1, 2, dtype=torch.int32), None), "int64", "int32"),
+        ("linear", (torch.randn(3, 4).half(), torch.randn(2, 4).half(), None, False, False), "float32", "float16"),
+    ],
+)
+def test_kernels_read_no_numbers_as_others(op, call, wanted, found):
+    message = rf"a kernel's tensor must be torch\.{wanted}, got torch\.{found}; call the public function"
+    with pytest.raises(TypeError, match=message):
+        getattr(torch.ops.jepa_kernels, f"{op}_forward")(*call, "cpu")
+
+
+def test_rows_of_no_image_stand_for_nothing():
+    ids, pixels, weight = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(0, 3, 4, 4), torch.randn(5, 3, 2, 2)
+    ops = torch.ops.jepa_kernels
+    assert not ops.gather_tokens_forward(torch.randn(0, 4, 8), ids, None, "cpu").any()
+    assert not ops.embed_patches_forward(pixels, ids, weight, None, None, None, [], [], "cpu").any()
+    pred, rest = torch.ones(2, 3, 8), ("l1", 1.0, True, 1e-5, "mask", 1.0, 1, None, None, 0.0, None, True, "cpu")
+    assert not any(x.any() for x in ops.latent_loss_forward(pred, torch.randn(0, 4, 8), ids, None, *rest))
+
+
 def test_kernels_take_int32_only():
     forward, cu_seqlens = torch.ops.jepa_kernels.gather_tokens_forward, torch.tensor([0, 2])
     with pytest.raises(TypeError, match=r"cu_seqlens must be int32 .+, got torch\.int64 with 1 dim.+; build"):

@@ -66,6 +66,36 @@ def test_a_process_that_ran_every_kernel_ends_well(backend, device):
     assert done.returncode == 0 and "ema_update" in done.stdout, done.stderr
 
 
+FIRST_CALLS = """
+import builtins, threading, time, torch
+from jepa_kernels import _C
+
+own = builtins.__import__
+
+def slow(*args, **kwargs):
+    time.sleep(0.05)  # gives the GIL up, as any import may
+    return own(*args, **kwargs)
+
+def call():
+    _C.gather_tokens_forward_cpu(torch.randn(1, 4, 8), torch.arange(4)[None], None)
+    assert _C.sizes_of(["B N E f"])(torch.ones(1, 2, 3)) == (1, 2, 3)
+
+builtins.__import__ = slow
+threads = [threading.Thread(target=call) for _ in range(4)]
+for t in threads:
+    t.start()
+for t in threads:
+    t.join()
+print("all came back")
+"""
+
+
+def test_first_calls_of_many_threads_do_not_wait_for_each_other():
+    """What a kernel's first call looks up in torch, another thread may look up meanwhile."""
+    done = subprocess.run([sys.executable, "-c", FIRST_CALLS], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "all came back" in done.stdout, done.stderr
+
+
 def test_isa_levels_can_be_chosen_and_restored():
     best = _C.isa()
     assert best in LEVELS and _C.set_isa("avx2") and _C.isa() == "avx2"

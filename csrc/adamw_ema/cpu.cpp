@@ -92,7 +92,10 @@ static void update_range(const AdamwEmaTensor& t, const Factors& f, bool streame
 // Threads share the parameters as one long axis: each takes a contiguous share of all elements.
 void adamw_ema_cpu(const AdamwEmaParams& p) {
   int64_t total = 0;
-  for (int64_t i = 0; i < p.count; ++i) total += p.tensors[i].numel;
+  for (int64_t i = 0; i < p.count; ++i) {
+    require_float(p.tensors[i].grad_dtype);
+    total += p.tensors[i].numel;
+  }
   constexpr int64_t WORTH_A_THREAD = 1 << 13;
   const int64_t useful = total / WORTH_A_THREAD + 1;
   const int threads = useful < p.threads ? static_cast<int>(useful) : p.threads;

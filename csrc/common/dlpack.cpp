@@ -8,17 +8,24 @@ namespace jepa::dlpack {
 
 namespace py = pybind11;
 
+py::handle look_up(py::handle& kept, const char* module, const char* name) {
+  if (!kept) kept = py::object(py::module_::import(module).attr(name)).release();
+  return kept;
+}
+
+static const Exchange* find_exchange() {
+  const py::object table = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
+  const auto* api = static_cast<Exchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  while (api && api->major != 1) api = api->older;
+  if (!api || !api->read || !api->import_owned)
+    throw py::import_error("torch.Tensor must offer DLPack 1's table of functions; use a torch from 2.11 on");
+  return api;
+}
+
 const Exchange& exchange() {
-  static const Exchange* const found = [] {
-    const py::object table = py::module_::import("torch").attr("Tensor").attr("__dlpack_c_exchange_api__");
-    const auto* api = static_cast<Exchange*>(PyCapsule_GetPointer(table.ptr(), "dlpack_exchange_api"));
-    if (!api) throw py::error_already_set();
-    while (api && api->major != 1) api = api->older;
-    if (!api || !api->read || !api->import_owned)
-      throw py::import_error(
-          "torch.Tensor must offer DLPack 1's table of functions; use a torch from 2.11 on");
-    return api;
-  }();
+  static const Exchange* found = nullptr; // as `look_up` keeps it
+  if (!found) found = find_exchange();
   return *found;
 }
 
@@ -29,10 +36,10 @@ Tensor read(py::handle tensor) {
 }
 
 bool is_plain(py::handle object) {
-  static const py::handle tensor = py::object(py::module_::import("torch").attr("Tensor")).release();
-  static const py::handle parameter = py::object(py::module_::import("torch.nn").attr("Parameter")).release();
+  static py::handle tensor, parameter;
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  return type == tensor.ptr() || type == parameter.ptr();
+  return type == look_up(tensor, "torch", "Tensor").ptr() ||
+         type == look_up(parameter, "torch.nn", "Parameter").ptr();
 }
 
 int64_t numel_of(const Tensor& t) {

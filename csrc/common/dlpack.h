@@ -37,6 +37,11 @@ struct Exchange {
   int (*read)(void* object, Tensor* out);             // borrows: no reference counts, no sync
 };
 
+// `kept`, which where it is empty becomes an attribute of a module, for the process's life: a static object's
+// destructor would give it up when the interpreter is gone. Not made as a static local is: that one's lock
+// would be held while an import may hand the GIL to a thread that then waits for the lock.
+pybind11::handle look_up(pybind11::handle& kept, const char* module, const char* name);
+
 // torch's; needs the GIL.
 const Exchange& exchange();
 

@@ -18,4 +18,9 @@ template <class Body> static void with_float(DType type, Body body) {
   }
 }
 
+// Before threads start: what one throws ends the process.
+static inline void require_float(DType type) {
+  with_float(type, [](auto) {});
+}
+
 } // namespace jepa::JEPA_ISA

@@ -54,7 +54,8 @@ static inline vf load(const uint8_t* p) {
 }
 static inline vf load(const uint8_t* p, int n) { return from_bytes(_mm_maskz_loadu_epi8(first(n), p)); }
 
-// Round to nearest even; NaN stays NaN.
+// Round to nearest even; NaN stays NaN. AVX512_BF16's own instruction takes denormals for 0: keeping them
+// costs a quarter of assemble_tokens' time in the cache.
 static inline __m256i to_bf16(vf x) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));

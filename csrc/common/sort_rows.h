@@ -12,6 +12,7 @@ static inline int64_t begin_of(const KeptRows& at, int64_t s) {
 
 // body(token, row) for each row in order; token = image * count + id.
 template <class Body> static void each_kept(const KeptRows& at, Body body) {
+  if (at.batch == 0) return;
   for (int64_t s = 0; s < at.sequences; ++s)
     for (int64_t begin = begin_of(at, s), end = begin_of(at, s + 1), row = begin; row < end; ++row) {
       const int64_t id = at.ids ? at.ids[row] : row - begin;

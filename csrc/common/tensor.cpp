@@ -7,12 +7,6 @@
 
 namespace jepa {
 
-// What is looked up once keeps its reference for the process's life: a static object's destructor would give
-// it up when the interpreter is gone.
-static py::handle torch_attribute(const char* name) {
-  return py::object(py::module_::import("torch").attr(name)).release();
-}
-
 static py::handle interned(const char* name) {
   PyObject* found = PyUnicode_InternFromString(name);
   if (!found) throw py::error_already_set();
@@ -20,11 +14,11 @@ static py::handle interned(const char* name) {
 }
 
 static PyObject* torch_dtype(DType dtype) {
-  static const std::array<PyObject*, 7> table = {
-      torch_attribute("float32").ptr(), torch_attribute("bfloat16").ptr(), torch_attribute("float16").ptr(),
-      torch_attribute("float64").ptr(), torch_attribute("int64").ptr(),    torch_attribute("int32").ptr(),
-      torch_attribute("uint8").ptr()};
-  return table[static_cast<size_t>(dtype)];
+  static constexpr std::array<const char*, 7> names = {"float32", "bfloat16", "float16", "float64",
+                                                       "int64",   "int32",    "uint8"};
+  static std::array<py::handle, 7> table;
+  const auto i = static_cast<size_t>(dtype);
+  return dlpack::look_up(table[i], "torch", names[i]).ptr();
 }
 
 DType dtype_of(py::handle type) {
@@ -55,14 +49,21 @@ int64_t numel_of(py::handle tensor) {
 }
 
 int torch_threads() {
-  static const py::handle get = torch_attribute("get_num_threads");
-  return get().cast<int>();
+  static py::handle get;
+  return dlpack::look_up(get, "torch", "get_num_threads")().cast<int>();
+}
+
+void Tensor::refuse_unless_empty(DType told) const {
+  if (numel() == 0) return;
+  throw py::type_error("jepa_kernels: a kernel's tensor must be " +
+                       py::repr(torch_dtype(told)).cast<std::string>() + ", got " +
+                       py::repr(obj.attr("dtype")).cast<std::string>() + "; call the public function");
 }
 
 void* Tensor::stream() const {
-  static const py::handle current =
-      py::object(py::module_::import("torch.cuda").attr("current_stream")).release();
-  return reinterpret_cast<void*>(current(obj.attr("device")).attr("cuda_stream").cast<uintptr_t>());
+  static py::handle current;
+  const py::object found = dlpack::look_up(current, "torch.cuda", "current_stream")(obj.attr("device"));
+  return reinterpret_cast<void*>(found.attr("cuda_stream").cast<uintptr_t>());
 }
 
 Tensor Tensor::from(py::handle h) {
@@ -100,8 +101,8 @@ Runs::Runs(const std::optional<Tensor>& cu_seqlens, int64_t rows) {
 
 // Whether torch is asked to fill what nobody has written: its own method does.
 static bool filled() {
-  static const py::handle asked = torch_attribute("are_deterministic_algorithms_enabled");
-  return asked().cast<bool>();
+  static py::handle asked;
+  return dlpack::look_up(asked, "torch", "are_deterministic_algorithms_enabled")().cast<bool>();
 }
 
 // An output in a block: torch's reference to it, and what is told of it, which end together.

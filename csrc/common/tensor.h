@@ -5,6 +5,7 @@
 #include <optional>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <type_traits>
 #include <vector>
 
 #include "common/dtype.h"
@@ -27,6 +28,13 @@ int torch_threads();
 void* address_of(py::handle tensor);
 int64_t numel_of(py::handle tensor);
 
+// `other`: of no number, as of void, char and structs.
+template <class T> constexpr DType dtype_of_number = DType::other;
+template <> constexpr DType dtype_of_number<float> = DType::f32;
+template <> constexpr DType dtype_of_number<double> = DType::f64;
+template <> constexpr DType dtype_of_number<int64_t> = DType::i64;
+template <> constexpr DType dtype_of_number<int32_t> = DType::i32;
+
 struct Tensor {
   static constexpr int MAX_DIM = 6;
 
@@ -37,7 +45,12 @@ struct Tensor {
   int dims = 0;
   std::array<int64_t, MAX_DIM> sizes{}, strides{}; // strides in elements
 
-  template <class T = void> T* data() const { return static_cast<T*>(address); }
+  // Of numbers: throws where a tensor that is not empty has others.
+  template <class T = void> T* data() const {
+    constexpr DType told = dtype_of_number<std::remove_const_t<T>>;
+    if (told != DType::other && told != dtype) refuse_unless_empty(told);
+    return static_cast<T*>(address);
+  }
   int dim() const { return dims; }
   int64_t size(int i) const { return sizes[i < 0 ? i + dims : i]; }
   int64_t stride(int i) const { return strides[i < 0 ? i + dims : i]; }
@@ -62,6 +75,7 @@ struct Tensor {
   }
 
 private:
+  void refuse_unless_empty(DType told) const;
   Tensor allocate(const char* method, const std::vector<int64_t>& shape, std::optional<DType> type) const;
 };
 

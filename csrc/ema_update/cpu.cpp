@@ -81,10 +81,6 @@ template <EmaForm form> static void update(const Share& s) {
   });
 }
 
-static void require_float(DType type) {
-  if (type != DType::f32 && type != DType::bf16 && type != DType::f16) refuse(type);
-}
-
 static void update(EmaForm form, const Share& s) {
   switch (form) {
   case EmaForm::lerp:

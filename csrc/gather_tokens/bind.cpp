@@ -11,7 +11,9 @@ static Tensor forward_cpu(const Tensor& x, const Tensor& ids, const std::optiona
   const int64_t channels = x.size(2);
   const Runs runs(cu, ids.numel());
   Tensor out = cu ? x.new_empty({ids.size(0), channels}) : x.new_empty({ids.size(0), ids.size(1), channels});
-  const GatherTokensForwardParams params{kept_rows(ids, runs, x.size(0), x.size(1)),
+  KeptRows at = kept_rows(ids, runs, x.size(0), x.size(1));
+  if (at.batch == 0) at.sequences = 0; // rows of no image stand for nothing
+  const GatherTokensForwardParams params{at,
                                          x.data(),
                                          x.stride(0),
                                          x.stride(1),

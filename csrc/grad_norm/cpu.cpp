@@ -19,6 +19,7 @@ template <class T> static double squares_of(const T* x, int64_t n) {
 }
 
 void grad_norm_cpu(const GradNormParams& p) {
+  for (int64_t i = 0; i < p.count; ++i) require_float(p.blocks[i].dtype);
   parallel_for(p.count, p.threads, [&](int64_t begin, int64_t end) {
     for (GradNormBlock* b = p.blocks + begin; b != p.blocks + end; ++b)
       with_float(b->dtype, [&](auto x) {

@@ -39,7 +39,7 @@ forward_cpu(const Tensor& pred, const Tensor& target, const std::optional<Tensor
   p.target = target.data();
   p.ids = ids ? ids->data<int64_t>() : nullptr;
   p.cu_seqlens = runs.starts();
-  p.sequences = cu ? runs.count() : pred.size(0);
+  p.sequences = target.size(0) == 0 ? 0 : cu ? runs.count() : pred.size(0); // with no image, none
   p.run_length = cu ? 0 : pred.size(1);
   p.rows = rows;
   p.batch = target.size(0);

@@ -104,8 +104,8 @@ template <LossKind kind, class P, class T> static void forward(const LatentLossF
   using Unit = typename UnitOf<P>::type;
   const Weights weights(p);
   const int64_t n = p.channels;
-  const bool streamed =
-      p.unit && p.rows * n * int64_t(sizeof(Unit)) > STREAM_BYTES && n / p.levels % (64 / sizeof(Unit)) == 0;
+  const bool streamed = p.unit && worth_streaming(p.unit, p.rows, n * int64_t(sizeof(Unit))) &&
+                        n / p.levels % (64 / sizeof(Unit)) == 0;
   const Comparison<kind> how(p, streamed);
   parallel_for(p.rows, p.rows * n < 16384 ? 1 : p.threads, [&](int64_t begin, int64_t end) {
     const RowScratch<P, T> scratch(p);

@@ -109,7 +109,7 @@ static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, 
 }
 
 static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                        py::handle, const Tensor& lse, const py::args& rest) {
+                                        py::handle, py::handle, const py::args& rest) {
   const Options options(rest);
   check(q, k, v, options);
   Call call(q, k, options);
@@ -119,7 +119,8 @@ static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, con
   AttentionRows rows[3];
   const std::vector<Tensor> grads = empty_grads(q, k, v, rest[12].cast<bool>(), rows);
   const int64_t one = tasks.query_parts.empty() ? 0 : q.numel() / q.size(-1);
-  std::vector<float> stats(3 * one);
+  const int64_t rows_of_head = q.dim() == 3 ? q.size(0) : q.size(2);
+  std::vector<float> stats(3 * one); // [3, heads, T], or [3, B, heads, N]
   const MaskedAttentionBackwardParams params{
       call.shape,
       rows_of(grad),
@@ -134,7 +135,7 @@ static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, con
       static_cast<int64_t>(tasks.query_parts.size()),
       static_cast<int64_t>(tasks.key_parts.size()),
       tasks.most_whole_keys,
-      {stats.data(), q.dim() == 3 ? 0 : lse.stride(0), 1, lse.stride(-2), one}};
+      {stats.data(), q.dim() == 3 ? 0 : q.size(1) * rows_of_head, 1, rows_of_head, one}};
   {
     py::gil_scoped_release nogil;
     for (const Tensor& x : grads) clear_unused(x, &x == &grads[0] ? call.query_runs : call.key_runs);

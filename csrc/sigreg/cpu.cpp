@@ -103,7 +103,7 @@ template <class T> static void put_rows(const float* in, int64_t rows, int64_t w
     for (int64_t e = 0; e < width; e += W) store_first(out + e, load(in + e), part(width - e));
 }
 
-void sigreg_backward_cpu(const SigregBackwardParams& p) {
+template <class T> static void backward(const SigregBackwardParams& p) {
   const Shape& at = p.at;
   const int64_t panels = padded(at.slices) / PANEL, wide = padded(at.width), row = sigreg::row_of(at.slices),
                 rows = sigreg::backward_rows(at);
@@ -123,11 +123,13 @@ void sigreg_backward_cpu(const SigregBackwardParams& p) {
       derivatives(p, n, count, dy);
       std::memset(dz, 0, count * wide * sizeof(float));
       multiply_tile<PANEL>(count, wide, padded(at.slices), dy, row, p.kept, dz, wide);
-      with_float(p.dtype, [&](auto x) {
-        put_rows(dz, count, at.width, static_cast<decltype(x)*>(p.dz) + n * at.width);
-      });
+      put_rows(dz, count, at.width, static_cast<T*>(p.dz) + n * at.width);
     }
   });
+}
+
+void sigreg_backward_cpu(const SigregBackwardParams& p) {
+  with_float(p.dtype, [&](auto x) { backward<decltype(x)>(p); });
 }
 
 } // namespace jepa::JEPA_ISA

@@ -22,6 +22,13 @@ def on_a_device(value):
     return torch.tensor(value, dtype=torch.float64).as_subclass(OnADevice)
 
 
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=[*LEVELS, pytest.param("triton", marks=pytest.mark.interp)])
 def backend(request):
     """Each instruction set of the cpu kernel, and Triton in its interpreter."""

@@ -228,6 +228,19 @@ def test_parameters_that_require_grad_are_updated_without_a_graph():
     assert p.is_leaf and not torch.equal(p, before)
 
 
+def test_the_cpu_kernel_refuses_gradients_that_it_is_not_built_for(restored_threads):
+    torch.set_num_threads(2)  # one that threw would end the process
+    inputs = call((100_000,))
+    inputs["grads"] = [g.double() for g in inputs["grads"]]
+    lists = [inputs[n] for n in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")]
+    before, scalars = inputs["params"][0].clone(), torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="tensors must be float32, bfloat16 or float16, got float64"):
+        torch.ops.jepa_kernels.adamw_ema_forward(
+            *lists, [], [], [], scalars, None, None, 0.9, 0.999, 1e-8, False, "cpu"
+        )
+    assert torch.equal(inputs["params"][0], before)
+
+
 def test_the_cpu_kernel_refuses_shadows_that_it_is_not_built_for():
     inputs = call((3,))
     lists = [inputs[n] for n in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "targets")]

@@ -277,3 +277,22 @@ def test_the_raw_backward_touches_no_memory_that_is_not_its_own(position, wrong,
     call[position] = wrong
     with pytest.raises(ValueError, match=f"masked_attention: {message}; call the public function"):
         torch.ops.jepa_kernels.masked_attention_backward(*call)
+
+
+@pytest.mark.parametrize("count", [70, 6000])
+def test_the_raw_backward_asks_nothing_of_how_lse_lies(count):
+    """Long sequences keep statistics of every row in memory of the kernel's own."""
+    q, grad = torch.randn(2, 1, 2, count, 8)
+    options = (None, None, None, None, count, count, 0, None, None, None, False, 0.3)
+    out, lse = torch.ops.jepa_kernels.masked_attention_forward(q, q, q, *options, "cpu")
+
+    def backward(lse, grad=grad):
+        return torch.ops.jepa_kernels.masked_attention_backward(grad, q, q, q, out, lse, *options, False, "cpu")
+
+    expected = backward(lse)
+    turned = lse.transpose(1, 2).contiguous().transpose(1, 2)
+    apart = torch.empty(1, 2, 3_000_000)[:, :, :count].copy_(lse)
+    for other in (turned, apart):
+        assert all(torch.equal(a, b) for a, b in zip(backward(other), expected, strict=True))
+    with pytest.raises(ValueError, match="grad and out must have q's shape and dtype"):
+        backward(lse, grad.bfloat16())

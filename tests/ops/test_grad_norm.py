@@ -27,6 +27,21 @@ def test_dtypes_may_be_mixed_and_none_is_left_out(backend):
     assert jk.grad_norm([None, *grads, None], backend=backend).item() == torch.tensor(108.0).sqrt().item()
 
 
+def test_a_float64_gradient_anywhere_is_for_the_reference():
+    grads = [torch.ones(100_000), torch.full((9,), 2.0, dtype=torch.float64)]
+    assert jk.grad_norm(grads, backend="reference").item() == torch.tensor(100_036.0).sqrt().item()
+    for _ in range(2):  # seen before, too
+        with pytest.raises(jk.BackendError, match="takes float32, bfloat16, float16, got float64"):
+            jk.grad_norm(grads, backend="cpu")
+
+
+def test_the_cpu_kernel_refuses_types_it_is_not_built_for(restored_threads):
+    torch.set_num_threads(2)  # one that threw would end the process
+    grads = [torch.ones(100_000), torch.ones(100_000, dtype=torch.float64)]
+    with pytest.raises(ValueError, match="tensors must be float32, bfloat16 or float16, got float64"):
+        torch.ops.jepa_kernels.grad_norm_forward(grads, "cpu")
+
+
 def test_no_gradients_have_norm_zero():
     assert jk.grad_norm([]).item() == 0.0 == jk.grad_norm([None]).item()
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jepa_kernels as jk
+from jepa_kernels.testing import poisoned_memory
 from tests.ops.test_latent_loss import TRITON, draw, value_and_grad
 
 
@@ -141,3 +142,20 @@ def test_a_prediction_used_twice_gathers_both_gradients(backend):
     )
     total.backward()
     torch.testing.assert_close(leaf.grad, 3 * expected, rtol=1e-6, atol=0)
+
+
+def test_a_large_gradient_may_lie_at_any_address(monkeypatch):
+    """Stores past the cache go to aligned addresses alone; torch's outputs are, a C++ program's need not be."""
+    pred, target = torch.randn(1, 2_301, 1024), torch.randn(1, 2_301, 1024)
+    expected = value_and_grad(pred, target, backend="cpu")
+    own, starts = torch.Tensor.new_empty, []
+
+    def shifted(self, shape, dtype=None):
+        made = own(self, torch.Size(shape).numel() + 1, dtype=dtype)[1:].view(shape)
+        starts.append(made.data_ptr() % 64)
+        return made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", shifted)
+    with poisoned_memory():  # every output is torch's
+        found = value_and_grad(pred, target, backend="cpu")
+    assert 4 in starts and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -264,6 +264,14 @@ def test_a_gradient_of_what_was_not_kept_has_the_same_bits(shape, slices):
     assert len(none) == 0 and torch.equal(second, first) and torch.equal(again, first)
 
 
+def test_the_cpu_kernel_refuses_types_it_is_not_built_for(restored_threads):
+    torch.set_num_threads(2)  # one that threw would end the process
+    z, step = torch.randn(1, 600, 64), torch.tensor(0)
+    moments, kept = torch.ops.jepa_kernels.sigreg_moments(z, 256, 17, 3.0, step, 0, True, "cpu")
+    with pytest.raises(ValueError, match="tensors must be float32, bfloat16 or float16, got float64"):
+        torch.ops.jepa_kernels.sigreg_backward(torch.ones(()), z.double(), moments, 3.0, step, 0, 1, kept, "cpu")
+
+
 def test_one_instruction_set_reads_what_another_kept():
     z = torch.randn(2, 50, 45, requires_grad=True)
     whole = value_and_grad(z, slices=70, backend="cpu")[1]

@@ -37,7 +37,8 @@ def grad_norm(grads: Sequence[Tensor | None], *, backend: str | None = None) -> 
     kept, known = _checked(grads)
     if not kept:
         return torch.zeros(())
-    chosen = select(OP, KERNELS, backend, kept[0])
+    wide = known is None and any(g.dtype == torch.float64 for g in kept)  # one is enough: no kernel takes it
+    chosen = select(OP, KERNELS, backend, kept[0], dtype=torch.float64 if wide else None)
     if chosen == "reference":
         return reference.forward(kept)
     if known is not None and not observed():
@@ -55,8 +56,11 @@ def _checked(grads: Sequence[Tensor | None]) -> tuple[list[Tensor], Any]:
     named = [(f"grads[{i}]", g) for i, g in enumerate(tensors(OP, "grads", grads)) if g is not None]
     for name, g in named:
         _check(name, g, named[0][1].device)
+    kept = [g for _, g in named]
+    if any(g.dtype == torch.float64 for g in kept):
+        return kept, None
     _passed.add(known)
-    return [g for _, g in named], known
+    return kept, known
 
 
 def _check(name: str, g: Tensor, device: torch.device) -> None:
