@@ -109,7 +109,7 @@ static std::tuple<Tensor, Tensor> forward_cpu(const Tensor& q, const Tensor& k, 
 }
 
 static std::vector<Tensor> backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                                        py::handle, py::handle, const py::args& rest) {
+                                        py::handle, const Tensor& lse, const py::args& rest) {
   const Options options(rest);
   check(q, k, v, options);
   Call call(q, k, options);
