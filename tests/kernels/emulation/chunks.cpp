@@ -14,6 +14,7 @@ void ema_update_cpu(const EmaUpdateParams&) {}
 Isa isa() { return Isa::none; }
 bool set_isa(const char*) { return false; }
 const char* isa_name(Isa) { return "none"; }
+bool is_amd() { return false; }
 
 void bind_adamw_ema_cuda(py::module_&);
 void bind_ema_update(py::module_&);
