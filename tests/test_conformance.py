@@ -255,26 +255,30 @@ def test_double_backward_raises(op, backend, device):
         torch.autograd.grad(output, leaves, create_graph=True)
 
 
+def jvp(f, x):
+    return torch.func.jvp(f, (x,), (x,))
+
+
+def grad(f, x):
+    return torch.func.grad(lambda x: f(x).sum())(x)
+
+
 @each_kernel
-def test_forward_mode_is_refused(op, backend, device):
+@pytest.mark.parametrize(
+    "transform, message",
+    [
+        (jvp, "inputs must carry no forward-mode tangent, got a dual .+; use"),
+        (grad, "gradients must be autograd's, got a call inside a .+; use"),
+    ],
+)
+def test_gradients_of_torch_func_are_refused(transform, message, op, backend, device):
     case = typical(op)
     if not case.grads or backend == "sdpa":
         pytest.skip("no gradient rule of ours")
     inputs = draw(case, leading_dtype(op, backend, case), device)
     first = inputs.pop(case.grads[0])
-    with pytest.raises(RuntimeError, match=f"{op}: inputs must carry no forward-mode tangent, got a dual .+; use"):
-        torch.func.jvp(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs), (first,), (first,))
-
-
-@each_kernel
-def test_gradients_of_torch_func_are_refused(op, backend, device):
-    case = typical(op)
-    if not case.grads or backend == "sdpa":
-        pytest.skip("no gradient rule of ours")
-    inputs = draw(case, leading_dtype(op, backend, case), device)
-    first = inputs.pop(case.grads[0])
-    with pytest.raises(RuntimeError, match=f"{op}: gradients must be autograd's, got a call inside a .+; use"):
-        torch.func.grad(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs).sum())(first)
+    with pytest.raises(RuntimeError, match=f"{op}: {message}"):
+        transform(lambda x: public(op, backend)(**{case.grads[0]: x}, **inputs), first)
 
 
 @each_op

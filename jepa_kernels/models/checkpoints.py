@@ -210,10 +210,10 @@ def load(
     model: str, parts: Mapping[str, tuple[nn.Module, Mapping[str, Any]]], remedy: Callable[[list[str]], str]
 ) -> None:
     """Load every part {name: (module, state)}, or raise ValueError and load none; remedy: what to do about problems."""
-    own = {f"{name}.{key}": x for name, (module, _) in parts.items() for key, x in module.state_dict().items()}
-    if absent := [key for key, x in own.items() if x.is_meta]:
+    own = {name: module.state_dict() for name, (module, _) in parts.items()}
+    if absent := [f"{name}.{key}" for name, held in own.items() for key, x in held.items() if x.is_meta]:
         fail(model, "model", "hold memory to load into", f"{absent[0]} on the meta device", "build it on a device")
-    found = [line for name, (module, state) in parts.items() for line in problems(name, module.state_dict(), state)]
+    found = [line for name, (_, state) in parts.items() for line in problems(name, own[name], state)]
     if found:
         fail(model, "checkpoint", "hold exactly the weights of this config", brief(found), remedy(found))
     for module, state in parts.values():
